@@ -1,0 +1,127 @@
+"""``load`` and ``wrap``: the two ways to get an ``LM``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BadInput, MissingExtra
+from . import hub, packaged
+from ._probe import probe_ids
+from .cache import converted, quiet, sha256_file
+from .layout import Layout, discover, verify
+from .lm import LM
+from .run import Progress
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    device_map: Any = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+    download: bool = False,
+    progress: Progress | None = None,
+) -> LM:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: ``"gemma-3-270m"`` (the packaged model), a Hugging Face folder, a ``.gguf`` file (converted to fp32
+            once and kept in the user cache), or a hub id.
+        dtype: ``"float32"``, ``"bfloat16"``, ..., a ``torch.dtype``, or ``"auto"`` for what the weights are stored in.
+        device: where the model goes; unused with ``device_map`` or ``quantization_config``, which place it themselves.
+        device_map: passed to transformers, e.g. ``"auto"`` (needs accelerate).
+        quantization_config: passed to transformers.
+        trust_remote_code: allow code that comes with the model to run.
+        download: allow a hub id that is not in the local cache to be fetched. Without it the error says how large it
+            is and under which licence.
+        progress: called as ``progress(done, total, what)``.
+    Raises:
+        BadInput: nothing of that name, an unusable file, an unknown dtype, or a download that was not allowed.
+        MissingExtra: an optional package is needed.
+        UnknownLayout: the model's parts could not be found, see ``layout.discover``.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    number = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if number != "auto" and not isinstance(number, torch.dtype):
+        raise BadInput(f"dtype {dtype!r} is not a number format of torch. Use 'float32', 'bfloat16' or 'auto'.")
+    folder = _find(source, download, trust_remote_code, progress)
+    placed = {"device_map": device_map, "quantization_config": quantization_config}
+    placed = {key: value for key, value in placed.items() if value is not None}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True, **placed
+            )
+    except ImportError as error:
+        raise MissingExtra(f"loading {source} needs another package: {error}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"transformers cannot load {folder}: {error}") from error
+    return wrap(model if placed else model.to(device), tokenizer, name=_name(source))
+
+
+def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | None = None) -> LM:
+    """Make an ``LM`` of a transformers model and its tokenizer.
+
+    The model goes to evaluation mode and its parameters stop asking for gradients; it is not copied. A missing pad
+    token becomes the end-of-sequence token.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its fast tokenizer (offsets are needed to find subjects in prompts).
+        name: how reports call the model.
+        layout: where the parts are, for a model whose structure ``discover`` cannot read. It is verified too.
+    Raises:
+        BadInput: a slow tokenizer, no token to pad with, or adapters still on the model.
+        UnknownLayout: the parts could not be found, or the given layout does not hold.
+    """
+    if hasattr(model, "peft_config"):
+        raise BadInput("the model carries PEFT adapters. Merge them first: model = model.merge_and_unload().")
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadInput(f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets. Pass a fast one.")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise BadInput("the tokenizer has no pad and no eos token. Set tokenizer.pad_token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.eval().requires_grad_(False)
+    if layout is None:
+        layout = discover(model, tokenizer)
+    else:
+        verify(model, layout, probe_ids(model, tokenizer))
+    return LM(model, tokenizer, layout, name)
+
+
+def licence(source: str | Path) -> str:
+    """The terms a packaged model comes under, to be shown to its user; empty for every other source."""
+    return packaged.LICENCE if str(source) == packaged.NAME else ""
+
+
+def _find(source: str | Path, download: bool, code: bool, progress: Progress | None) -> Path:
+    if source == packaged.NAME:
+        return packaged.folder(progress)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise BadInput(f"{path} is a file but no .gguf. Pass the folder that holds config.json and the weights.")
+        return converted(path.stem, sha256_file(path), lambda _: path.absolute(), progress)
+    if not HUB_ID.fullmatch(str(source)) or path.suffix.lower() == ".gguf":
+        raise BadInput(f"there is no file or folder {path}.")
+    return hub.local_folder(str(source)) or hub.fetch(str(source), download=download, code=code, progress=progress)
+
+
+def _name(source: str | Path) -> str:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.is_file() else str(source)
