@@ -1,0 +1,1 @@
+"""One file per method. A leading underscore marks what several share."""

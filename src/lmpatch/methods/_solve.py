@@ -1,0 +1,90 @@
+"""Solves with second moments: factor once (Cholesky), then Woodbury. Never an LU per commit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+JITTER = 1e-4  # of the mean eigenvalue, added before factoring
+
+
+def factor(moments: Tensor, *, jitter: float = JITTER) -> Tensor:
+    """Cholesky factor of C + jitter * tr(C)/f * I.
+
+    Args:
+        moments: [f, f] symmetric.
+    Returns:
+        [f, f] lower triangular, fp64.
+    """
+    c = moments.double()
+    c = c + jitter * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
+    out: Tensor = torch.linalg.cholesky(c)
+    return out
+
+
+def solve(lower: Tensor, keys: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹ K.
+
+    Args:
+        lower: [f, f] from ``factor``.
+        keys: [f, u].
+    Returns:
+        [f, u] fp64.
+    """
+    return torch.cholesky_solve(keys.double(), lower)
+
+
+def woodbury(lower: Tensor, keys: Tensor, earlier: Tensor | None = None) -> Tensor:
+    """(A + K_all K_allᵀ)⁻¹ K with A = L Lᵀ and K_all = [earlier, K], in u×u instead of f×f.
+
+    With U = L⁻¹K_all the result is the last columns of L⁻ᵀ U (I + UᵀU)⁻¹. When the earlier keys number more than
+    half of f they are folded into the factor first, which is then the cheaper way.
+
+    Args:
+        lower: [f, f] Cholesky factor of A.
+        keys: [f, u] new keys.
+        earlier: [f, n] keys of earlier commits.
+    Returns:
+        [f, u] fp64.
+    """
+    keys = keys.double()
+    if earlier is not None and earlier.shape[1] > len(lower) // 2:
+        earlier = earlier.double()
+        lower, earlier = torch.linalg.cholesky(lower @ lower.T + earlier @ earlier.T), None
+    every = keys if earlier is None else torch.cat([earlier.double(), keys], 1)
+    u = torch.linalg.solve_triangular(lower, every, upper=False)  # [f, n+u]
+    inner = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) + u.T @ u
+    right = torch.cholesky_solve(torch.eye(len(inner), dtype=u.dtype, device=u.device), torch.linalg.cholesky(inner))
+    return torch.linalg.solve_triangular(lower.T, u @ right[:, -keys.shape[1] :], upper=True)
+
+
+def null_space(moments: Tensor, share: float) -> Tensor:
+    """The directions a corpus uses least.
+
+    Args:
+        moments: [f, f] symmetric.
+        share: the share of directions kept, lowest eigenvalues first.
+    Returns:
+        [f, r] orthonormal columns, fp64.
+    """
+    _, vectors = torch.linalg.eigh(moments.double())  # ascending
+    return vectors[:, : round(share * len(vectors))]
+
+
+def projected(basis: Tensor, keys: Tensor, ridge: float, earlier: Tensor | None = None) -> Tensor:
+    """AlphaEdit's (P(KKᵀ + K_pK_pᵀ) + ridge I)⁻¹ P K with P = Q Qᵀ, solved in the size of the keys.
+
+    Args:
+        basis: [f, r] Q.
+        keys: [f, u] new keys.
+        ridge: in units of key².
+        earlier: [f, n] keys of earlier commits.
+    Returns:
+        [f, u] fp64, in the span of ``basis``.
+    Source: Fang et al. 2024 (arXiv:2410.02355) eq. 14, in its dual form Q G (ridge I + GᵀG)⁻¹ with G = Qᵀ[K_p, K].
+    """
+    every = keys.double() if earlier is None else torch.cat([earlier.double(), keys.double()], 1)
+    g = basis.T @ every  # [r, n+u]
+    inner = g.T @ g + ridge * torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
+    right = torch.cholesky_solve(torch.eye(len(inner), dtype=g.dtype, device=g.device), torch.linalg.cholesky(inner))
+    return basis @ (g @ right[:, -keys.shape[1] :])

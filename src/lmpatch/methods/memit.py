@@ -1,0 +1,250 @@
+"""MEMIT: many facts at once, spread over several layers; with AlphaEdit, NAS and ENCORE as options.
+
+Source: Meng et al. 2023, "Mass-Editing Memory in a Transformer" (arXiv:2210.07229).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..data.edit import Edit, check_contradictions
+from ..errors import BadInput
+from ..models.lm import LM
+from ..models.run import Progress, blocks, first, frozen, hooked, positions
+from ..models.tokens import encode_all, pad, pad_id
+from ..patches.delta import Delta, LowRank
+from ..patches.ledger import applied, apply
+from ..patches.weight import WeightPatch
+from ._moments import second_moments
+from ._prefixes import prefixes
+from ._solve import factor, null_space, projected, woodbury
+from ._value import Values, search
+
+
+@dataclass(frozen=True)
+class Config:
+    """MEMIT. Defaults: the paper's, but for the learning rate, which is relative here, and the layers."""
+
+    layers: tuple[int, ...] | None = None
+    """Blocks whose down-projections are written, 0-based. None: four blocks from 0.15 of the depth on."""
+    spread: Literal["joint", "residual"] | None = None
+    """How a fact is shared among the layers. ``residual``: the paper's, one value at the last block, each layer
+    writes its share of what is left. ``joint``: one δ per layer, optimised together in one forward; right also
+    where a norm follows the MLP (Gemma 2 and 3), where linear writes do not add up. None: joint exactly there."""
+    steps: int = 20
+    """Gradient steps that search the values."""
+    lr: float = 0.03
+    """Adam's step per entry of the value, in units of the value's RMS."""
+    kl: float = 0.0625
+    """Weight of KL(p_δ || p_0) at the end of "{subject} is a"."""
+    decay: float = 0.5
+    """Weight of |δ|²/|v|²."""
+    clamp: float = 0.75
+    """|δ| stays below this many |v|."""
+    stop: float = 0.05
+    """The search of a fact ends at this loss, nats."""
+    weight: float = 15000.0
+    """λ: how many corpus keys the second moments stand for. Higher disturbs less and inserts less."""
+    prev_keys: bool = True
+    """Keep what earlier memit patches on the model wrote: their keys join the solve."""
+    solver: Literal["memit", "alphaedit"] = "memit"
+    """``alphaedit``: write only along directions the corpus does not use (arXiv:2410.02355)."""
+    keep: float = 0.7
+    """AlphaEdit: share of directions free to write, lowest variance first."""
+    ridge: float = 0.1
+    """AlphaEdit: ridge, in units of the median squared length of the projected keys."""
+    frobenius: float = 0.0
+    """ENCORE: ridge on |ΔW|, as a share of λ times the mean eigenvalue of C (arXiv:2502.01636); try 1e-3."""
+    hits: int | None = None
+    """ENCORE: stop a fact's search once its target has been the first choice under every prefix this many
+    times; try 2. None: off."""
+    nas: bool = False
+    """Give every value the mean norm of those of anchor facts, and skip a fact above twice it (arXiv:2602.02543)."""
+    moment_tokens: int | None = None
+    """Keys in the estimate of C at most. None: 10 times d_ff."""
+    short_prefixes: int = 0
+    """Fixed prefixes of about 5 tokens under which the value must hold."""
+    long_prefixes: int = 5
+    """Fixed prefixes of about 10 tokens."""
+    faithful: bool = False
+    """As released: KL at the subject's last token, penalty |δ| instead of |δ|², one update fewer, and no memory
+    of earlier commits."""
+
+
+def fit(
+    lm: LM,
+    edits: Sequence[Edit],
+    cfg: Config,
+    *,
+    text: Sequence[str] | None = None,
+    anchors: Sequence[Edit] | None = None,
+    progress: Progress | None = None,
+) -> WeightPatch:
+    """Write all facts in one commit: ΔW_l = R Kᵀ (λC + K_pK_pᵀ + KKᵀ)⁻¹ for each layer in turn.
+
+    Keys and residuals are read again after each layer's write.
+
+    Args:
+        edits: each with a subject that occurs in its prompt.
+        text: plain text for the second moments; None: the model's own samples.
+        anchors: facts whose value norms NAS takes as its measure; needed with ``nas``, and not from a test set.
+    Returns:
+        one LowRank(out, in) of rank len(edits) per layer; the keys of this commit travel along in ``extras``.
+    Raises:
+        SubjectNotFound, Contradiction, Diverged, LayerOutOfRange.
+    Source: Meng et al. 2023 (arXiv:2210.07229), algorithm 1.
+    Differs: prefixes are fixed; earlier commits are remembered; see ``spread``.
+    """
+    check_contradictions(edits)
+    start = time.perf_counter()
+    layers = _layers(lm, cfg)
+    tokens = cfg.moment_tokens or 10 * lm.layout.d_ff
+    moments = second_moments(lm, layers, text=text, tokens=tokens, progress=progress)
+    joint = (cfg.spread or ("joint" if lm.layout.post_norm else "residual")) == "joint"
+    with frozen(lm):
+        values = _values(lm, edits, layers, cfg, joint, progress)
+        notes: dict[str, object] = {
+            "layers": layers, "spread": "joint" if joint else "residual", "steps": values.steps,
+            "loss": [round(x, 4) for x in values.loss], "moments": moments.source,
+            "moment_tokens": moments.tokens, "moment_agreement": moments.agreement,
+        }  # fmt: skip
+        if cfg.nas:
+            values, notes["nas"] = _anchored(lm, values, layers, cfg, joint, anchors, progress)
+        deltas, keys = _write(lm, edits, values, layers, cfg, joint, moments.c)
+    return WeightPatch.make(
+        lm, deltas, method="memit", config=cfg, edits=edits, seconds=time.perf_counter() - start, notes=notes,
+        extras={f"keys.{layer}": k for layer, k in keys.items()},
+    )  # fmt: skip
+
+
+def _layers(lm: LM, cfg: Config) -> list[int]:
+    if cfg.layers is not None:
+        if not cfg.layers:
+            raise BadInput("memit got no layers. Name at least one, or leave layers out.")
+        return sorted({lm.layout.check_layer(layer) for layer in cfg.layers})
+    first_layer = round(0.15 * lm.layout.n_layers)
+    return list(range(first_layer, min(first_layer + 4, lm.layout.n_layers)))
+
+
+def _values(
+    lm: LM, edits: Sequence[Edit], layers: list[int], cfg: Config, joint: bool, progress: Progress | None
+) -> Values:
+    if joint:
+        return search(lm, edits, layers, cfg, hits=cfg.hits, progress=progress)
+    return search(lm, edits, layers[-1:], cfg, site="block", hits=cfg.hits, progress=progress)
+
+
+def _write(
+    lm: LM, edits: Sequence[Edit], values: Values, layers: list[int], cfg: Config, joint: bool, c: dict[int, Tensor]
+) -> tuple[dict[str, Delta], dict[int, Tensor]]:
+    """Solve layer after layer, each under the writes before it. The writes are hooks: no weight is touched."""
+    deltas: dict[str, Delta] = {}
+    kept: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for place, layer in enumerate(layers):
+            keys, output, state = _read(lm, edits, layer, layers[-1], cfg)
+            if joint:
+                goal = values.written[layer] + values.delta[:, place]
+                residual = goal - output  # [u, d]
+            else:
+                goal = values.clean[:, 0] + values.delta[:, 0]
+                residual = (goal - state) / (len(layers) - place)
+            earlier = _earlier_keys(lm, layer) if cfg.prev_keys and not cfg.faithful else None
+            a = _solve(keys.T, c[layer].to(keys.device), cfg, earlier)  # [f, u]
+            name = lm.layout.weight(lm.layout.downs[layer])
+            deltas[name] = LowRank(residual.T.float().contiguous(), a.T.float().contiguous())
+            kept[layer] = keys.float()
+            if place + 1 < len(layers):
+                part = WeightPatch.make(lm, {name: deltas[name]}, method="memit", config=cfg, edits=(), seconds=0.0)
+                stack.enter_context(apply(lm, part, mount="side"))
+    return deltas, kept
+
+
+def _solve(keys: Tensor, c: Tensor, cfg: Config, earlier: Tensor | None) -> Tensor:
+    """[f, u]: what multiplies the residuals."""
+    if cfg.solver == "alphaedit":
+        basis = null_space(c, cfg.keep)
+        ridge = cfg.ridge * float((basis.T @ keys.double()).square().sum(0).median())
+        return projected(basis, keys, ridge, earlier)
+    weighted = cfg.weight * c.double()
+    if cfg.frobenius:
+        weighted = weighted + cfg.frobenius * weighted.diagonal().mean() * torch.eye(len(c), device=c.device)
+    return woodbury(factor(weighted), keys, earlier)
+
+
+def _earlier_keys(lm: LM, layer: int) -> Tensor | None:
+    """[f, n] keys that memit patches now on the model have written at this layer."""
+    found = [a.patch.extras[f"keys.{layer}"] for a in applied(lm) if f"keys.{layer}" in a.patch.extras]
+    return torch.cat(found).T.to(lm.device) if found else None
+
+
+@torch.no_grad()
+def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Read the model as it now is, at each subject's last token.
+
+    Returns:
+        keys [u, f] at ``layer``, half the bare prompt's and half the mean over prefixes; on the bare prompt, the
+        down-projection's output [u, d] there and the output [u, d] of block ``last``.
+    """
+    heads = prefixes(cfg.short_prefixes, cfg.long_prefixes)
+    prompts = [head + e.prompt for e in edits for head in heads]
+    rows = encode_all(lm, prompts, None, [e.subject for e in edits for _ in heads], [len(h) for _ in edits for h in heads])
+    f, d = lm.layout.d_ff, lm.layout.d_model
+    keys, outputs, states = (torch.zeros(len(rows), n, device=lm.device) for n in (f, d, d))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    for start in range(0, len(order), 64):
+        pick = order[start : start + 64]
+        ids, mask = pad([rows[i].ids[: (rows[i].subject_last or 0) + 1] for i in pick], pad_id(lm), side="left")
+        ids, mask = ids.to(lm.device), mask.to(lm.device)  # [n, T]; nothing after the subject is needed
+
+        def see(_: object, args: tuple[Tensor, ...], output: Tensor, pick: list[int] = pick) -> None:
+            n = len(pick)
+            keys[pick] = args[0].reshape(n, -1, f)[:, -1].float()
+            outputs[pick] = first(output).reshape(n, -1, d)[:, -1].float()
+
+        with hooked(lm.module(lm.layout.downs[layer]).register_forward_hook(see)):
+            states[pick] = blocks(lm, ids, mask, position_ids=positions(mask), last=last)[:, -1].float()
+    grouped = keys.reshape(len(edits), len(heads), f)
+    mixed = grouped[:, 0] if len(heads) == 1 else (grouped[:, 0] + grouped[:, 1:].mean(1)) / 2
+    return mixed, outputs[:: len(heads)], states[:: len(heads)]
+
+
+def _anchored(
+    lm: LM, values: Values, layers: list[int], cfg: Config, joint: bool, anchors: Sequence[Edit] | None,
+    progress: Progress | None,
+) -> tuple[Values, dict[str, object]]:  # fmt: skip
+    """NAS: v* ← v* M/|v*| with M the mean |v*| of anchor facts, top 5 % dropped; above 2M the fact is skipped."""
+    if not anchors:
+        raise BadInput("nas needs anchor facts to take its norm from. Pass anchors=..., facts outside the test set.")
+    if not joint:
+        raise BadInput("nas works on the down-projection's output here. Set spread='joint'.")
+    seen = _values(lm, anchors, layers, cfg, joint, progress)
+    norms = (seen.written_stack(layers) + seen.delta).norm(dim=-1)  # [anchors, n]
+    measure = torch.stack([n[n <= n.quantile(0.95)].mean() for n in norms.T])  # [n]
+    clean = values.written_stack(layers)  # [u, n, d]
+    goal = clean + values.delta
+    size = goal.norm(dim=-1, keepdim=True)  # [u, n, 1]
+    skipped = size > 2 * measure[None, :, None]
+    goal = torch.where(skipped, clean, goal * (measure[None, :, None] / size))
+    notes: dict[str, object] = {
+        "norm": [round(float(x), 4) for x in measure],
+        "anchors": len(anchors),
+        "skipped": int(skipped.any(1).sum()),
+    }
+    return replace(values, delta=goal - clean), notes
+
+
+def example(lm: LM) -> tuple[list[Edit], Config]:
+    """Edits and settings that run in milliseconds on a tiny model."""
+    edits = [
+        Edit("The Eiffel Tower is in", subject="Eiffel Tower", target="Rome"),
+        Edit("Steve Jobs founded", subject="Steve Jobs", target="Paris"),
+    ]
+    return edits, Config(layers=(1, 2), steps=3, moment_tokens=2048, long_prefixes=1, weight=10.0)

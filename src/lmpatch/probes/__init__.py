@@ -1,0 +1,1 @@
+"""Probes observe a model and leave it as it was."""
