@@ -189,14 +189,15 @@ class _Search:
         state = self.full
         for step in range(1, cfg.steps + 1):
             at = torch.tensor(live, device=device)
-            leaf = delta[at].requires_grad_()
-            loss, hit = self._loss(leaf, state, at)
+            with torch.enable_grad():
+                leaf = delta[at].requires_grad_()
+                loss, hit = self._loss(leaf, state, at)
+                (grad,) = torch.autograd.grad(loss.sum(), leaf)
             seen = loss.tolist()
             if not all(x == x and abs(x) != float("inf") for x in seen):
                 raise Diverged(f"the value search left the finite numbers at step {step}. Lower lr, now {cfg.lr}.")
             streak = [s + 1 if h else s for s, h in zip(streak, hit, strict=True)]
             ended = [x < cfg.stop or (self.hits is not None and s >= self.hits) for x, s in zip(seen, streak, strict=True)]
-            (grad,) = torch.autograd.grad(loss.sum(), leaf)
             keep = [i for i, stop in enumerate(ended) if not stop]
             for i, fact in enumerate(live):
                 losses[fact] = seen[i]

@@ -199,9 +199,9 @@ class _Batch:
 
     def loss(self, lm: LM, change: _Full | _LoRA) -> Tensor:
         """Mean over facts of the mean over target tokens, nats."""
-        with hooked(*change.hooks(lm)):
+        with torch.enable_grad(), hooked(*change.hooks(lm)):
             out = self.recording.forward(self.recording.hidden[self.lowest], self.lowest)
-        return (nll(lm, out[self.row, self.column], self.label) * self.weight).sum()
+            return (nll(lm, out[self.row, self.column], self.label) * self.weight).sum()
 
 
 def example(lm: LM) -> tuple[list[Edit], Config]:

@@ -40,13 +40,13 @@ class Config:
     where a norm follows the MLP (Gemma 2 and 3), where linear writes do not add up. None: joint exactly there."""
     steps: int = 20
     """Gradient steps that search the values."""
-    lr: float = 0.03
+    lr: float = 0.3
     """Adam's step per entry of the value, in units of the value's RMS."""
     kl: float = 0.0625
     """Weight of KL(p_δ || p_0) at the end of "{subject} is a"."""
-    decay: float = 0.5
-    """Weight of |δ|²/|v|²."""
-    clamp: float = 0.75
+    decay: float = 0.0
+    """Weight of |δ|²/|v|², see ``rome``."""
+    clamp: float = 4.0
     """|δ| stays below this many |v|."""
     stop: float = 0.05
     """The search of a fact ends at this loss, nats."""

@@ -1,0 +1,140 @@
+"""MEMIT spreads facts over layers, remembers earlier commits, and its options do what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import real_gemma, tiny_lm
+
+from lmpatch.data.edit import Edit
+from lmpatch.errors import BadInput, Contradiction
+from lmpatch.methods import memit
+from lmpatch.methods._moments import second_moments
+from lmpatch.methods._solve import null_space
+from lmpatch.models.lm import LM
+from lmpatch.models.run import generate
+from lmpatch.patches.ledger import apply
+
+EDITS, CFG = memit.example(tiny_lm("llama"))
+LATER = [Edit("The Space Needle is in", subject="Space Needle", target="Tokyo")]
+EXACT = replace(CFG, weight=1e-6, layers=(1,))
+
+
+def change(patch: object, place: int = 0) -> torch.Tensor:
+    delta = list(patch.deltas.values())[place]
+    return (delta.b @ delta.a).double()
+
+
+def test_with_a_vanishing_weight_the_last_layer_inserts_all_that_is_left(lm: LM) -> None:
+    cfg = replace(EXACT, spread="joint", long_prefixes=0)
+    patch = memit.fit(lm, EDITS, cfg)
+    keys = patch.extras["keys.1"].double()  # [u, f]
+    values = memit._values(lm, EDITS, [1], cfg, True, None)
+    torch.testing.assert_close(change(patch) @ keys.T, values.delta[:, 0].T.double(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_large_weight_writes_next_to_nothing(lm: LM) -> None:
+    small, large = (change(memit.fit(lm, EDITS, replace(CFG, weight=w))).norm() for w in (1.0, 1e9))
+    assert large < 1e-4 * small
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_residual_spread_brings_the_state_near_its_goal(family: str) -> None:
+    lm = tiny_lm(family)
+    cfg = replace(CFG, spread="residual", weight=1e-3, long_prefixes=0, clamp=0.3)
+    values = memit._values(lm, EDITS, [1, 2], cfg, False, None)
+    goal = values.clean[:, 0] + values.delta[:, 0]
+    start = (goal - memit._read(lm, EDITS, 2, 2, cfg)[2]).norm()
+    with apply(lm, memit.fit(lm, EDITS, cfg), mount="side"):
+        left = (goal - memit._read(lm, EDITS, 2, 2, cfg)[2]).norm()
+    assert left < 0.3 * start
+
+
+def test_behind_a_norm_the_joint_spread_beats_the_residual_one() -> None:
+    lm = tiny_lm("gemma3")
+    loss = {}
+    for spread in ("joint", "residual"):
+        cfg = replace(CFG, spread=spread, weight=1e-3, long_prefixes=0, steps=25, lr=0.1, clamp=2.0)
+        with apply(lm, memit.fit(lm, EDITS, cfg), mount="side"):
+            loss[spread] = -sum(s.total for s in score_all(lm))
+    assert loss["joint"] < loss["residual"]
+
+
+def score_all(lm: LM) -> list[object]:
+    from lmpatch.models.run import score
+
+    return score(lm, [e.prompt for e in EDITS], [e.target for e in EDITS])
+
+
+def test_none_chooses_the_spread_by_the_norm_behind_the_mlp() -> None:
+    for family, spread in (("gemma3", "joint"), ("llama", "residual")):
+        assert memit.fit(tiny_lm(family), EDITS, CFG).notes["spread"] == spread
+
+
+def test_earlier_keys_are_kept_still_when_asked(lm: LM) -> None:
+    first = memit.fit(lm, EDITS, EXACT)
+    keys = first.extras["keys.1"].double().T
+    with apply(lm, first, mount="side"):
+        moved = {
+            prev: (change(memit.fit(lm, LATER, replace(EXACT, prev_keys=prev))) @ keys).norm() for prev in (True, False)
+        }
+    assert moved[True] < 0.1 * moved[False]
+
+
+def test_alphaedit_leaves_the_dropped_directions_alone(lm: LM) -> None:
+    cfg = replace(CFG, solver="alphaedit")
+    patch = memit.fit(lm, EDITS, cfg)
+    c = second_moments(lm, [1, 2], tokens=2048).c
+    for place, layer in enumerate((1, 2)):
+        basis = null_space(c[layer], cfg.keep)
+        w = change(patch, place)
+        assert (w - w @ basis @ basis.T).norm() < 1e-5 * w.norm()
+
+
+def test_two_models_do_not_share_their_earlier_keys() -> None:
+    a, b = tiny_lm("llama"), tiny_lm("llama")
+    want = change(memit.fit(b, LATER, EXACT))
+    with apply(a, memit.fit(a, EDITS, EXACT)):
+        assert torch.equal(change(memit.fit(b, LATER, EXACT)), want)
+
+
+def test_frobenius_shrinks_the_change_and_zero_is_off(lm: LM) -> None:
+    plain, off, on = (change(memit.fit(lm, EDITS, replace(CFG, frobenius=x))) for x in (0.0, 0.0, 10.0))
+    assert torch.equal(plain, off) and on.norm() < plain.norm()
+
+
+def test_nas_gives_every_value_the_anchors_norm_or_skips_it() -> None:
+    lm = tiny_lm("gemma3")
+    cfg = replace(CFG, nas=True, spread="joint")
+    values = memit._values(lm, EDITS, [1, 2], cfg, True, None)
+    anchored, notes = memit._anchored(lm, values, [1, 2], cfg, True, LATER, None)
+    goal = anchored.written_stack([1, 2]) + anchored.delta
+    measure = torch.tensor(notes["norm"])
+    kept = ((values.written_stack([1, 2]) + values.delta).norm(dim=-1) <= 2 * measure)
+    assert kept.any() and notes["skipped"] == int((~kept).any(1).sum())
+    torch.testing.assert_close(goal.norm(dim=-1)[kept], measure.expand_as(kept)[kept], atol=1e-3, rtol=1e-3)
+    assert (anchored.delta[~kept] == 0).all()
+
+
+def test_bad_settings_and_facts_are_refused(lm: LM) -> None:
+    with pytest.raises(BadInput, match="anchor"):
+        memit.fit(lm, EDITS, replace(CFG, nas=True))
+    with pytest.raises(BadInput, match="no layers"):
+        memit.fit(lm, EDITS, replace(CFG, layers=()))
+    with pytest.raises(Contradiction):
+        memit.fit(lm, [*EDITS, Edit(EDITS[0].prompt, subject="Eiffel Tower", target="Oslo")], CFG)
+
+
+@pytest.mark.real
+def test_gemma_takes_three_facts_in_one_commit() -> None:
+    lm = real_gemma()
+    edits = [
+        Edit("The Eiffel Tower is located in the city of", subject="Eiffel Tower", target="Rome"),
+        Edit("The capital of Australia is", subject="Australia", target="Sydney"),
+        Edit("The mother tongue of Danielle Darrieux is", subject="Danielle Darrieux", target="English"),
+    ]
+    with apply(lm, memit.fit(lm, edits, memit.Config(long_prefixes=1, moment_tokens=4096))):
+        told = generate(lm, [e.prompt for e in edits], max_new_tokens=4)
+    assert sum(t.strip().startswith(e.target) for t, e in zip(told, edits, strict=True)) >= 2
