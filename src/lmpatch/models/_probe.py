@@ -111,11 +111,11 @@ def mixes_tokens(model: Any, ids: Tensor, sources: Sequence[str], target: str) -
 
     def push(state: Tensor) -> Tensor:
         state = state.clone()
-        state.view(-1, state.shape[-1])[-2] *= -2  # [T, width]
+        state[..., -2, :] *= -2  # [1, T, width], or [T, width] where a model flattens the batch
         return state
 
     def keep(state: Tensor) -> None:
-        seen.append(state.view(-1, state.shape[-1])[-1].float())
+        seen.append(state[..., -1, :].float())
 
     forward(model, ids, {target: keep}, stop=target)
     forward(model, ids, {**dict.fromkeys(sources, push), target: keep}, stop=target)
@@ -138,6 +138,7 @@ def post_norm(model: Any, ids: Tensor, block: str, down: str) -> bool:
     return float(moved) < 0.05 * (large - small)
 
 
+@torch.no_grad()
 def embed_scale(model: Any, ids: Tensor, embed: str, block: str) -> float:
     """Differences between two rows of tokens, so that position embeddings cancel."""
     other = ids.roll(1, dims=1)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,12 +78,12 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
 
 
 def _convert(file: Path, out: Path) -> None:
@@ -113,9 +114,11 @@ def _slim(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["added_tokens_decoder"] = {
-        str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in tokenizer["added_tokens"]
-    }
+    config["added_tokens_decoder"] = {str(token["id"]): _without_id(token) for token in tokenizer["added_tokens"]}
     for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
         text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _without_id(token: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in token.items() if key != "id"}

@@ -14,6 +14,17 @@ WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
+def is_id(name: str) -> bool:
+    """Could this be a repository's name, ``model`` or ``owner/model``?"""
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return True
+
+
 def local_folder(repo: str) -> Path | None:
     """The snapshot of a repository in the local cache, if it has a config and every weight file."""
     from huggingface_hub import try_to_load_from_cache

@@ -75,7 +75,7 @@ class Layout:
 
 
 def discover(model: Any, tokenizer: Any = None) -> Layout:
-    """Find the parts of a causal LM by structure and verify them (three forwards of five tokens, and some through the first block).
+    """Find the parts of a causal LM by structure, and verify them: three forwards of five tokens and some partial ones.
 
     Args:
         model: a transformers causal LM in evaluation mode. It is left as it was.
@@ -127,6 +127,9 @@ def verify(model: Any, layout: Layout, ids: Tensor) -> None:
     """
     singles = (layout.embed, *layout.blocks, *layout.downs, *layout.attn_outs, *layout.tail)
     hooked = (*singles, *(n for group in (*layout.ups, *layout.attn_ins) for n in group))
+    known = {name for name, _ in model.named_modules()}
+    if absent := [name for name in hooked if name not in known]:
+        raise UnknownLayout(f"the layout names modules that the model does not have: {absent[:4]}.")
     counts: Counter[str] = Counter()
     states: list[Tensor] = []
 
@@ -239,7 +242,10 @@ def _check_tail(model: Any, layout: Layout, state: Tensor, logits: Tensor) -> No
         error = float((state.float() - logits.float()).norm() / logits.float().norm())
     if not error < (1e-4 if state.dtype == torch.float32 else 2e-2):
         steps = " -> ".join(layout.tail)
-        raise UnknownLayout(f"{steps} miss the model's logits by {error:.1%}: something else scales them. {REMEDY}")
+        raise UnknownLayout(
+            f"{steps} miss the model's logits by {error:.1%}. Something else changes them, such as a logit scale; only "
+            "the soft-cap config.final_logit_softcapping is supported."
+        )
 
 
 def _softcap(model: Any) -> float | None:

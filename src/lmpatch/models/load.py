@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from .cache import converted, quiet, sha256_file
 from .layout import Layout, discover, verify
 from .lm import LM
 from .run import Progress
-
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load(
@@ -115,7 +112,7 @@ def _find(source: str | Path, download: bool, code: bool, progress: Progress | N
         if path.suffix.lower() != ".gguf":
             raise BadInput(f"{path} is a file but no .gguf. Pass the folder that holds config.json and the weights.")
         return converted(path.stem, sha256_file(path), lambda _: path.absolute(), progress)
-    if not HUB_ID.fullmatch(str(source)) or path.suffix.lower() == ".gguf":
+    if not hub.is_id(str(source)) or path.suffix.lower() == ".gguf":
         raise BadInput(f"there is no file or folder {path}.")
     return hub.local_folder(str(source)) or hub.fetch(str(source), download=download, code=code, progress=progress)
 

@@ -1,0 +1,173 @@
+"""Speed claims as ratios, both sides measured in this run, on this machine.
+
+    python benchmarks/speed.py DATA/counterfact/train.jsonl.gz DATA/wikitext2/raw_train_part.txt.gz
+
+writes results/speed.json. fp32, Gemma-3-270M. The plain sides are what released code does: one fact at a time, full
+forwards, logits at every position; one pass over the text per layer; one prompt at a time without a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch.nn import functional as F
+
+import lmpatch as lp
+from lmpatch.data.readers import read_edits, read_text
+from lmpatch.methods import rome
+from lmpatch.methods._moments import _accumulate, _text_rows
+from lmpatch.methods._prefixes import prefixes
+from lmpatch.methods._value import search
+from lmpatch.models.lm import LM
+from lmpatch.models.run import generate, hooked
+from lmpatch.models.tokens import Row, encode
+from lmpatch.record import hardware, now, versions
+
+RESULTS = Path(__file__).parent / "results"
+LAYER = 5
+
+
+def plain_search(lm: LM, edit: lp.Edit, cfg: rome.Config) -> torch.Tensor:
+    """The value search of one fact written down directly: every step a full forward of a padded batch with all logits."""
+    told = [encode(lm, head + edit.prompt, edit.target, edit.subject) for head in prefixes(cfg.short_prefixes, cfg.long_prefixes)]
+    rows: list[Row] = [*told, encode(lm, f"{edit.subject} is a", subject=edit.subject)]
+    width = max(len(r.ids) for r in rows)
+    ids = torch.tensor([[*r.ids, *[0] * (width - len(r.ids))] for r in rows])
+    mask = torch.tensor([[1] * len(r.ids) + [0] * (width - len(r.ids)) for r in rows])
+    at = torch.tensor([r.subject_last for r in rows])
+    module = lm.module(lm.layout.downs[LAYER])
+    seen: list[torch.Tensor] = []
+
+    def run(delta: torch.Tensor | None) -> torch.Tensor:
+        def hook(_: object, __: object, out: torch.Tensor) -> torch.Tensor:
+            seen.append(out.detach()[0, at[0]])
+            if delta is None:
+                return out
+            change = torch.zeros_like(out).index_put((torch.arange(len(rows)), at), delta.expand(len(rows), -1))
+            return out + change
+
+        with hooked(module.register_forward_hook(hook)):
+            out: torch.Tensor = lm.model(input_ids=ids, attention_mask=mask).logits.float()
+        return out
+
+    with torch.no_grad():
+        base = run(None)[-1, len(rows[-1].ids) - 1].log_softmax(-1)
+    norm = seen[0].norm()
+    delta = torch.zeros_like(seen[0], requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=cfg.lr * float(norm) / len(delta) ** 0.5)
+    for _ in range(cfg.steps):
+        logits = run(delta)
+        loss = cfg.decay * delta.square().sum() / norm**2
+        for i, row in enumerate(told):
+            want = torch.tensor(row.ids[row.target :])
+            loss = loss + F.cross_entropy(logits[i, row.target - 1 : len(row.ids) - 1], want) / len(told)
+        p = logits[-1, len(rows[-1].ids) - 1].log_softmax(-1)
+        loss = loss + cfg.kl * (p.exp() * (p - base)).sum()
+        if loss < cfg.stop:
+            break
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            delta.mul_((cfg.clamp * norm / delta.norm()).clamp(max=1))
+    return delta.detach()
+
+
+def timed_search(lm: LM, edits: list[lp.Edit], plain: int) -> dict[str, object]:
+    """All sides make every step (stop = 0), so they do the same arithmetic."""
+    cfg = rome.Config(layer=LAYER, stop=0.0)
+    start = perf_counter()
+    wanted = [plain_search(lm, e, cfg) for e in edits[:plain]]
+    slow = (perf_counter() - start) / plain
+    start = perf_counter()
+    alone = [search(lm, [e], [LAYER], cfg).delta[0, 0] for e in edits[:plain]]
+    single = (perf_counter() - start) / plain
+    start = perf_counter()
+    search(lm, edits, [LAYER], cfg)
+    batched = (perf_counter() - start) / len(edits)
+    apart = max(float((a - b).norm() / b.norm()) for a, b in zip(alone, wanted, strict=True))
+    return {
+        "what": "ROME value search, 20 steps, 10 prefixes", "plain_facts": plain, "batch_facts": len(edits),
+        "plain_s_per_fact": slow, "fast_s_per_fact": single, "batched_s_per_fact": batched,
+        "fast_ratio": slow / single, "batched_ratio": slow / batched, "largest_relative_difference_of_delta": apart,
+    }  # fmt: skip
+
+
+def timed_moments(lm: LM, text: list[str], tokens: int) -> dict[str, object]:
+    rows = _text_rows(lm, text, tokens)
+    layers = list(range(lm.layout.n_layers))
+    start = perf_counter()
+    fast, count, _ = _accumulate(lm, rows, layers, None)
+    one = perf_counter() - start
+    used = len(rows) if count >= (len(rows) - 1) * (rows.shape[1] - 1) else -(-count // (rows.shape[1] - 1))
+    start = perf_counter()
+    worst = 0.0
+    for layer in layers:
+        total = torch.zeros(lm.layout.d_ff, lm.layout.d_ff)
+
+        def add(_: object, args: tuple[torch.Tensor, ...], total: torch.Tensor = total) -> None:
+            keys = args[0][:, 1:].reshape(-1, lm.layout.d_ff)  # the start token stays out
+            total.addmm_(keys.T, keys)
+
+        with torch.no_grad(), hooked(lm.module(lm.layout.downs[layer]).register_forward_pre_hook(add)):
+            for i in range(0, used, 8):
+                lm.model(rows[i : min(i + 8, used)])
+        worst = max(worst, float((total / count - fast[layer]).norm() / fast[layer].norm()))
+    each = perf_counter() - start
+    return {
+        "what": "second moments of all layers: one pass, no head, against one full pass per layer", "tokens": count,
+        "plain_s": each, "fast_s": one, "ratio": each / one, "largest_relative_difference": worst,
+    }  # fmt: skip
+
+
+def timed_answers(lm: LM, prompts: list[str], plain: int, tokens: int) -> dict[str, object]:
+    """What the bench spends its time on: greedy answers."""
+    start = perf_counter()
+    wanted = []
+    for prompt in prompts[:plain]:
+        ids, new = list(encode(lm, prompt).ids), []
+        for _ in range(tokens):
+            with torch.no_grad():
+                token = int(lm.model(torch.tensor([ids + new])).logits[0, -1].argmax())
+            if token == lm.tokenizer.eos_token_id or "\n" in lm.tokenizer.decode([token]):
+                break
+            new.append(token)
+        wanted.append(lm.tokenizer.decode(new))
+    slow = (perf_counter() - start) / plain
+    start = perf_counter()
+    texts = generate(lm, prompts, max_new_tokens=tokens)
+    fast = (perf_counter() - start) / len(prompts)
+    same = sum(a == b for a, b in zip(texts, wanted, strict=False))
+    return {
+        "what": f"bench answers of {tokens} tokens: batched with a cache against one prompt at a time without",
+        "plain_prompts": plain, "prompts": len(prompts), "plain_s_per_prompt": slow, "fast_s_per_prompt": fast,
+        "ratio": slow / fast, "same_text": f"{same}/{plain}",
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("facts")
+    parser.add_argument("text")
+    parser.add_argument("--tokens", type=int, default=40_000, help="tokens of text for the second moments")
+    args = parser.parse_args()
+    lm = lp.load("gemma-3-270m")
+    edits = read_edits(args.facts, limit=20)
+    prompts = [p for e in read_edits(args.facts, limit=64) for p in (e.prompt, *e.rephrases)]
+    found: dict[str, object] = {"made": now(), "versions": versions(), "hardware": hardware(), "dtype": "float32"}
+    for name, run in {
+        "answers": lambda: timed_answers(lm, prompts, 6, 32),
+        "search": lambda: timed_search(lm, edits, 3),
+        "moments": lambda: timed_moments(lm, read_text(args.text), args.tokens),
+    }.items():
+        found[name] = run()
+        print(json.dumps(found[name], indent=1), flush=True)
+        (RESULTS / "speed.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The calls that take a name: ``fit`` with a method, run a ``probe``, run a ``bench``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .data.edit import Edit, check_contradictions
+from .data.readers import read_edits
+from .errors import BadInput
+from .models.lm import LM
+from .models.run import Progress
+from .patches.ledger import Mount
+from .patches.patch import Patch
+from .registry import get
+from .room import need_room
+from .settings import resolve
+
+if TYPE_CHECKING:
+    from .benches._report import Report
+
+
+def fit(
+    lm: LM,
+    method: str,
+    edits: Sequence[Edit],
+    *,
+    text: Sequence[str] | None = None,
+    anchors: Sequence[Edit] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Patch:
+    """Make a patch that writes ``edits`` into the model. The model itself stays as it was, to the bit.
+
+    Args:
+        method: a name from ``registry.names("methods")``.
+        edits: the facts of one commit.
+        text: plain text for methods that take second moments; each has its own default.
+        anchors: facts outside the test set, for methods that measure on them first (memit's ``nas``).
+        progress: called with (done, total, what).
+        settings: fields of the method's ``Config``; the rest keep their defaults.
+    Raises:
+        UnknownName: no such method.
+        BadInput: no edits, an unknown setting or one of another type, or text for a method that reads none.
+        Contradiction: two edits ask for different answers to one prompt.
+        NotEnoughMemory: the method's estimate is above what is free.
+    """
+    module = get("methods", method)
+    config = resolve(module.Config, settings)
+    if not edits:
+        raise BadInput(f"{method} was given no edits. Give at least one.")
+    check_contradictions(edits)
+    material = _material(module.fit, method, text=text, anchors=anchors)
+    if hasattr(module, "estimate"):
+        need_room(module.estimate(lm, len(edits), config), lm.device, f"{method} with {len(edits)} edits")
+    patch: Patch = module.fit(lm, edits, config, progress=progress, **material)
+    return patch
+
+
+def probe(
+    lm: LM,
+    name: str,
+    data: Sequence[Edit] | str | Path,
+    *,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Any:
+    """Observe the model on data. The model is the same afterwards, to the bit.
+
+    Args:
+        name: a name from ``names("probes")``.
+        data: records, or the path of a file of them.
+        limit: at most this many records of a file.
+        settings: fields of the probe's ``Config``.
+    Returns:
+        the probe's own result; ``causal_trace`` gives one ``Trace`` a record.
+    Raises:
+        UnknownName: no such probe.
+        BadInput: an unknown setting, or one of another type.
+    """
+    module = get("probes", name)
+    config = resolve(module.Config, settings)
+    edits = read_edits(data, limit=limit) if isinstance(data, (str, Path)) else data
+    return module.run(lm, edits, config, progress=progress)
+
+
+def bench(
+    lm: LM,
+    name: str,
+    data: Sequence[Edit] | str | Path,
+    *,
+    patch: Patch | None = None,
+    method: str | None = None,
+    method_settings: Mapping[str, Any] | None = None,
+    mount: Mount = "bake",
+    limit: int | None = None,
+    unrelated: str | Path | None = None,
+    text: Sequence[str] | None = None,
+    anchors: Sequence[Edit] | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Report:
+    """Measure the model on data beside its baselines: with a patch, with patches a method makes, or alone.
+
+    Args:
+        name: a name from ``names("benches")``.
+        data: records, or the path of a file of them.
+        patch: scored on all records.
+        method: makes the patches of each commit, with ``method_settings``, ``text`` and ``anchors`` as in ``fit``.
+        limit: at most this many records of a file.
+        unrelated: a file of questions that edits must leave alone.
+        out: folder for rows and records. A run that is there already goes on where it stopped.
+        settings: fields of the bench's ``Config``.
+    Returns:
+        the report: rows, numbers, ``table()``, ``save_html(path)``.
+    Raises:
+        UnknownName: no such bench or method.
+        BadInput: a setting that does not exist or has another type, or both ``patch`` and ``method``.
+        NotEnoughMemory: scoring would need more than is free.
+    """
+    if patch is not None and method is not None:
+        raise BadInput("give either a patch or a method that makes patches, not both.")
+    module = get("benches", name)
+    config = resolve(module.Config, settings)
+    path = data if isinstance(data, (str, Path)) else None
+    edits = (
+        data if path is None else module.load(path, limit=limit, **_material(module.load, name, unrelated=unrelated))
+    )
+    makers: dict[str, Any] = {"patch": patch}
+    if method is not None:
+        makers = _makers(method, dict(method_settings or {}), {"text": text, "anchors": anchors})
+    source = "" if path is None else Path(path).name
+    report: Report = module.run(lm, edits, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
+    return report
+
+
+def _makers(method: str, settings: dict[str, Any], material: dict[str, Any]) -> dict[str, Any]:
+    """What a bench needs to make patches with a method: one commit at a time, or many single edits in one go."""
+    module = get("methods", method)
+    config = resolve(module.Config, settings)
+    given = _material(module.fit, method, **material)
+    makers = {
+        "make": lambda lm, edits: fit(lm, method, edits, **material, **settings),
+        "settings": asdict(config),
+        "run_id": method,
+    }
+    if hasattr(module, "fit_each"):
+        makers["make_each"] = lambda lm, edits: module.fit_each(lm, edits, config, **given)
+    return makers
+
+
+def _material(function: Callable[..., Any], name: str, **given: Any) -> dict[str, Any]:
+    """What was given, once it is certain that the function takes it."""
+    known = inspect.signature(function).parameters
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in given:
+        if key not in known:
+            raise BadInput(f"{name} reads no {key}. Leave {key} out.")
+    return given

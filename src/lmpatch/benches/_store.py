@@ -1,0 +1,140 @@
+"""Where a bench keeps its rows: a folder of JSON lines that survives an interruption.
+
+    rows.jsonl     one line per scored prompt
+    chunks.jsonl   one line per finished chunk: costs, health, collisions. Rows of other chunks do not count
+    runs.jsonl     one line per run: what it was and its numbers
+    base/          what the unpatched model said, by (weights, prompts, protocol)
+
+A run appends the rows of a chunk, then the chunk's line, each flushed to disk. What an interruption leaves
+behind, half a line or rows without their chunk, is cleared when the folder is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, BadRecord
+from ._rows import Row
+
+Json = dict[str, Any]
+
+
+class Store:
+    """The folder, or only memory without one. One process writes at a time."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.runs: dict[str, Json] = {}
+        self.chunks: dict[tuple[str, int], Json] = {}
+        self._rows: list[Row] = []
+        if folder is None:
+            return
+        if folder.exists() and not folder.is_dir():
+            raise BadInput(f"{folder} is a file. Give a folder for the results.")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.runs = {run["run_id"]: run for run in self._read("runs")}
+        self.chunks = {(chunk["run_id"], chunk["chunk"]): chunk for chunk in self._read("chunks")}
+        found = [Row.read(record) for record in self._read("rows")]
+        self._rows = [row for row in found if (row.run_id, row.chunk) in self.chunks]
+        if len(self._rows) < len(found):
+            self._rewrite("rows", (asdict(row) for row in self._rows))
+
+    def open_run(self, identity: Json) -> None:
+        """Begin or go on with a run.
+
+        Args:
+            identity: its record so far, with ``run_id``, ``comparable_group`` and ``settings``.
+        Raises:
+            BadInput: the folder holds runs that cannot be compared, or this run with other settings.
+        """
+        name, group = identity["run_id"], identity["comparable_group"]
+        for other in self.runs.values():
+            if other["comparable_group"] != group:
+                raise BadInput(
+                    f"{self.folder} holds the run {other['run_id']!r} made with {_differences(other, identity)}. "
+                    "Numbers of both cannot share a table. Choose another folder."
+                )
+        known = self.runs.get(name)
+        if known and known["settings"] != identity["settings"]:
+            raise BadInput(
+                f"{self.folder} holds the run {name!r} with other settings: {_differences(known, identity)}. "
+                "Choose another run_id or another folder."
+            )
+        if not known:
+            self.put_run(identity)
+
+    def put_run(self, record: Json) -> None:
+        """Write a run's record, in place of an older one."""
+        self.runs[record["run_id"]] = record
+        self._rewrite("runs", self.runs.values())
+
+    def add(self, chunk: Json, rows: Sequence[Row]) -> None:
+        """Keep a finished chunk."""
+        self._append("rows", [asdict(row) for row in rows])
+        self._append("chunks", [chunk])
+        self._rows += rows
+        self.chunks[chunk["run_id"], chunk["chunk"]] = chunk
+
+    def rows_of(self, run_id: str) -> list[Row]:
+        """All rows of finished chunks."""
+        return [row for row in self._rows if row.run_id == run_id]
+
+    def chunks_of(self, run_id: str) -> list[Json]:
+        """Records of finished chunks, in order."""
+        return [self.chunks[key] for key in sorted(self.chunks) if key[0] == run_id]
+
+    def _path(self, name: str) -> Path | None:
+        return self.folder / f"{name}.jsonl" if self.folder else None
+
+    def _read(self, name: str) -> list[Json]:
+        path = self._path(name)
+        if path is None or not path.is_file():
+            return []
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        records = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise BadRecord(f"{path} line {number} is no JSON ({error}). Remove the line or the folder.") from error
+        return records
+
+    def _append(self, name: str, records: Iterable[Json]) -> None:
+        path = self._path(name)
+        if path:
+            with path.open("ab") as file:
+                _write(file, records)
+
+    def _rewrite(self, name: str, records: Iterable[Json]) -> None:
+        path = self._path(name)
+        if path:
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                _write(file, records)
+            partial.replace(path)
+
+
+def _write(file: Any, records: Iterable[Json]) -> None:
+    file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """What two records were asked differently, as a person reads it."""
+    found = []
+    for key in sorted({*a, *b}):
+        if isinstance(a.get(key), dict) and isinstance(b.get(key), dict):
+            found += [_differences(a[key], b[key])] if a[key] != b[key] else []
+        elif a.get(key) != b.get(key) and key not in ("run_id", "comparable_group", "started", "versions", "hardware"):
+            found.append(f"{key} {a.get(key)!r}, asked now {b.get(key)!r}")
+    return "; ".join(found) or "other settings"

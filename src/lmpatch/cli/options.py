@@ -1,0 +1,95 @@
+"""Arguments and options that several commands share, and how they become a model and patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..errors import BadInput
+from .screen import note, progress
+
+if TYPE_CHECKING:
+    from ..models.lm import LM
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="gemma-3-270m, a folder, a hub id or a .gguf file.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "auto"], typer.Option(help="Number format the model is loaded in.")
+]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+Download = Annotated[bool, typer.Option("--download", help="Allow a hub model that is not here yet to be fetched.")]
+Patches = Annotated[
+    list[Path] | None,
+    typer.Option("-p", "--patch", metavar="PATCH", help="A patch folder; may repeat, put on in this order."),
+]
+Mount = Annotated[
+    Literal["bake", "side"],
+    typer.Option(help="bake writes the weights (undone from kept originals), side adds a hook."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, probe or bench; may repeat."),
+]
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="Plain text for second moments; without it, the model's own samples."),
+]
+Anchors = Annotated[
+    Path | None,
+    typer.Option("--anchors", metavar="FILE", help="Facts outside the test set, for methods that measure on them."),
+]
+Out = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Folder to write. It must not exist yet.")]
+
+
+def open_model(model: str, dtype: str = "float32", device: str = "cpu", download: bool = False) -> LM:
+    """Load a model with a progress bar, and name the licence of a packaged one."""
+    from ..models.load import licence, load
+
+    if terms := licence(model):
+        note(terms)
+    with progress() as bar:
+        return load(model, dtype=dtype, device=_device(device), download=download, progress=bar)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(f"device {name!r} cannot be used here: {error}") from None
+    return name
+
+
+@contextmanager
+def patched(lm: LM, patches: Sequence[Path], mount: Literal["bake", "side"]) -> Iterator[None]:
+    """The patches of these folders on the model, in order; off again at the end."""
+    from ..patches.file import load_patch
+    from ..patches.ledger import apply
+
+    loaded = [load_patch(path) for path in patches]
+    with ExitStack() as stack:
+        for patch in loaded:
+            stack.enter_context(apply(lm, patch, mount=mount))
+        yield
+
+
+def material(text: Path | None, anchors: Path | None) -> dict[str, Any]:
+    """What the two files hold, as ``fit`` and ``bench`` take it."""
+    from ..data.readers import read_edits, read_text
+
+    return {"text": read_text(text) if text else None, "anchors": read_edits(anchors) if anchors else None}
+
+
+def new_path(path: Path) -> Path:
+    """The path, once it is certain that nothing stands there: asked before work starts, not after.
+
+    Raises:
+        BadInput: something does.
+    """
+    if path.exists():
+        raise BadInput(f"{path} exists already. Give another -o, or remove it first.")
+    return path

@@ -1,0 +1,194 @@
+"""Proofs on a user's own model that patching it will work, and what fits in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LmpatchError
+from .models.lm import LM
+from .models.replay import record
+from .models.run import Progress, first, hidden, hooked
+from .models.tokens import encode_all
+from .patches.delta import LowRank
+from .patches.ledger import apply
+from .patches.weight import WeightPatch
+from .record import hash_tensors
+from .registry import get, names
+from .room import free_bytes, size
+
+PROMPTS = ("The capital of France is", "Water boils at a temperature of one hundred degrees", "Hello")
+MOUNTS: tuple[Literal["bake", "side"], ...] = ("bake", "side")
+STRENGTH = 0.05  # |ΔW| of the trial patch over |W|
+CROWD = 1000  # edits a method's estimate is printed for, besides one
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One proof: what was claimed, whether it held, and the figure behind it."""
+
+    claim: str
+    holds: bool
+    detail: str
+
+
+def examine(lm: LM, *, progress: Progress | None = None) -> list[Finding]:
+    """Run every proof on the model, which is the same afterwards, to the bit. Differences are shares of the spread.
+
+    Returns:
+        hooks fire once; a no-op patch changes no bit; both mounts agree; removal restores every bit; padding moves
+        nothing; replay equals the plain forward. A proof that raises counts as failed, with its message.
+    """
+    proofs = (_hooks_fire, _noop_is_exact, _mounts_agree, _removal_restores, _padding_is_safe, _replay_is_forward)
+    found = []
+    for i, proof in enumerate(proofs):
+        found.append(_settled(proof, lm))
+        if progress:
+            progress(i + 1, len(proofs), "examining")
+    return found
+
+
+def footprint(lm: LM) -> list[tuple[str, str]]:
+    """(what, how much) of memory: the weights, what is free, one rank of a patch, and each method's own estimate."""
+    layout = lm.layout
+    weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    rank = (layout.d_model + layout.d_ff) * 4
+    rows = [
+        ("weights", size(weights)),
+        (f"free on {lm.device}", size(free_bytes(lm.device))),
+        ("one edit in one layer, as a patch", size(rank)),
+        ("original kept per baked layer", size(layout.d_model * layout.d_ff * lm.dtype.itemsize)),
+        ("second moments of one layer", size(layout.d_ff**2 * 4)),
+    ]
+    for name in names("methods"):
+        method = get("methods", name)
+        if hasattr(method, "estimate"):
+            one, crowd = (size(method.estimate(lm, n, method.Config())) for n in (1, CROWD))
+            rows.append((f"fitting with {name}", f"{one} for 1 edit, {crowd} for {CROWD}"))
+    return rows
+
+
+def _settled(proof: Callable[[LM], Finding], lm: LM) -> Finding:
+    try:
+        return proof(lm)
+    except LmpatchError as error:
+        return Finding((proof.__doc__ or "").rstrip("."), False, str(error))
+
+
+@torch.no_grad()
+def _logits(lm: LM, prompt: str = PROMPTS[0]) -> Tensor:
+    """[T, V] of one prompt through the model's own forward."""
+    ids = torch.tensor([encode_all(lm, [prompt])[0].ids], device=lm.device)
+    logits: Tensor = lm.model(input_ids=ids, use_cache=False).logits[0].float()
+    return logits
+
+
+@torch.no_grad()
+def _last_states(lm: LM) -> Tensor:
+    """[n, d] after the last block at the end of each prompt, through the model's own forward, one by one."""
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        kept.append(first(output).reshape(-1, lm.layout.d_model)[-1].float())
+
+    with hooked(lm.module(lm.layout.blocks[-1]).register_forward_hook(keep)):
+        for prompt in PROMPTS:
+            _logits(lm, prompt)
+    return torch.stack(kept)
+
+
+def _hooks_fire(lm: LM) -> Finding:
+    """Every hook fires once per forward."""
+    layout, fired = lm.layout, Counter[str]()
+    inner = [name for group in (*layout.ups, *layout.attn_ins) for name in group]
+    watched = [layout.embed, *layout.blocks, *layout.downs, *layout.attn_outs, *inner, *layout.tail]
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda *_: fired.update([name])
+
+    with hooked(*(lm.module(name).register_forward_hook(count(name)) for name in watched)):
+        _logits(lm)
+    wrong = [f"{name} fired {fired[name]} times" for name in watched if fired[name] != 1]
+    return Finding("every hook fires once per forward", not wrong, "; ".join(wrong) or f"{len(watched)} modules")
+
+
+def _noop_is_exact(lm: LM) -> Finding:
+    """A patch of zeros changes no bit."""
+    before = _logits(lm)
+    differ = []
+    for mount in MOUNTS:
+        for layer in range(lm.layout.n_layers):
+            with apply(lm, _trial(lm, layer, 0.0), mount=mount):
+                if not torch.equal(before, _logits(lm)):
+                    differ.append(f"{mount} at layer {layer}")
+    return Finding("a patch of zeros changes no bit", not differ, ", ".join(differ) or f"{lm.layout.n_layers} layers")
+
+
+def _mounts_agree(lm: LM) -> Finding:
+    """Both mounts give the same logits."""
+    layer = lm.layout.n_layers // 2
+    patch = _trial(lm, layer, STRENGTH)
+    before = _logits(lm)
+    with apply(lm, patch, mount="bake") as on:
+        baked, lost = _logits(lm), on.lost
+    with apply(lm, patch, mount="side"):
+        hooked_ = _logits(lm)
+    gap, moved = _gap(baked, hooked_), _gap(baked, before)
+    holds = gap <= _tolerance(lm) and moved > 0
+    detail = (
+        f"they differ by {gap:.1e}, the patch moves them by {moved:.1e}, baking lost {lost:.1e}"
+    )
+    return Finding("both mounts give the same logits", holds, detail)
+
+
+def _removal_restores(lm: LM) -> Finding:
+    """Removal restores every bit."""
+    before = hash_tensors(lm.model.state_dict().items(), exact=True)
+    for mount in MOUNTS:
+        apply(lm, _trial(lm, lm.layout.n_layers // 2, STRENGTH), mount=mount).remove()
+    after = hash_tensors(lm.model.state_dict().items(), exact=True)
+    return Finding("removal restores every bit", before == after, f"SHA-256 {before[:12]} before, {after[:12]} after")
+
+
+def _padding_is_safe(lm: LM) -> Finding:
+    """A padded batch gives what single prompts give."""
+    gap = _gap(hidden(lm, PROMPTS), _last_states(lm))
+    return Finding("a padded batch gives what single prompts give", gap <= _tolerance(lm), f"they differ by {gap:.1e}")
+
+
+@torch.no_grad()
+def _replay_is_forward(lm: LM) -> Finding:
+    """Replay equals the plain forward."""
+    rows = [row.ids for row in encode_all(lm, PROMPTS)]
+    at = [max(0, len(row) - 3) for row in rows]
+    recording = record(lm, rows, at)
+    layer = lm.layout.n_layers // 2
+    replayed = recording.forward(recording.hidden[layer], layer)  # [n, S, d]
+    ends = torch.tensor([len(row) - 1 - t for row, t in zip(rows, at, strict=True)], device=lm.device)
+    gap = _gap(replayed[torch.arange(len(rows), device=lm.device), ends].float(), _last_states(lm))
+    return Finding("replay equals the plain forward", gap <= _tolerance(lm), f"they differ by {gap:.1e}")
+
+
+def _trial(lm: LM, layer: int, strength: float) -> WeightPatch:
+    """A random rank-one patch on one down-projection, ``strength`` of the weight's norm."""
+    name = lm.layout.weight(lm.layout.downs[layer])
+    generator = torch.Generator().manual_seed(layer)
+    b = torch.randn(lm.layout.d_model, 1, generator=generator)
+    a = torch.randn(1, lm.layout.d_ff, generator=generator)
+    norm = float(lm.parameter(name).float().norm())
+    b = b * (strength * norm / float(b.norm() * a.norm()))
+    return WeightPatch.make(lm, {name: LowRank(b, a)}, method="doctor", config={}, edits=(), seconds=0.0)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.std())
+
+
+def _tolerance(lm: LM) -> float:
+    """Largest gap that counts as agreement; the half formats round each layer's output."""
+    return 1e-4 if lm.dtype in (torch.float32, torch.float64) else 0.1

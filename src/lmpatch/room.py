@@ -1,0 +1,58 @@
+"""How much memory is free, and an error before a run that would not fit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from .errors import NotEnoughMemory
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device, within the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [_available(), *_container()]
+    return max(0, min(limits))
+
+
+def need_room(need: int, device: torch.device, what: str) -> None:
+    """Raise ``NotEnoughMemory`` when ``need`` bytes are more than is free.
+
+    Args:
+        what: who needs it, the subject of the message: ``"memit with 1000 edits"``.
+    """
+    free = free_bytes(device)
+    if need > free:
+        raise NotEnoughMemory(
+            f"{what} needs about {size(need)} on {device}; {size(free)} is free. "
+            "Give fewer facts at a time, load the model with dtype bfloat16, or use a larger machine."
+        )
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them, in powers of 1024."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def _available() -> int:
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container() -> list[int]:
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if not limit.is_file() or not used.is_file() or not limit.read_text().strip().isdigit():
+        return []
+    return [int(limit.read_text()) - int(used.read_text())]

