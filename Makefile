@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
+DATA ?= data
 
 .PHONY: help demo test lint format bench venv dev clean
 
@@ -25,8 +26,8 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## speed and quality runs; results land in benchmarks/
-	$(MAKE) -C benchmarks BIN=$(abspath $(BIN))
+bench: $(VENV)/.dev  ## the speed run; DATA is a folder with counterfact/ and wikitext2/
+	$(BIN)/python benchmarks/speed.py $(DATA)/counterfact/train.jsonl.gz $(DATA)/wikitext2/raw_train_part.txt.gz
 
 venv: $(VENV)/.installed  ## .venv with every extra
 

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
-from types import ModuleType
 from typing import Any
 
 import lmpatch as lp
 from lmpatch.data.readers import read_edits, read_text
 from lmpatch.methods import memit, rome
+from lmpatch.methods._moments import second_moments
 from lmpatch.models.lm import LM
-from lmpatch.models.run import generate
+from lmpatch.models.run import frozen, generate
 from lmpatch.patches.ledger import apply
 from lmpatch.record import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 8
+WEIGHTS: tuple[dict[str, Any], ...] = (
+    {"weight": 15.0}, {"weight": 150.0}, {"weight": 1500.0}, {"weight": 15000.0},
+    {"solver": "alphaedit"}, {"solver": "alphaedit", "ridge": 1.0},
+)  # fmt: skip
 
 
 def says(texts: list[str], answers: list[str]) -> float:
@@ -52,19 +57,31 @@ def measure(lm: LM, edits: list[lp.Edit], patches: list[Any], groups: list[list[
     return {"efficacy": told, "paraphrase": other, "unchanged": same}
 
 
-def row(lm: LM, edits: list[lp.Edit], method: ModuleType, cfg: Any, text: list[str]) -> dict[str, Any]:
+def rome_row(lm: LM, edits: list[lp.Edit], layer: int, text: list[str]) -> dict[str, Any]:
+    cfg = rome.Config(layer=layer, short_prefixes=2, long_prefixes=2)
     start = perf_counter()
-    if method is rome:
-        patches, groups = rome.fit_each(lm, edits, cfg, text=text), [[e] for e in edits]
-    else:
-        patches, groups = [memit.fit(lm, edits, cfg, text=text)], [edits]
+    patches = rome.fit_each(lm, edits, cfg, text=text)
     seconds = (perf_counter() - start) / len(edits)
-    name = method.__name__.rpartition(".")[2]
-    found = {"method": name, "config": asdict(cfg), "n": len(edits), "seconds_per_edit": seconds}
-    found |= measure(lm, edits, patches, groups)
-    print({k: round(v, 3) if isinstance(v, float) else v for k, v in found.items() if k != "config"},
-          cfg.layer if method is rome else (cfg.layers, cfg.weight, cfg.hits, cfg.solver), flush=True)  # fmt: skip
-    return found
+    return {"method": "rome", "config": asdict(cfg), "seconds_per_edit": seconds} | measure(
+        lm, edits, patches, [[e] for e in edits]
+    )
+
+
+def memit_rows(lm: LM, edits: list[lp.Edit], layers: tuple[int, ...], text: list[str]) -> Iterator[dict[str, Any]]:
+    """One value search, then a solve per weight: the values do not depend on it."""
+    cfg = memit.Config(layers=layers, long_prefixes=2, hits=2)
+    start = perf_counter()
+    c = second_moments(lm, layers, text=text, tokens=10 * lm.layout.d_ff).c
+    with frozen(lm):
+        values = memit._values(lm, edits, list(layers), cfg, True, None)
+    seconds = (perf_counter() - start) / len(edits)
+    for change in WEIGHTS:
+        now = replace(cfg, **change)
+        deltas, _ = memit._write(lm, edits, values, list(layers), now, True, c)
+        patch = lp.WeightPatch.make(lm, deltas, method="memit", config=now, edits=edits)
+        yield {"method": "memit", "config": asdict(now), "seconds_per_edit": seconds} | measure(
+            lm, edits, [patch], [edits]
+        )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -75,7 +92,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     single = [r for r in rows if r["method"] == "rome"]
     for name, mark in (("efficacy", "o"), ("paraphrase", "s"), ("unchanged", "^")):
         axes.plot([r["config"]["layer"] for r in single], [r[name] for r in single], marker=mark, label=name)
-    axes.set(xlabel="layer written by ROME", ylim=(-0.03, 1.03), title="CounterFact train, Gemma-3-270M, one fact at a time")
+    axes.set(
+        xlabel="layer written by ROME", ylim=(-0.03, 1.03), title="CounterFact train, Gemma-3-270M, one fact at a time"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=140)
@@ -85,21 +104,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("facts")
     parser.add_argument("text")
-    parser.add_argument("--single", type=int, default=24, help="facts written one at a time")
-    parser.add_argument("--many", type=int, default=50, help="facts written in one commit")
+    parser.add_argument("--single", type=int, default=16, help="facts written one at a time")
+    parser.add_argument("--many", type=int, default=40, help="facts written in one commit")
     args = parser.parse_args()
     lm = lp.load("gemma-3-270m", dtype="bfloat16")
     edits, text = read_edits(args.facts, limit=max(args.single, args.many)), read_text(args.text)
     record = {"made": now(), "versions": versions(), "hardware": hardware(), "dtype": "bfloat16", "tokens": TOKENS}
+    record |= {"single": args.single, "many": args.many}
     rows: list[dict[str, Any]] = []
-    for layer in range(12):
-        cfg = rome.Config(layer=layer, short_prefixes=2, long_prefixes=2)
-        rows.append(row(lm, edits[: args.single], rome, cfg, text))
-    for layers in ((1, 2, 3, 4), (3, 4, 5, 6), (5, 6, 7, 8), (2, 4, 6), (4, 5)):
-        for weight in (150.0, 1500.0):
-            cfg = memit.Config(layers=layers, weight=weight, long_prefixes=2, hits=2)
-            rows.append(row(lm, edits[: args.many], memit, cfg, text))
-        (RESULTS / "layers.json").write_text(json.dumps({"record": record, "rows": rows}, indent=1))
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        config = row["config"]
+        where = config["layer"] if row["method"] == "rome" else (config["layers"], config["solver"], config["weight"])
+        print(row["method"], where, {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}, flush=True)
+        (RESULTS / "layers.json").write_text(json.dumps({"record": record, "rows": rows}, indent=1) + "\n")
+
+    for layers in ((2, 3, 4, 5), (4, 5, 6, 7), (1, 2, 3), (5, 6)):
+        for found in memit_rows(lm, edits[: args.many], layers, text):
+            keep(found)
+    for layer in (0, 1, 2, 3, 4, 5, 6, 8, 10):
+        keep(rome_row(lm, edits[: args.single], layer, text))
     plot(rows, RESULTS / "layers.png")
 
 

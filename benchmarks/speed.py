@@ -32,8 +32,11 @@ LAYER = 5
 
 
 def plain_search(lm: LM, edit: lp.Edit, cfg: rome.Config) -> torch.Tensor:
-    """The value search of one fact written down directly: every step a full forward of a padded batch with all logits."""
-    told = [encode(lm, head + edit.prompt, edit.target, edit.subject) for head in prefixes(cfg.short_prefixes, cfg.long_prefixes)]
+    """One fact's value search written down directly: each step a full forward of a padded batch, all logits."""
+    told = [
+        encode(lm, head + edit.prompt, edit.target, edit.subject)
+        for head in prefixes(cfg.short_prefixes, cfg.long_prefixes)
+    ]
     rows: list[Row] = [*told, encode(lm, f"{edit.subject} is a", subject=edit.subject)]
     width = max(len(r.ids) for r in rows)
     ids = torch.tensor([[*r.ids, *[0] * (width - len(r.ids))] for r in rows])

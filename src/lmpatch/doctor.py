@@ -140,9 +140,7 @@ def _mounts_agree(lm: LM) -> Finding:
         hooked_ = _logits(lm)
     gap, moved = _gap(baked, hooked_), _gap(baked, before)
     holds = gap <= _tolerance(lm) and moved > 0
-    detail = (
-        f"they differ by {gap:.1e}, the patch moves them by {moved:.1e}, baking lost {lost:.1e}"
-    )
+    detail = f"they differ by {gap:.1e}, the patch moves them by {moved:.1e}, baking lost {lost:.1e}"
     return Finding("both mounts give the same logits", holds, detail)
 
 

@@ -61,7 +61,7 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]], *, exact: bool = False) ->
         header = f"{name}|{tuple(value.shape)}|{value.dtype if exact else ''}|"
         digest.update(header.encode())
         flat = value.contiguous().cpu().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -153,7 +153,9 @@ def test_a_locality_prompt_of_several_cases_weighs_once() -> None:
 
 def test_raw_switches_every_rule_off() -> None:
     near = {"same_relation": [Ask("B is in")]}
-    chunk = one(Edit("A is in", "x", locality=near), Edit("B is in", "y", locality=near), Edit("B is in", "z"), raw=True)
+    chunk = one(
+        Edit("A is in", "x", locality=near), Edit("B is in", "y", locality=near), Edit("B is in", "z"), raw=True
+    )
     assert chunk.commits == ((0, 1, 2),) and not any(q.flag for q in chunk.questions) and not chunk.counts
 
 

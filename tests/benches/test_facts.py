@@ -68,9 +68,7 @@ def test_rows_hold_what_the_model_says_with_and_without_the_patch(
     }  # fmt: skip
 
 
-def test_kl_is_that_of_the_full_next_token_distributions(
-    lm: LM, edits: list[Edit], make: Maker, quick: Config
-) -> None:
+def test_kl_is_that_of_the_full_next_token_distributions(lm: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     patch = make(lm, edits)
     rows = [row for row in facts.run(lm, edits, quick, patch=patch).run("rank_one").rows if row.kind.startswith("loc/")]
 

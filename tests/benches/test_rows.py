@@ -42,7 +42,9 @@ def test_reliability_is_the_mean_over_cases() -> None:
 
 
 def test_prompts_are_averaged_inside_their_case_first() -> None:
-    rows = [row("a", "rephrase", em=True)] * 3 + [row("b", "rephrase", em=e) for e in (False, False, False, False, True)]
+    rows = [row("a", "rephrase", em=True)] * 3 + [
+        row("b", "rephrase", em=e) for e in (False, False, False, False, True)
+    ]
     found = value(rows, "generality")
     assert found.value == pytest.approx((1 + 0.2) / 2)  # not (3 + 1) / 8
     assert found.n == 2
@@ -119,7 +121,11 @@ def test_teacher_forced_numbers_have_an_id_of_their_own() -> None:
 
 
 def test_immediate_and_final_never_mix() -> None:
-    rows = [row("a", em=False), replace(row("a", em=True), when="immediate"), replace(row("a", em=True), when="retention")]
+    rows = [
+        row("a", em=False),
+        replace(row("a", em=True), when="immediate"),
+        replace(row("a", em=True), when="retention"),
+    ]
     found = {m.protocol: m.value for m in metrics(rows, bootstrap=0) if m.name == "reliability" and m.split == "all"}
     assert found == {"gen-final-v1": 0.0, "gen-immediate-v1": 1.0}
 
@@ -137,7 +143,13 @@ def test_the_retention_curve_puts_ages_in_bins_and_takes_probes_only() -> None:
     ages = {0: True, 1: True, 9: False, 10: True, 99: False, 100: True, 5000: False}
     rows = [row(str(a), em=e, age=a, probe=True) for a, e in ages.items()]
     rows += [row("z", em=False, age=0), row("y", "rephrase", em=False, age=0, probe=True)]
-    assert retention(rows) == [("0", 1.0, 1), ("1-9", 0.5, 2), ("10-99", 0.5, 2), ("100-999", 1.0, 1), ("1000+", 0.0, 1)]
+    assert retention(rows) == [
+        ("0", 1.0, 1),
+        ("1-9", 0.5, 2),
+        ("10-99", 0.5, 2),
+        ("100-999", 1.0, 1),
+        ("1000+", 0.0, 1),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +171,9 @@ def test_the_interval_is_the_bootstrap_over_cases() -> None:
     low, high = interval(cases, macro, 2000, seed=1)
     values = np.array([v for (v,) in cases.values()])
     half = 1.96 * values.std() / np.sqrt(len(values))
-    assert low == pytest.approx(values.mean() - half, abs=0.02) and high == pytest.approx(values.mean() + half, abs=0.02)
+    assert low == pytest.approx(values.mean() - half, abs=0.02) and high == pytest.approx(
+        values.mean() + half, abs=0.02
+    )
     assert interval(cases, macro, 2000, seed=1) == (low, high)
     assert interval({"a": [1.0]}, macro, 2000, seed=1) == (None, None)
 

@@ -112,7 +112,7 @@ def test_nas_gives_every_value_the_anchors_norm_or_skips_it() -> None:
     anchored, notes = memit._anchored(lm, values, [1, 2], cfg, True, LATER, None)
     goal = anchored.written_stack([1, 2]) + anchored.delta
     measure = torch.tensor(notes["norm"])
-    kept = ((values.written_stack([1, 2]) + values.delta).norm(dim=-1) <= 2 * measure)
+    kept = (values.written_stack([1, 2]) + values.delta).norm(dim=-1) <= 2 * measure
     assert kept.any() and notes["skipped"] == int((~kept).any(1).sum())
     torch.testing.assert_close(goal.norm(dim=-1)[kept], measure.expand_as(kept)[kept], atol=1e-3, rtol=1e-3)
     assert (anchored.delta[~kept] == 0).all()

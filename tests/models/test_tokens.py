@@ -29,7 +29,9 @@ def test_one_blank_between_prompt_and_target_never_two(prompt: str, target: str,
     assert join(prompt, target) == text
 
 
-@pytest.mark.parametrize("prompt", ["The Eiffel Tower is in", "The Eiffel Tower is in ", "日本は", "Ends with a quote: “"])
+@pytest.mark.parametrize(
+    "prompt", ["The Eiffel Tower is in", "The Eiffel Tower is in ", "日本は", "Ends with a quote: “"]
+)
 @pytest.mark.parametrize("target", ["Rome", "the city of Rome", "Zürich"])
 def test_target_ids_decode_to_the_target_and_the_rest_to_the_prompt(lm: LM, prompt: str, target: str) -> None:
     row = encode(lm, prompt, target)

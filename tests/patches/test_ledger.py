@@ -420,8 +420,10 @@ def test_a_zero_change_counts_as_nothing_lost() -> None:
 
 def test_suspended_patches_are_off_inside_and_on_again_after(lm, random_patch, bits, logits) -> None:
     was, before = bits(lm), logits(lm)
-    with apply(lm, random_patch(lm)) as a, apply(lm, random_patch(lm, "scale"), "bake"), apply(
-        lm, random_patch(lm, seed=4, layers=(0,)), "side"
+    with (
+        apply(lm, random_patch(lm)) as a,
+        apply(lm, random_patch(lm, "scale"), "bake"),
+        apply(lm, random_patch(lm, seed=4, layers=(0,)), "side"),
     ):
         on, patched, held = applied(lm), bits(lm), logits(lm)
         with pytest.raises(KeyError), suspended(lm):

@@ -119,7 +119,11 @@ def test_a_prompt_without_its_subject_is_refused(lm: LM) -> None:
 @pytest.mark.real
 def test_gemma_holds_facts_at_the_subjects_last_token_in_early_layers() -> None:
     lm = real_gemma()
-    (trace,) = causal_trace.run(lm, [Edit("The mother tongue of Danielle Darrieux is", subject="Danielle Darrieux", target="French")], Config(samples=4))
+    (trace,) = causal_trace.run(
+        lm,
+        [Edit("The mother tongue of Danielle Darrieux is", subject="Danielle Darrieux", target="French")],
+        Config(samples=4),
+    )
     assert trace.clean > 2 * trace.corrupted
     early = trace.scores[:, : lm.layout.n_layers // 2]
     assert int(early.max(1).values.argmax()) == trace.subject - 1

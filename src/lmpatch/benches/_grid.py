@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..room import size
@@ -35,11 +35,13 @@ class Grid:
     note: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    folded: bool = False
+    """Of second interest: a page shows it on request."""
 
 
 def grids(report: Report) -> list[Grid]:
-    """Answers, locality, teacher-forced numbers, cost: those that have anything to show."""
-    return [grid for grid in (_answers(report), _locality(report), _forced(report), _cost(report)) if grid.rows]
+    """Answers, locality, cost, teacher-forced numbers: those that have anything to show."""
+    return [grid for grid in (_answers(report), _locality(report), _cost(report), _forced(report)) if grid.rows]
 
 
 def kinds(report: Report, prefix: str) -> list[str]:
@@ -76,12 +78,12 @@ def _locality(report: Report) -> Grid:
             found = [run.metric(f"{name}/{kind}") for name in ("loc_unchanged", "loc_correct", "loc_kl", "loc_kl_p95")]
             if any(found):
                 cells = [_percent(m) for m in found[:2]] + [_number(m) for m in found[2:]]
-                rows.append((Cell(_words(kind)), Cell(_name(run)), *cells))
+                rows.append((Cell(f"{_words(kind)}: {_name(run)}"), *cells))
     note = (
         "What should not move. Unchanged: the same text as the unpatched model, %. Still right: of the prompts it had "
         "right, %. KL: from the unpatched model's next-token distribution, nats."
     )
-    return _trimmed("Locality", note, ["prompts", "run", "unchanged", "still right", "KL mean", "KL p95"], rows)
+    return _trimmed("Locality", note, ["prompts: run", "unchanged", "still right", "KL mean", "KL p95"], rows)
 
 
 def _forced(report: Report) -> Grid:
@@ -95,7 +97,7 @@ def _forced(report: Report) -> Grid:
         f"{next((id for id in ids if 'immediate' not in id), '')}, %. The answer's own tokens are given while it is "
         "scored, so these are easier. Only to compare with papers."
     )
-    return _trimmed("Teacher-forced", note, ["number", *map(_name, report.runs)], rows)
+    return replace(_trimmed("Teacher-forced", note, ["number", *map(_name, report.runs)], rows), folded=True)
 
 
 def _cost(report: Report) -> Grid:

@@ -42,9 +42,12 @@ th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--li
 tr:last-child td { border-bottom: 0; } td { vertical-align: top; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child, .text th, .text td { text-align: left; }
 td small { display: block; color: var(--soft); font-size: 11.5px; white-space: nowrap; }
-td.name { font-weight: 600; white-space: nowrap; }
 .text td { max-width: 300px; overflow-wrap: anywhere; } .text small { white-space: normal; }
 .yes { color: var(--good); } .no { color: var(--bad); } .dim { color: var(--soft); }
+.legend { display: flex; flex-wrap: wrap; gap: 6px 18px; font-size: 13px; margin-top: 8px; }
+.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
+.b0 { background: var(--c0) } .b1 { background: var(--c1) } .b2 { background: var(--c2) } .b3 { background: var(--c3) }
+.b4 { background: var(--c4) } .b5 { background: var(--c5) }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; margin-top: 10px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px; }
 figcaption { font-size: 13px; color: var(--soft); margin-bottom: 4px; }
@@ -54,7 +57,7 @@ svg polyline { fill: none; stroke-width: 2; }
 .s0 { fill: var(--c0) } .s1 { fill: var(--c1) } .s2 { fill: var(--c2) } .s3 { fill: var(--c3) } .s4 { fill: var(--c4) }
 .s5 { fill: var(--c5) } .l0 { stroke: var(--c0) } .l1 { stroke: var(--c1) } .l2 { stroke: var(--c2) }
 .l3 { stroke: var(--c3) } .l4 { stroke: var(--c4) } .l5 { stroke: var(--c5) }
-details { margin-top: 10px; } summary { cursor: pointer; color: var(--soft); }
+details { margin-top: 14px; } summary { cursor: pointer; color: var(--soft); }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px; overflow-x: auto; }
 """
 
@@ -67,8 +70,8 @@ def page(report: Report) -> str:
     body = [f"<h1>Do the edits hold?</h1><p>{escape(about + data)} · <code>{escape(record['protocol_id'])}</code></p>"]
     methods = [run for run in report.runs if not run.record["baseline"]]
     body += [_cards(run) for run in methods]
-    body += [_grid(grid) for grid in grids(report)]
     body.append(_plots(report))
+    body += [_grid(grid) for grid in grids(report)]
     body += [part for run in methods for part in (_samples(run), _moved(run))]
     body.append(_made(report))
     return (
@@ -87,6 +90,8 @@ def _grid(grid: Grid) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in grid.columns)
     rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in grid.rows)
     table = f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+    if grid.folded:
+        return f"<details><summary>{escape(grid.title)}</summary><p>{escape(grid.note)}</p>{table}</details>"
     return f"<h2>{escape(grid.title)}</h2><p>{escape(grid.note)}</p>{table}"
 
 
@@ -103,24 +108,23 @@ def _plots(report: Report) -> str:
     figures = []
     for kind in kinds(report, "loc_unchanged"):
         points = []
-        for run in report.runs:
+        for colour, run in enumerate(report.runs):
             held, kept = run.metric("reliability"), run.metric(f"loc_unchanged/{kind}")
             if held and kept:
-                points.append((run.name, held.value, kept.value))
-        words = kind.replace("_", " ")
-        figures.append((f"Efficacy and locality: {words}", scatter(points, "reliability, %", "unchanged, %")))
-    ages = [label(ages) for ages in BINS]
-    lines = []
-    for run in report.runs:
-        values = {age: value for age, value, _ in run.retention()}
-        if values:
-            lines.append((run.name, [values.get(age) for age in ages]))
-    if lines:
-        seen = [age for i, age in enumerate(ages) if any(values[i] is not None for _, values in lines)]
-        kept_lines = [(name, [values[ages.index(age)] for age in seen]) for name, values in lines]
-        figures.append(("Retention", curves(kept_lines, seen, "edits written since", "still answered as edited, %")))
+                points.append((colour, run.name, held.value, kept.value))
+        title = f"Locality against efficacy: {kind.replace('_', ' ')}"
+        figures.append((title, scatter(points, "reliability, %", "unchanged, %")))
+    figures += _retention(report)
+    names = "".join(f'<span><i class="b{i % 6}"></i>{escape(run.name)}</span>' for i, run in enumerate(report.runs))
     drawn = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in figures)
-    return f'<h2>At a glance</h2><div class="plots">{drawn}</div>' if drawn else ""
+    return f'<h2>At a glance</h2><div class="legend">{names}</div><div class="plots">{drawn}</div>' if drawn else ""
+
+
+def _retention(report: Report) -> list[tuple[str, str]]:
+    curve = {i: {age: value for age, value, _ in run.retention()} for i, run in enumerate(report.runs)}
+    ages = [label(ages) for ages in BINS if any(label(ages) in values for values in curve.values())]
+    lines = [(i, report.runs[i].name, [values.get(age) for age in ages]) for i, values in curve.items() if values]
+    return [("Retention", curves(lines, ages, "edits written since", "still answered as edited, %"))] if lines else []
 
 
 def _samples(run: Run) -> str:

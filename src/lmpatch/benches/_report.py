@@ -58,10 +58,7 @@ class Report:
         names = [run.name for run in self.runs]
         if len(set(names)) < len(names):
             raise BadInput(f"two runs have one name among {', '.join(names)}. Give each its own run_id.")
-        groups = {run.record["comparable_group"] for run in self.runs}
-        if len(groups) > 1:
-            listed = "; ".join(f"{run.name}: {_made(run)}" for run in self.runs)
-            raise BadInput(f"these runs cannot stand in one table ({listed}). Make a report of each.")
+        _comparable(self.runs)
 
     @property
     def rows(self) -> list[Row]:
@@ -104,13 +101,12 @@ def combine(reports: Iterable[Report]) -> Report:
     Raises:
         BadInput: they were made on other data, another base or by another protocol, or two runs have one name.
     """
-    runs: list[Run] = []
-    for report in reports:
-        known = {run.name for run in runs if run.record["baseline"]}
-        runs += [run for run in report.runs if run.name not in known]
-    if not runs:
+    every = [run for report in reports for run in report.runs]
+    if not every:
         raise BadInput("no reports to combine. Give at least one.")
-    return Report(tuple(sorted(runs, key=lambda run: not run.record["baseline"])))
+    _comparable(every)
+    baselines = {run.name: run for run in every if run.record["baseline"]}
+    return Report((*baselines.values(), *(run for run in every if not run.record["baseline"])))
 
 
 def read_report(folder: str | Path) -> Report:
@@ -123,6 +119,12 @@ def read_report(folder: str | Path) -> Report:
         raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
     store = Store(Path(folder))
     return Report(tuple(Run(record, store.rows_of(name), store.chunks_of(name)) for name, record in store.runs.items()))
+
+
+def _comparable(runs: Sequence[Run]) -> None:
+    if len({run.record["comparable_group"] for run in runs}) > 1:
+        listed = "; ".join(f"{run.name}: {_made(run)}" for run in runs)
+        raise BadInput(f"these runs cannot stand in one table ({listed}). Make a report of each.")
 
 
 def _made(run: Run) -> str:

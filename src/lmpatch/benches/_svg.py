@@ -9,35 +9,27 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 340, 250, 44, 40, 14, 14
 TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: str) -> str:
-    """Named points in the unit square."""
-    marks = []
-    for i, (name, x, y) in enumerate(points):
-        px, py = _x(x), _y(y)
-        near_edge = px > WIDTH - 110
-        anchor, dx = ("end", -9) if near_edge else ("start", 9)
-        dy = 4 + 13 * sum(abs(px - _x(a)) < 60 and abs(py - _y(b)) < 12 for _, a, b in points[:i])  # labels apart
-        marks.append(
-            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" class="s{i % 6}"><title>{escape(name)}: {x:.3f}, {y:.3f}'
-            f'</title></circle><text x="{px + dx:.1f}" y="{py + dy:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
-        )
-    ticks = [(value, f"{100 * value:.0f}") for value in TICKS]
-    return _frame(ticks, x_label, y_label, "".join(marks))
+def scatter(points: Sequence[tuple[int, str, float, float]], x_label: str, y_label: str) -> str:
+    """Points (colour, name, x, y) in the unit square."""
+    marks = [
+        f'<circle cx="{_x(x):.1f}" cy="{_y(y):.1f}" r="6" class="s{colour % 6}">'
+        f"<title>{escape(name)}: {100 * x:.1f}, {100 * y:.1f}</title></circle>"
+        for colour, name, x, y in points
+    ]
+    return _frame([(value, f"{100 * value:.0f}") for value in TICKS], x_label, y_label, "".join(marks))
 
 
 def curves(
-    lines: Sequence[tuple[str, Sequence[float | None]]], labels: Sequence[str], x_label: str, y_label: str
+    lines: Sequence[tuple[int, str, Sequence[float | None]]], labels: Sequence[str], x_label: str, y_label: str
 ) -> str:
-    """One line per name over the same labels; None leaves a gap."""
+    """Lines (colour, name, values) over the same labels; None leaves a gap."""
     step = 1 / max(1, len(labels) - 1)
     marks = []
-    for i, (name, values) in enumerate(lines):
+    for colour, name, values in lines:
         spots = [(_x(j * step), _y(v)) for j, v in enumerate(values) if v is not None]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="s{i % 6}"/>' for x, y in spots)
-        x, y = spots[0] if spots else (LEFT, TOP)
-        marks.append(f'<polyline points="{path}" class="l{i % 6}"/>{dots}')
-        marks.append(f'<text x="{x + 6:.1f}" y="{y + 16:.1f}">{escape(name)}</text>')
+        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="s{colour % 6}"/>' for x, y in spots)
+        marks.append(f'<g><title>{escape(name)}</title><polyline points="{path}" class="l{colour % 6}"/>{dots}</g>')
     return _frame([(j * step, label) for j, label in enumerate(labels)], x_label, y_label, "".join(marks))
 
 

@@ -144,7 +144,9 @@ def _text_rows(lm: LM, text: Sequence[str], tokens: int) -> Tensor:
     step = LENGTH - len(opening)
     rows = [[*opening, *body[i : i + step]] for i in range(0, min(len(body), tokens) - step + 1, step)]
     if len(rows) < 2 * ROWS:
-        raise BadInput(f"the text gives {len(body)} tokens, too few for second moments. Give at least {2 * ROWS * step}.")
+        raise BadInput(
+            f"the text gives {len(body)} tokens, too few for second moments. Give at least {2 * ROWS * step}."
+        )
     return torch.tensor(rows)
 
 

@@ -55,7 +55,8 @@ def woodbury(lower: Tensor, keys: Tensor, earlier: Tensor | None = None) -> Tens
     u = torch.linalg.solve_triangular(lower, every, upper=False)  # [f, n+u]
     inner = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) + u.T @ u
     right = torch.cholesky_solve(torch.eye(len(inner), dtype=u.dtype, device=u.device), torch.linalg.cholesky(inner))
-    return torch.linalg.solve_triangular(lower.T, u @ right[:, -keys.shape[1] :], upper=True)
+    out: Tensor = torch.linalg.solve_triangular(lower.T, u @ right[:, -keys.shape[1] :], upper=True)
+    return out
 
 
 def null_space(moments: Tensor, share: float) -> Tensor:
@@ -68,7 +69,8 @@ def null_space(moments: Tensor, share: float) -> Tensor:
         [f, r] orthonormal columns, fp64.
     """
     _, vectors = torch.linalg.eigh(moments.double())  # ascending
-    return vectors[:, : round(share * len(vectors))]
+    out: Tensor = vectors[:, : round(share * len(vectors))]
+    return out
 
 
 def projected(basis: Tensor, keys: Tensor, ridge: float, earlier: Tensor | None = None) -> Tensor:

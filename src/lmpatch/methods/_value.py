@@ -111,16 +111,16 @@ def search(
     done = 0
     for batch in batches:
         run = _Search(lm, [rows[e] for e in batch], sorted(layers), cfg, site, hits)
-        found.append(run.values(lambda step, d=done, n=len(batch): _tell(progress, d, n, step, cfg.steps, len(edits))))
+
+        def tell(step: int, before: int = done, count: int = len(batch)) -> None:
+            if progress:
+                progress(before + count * step // max(cfg.steps, 1), len(edits), "searching values")
+
+        found.append(run.values(tell))
         done += len(batch)
     if progress:
         progress(len(edits), len(edits), "searching values")
     return _joined(found, [e for batch in batches for e in batch])
-
-
-def _tell(progress: Progress | None, done: int, batch: int, step: int, steps: int, total: int) -> None:
-    if progress:
-        progress(done + batch * step // max(steps, 1), total, "searching values")
 
 
 def _at(row: Row) -> int:
@@ -197,7 +197,9 @@ class _Search:
             if not all(x == x and abs(x) != float("inf") for x in seen):
                 raise Diverged(f"the value search left the finite numbers at step {step}. Lower lr, now {cfg.lr}.")
             streak = [s + 1 if h else s for s, h in zip(streak, hit, strict=True)]
-            ended = [x < cfg.stop or (self.hits is not None and s >= self.hits) for x, s in zip(seen, streak, strict=True)]
+            ended = [
+                x < cfg.stop or (self.hits is not None and s >= self.hits) for x, s in zip(seen, streak, strict=True)
+            ]
             keep = [i for i, stop in enumerate(ended) if not stop]
             for i, fact in enumerate(live):
                 losses[fact] = seen[i]

@@ -156,7 +156,9 @@ def _train(
     """Epochs made and the last epoch's mean loss, nats per target token."""
     rows = encode_all(lm, [e.prompt for e in edits], [e.target for e in edits])
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # equal lengths together: less padding
-    batches = [_Batch(lm, [rows[i] for i in order[s : s + cfg.batch]], change, cfg) for s in range(0, len(order), cfg.batch)]
+    batches = [
+        _Batch(lm, [rows[i] for i in order[s : s + cfg.batch]], change, cfg) for s in range(0, len(order), cfg.batch)
+    ]
     optimizer = torch.optim.Adam(change.leaves, lr=cfg.lr)
     generator = torch.Generator().manual_seed(cfg.seed)
     mean = 0.0
@@ -170,7 +172,7 @@ def _train(
             if losses[-1] < SKIP:
                 continue
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             change.project()
         mean = sum(losses) / len(losses)
@@ -192,7 +194,9 @@ class _Batch:
             for i, row in enumerate(rows)
             for t in range(row.target, len(row.ids))
         ]
-        self.row, self.column, self.label = (torch.tensor(c, device=lm.device) for c in list(zip(*spots, strict=True))[:3])
+        self.row, self.column, self.label = (
+            torch.tensor(c, device=lm.device) for c in list(zip(*spots, strict=True))[:3]
+        )
         self.weight = torch.tensor([s[3] for s in spots], device=lm.device)
         self.recording: Recording = record(lm, ids, [0] * len(ids), lowest=change.lowest)
         self.lowest = change.lowest

@@ -195,7 +195,9 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
     """
     heads = prefixes(cfg.short_prefixes, cfg.long_prefixes)
     prompts = [head + e.prompt for e in edits for head in heads]
-    rows = encode_all(lm, prompts, None, [e.subject for e in edits for _ in heads], [len(h) for _ in edits for h in heads])
+    rows = encode_all(
+        lm, prompts, None, [e.subject for e in edits for _ in heads], [len(h) for _ in edits for h in heads]
+    )
     f, d = lm.layout.d_ff, lm.layout.d_model
     keys, outputs, states = (torch.zeros(len(rows), n, device=lm.device) for n in (f, d, d))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))

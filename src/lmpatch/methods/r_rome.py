@@ -60,9 +60,7 @@ def _fit(
     lm: LM, edits: Sequence[Edit], cfg: Config, text: Sequence[str] | None, progress: Progress | None, *, each: bool
 ) -> list[WeightPatch]:
     mean = cfg.anchor == "mean"
-    return _rome.fit(
-        lm, edits, cfg, "r_rome", text=text, progress=progress, each=each, mean_key=True, anchor_mean=mean
-    )
+    return _rome.fit(lm, edits, cfg, "r_rome", text=text, progress=progress, each=each, mean_key=True, anchor_mean=mean)
 
 
 def example(lm: LM) -> tuple[list[Edit], Config]:

@@ -54,7 +54,6 @@ class LM:
         if self._fingerprint is None:
             originals = getattr(self.model, "_lmpatch_originals", {})  # see patches.ledger
             self._fingerprint = hash_tensors(
-                (name, originals.get(name, p.detach()))
-                for name, p in sorted(self.model.named_parameters())
+                (name, originals.get(name, p.detach())) for name, p in sorted(self.model.named_parameters())
             )
         return self._fingerprint

@@ -37,11 +37,12 @@ class _Prefix(DynamicLayer):
     """Keys and values of the prefix. ``update`` returns prefix + new and stores nothing, so calls repeat."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values = keys, values  # [n, heads, P, head_dim]
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
 
 
@@ -159,7 +160,8 @@ def record(lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, lowest: 
     place = positions(mask)
     cache = DynamicCache()  # every layer keeps all columns: sliding windows are the mask's business here
     blocks(lm, ids[:, :prefix], mask[:, :prefix], position_ids=place[:, :prefix], cache=cache)
-    past = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers) if i >= lowest}
+    layers: list[Any] = cache.layers
+    past = {i: (layer.keys, layer.values) for i, layer in enumerate(layers) if i >= lowest}
 
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     hidden: dict[int, Tensor] = {}
@@ -169,7 +171,10 @@ def record(lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, lowest: 
     def enter(layer: int) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if "hidden_states" in kwargs:
-                args, kwargs = (kwargs["hidden_states"], *args), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                args, kwargs = (
+                    (kwargs["hidden_states"], *args),
+                    {k: v for k, v in kwargs.items() if k != "hidden_states"},
+                )
             hidden[layer] = args[0]
             calls[layer] = _with_cache(args[1:], None), _with_cache(kwargs, None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,13 +86,8 @@ def blocks(
         raise _Stop
 
     kwargs: dict[str, Any] = {"position_ids": position_ids} if _takes_positions(lm) else {}
-    with hooked(block.register_forward_hook(stop)):
-        try:
-            lm.model(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **kwargs
-            )
-        except _Stop:
-            pass
+    with hooked(block.register_forward_hook(stop)), suppress(_Stop):
+        lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **kwargs)
     return kept[0]
 
 
@@ -138,14 +133,12 @@ class _ChunkedLoss(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
         return (grad[:, None] * saved).to(saved.dtype), None, None, None
 
 
-def nll(
-    lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = None, chunk: int = HEAD_CHUNK
-) -> Tensor:
+def nll(lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = None, chunk: int = HEAD_CHUNK) -> Tensor:
     """-log p(label) at each row, differentiable in ``hidden``.
 
     Args:
@@ -212,9 +205,11 @@ def score(
         one ``Score`` per prompt, in the order given.
     """
     rows = encode_all(lm, prompts, targets)
-    for prompt, row in zip(prompts, rows, strict=True):
-        if row.target == 0:
-            raise BadInput(f"nothing stands before the target of {prompt!r}: the tokenizer adds no start token. Give a prompt.")
+    for prompt, told in zip(prompts, rows, strict=True):
+        if told.target == 0:
+            raise BadInput(
+                f"nothing stands before the target of {prompt!r}: the tokenizer adds no start token. Give a prompt."
+            )
     distinct = {(row.ids, row.target): row for row in rows}
     done: dict[tuple[tuple[int, ...], int], Score] = {}
     queue = sorted(distinct, key=lambda key: len(key[0]))

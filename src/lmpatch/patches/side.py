@@ -78,9 +78,7 @@ class Side:
         return ready[1], ready[2]
 
 
-def prepare(
-    deltas: Sequence[Delta], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor | None, list[Addition]]:
+def prepare(deltas: Sequence[Delta], device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, list[Addition]]:
     """The product of all scales, [in] or None, and the additions, with all low-rank ones joined into one."""
     scales = [d.to(device, torch.float32).factors() for d in deltas if isinstance(d, Scale)]
     low = [d for d in deltas if isinstance(d, LowRank)]

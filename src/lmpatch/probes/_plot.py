@@ -22,7 +22,9 @@ def heat_map(trace: Trace, path: str | Path) -> None:
     axes = figure.add_subplot()
     image = axes.imshow(trace.scores.numpy(), aspect="auto", cmap="viridis", vmin=min(0.0, trace.corrupted))
     marks = ["*" if i < trace.subject else "" for i in range(len(trace.tokens))]
-    axes.set_yticks(range(len(trace.tokens)), [t.replace("$", r"\$") + m for t, m in zip(trace.tokens, marks, strict=True)])
+    axes.set_yticks(
+        range(len(trace.tokens)), [t.replace("$", r"\$") + m for t, m in zip(trace.tokens, marks, strict=True)]
+    )
     axes.set_xlabel("layer")
     axes.set_title(f"restoring {what}; * noised", fontsize=10)
     answer = trace.answer.strip().replace("$", r"\$")

@@ -137,7 +137,11 @@ def _subject_first(lm: LM, edit: Edit) -> int:
     end = edit.prompt.find(edit.subject) + len(edit.subject)
     row = encode(lm, edit.prompt)
     before = edit.prompt[: end - len(edit.subject)].rstrip()
-    return encode(lm, before, edit.prompt[len(before) :]).target if before else row.target - len(row.ids) + _opening(lm, row)
+    return (
+        encode(lm, before, edit.prompt[len(before) :]).target
+        if before
+        else row.target - len(row.ids) + _opening(lm, row)
+    )
 
 
 def _opening(lm: LM, row: Row) -> int:
@@ -187,11 +191,11 @@ def _restored(
         if cfg.kind == "state":
             hidden = recording.forward(hidden, layer, rows=rows, end=layer + 1)
             continue
+        clean = outputs[layer]
         inside = torch.tensor([spans[c][0] <= layer < spans[c][1] for c in order], device=hidden.device)
+        inside = inside.repeat_interleave(m)
 
-        def put(
-            _: Any, __: Any, output: Tensor, inside: Tensor = inside.repeat_interleave(m), clean: Tensor = outputs[layer]
-        ) -> Tensor:
+        def put(_: Any, __: Any, output: Tensor, inside: Tensor = inside, clean: Tensor = clean) -> Tensor:
             changed = output.clone()
             whole = changed.reshape(len(inside), -1, clean.shape[-1])
             whole[inside, token] = clean[token]

@@ -1,0 +1,178 @@
+"""The report: every number in the tables, nothing loaded or run by the page, no mixing of what cannot be compared."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny import tiny_lm
+
+from lmpatch.benches import facts
+from lmpatch.benches.facts import Config, Report
+from lmpatch.data.edit import Edit
+from lmpatch.errors import BadInput
+from lmpatch.models.lm import LM
+from lmpatch.patches.weight import WeightPatch
+
+Maker = Callable[[LM, Sequence[Edit]], WeightPatch]
+NASTY = "</td><script>alert('&amp;')</script>"
+
+
+@pytest.fixture
+def report(edits: list[Edit], make: Maker, quick: Config, tmp_path: Path) -> Report:
+    """A method with commits, retention and latency beside the baselines, kept in ``tmp_path / "out"``."""
+    cfg = replace(quick, n=6, commit_size=2, retention=True, latency=True)
+    lm = tiny_lm("llama")
+    return facts.run(
+        lm, edits, cfg, make=make, run_id="fake", out=tmp_path / "out", data_name="six.jsonl", prep={"seconds": 3}
+    )
+
+
+def printed(report: Report) -> str:
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(report.table())
+    return capture.get()
+
+
+def test_the_record_says_how_every_number_was_made(report: Report) -> None:
+    record = report.run("fake").record
+    assert record["protocol_id"] == "gen-final-v1-prefix-4tokens"
+    assert (record["n_edits"], record["commit_size"], record["order_seed"]) == (6, 2, 0)
+    assert record["base_model"] == "tiny-llama" and len(record["base_weights_hash"]) == 64
+    assert record["mount"] == "bake" and record["dtype"] == "float32" and record["prep"] == {"seconds": 3}
+    assert record["method"] == "rank_one" and len(record["patch_hash"]) == 64
+    assert record["edit_s"]["commits"] == 3 and record["edit_s"]["median"] > 0
+    assert record["bytes_per_edit"] == 3 * 4 * (64 + 128) / 6
+    assert set(record["infer_ms"]) == {"base", "patched"} and record["peak_mem"] > 0
+    assert {"versions", "hardware", "started", "tokenizer_hash", "data_hash"} <= set(record)
+    assert record["health"]["change_max"] > 0
+    stored = {(m["name"], m["split"], m["protocol"]): m["value"] for m in record["metrics"]}
+    assert stored == {(m.name, m.split, m.protocol): m.value for m in report.run("fake").metrics()}
+
+
+def test_the_folder_gives_the_same_report_again(report: Report, tmp_path: Path) -> None:
+    again = facts.read_report(tmp_path / "out")
+    assert again.metrics() == report.metrics()
+    assert [run.rows for run in again.runs] == [list(run.rows) for run in report.runs]
+    lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
+    assert {json.loads(line)["run_id"] for line in lines} == set(report.metrics())
+    with pytest.raises(BadInput, match="holds no runs"):
+        facts.read_report(tmp_path)
+
+
+def test_the_tables_hold_every_run_with_interval_and_count(report: Report) -> None:
+    text = printed(report)
+    for word in ("none", "fact_in_prompt", "fake", "reliability", "same relation", "tf success", "n=6", "forgetting"):
+        assert word in text
+    metric = report.run("fake").metric("loc_unchanged/same_relation")
+    assert metric and f"{100 * metric.value:.1f}" in text
+    assert "±" in text and metric.protocol in text
+
+
+def test_an_unfinished_run_says_so(report: Report) -> None:
+    run = report.run("fake")
+    part = replace(run, record=run.record | {"planned": 9})
+    assert "fake (1 of 9 chunks)" in printed(replace(report, runs=(part,)))
+
+
+class Page(HTMLParser):
+    """Every tag and attribute of a page, and whether tags close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset") or name[:2] == "on"]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_and_runs_nothing(report: Report, tmp_path: Path) -> None:
+    text = report.save_html(tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert not page.open, "a tag is left open"
+    assert not page.links and not {"script", "link", "iframe", "img"} & set(page.tags)
+    assert not re.search(r"https?:|@import|url\(", text)
+    assert "prefers-color-scheme: dark" in text
+    assert page.tags.count("svg") == len({r.kind for r in report.rows if r.kind.startswith("loc/")}) + 1  # retention
+
+
+def test_the_page_shows_each_edited_prompt_before_and_after(report: Report, tmp_path: Path) -> None:
+    text = report.save_html(tmp_path / "report.html").read_text()
+    for row in report.run("fake").rows:
+        if row.kind == "edit" and row.when == "final":
+            for shown in (row.prompt, row.base_text, row.text):
+                assert html.escape(shown or "") in text
+
+
+def test_nothing_a_model_or_a_file_says_becomes_markup(report: Report, tmp_path: Path) -> None:
+    rows = [
+        replace(r, prompt=NASTY, text=NASTY, base_text="x", aliases=(NASTY,), flag=r.flag and NASTY)
+        for r in report.rows
+    ]
+    run = report.run("fake")
+    record = run.record | {"run_id": NASTY, "base_model": NASTY, "data_name": NASTY, "protocol_id": NASTY}
+    nasty = replace(run, rows=[row for row in rows if row.run_id == "fake"], record=record)
+    text = replace(report, runs=(nasty,)).save_html(tmp_path / "report.html").read_text()
+    assert "<script" not in text and html.escape(NASTY) in text
+    assert not Page(text).open
+
+
+def test_reports_of_one_group_combine_and_share_their_baselines(
+    report: Report, edits: list[Edit], make: Maker, quick: Config
+) -> None:
+    cfg = replace(quick, n=6, commit_size=2)
+    other = facts.run(tiny_lm("llama"), edits, cfg, make=make, run_id="other")
+    both = facts.combine([report, other])
+    assert [run.name for run in both.runs] == ["none", "fact_in_prompt", "fake", "other"]
+    with pytest.raises(BadInput, match="one name"):
+        facts.combine([report, other, other])
+    with pytest.raises(BadInput, match="at least one"):
+        facts.combine([])
+
+
+@pytest.mark.parametrize(
+    "change", [{"commit_size": 3}, {"max_new_tokens": 5}, {"raw": True}, {"em_rule": "full"}, {"seed": 1}]
+)
+def test_numbers_of_different_protocols_never_share_a_table(
+    report: Report, edits: list[Edit], quick: Config, change: dict[str, object]
+) -> None:
+    cfg = replace(replace(quick, n=6, commit_size=2), **change)  # type: ignore[arg-type]
+    other = facts.run(tiny_lm("llama"), edits, cfg)
+    with pytest.raises(BadInput, match="cannot stand in one table"):
+        facts.combine([report, other])
+
+
+def test_another_base_or_other_data_are_another_group(report: Report, edits: list[Edit], quick: Config) -> None:
+    cfg = replace(quick, n=6, commit_size=2)
+    changed = [replace(edits[0], target="Berlin"), *edits[1:]]
+    for lm, data in ((tiny_lm("llama", seed=1), edits), (tiny_lm("llama"), changed)):
+        with pytest.raises(BadInput, match="cannot stand in one table"):
+            facts.combine([report, facts.run(lm, data, cfg)])
+
+
+def test_a_name_that_is_not_there_lists_those_that_are(report: Report) -> None:
+    with pytest.raises(BadInput, match="There are: none, fact_in_prompt, fake"):
+        report.run("rome")
