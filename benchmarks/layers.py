@@ -27,8 +27,7 @@ from lmpatch.record import hardware, now, versions
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 8
 WEIGHTS: tuple[dict[str, Any], ...] = (
-    {"weight": 15.0}, {"weight": 150.0}, {"weight": 1500.0}, {"weight": 15000.0},
-    {"solver": "alphaedit"}, {"solver": "alphaedit", "ridge": 1.0},
+    {"weight": 1500.0}, {"weight": 5000.0}, {"weight": 15000.0}, {"solver": "alphaedit", "ridge": 0.3}
 )  # fmt: skip
 
 
@@ -67,9 +66,9 @@ def rome_row(lm: LM, edits: list[lp.Edit], layer: int, text: list[str]) -> dict[
     )
 
 
-def memit_rows(lm: LM, edits: list[lp.Edit], layers: tuple[int, ...], text: list[str]) -> Iterator[dict[str, Any]]:
+def memit_rows(lm: LM, edits: list[lp.Edit], layers: tuple[int, ...], clamp: float, text: list[str]) -> Iterator[dict[str, Any]]:
     """One value search, then a solve per weight: the values do not depend on it."""
-    cfg = memit.Config(layers=layers, long_prefixes=2, hits=2)
+    cfg = memit.Config(layers=layers, clamp=clamp, long_prefixes=2, hits=2)
     start = perf_counter()
     c = second_moments(lm, layers, text=text, tokens=10 * lm.layout.d_ff).c
     with frozen(lm):
@@ -116,12 +115,14 @@ def main() -> None:
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
         config = row["config"]
-        where = config["layer"] if row["method"] == "rome" else (config["layers"], config["solver"], config["weight"])
+        where = config["layer"] if row["method"] == "rome" else (config["layers"], config["clamp"], config["solver"], config["weight"])
         print(row["method"], where, {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}, flush=True)
         (RESULTS / "layers.json").write_text(json.dumps({"record": record, "rows": rows}, indent=1) + "\n")
 
-    for layers in ((2, 3, 4, 5), (4, 5, 6, 7), (1, 2, 3), (5, 6)):
-        for found in memit_rows(lm, edits[: args.many], layers, text):
+    for layers, clamp in (
+        ((2, 3, 4, 5), 0.75), ((2, 3, 4, 5), 1.5), ((5, 6, 7, 8), 1.5), ((1, 2, 3), 1.5), ((8, 9, 10, 11), 1.5),
+    ):  # fmt: skip
+        for found in memit_rows(lm, edits[: args.many], layers, clamp, text):
             keep(found)
     for layer in (0, 1, 2, 3, 4, 5, 6, 8, 10):
         keep(rome_row(lm, edits[: args.single], layer, text))

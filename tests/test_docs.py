@@ -86,7 +86,7 @@ def test_every_command_line_in_a_page_is_one(page: Path) -> None:
 def test_the_page_of_commands_names_every_option_and_no_other(command: str) -> None:
     text = section(command)
     long = {opt for opt in options(command) if opt.startswith("--")} - SHARED
-    named = set(re.findall(r"(?<![\w-])--[a-z]+", text))
+    named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text))
     assert long <= named, f"docs/cli.md, {command}: {', '.join(sorted(long - named))} missing"
     assert named <= options(command), f"docs/cli.md, {command}: {', '.join(sorted(named - options(command)))} unknown"
 
@@ -108,6 +108,11 @@ def test_help_explains_every_argument_and_gives_an_example(command: str) -> None
 def test_the_methods_page_has_a_row_for_each_method_and_no_other() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "methods.md").read_text(), re.M)
     assert sorted(rows) == registry.names("methods")
+
+
+def test_the_benches_page_has_a_section_for_each_bench() -> None:
+    text = (ROOT / "docs" / "benches.md").read_text()
+    assert [name for name in registry.names("benches") if not re.search(rf"^#+ .*{name}", text, re.M)] == []
 
 
 def test_the_changelog_has_this_version_and_lines_in_it() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import CORE, tiny_lm
 
 from lmpatch.benches import _ask, facts
 from lmpatch.benches.facts import Config, Row
@@ -311,11 +311,14 @@ def test_make_each_gives_the_rows_of_make(tiny: LM, edits: list[Edit], make: Mak
 
 
 @pytest.mark.parametrize("mount", ["bake", "side"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", CORE)
 def test_the_model_is_the_same_afterwards_to_the_bit(
-    lm: LM, edits: list[Edit], make: Maker, quick: Config, mount: Any
+    family: str, dtype: torch.dtype, edits: list[Edit], make: Maker, quick: Config, mount: Any
 ) -> None:
+    lm = tiny_lm(family, dtype)
     before = bits(lm)
-    facts.run(lm, edits, replace(quick, n=3, commit_size=1), make=make, mount=mount)
+    facts.run(lm, edits, replace(quick, n=3, commit_size=2), make=make, mount=mount)
     assert bits(lm) == before and not applied(lm)
 
 

@@ -77,6 +77,13 @@ def test_a_damaged_line_inside_a_file_is_named(full: Path) -> None:
         Store(full)
 
 
+def test_rows_of_another_version_are_refused(full: Path) -> None:
+    path = full / "rows.jsonl"
+    path.write_text(path.read_text().replace('"em"', '"exact"'))
+    with pytest.raises(BadRecord, match="another version"):
+        Store(full)
+
+
 def test_another_run_of_the_same_group_may_join(full: Path) -> None:
     store = Store(full)
     store.open_run(identity("memit", n=1))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_lm, tiny_model, tiny_tokenizer
@@ -397,6 +400,17 @@ def test_two_models_share_nothing(random_patch, bits) -> None:
     was = bits(b)
     with apply(a, random_patch(a)):
         assert applied(b) == () and bits(b) == was
+
+
+def test_a_copy_of_a_patched_model_has_patches_of_its_own(lm, random_patch, bits, logits) -> None:
+    was = bits(lm)
+    with apply(lm, random_patch(lm)), apply(lm, random_patch(lm, seed=4), "side"):
+        patched, twin = logits(lm), replace(lm, model=copy.deepcopy(lm.model))
+        assert torch.equal(logits(twin), patched)
+        for one in applied(twin):
+            one.remove()
+        assert bits(twin) == was and torch.equal(logits(lm), patched)
+    assert torch.equal(logits(twin), logits(lm))
 
 
 def test_scales_of_two_mounts_multiply(lm, logits) -> None:

@@ -53,7 +53,7 @@ figure { margin: 0; background: var(--card); border: 1px solid var(--line); bord
 figcaption { font-size: 13px; color: var(--soft); margin-bottom: 4px; }
 svg { width: 100%; height: auto; display: block; } svg text { font-size: 11px; fill: var(--fg); }
 svg .tick, svg .axis { fill: var(--soft); font-size: 10.5px; } svg .grid { stroke: var(--line); }
-svg polyline { fill: none; stroke-width: 2; }
+svg polyline { fill: none; stroke-width: 2; } svg circle { fill-opacity: .85; }
 .s0 { fill: var(--c0) } .s1 { fill: var(--c1) } .s2 { fill: var(--c2) } .s3 { fill: var(--c3) } .s4 { fill: var(--c4) }
 .s5 { fill: var(--c5) } .l0 { stroke: var(--c0) } .l1 { stroke: var(--c1) } .l2 { stroke: var(--c2) }
 .l3 { stroke: var(--c3) } .l4 { stroke: var(--c4) } .l5 { stroke: var(--c5) }

@@ -39,7 +39,12 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self.runs = {run["run_id"]: run for run in self._read("runs")}
         self.chunks = {(chunk["run_id"], chunk["chunk"]): chunk for chunk in self._read("chunks")}
-        found = [Row.read(record) for record in self._read("rows")]
+        try:
+            found = [Row.read(record) for record in self._read("rows")]
+        except TypeError as error:
+            raise BadRecord(
+                f"{folder}/rows.jsonl was written by another version ({error}). Choose another folder."
+            ) from error
         self._rows = [row for row in found if (row.run_id, row.chunk) in self.chunks]
         if len(self._rows) < len(found):
             self._rewrite("rows", (asdict(row) for row in self._rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 340, 250, 44, 40, 14, 14
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 340, 250, 44, 40, 14, 26
 TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 

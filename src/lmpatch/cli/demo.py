@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MODEL = "gemma-3-270m"
 METHOD = "memit"
+SETTINGS: dict[str, Any] = {}
 TOKENS = 12  # new tokens per answer
 PROMISED = 0.9  # share of the edited facts that must be stated afterwards
 PROMISED_REPHRASED = 0.6  # the same in other words
@@ -67,7 +68,7 @@ def demo(
     with progress() as bar:
         edits = _unknown(lm, read_edits(own_facts()), count, bar)
         before = _ask(lm, edits, bar)
-        patch = fit(lm, METHOD, edits, progress=bar)
+        patch = fit(lm, METHOD, edits, progress=bar, **SETTINGS)
         with apply(lm, patch):
             after = _ask(lm, edits, bar)
     restored = hash_tensors(lm.model.state_dict().items(), exact=True) == clean

@@ -1,0 +1,97 @@
+"""The facts bench on CounterFact's evaluation half: single edits, one commit of 100, a stream of 1,000.
+
+    python benchmarks/facts.py single DATA       rome, r_rome, FT-M, FT-L, 100 facts one at a time
+    python benchmarks/facts.py commit DATA       memit and its options, FT-M, LoRA, 100 facts in one commit
+    python benchmarks/facts.py stream DATA       memit, 1,000 facts in commits of 100, with retention
+
+writes results/facts-<name>/ (runs and rows, resumable), results/facts-<name>.html and .md. The settings were chosen on
+counterfact/train (layers.py). Second moments come from WikiText-2; NAS takes its norms from the project's own facts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import lmpatch as lp
+from lmpatch.benches import facts
+from lmpatch.data.readers import read_text
+from lmpatch.methods import finetune, memit, r_rome, rome
+
+RESULTS = Path(__file__).parent / "results"
+PREFIXES = {"short_prefixes": 2, "long_prefixes": 2}
+MEMIT = {"long_prefixes": 2, "hits": 2}
+
+METHODS: dict[str, dict[str, tuple[Any, Any]]] = {
+    "single": {
+        "rome": (rome, rome.Config(**PREFIXES)),
+        "r_rome": (r_rome, r_rome.Config(**PREFIXES)),
+        "ft_m": (finetune, finetune.Config()),
+        "ft_l": (finetune, finetune.Config(layer=2, limit=2e-3)),
+    },
+    "commit": {
+        "memit": (memit, memit.Config(**MEMIT)),
+        "memit_alphaedit": (memit, memit.Config(**MEMIT, solver="alphaedit", ridge=0.3)),
+        "memit_encore": (memit, memit.Config(**MEMIT, frobenius=1e-3)),
+        "memit_nas": (memit, memit.Config(**MEMIT, nas=True)),
+        "ft_m": (finetune, finetune.Config()),
+        "lora": (finetune, finetune.Config(rank=8, lr=2e-3)),
+    },
+    "stream": {"memit": (memit, memit.Config(**MEMIT))},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "single": {"n": 1, "health": False, "latency": False},
+    "commit": {"n": 100, "latency": False},
+    "stream": {"n": 1000, "commit_size": 100, "retention": True, "latency": False, "sample": 200},
+}
+
+
+def makers(module: Any, cfg: Any, text: list[str], anchors: list[lp.Edit]) -> dict[str, Callable[..., Any]]:
+    given: dict[str, Any] = {"text": text} if module is not finetune else {}
+    if getattr(cfg, "nas", False):
+        given["anchors"] = anchors
+    made: dict[str, Callable[..., Any]] = {"make": lambda lm, edits: module.fit(lm, edits, cfg, **given)}
+    if hasattr(module, "fit_each"):
+        made["make_each"] = lambda lm, edits: module.fit_each(lm, edits, cfg, **given)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(METHODS))
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--limit", type=int, help="facts at most")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", nargs="*", help="these methods only")
+    args = parser.parse_args()
+    settings = SETTINGS[args.name]
+    lm = lp.load("gemma-3-270m", dtype=args.dtype)
+    edits = facts.load(
+        args.data / "counterfact/eval.jsonl.gz",
+        limit=args.limit or max(100, settings["n"]),
+        unrelated=args.data / "nq/nq_locality.jsonl.gz",
+    )
+    text = read_text(args.data / "wikitext2/raw_train_part.txt.gz")
+    anchors = lp.read_edits(Path(__file__).parents[1] / "examples/facts.jsonl")
+    cfg = facts.Config(max_new_tokens=16, **settings)
+    out = RESULTS / f"facts-{args.name}"
+    for run_id, (module, config) in METHODS[args.name].items():
+        if args.only and run_id not in args.only:
+            continue
+        report = facts.run(
+            lm, edits, cfg, **makers(module, config, text, anchors), settings=vars(config), run_id=run_id,
+            data_name="counterfact/eval", out=out,
+            progress=lambda done, total, what: print(f"{run_id}: {what} {done}/{total}", flush=True),
+        )  # fmt: skip
+        report.save_html(out.with_suffix(".html"))
+        with out.with_suffix(".md").open("w") as file:
+            Console(file=file, width=220).print(report.table())
+        Console(width=220).print(report.table())
+
+
+if __name__ == "__main__":
+    main()
