@@ -66,7 +66,9 @@ def rome_row(lm: LM, edits: list[lp.Edit], layer: int, text: list[str]) -> dict[
     )
 
 
-def memit_rows(lm: LM, edits: list[lp.Edit], layers: tuple[int, ...], clamp: float, text: list[str]) -> Iterator[dict[str, Any]]:
+def memit_rows(
+    lm: LM, edits: list[lp.Edit], layers: tuple[int, ...], clamp: float, text: list[str]
+) -> Iterator[dict[str, Any]]:
     """One value search, then a solve per weight: the values do not depend on it."""
     cfg = memit.Config(layers=layers, clamp=clamp, long_prefixes=2, hits=2)
     start = perf_counter()
@@ -110,22 +112,33 @@ def main() -> None:
     edits, text = read_edits(args.facts, limit=max(args.single, args.many)), read_text(args.text)
     record = {"made": now(), "versions": versions(), "hardware": hardware(), "dtype": "bfloat16", "tokens": TOKENS}
     record |= {"single": args.single, "many": args.many}
-    rows: list[dict[str, Any]] = []
+    file = RESULTS / "layers.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []  # a run goes on
+
+    def have(method: str, **config: Any) -> bool:
+        return any(r["method"] == method and all(r["config"][k] == v for k, v in config.items()) for r in rows)
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
         config = row["config"]
-        where = config["layer"] if row["method"] == "rome" else (config["layers"], config["clamp"], config["solver"], config["weight"])
+        where = (
+            config["layer"]
+            if row["method"] == "rome"
+            else (config["layers"], config["clamp"], config["solver"], config["weight"])
+        )
         print(row["method"], where, {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}, flush=True)
-        (RESULTS / "layers.json").write_text(json.dumps({"record": record, "rows": rows}, indent=1) + "\n")
+        file.write_text(json.dumps({"record": record, "rows": rows}, indent=1) + "\n")
 
     for layers, clamp in (
         ((2, 3, 4, 5), 0.75), ((2, 3, 4, 5), 1.5), ((5, 6, 7, 8), 1.5), ((1, 2, 3), 1.5), ((8, 9, 10, 11), 1.5),
     ):  # fmt: skip
+        if have("memit", layers=list(layers), clamp=clamp):
+            continue
         for found in memit_rows(lm, edits[: args.many], layers, clamp, text):
             keep(found)
     for layer in (0, 1, 2, 3, 4, 5, 6, 8, 10):
-        keep(rome_row(lm, edits[: args.single], layer, text))
+        if not have("rome", layer=layer):
+            keep(rome_row(lm, edits[: args.single], layer, text))
     plot(rows, RESULTS / "layers.png")
 
 

@@ -161,8 +161,9 @@ def test_numbers_of_different_protocols_never_share_a_table(
 ) -> None:
     cfg = replace(replace(quick, n=6, commit_size=2), **change)  # type: ignore[arg-type]
     other = facts.run(tiny_lm("llama"), edits, cfg)
-    with pytest.raises(BadInput, match="cannot stand in one table"):
-        facts.combine([report, other])
+    for one in (report, replace(report, runs=report.runs[:2])):  # also where only baselines are there
+        with pytest.raises(BadInput, match="cannot stand in one table"):
+            facts.combine([one, other])
 
 
 def test_another_base_or_other_data_are_another_group(report: Report, edits: list[Edit], quick: Config) -> None:
