@@ -85,7 +85,7 @@ def main() -> None:
         report = facts.run(
             lm, edits, cfg, **makers(module, config, text, anchors), settings=vars(config), run_id=run_id,
             data_name="counterfact/eval", out=out,
-            progress=lambda done, total, what: print(f"{run_id}: {what} {done}/{total}", flush=True),
+            progress=lambda done, total, what, name=run_id: print(f"{name}: {what} {done}/{total}", flush=True),
         )  # fmt: skip
         report.save_html(out.with_suffix(".html"))
         with out.with_suffix(".md").open("w") as file:

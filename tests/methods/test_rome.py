@@ -8,14 +8,16 @@ import pytest
 import torch
 from tiny import real_gemma, tiny_lm
 
+from lmpatch.api import fit
 from lmpatch.data.edit import Edit
-from lmpatch.errors import Contradiction, LayerOutOfRange, SubjectNotFound
+from lmpatch.errors import Contradiction, LayerOutOfRange, NotEnoughMemory, SubjectNotFound
 from lmpatch.methods import r_rome, rome
 from lmpatch.methods._moments import second_moments
 from lmpatch.methods._rome import pairs
 from lmpatch.models.lm import LM
 from lmpatch.models.run import generate
 from lmpatch.patches.ledger import apply
+from lmpatch.registry import get
 
 EDITS, CFG = rome.example(tiny_lm("llama"))
 
@@ -92,6 +94,17 @@ def test_bad_input_is_refused_before_any_work(lm: LM) -> None:
         rome.fit(lm, [Edit("The Eiffel Tower is in", subject="Louvre", target="Rome")], CFG)
     with pytest.raises(Contradiction, match="Rome.*Oslo"):
         rome.fit(lm, [EDITS[0], Edit(EDITS[0].prompt, subject="Eiffel Tower", target="Oslo")], CFG)
+
+
+@pytest.mark.parametrize("name", ["rome", "r_rome", "memit", "finetune"])
+def test_too_little_memory_is_said_before_any_work(lm: LM, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = get("methods", name)
+    edits, cfg = method.example(lm)
+    need = method.estimate(lm, len(edits), cfg)
+    assert 0 < need < method.estimate(lm, 10 * len(edits), cfg)
+    monkeypatch.setattr("lmpatch.room.free_bytes", lambda device: need - 1)
+    with pytest.raises(NotEnoughMemory, match="free"):
+        fit(lm, name, edits, **vars(cfg))
 
 
 @pytest.mark.real

@@ -77,8 +77,8 @@ def test_low_rank_stays_low_rank_while_that_is_smaller() -> None:
 
 
 def test_shared_keys_keep_the_rank() -> None:
-    b, a = torch.randn(6, 2), torch.randn(2, 10)
-    for other in (LowRank(torch.randn(6, 2), a.clone()), LowRank(b.clone(), torch.randn(2, 10))):
+    b, a = torch.randn(32, 2), torch.randn(2, 32)  # far below where merging would compact
+    for other in (LowRank(torch.randn(32, 2), a.clone()), LowRank(b.clone(), torch.randn(2, 32))):
         both = combine("w", [LowRank(b, a), other])
         assert isinstance(both, LowRank) and both.rank == 2
         torch.testing.assert_close(both.dense(), b @ a + other.b @ other.a)

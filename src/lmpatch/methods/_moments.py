@@ -80,6 +80,11 @@ def second_moments(
     return Moments(found, count, agreement, source)
 
 
+def memory(lm: LM, layers: int) -> int:
+    """Bytes an estimate takes on top of the model: two halves and their sum per layer, and the factors in fp64."""
+    return (3 * layers * 4 + 4 * 8) * lm.layout.d_ff**2
+
+
 def _accumulate(
     lm: LM, rows: Tensor, layers: list[int], progress: Progress | None
 ) -> tuple[dict[int, Tensor], int, float]:

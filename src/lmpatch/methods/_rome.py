@@ -15,6 +15,7 @@ from ..models.lm import LM
 from ..models.run import Progress, frozen
 from ..patches.delta import LowRank
 from ..patches.weight import WeightPatch
+from . import _moments, _value
 from ._moments import second_moments
 from ._solve import factor, solve
 from ._value import search
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from .r_rome import Config as RConfig
     from .rome import Config
 
-DEPTH = 0.3  # default layer as a share of the depth; see benchmarks/layers for Gemma-3-270M
+DEPTH = 0.3  # default layer as a share of the depth
+DEPTH_BEFORE_NORM = 1 / 18  # the same where a norm follows the MLP, from the sweep in benchmarks/results/layers.json
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def pairs(
         anchor_mean: count δ from the mean key's output instead of the bare prompt's.
     """
     layout = lm.layout
-    layer = layout.check_layer(round(DEPTH * layout.n_layers) if cfg.layer is None else cfg.layer)
+    share = DEPTH_BEFORE_NORM if layout.post_norm else DEPTH
+    layer = layout.check_layer(round(share * layout.n_layers) if cfg.layer is None else cfg.layer)
     notes: dict[str, object] = {"layer": layer, "covariance": cfg.covariance}
     moments = None
     if cfg.covariance:
@@ -76,6 +79,12 @@ def pairs(
     direction = direction / direction.norm(dim=1, keepdim=True)
     notes |= {"steps": values.steps, "loss": [round(x, 4) for x in values.loss]}
     return Pairs(layer, direction, key, target - output, notes)
+
+
+def memory(lm: LM, facts: int, cfg: Config | RConfig) -> int:
+    """Bytes a fit takes on top of the model."""
+    values = _value.memory(lm, facts, cfg) + 12 * facts * (lm.layout.d_model + lm.layout.d_ff)
+    return values + (_moments.memory(lm, 1) if cfg.covariance else 0)
 
 
 def together(p: Pairs) -> LowRank:

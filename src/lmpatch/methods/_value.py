@@ -19,11 +19,12 @@ from ..data.edit import Edit
 from ..errors import Diverged
 from ..models.lm import LM
 from ..models.replay import Recording, record
-from ..models.run import Progress, hooked, kl, logits, nll
+from ..models.run import HEAD_CHUNK, Progress, hooked, kl, logits, nll
 from ..models.tokens import Row, encode_all
 from ._prefixes import prefixes
 
 BATCH_TOKENS = 1536  # suffix tokens per batch; more gains nothing on a CPU and costs about 1 MB each
+TOKENS_PER_ROW = 12  # suffix columns of a long row, for the estimate of memory
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's usual constants
 
 
@@ -121,6 +122,16 @@ def search(
     if progress:
         progress(len(edits), len(edits), "searching values")
     return _joined(found, [e for batch in batches for e in batch])
+
+
+def memory(lm: LM, facts: int, cfg: Numbers) -> int:
+    """Bytes a search takes on top of the model, rounded up: activations of one batch, logits of one head chunk, the
+    base distributions of the batch's facts."""
+    layout, rows = lm.layout, 2 + cfg.short_prefixes + cfg.long_prefixes
+    tokens = min(BATCH_TOKENS, facts * rows * TOKENS_PER_ROW)
+    kept = tokens * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)  # what autograd keeps of a block
+    batch = -(-tokens // (rows * 2))  # facts of a batch, at two columns a row
+    return 4 * (kept + (3 * HEAD_CHUNK + min(batch, facts)) * layout.vocab)
 
 
 def _at(row: Row) -> int:

@@ -20,11 +20,12 @@ from ..data.edit import Edit, check_contradictions
 from ..errors import BadInput, Diverged
 from ..models.lm import LM
 from ..models.replay import Recording, record
-from ..models.run import Progress, frozen, hooked, nll
+from ..models.run import HEAD_CHUNK, Progress, frozen, hooked, nll
 from ..models.tokens import Row, encode_all
 from ..patches.delta import Delta, Dense, LowRank
 from ..patches.weight import WeightPatch
 
+TOKENS = 32  # of a long fact, for the estimate of memory
 SKIP = 1e-2  # nats; a batch below this makes no step, an epoch below this ends the run
 
 
@@ -206,6 +207,17 @@ class _Batch:
         with torch.enable_grad(), hooked(*change.hooks(lm)):
             out = self.recording.forward(self.recording.hidden[self.lowest], self.lowest)
             return (nll(lm, out[self.row, self.column], self.label) * self.weight).sum()
+
+
+def estimate(lm: LM, facts: int, cfg: Config) -> int:
+    """Bytes a fit takes on top of the model, rounded up: the change with Adam's two moments, recorded states of all
+    facts, what autograd keeps of one batch, and logits of one head chunk."""
+    layout = lm.layout
+    blocks = layout.n_layers if cfg.rank else 1
+    change = blocks * (14 * cfg.rank * layout.d_ff if cfg.rank else layout.d_model * layout.d_ff)
+    states = facts * TOKENS * layout.n_layers * 3 * layout.d_model
+    batch = min(cfg.batch, facts) * TOKENS * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)
+    return 4 * (5 * change + states + batch + 3 * HEAD_CHUNK * layout.vocab)
 
 
 def example(lm: LM) -> tuple[list[Edit], Config]:

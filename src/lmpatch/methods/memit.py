@@ -22,6 +22,7 @@ from ..models.tokens import encode_all, pad, pad_id
 from ..patches.delta import Delta, LowRank
 from ..patches.ledger import applied, apply
 from ..patches.weight import WeightPatch
+from . import _moments, _value
 from ._moments import second_moments
 from ._prefixes import prefixes
 from ._solve import factor, null_space, projected, woodbury
@@ -243,6 +244,11 @@ def _anchored(
         "skipped": int(skipped.any(1).sum()),
     }
     return replace(values, delta=goal - clean), notes
+
+
+def estimate(lm: LM, facts: int, cfg: Config) -> int:
+    """Bytes a fit of that many facts takes on top of the model, rounded up."""
+    return _value.memory(lm, facts, cfg) + _moments.memory(lm, len(_layers(lm, cfg)))
 
 
 def example(lm: LM) -> tuple[list[Edit], Config]:

@@ -63,6 +63,11 @@ def _fit(
     return _rome.fit(lm, edits, cfg, "r_rome", text=text, progress=progress, each=each, mean_key=True, anchor_mean=mean)
 
 
+def estimate(lm: LM, facts: int, cfg: Config) -> int:
+    """Bytes a fit of that many facts takes on top of the model, rounded up."""
+    return _rome.memory(lm, facts, cfg)
+
+
 def example(lm: LM) -> tuple[list[Edit], Config]:
     """Edits and settings that run in milliseconds on a tiny model."""
     edits, numbers = rome.example(lm)
