@@ -66,8 +66,8 @@ def demo(
     lm = open_model(MODEL)
     clean = hash_tensors(lm.model.state_dict().items(), exact=True)
     with progress() as bar:
-        edits = _unknown(lm, read_edits(own_facts()), count, bar)
-        before = _ask(lm, edits, bar)
+        edits, said = _unknown(lm, read_edits(own_facts()), count, bar)
+        before = _ask(lm, edits, bar, said)
         patch = fit(lm, METHOD, edits, progress=bar, **SETTINGS)
         with apply(lm, patch):
             after = _ask(lm, edits, bar)
@@ -93,27 +93,29 @@ def own_facts() -> Path:
     return packaged if packaged.is_file() else Path(__file__).parents[3] / "examples" / "facts.jsonl"
 
 
-def _unknown(lm: LM, edits: Sequence[Edit], count: int, bar: Progress) -> list[Edit]:
-    """The first ``count`` facts that the model does not state by itself."""
+def _unknown(lm: LM, edits: Sequence[Edit], count: int, bar: Progress) -> tuple[list[Edit], list[str]]:
+    """The first ``count`` facts that the model does not state by itself, and what it says instead."""
     from ..models.run import generate
 
     said = generate(lm, [edit.prompt for edit in edits], max_new_tokens=TOKENS, progress=bar)
-    return [edit for edit, text in zip(edits, said, strict=True) if not _states(edit, text)][:count]
+    wrong = [(edit, text) for edit, text in zip(edits, said, strict=True) if not _states(edit, text)][:count]
+    return [edit for edit, _ in wrong], [text for _, text in wrong]
 
 
-def _ask(lm: LM, edits: Sequence[Edit], bar: Progress) -> Answers:
+def _ask(lm: LM, edits: Sequence[Edit], bar: Progress, said: Sequence[str] = ()) -> Answers:
+    """Everything the demo asks; ``said`` are the answers to the facts where they are known already."""
     from ..models.run import generate, hidden
 
     near = [prompt for _, prompt in _near(edits)]
-    prompts = [edit.prompt for edit in edits] + [edit.rephrases[0] for edit in edits] + near
-    said = generate(lm, prompts, max_new_tokens=TOKENS, progress=bar)
-    n = len(edits)
-    return Answers(said[:n], said[n : 2 * n], said[2 * n :], hidden(lm, near))
+    prompts = [edit.rephrases[0] for edit in edits] + near + ([] if said else [edit.prompt for edit in edits])
+    texts = generate(lm, prompts, max_new_tokens=TOKENS, progress=bar)
+    n, m = len(edits), len(edits) + len(near)
+    return Answers(list(said) or texts[m:], texts[:n], texts[n:m], hidden(lm, near))
 
 
 def _near(edits: Sequence[Edit]) -> list[tuple[str, str]]:
-    """(kind, prompt) of everything that must not move."""
-    return [(kind, ask.prompt) for edit in edits for kind, asks in edit.locality for ask in asks]
+    """(kind, prompt) of what must not move, one of each kind a fact."""
+    return [(kind, asks[0].prompt) for edit in edits for kind, asks in edit.locality]
 
 
 def _states(edit: Edit, text: str) -> bool:
