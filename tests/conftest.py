@@ -21,3 +21,10 @@ def lm(request: pytest.FixtureRequest) -> LM:
 def any_lm(request: pytest.FixtureRequest) -> LM:
     """A fresh tiny model of each supported family."""
     return tiny_lm(request.param)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests on the real model go to one worker, which loads it once."""
+    for item in items:
+        if item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.xdist_group("real"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmpatch.benches._cases import Chunk, plan, sentence, with_fact
@@ -17,15 +17,16 @@ def edits(count: int) -> list[Edit]:
     return [Edit(f"The capital of land {i} is", f"town {i}", f"land {i}") for i in range(count)]
 
 
-def one(*records: Edit, commit_size: int | None = None, raw: bool = False, **settings: int) -> Chunk:
+def one(*records: Edit, commit_size: int | None = None, raw: bool = False, **limits: int) -> Chunk:
     size = commit_size or len(records)
-    return plan(records, n=len(records), commit_size=size, seed=None, raw=raw, **settings)[0][0]
+    return plan(records, n=len(records), commit_size=size, seed=None, raw=raw, **limits)[0][0]
 
 
 def flags(chunk: Chunk, kind: str) -> list[str]:
     return [q.flag for q in chunk.questions if q.kind == kind]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(0, 3))
 def test_chunks_are_whole_disjoint_and_written_in_order(count: int, n: int, size: int, seed: int) -> None:
     if n > count:

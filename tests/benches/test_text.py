@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmpatch.benches._text import first, match, normalise, same
@@ -27,6 +27,7 @@ def test_normalisation_leaves_the_words(text: str, plain: str) -> None:
     assert normalise(text) == plain
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_case_padding_and_a_full_stop_never_matter(text: str) -> None:
     assert same(f"  {text}\t", text)
@@ -34,6 +35,7 @@ def test_case_padding_and_a_full_stop_never_matter(text: str) -> None:
         assert same(text + ".", text)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="bc d", min_size=1, max_size=12).filter(str.strip), st.text(alphabet="xyz ", max_size=12))
 def test_an_answer_that_begins_with_the_alias_is_right_by_prefix(alias: str, rest: str) -> None:
     assert match(f"{alias} {rest}", [alias]).em

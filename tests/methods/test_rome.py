@@ -62,17 +62,6 @@ def test_with_covariance_corpus_keys_move_less_at_equal_insertion(lm: LM) -> Non
     assert moved[0] < moved[1]
 
 
-def test_with_a_single_prefix_r_rome_is_rome(lm: LM) -> None:
-    bare = replace(CFG, short_prefixes=0, long_prefixes=0)
-    same = r_rome.fit(lm, EDITS, replace(r_rome.Config(), **vars(bare)))
-    torch.testing.assert_close(change(same), change(rome.fit(lm, EDITS, bare)), atol=1e-6, rtol=1e-4)
-
-
-def test_r_rome_and_rome_differ_with_prefixes(lm: LM) -> None:
-    other = r_rome.fit(lm, EDITS, replace(r_rome.Config(), **vars(CFG)))
-    assert (change(other) - change(rome.fit(lm, EDITS, CFG))).norm() > 1e-3
-
-
 def test_fits_in_one_batch_equal_fits_one_by_one(lm: LM) -> None:
     each = rome.fit_each(lm, EDITS, CFG)
     for edit, patch in zip(EDITS, each, strict=True):
