@@ -39,9 +39,7 @@ def test_the_mean_key_divides_and_directs(lm: LM) -> None:
 
 
 def test_the_mean_anchor_counts_delta_from_the_mean_keys_output(lm: LM) -> None:
-    clean, mean = (
-        pairs(lm, EDITS, CFG, mean_key=True, anchor_mean=a, text=None, progress=None) for a in (False, True)
-    )
+    clean, mean = (pairs(lm, EDITS, CFG, mean_key=True, anchor_mean=a, text=None, progress=None) for a in (False, True))
     module = lm.module(lm.layout.downs[CFG.layer])
     with torch.no_grad():
         at_mean = module(mean.key.float()).double()

@@ -40,6 +40,8 @@ class Pairs:
     residual: Tensor
     """[u, d] v* - W k, fp64."""
     notes: dict[str, object]
+    seconds: float
+    """What the facts took, the second moments left out."""
 
 
 def pairs(
@@ -62,11 +64,12 @@ def pairs(
     share = DEPTH_BEFORE_NORM if layout.post_norm else DEPTH
     layer = layout.check_layer(round(share * layout.n_layers) if cfg.layer is None else cfg.layer)
     notes: dict[str, object] = {"layer": layer, "covariance": cfg.covariance}
-    moments = None
+    start, moments = time.perf_counter(), None
     if cfg.covariance:
         tokens = cfg.moment_tokens or 10 * layout.d_ff
         moments = second_moments(lm, [layer], text=text, tokens=tokens, progress=progress)
         notes |= {"moments": moments.source, "moment_tokens": moments.tokens, "moment_agreement": moments.agreement}
+    prepared = time.perf_counter()
     with frozen(lm):
         values = search(lm, edits, [layer], cfg, progress=progress)
         keys = values.keys[layer].double()  # [u, J, f]
@@ -78,7 +81,8 @@ def pairs(
     direction = mean if moments is None else solve(factor(moments.c[layer].to(mean.device)), mean.T).T
     direction = direction / direction.norm(dim=1, keepdim=True)
     notes |= {"steps": values.steps, "loss": [round(x, 4) for x in values.loss]}
-    return Pairs(layer, direction, key, target - output, notes)
+    notes["prep_seconds"] = round(prepared - start, 3)  # the statistics serve every later edit
+    return Pairs(layer, direction, key, target - output, notes, time.perf_counter() - prepared)
 
 
 def memory(lm: LM, facts: int, cfg: Config | RConfig) -> int:
@@ -111,11 +115,10 @@ def fit(
     """One patch for all edits, or (``each``) one patch an edit from one batched search."""
     if not each:
         check_contradictions(edits)
-    start = time.perf_counter()
     p = pairs(lm, edits, cfg, mean_key=mean_key, anchor_mean=anchor_mean, text=text, progress=progress)
     weight = lm.layout.weight(lm.layout.downs[p.layer])
     groups = [([e], one(p, i)) for i, e in enumerate(edits)] if each else [(list(edits), together(p))]
-    seconds = (time.perf_counter() - start) / len(groups)
+    seconds = p.seconds / len(groups)
     return [
         WeightPatch.make(lm, {weight: delta}, method=method, config=cfg, edits=group, seconds=seconds, notes=p.notes)
         for group, delta in groups

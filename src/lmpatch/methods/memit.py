@@ -110,6 +110,7 @@ def fit(
     layers = _layers(lm, cfg)
     tokens = cfg.moment_tokens or 10 * lm.layout.d_ff
     moments = second_moments(lm, layers, text=text, tokens=tokens, progress=progress)
+    prepared = time.perf_counter()  # the statistics serve every later edit and are counted apart
     joint = (cfg.spread or ("joint" if lm.layout.post_norm else "residual")) == "joint"
     with frozen(lm):
         values = _values(lm, edits, layers, cfg, joint, progress)
@@ -117,12 +118,13 @@ def fit(
             "layers": layers, "spread": "joint" if joint else "residual", "steps": values.steps,
             "loss": [round(x, 4) for x in values.loss], "moments": moments.source,
             "moment_tokens": moments.tokens, "moment_agreement": moments.agreement,
+            "prep_seconds": round(prepared - start, 3),
         }  # fmt: skip
         if cfg.nas:
             values, notes["nas"] = _anchored(lm, values, layers, cfg, joint, anchors, progress)
         deltas, keys = _write(lm, edits, values, layers, cfg, joint, moments.c)
     return WeightPatch.make(
-        lm, deltas, method="memit", config=cfg, edits=edits, seconds=time.perf_counter() - start, notes=notes,
+        lm, deltas, method="memit", config=cfg, edits=edits, seconds=time.perf_counter() - prepared, notes=notes,
         extras={f"keys.{layer}": k for layer, k in keys.items()},
     )  # fmt: skip
 
