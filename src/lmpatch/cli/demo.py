@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MODEL = "gemma-3-270m"
 METHOD = "memit"
-SETTINGS: dict[str, object] = {"solver": "alphaedit", "long_prefixes": 2, "hits": 2, "moment_tokens": 8192}
+SETTINGS: dict[str, Any] = {"solver": "alphaedit", "long_prefixes": 2, "hits": 2, "moment_tokens": 8192}
 TOKENS = 12  # new tokens per answer
 PROMISED = 0.9  # share of the edited facts that must be stated afterwards
 PROMISED_REPHRASED = 0.6  # the same in other words

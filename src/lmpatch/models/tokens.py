@@ -22,6 +22,8 @@ class Row:
     """Index of the first target token; ``len(ids)`` without a target."""
     subject_last: int | None = None
     """Index of the last token that overlaps the subject."""
+    subject_first: int | None = None
+    """Index of the first one."""
 
 
 def join(prompt: str, target: str) -> str:
@@ -79,18 +81,20 @@ def encode_all(
         border = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
         if target and border == len(ids):
             raise BadInput(f"the target {target!r} of {prompt!r} tokenises to nothing. Give a visible answer.")
-        rows.append(Row(tuple(ids), border, _last_token(prompt, subject, offsets, after[i]) if subject else None))
+        span = _subject(prompt, subject, offsets, after[i]) if subject else range(0)
+        rows.append(Row(tuple(ids), border, *((span[-1], span[0]) if span else ())))
     return rows
 
 
-def _last_token(prompt: str, subject: str, offsets: Sequence[tuple[int, int]], after: int) -> int:
+def _subject(prompt: str, subject: str, offsets: Sequence[tuple[int, int]], after: int) -> Sequence[int]:
+    """Indices of the tokens that overlap the subject."""
     start = prompt.find(subject, after)
     over = [k for k, (a, b) in enumerate(offsets) if a < start + len(subject) and b > start and b > a]
     if start < 0 or not over:
         raise SubjectNotFound(
             f"subject {subject!r} does not occur in prompt {prompt!r}. Write the subject exactly as the prompt does."
         )
-    return over[-1]
+    return over
 
 
 def pad_id(lm: LM) -> int:

@@ -99,9 +99,9 @@ def run(lm: LM, data: Sequence[Edit], cfg: Config, *, progress: Progress | None 
 
 @torch.no_grad()
 def _trace(lm: LM, edit: Edit, cfg: Config) -> Trace:
-    row, begin = encode(lm, edit.prompt, subject=edit.subject), _subject_first(lm, edit)
-    assert row.subject_last is not None
-    width = row.subject_last + 1 - begin
+    row = encode(lm, edit.prompt, subject=edit.subject)
+    assert row.subject_first is not None and row.subject_last is not None
+    begin, width = row.subject_first, row.subject_last + 1 - row.subject_first
     recording, outputs = _clean(lm, row, begin, cfg.kind)
     n_layers, s = lm.layout.n_layers, recording.suffix
     last = recording.hidden[n_layers][:, -1]
@@ -130,22 +130,6 @@ def _trace(lm: LM, edit: Edit, cfg: Config) -> Trace:
         edit.prompt, lm.tokenizer.decode([answer]), tuple(lm.tokenizer.decode([i]) for i in row.ids[begin:]), width,
         cfg.kind, float(p[answer]), float(probability(noisy[-1][:, -1])), scores,
     )  # fmt: skip
-
-
-def _subject_first(lm: LM, edit: Edit) -> int:
-    """Index of the subject's first token."""
-    end = edit.prompt.find(edit.subject) + len(edit.subject)
-    row = encode(lm, edit.prompt)
-    before = edit.prompt[: end - len(edit.subject)].rstrip()
-    return (
-        encode(lm, before, edit.prompt[len(before) :]).target
-        if before
-        else row.target - len(row.ids) + _opening(lm, row)
-    )
-
-
-def _opening(lm: LM, row: Row) -> int:
-    return sum(i in lm.tokenizer.all_special_ids for i in row.ids[:1])
 
 
 def _clean(lm: LM, row: Row, begin: int, kind: Kind) -> tuple[Recording, list[Tensor]]:
