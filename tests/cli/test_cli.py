@@ -259,7 +259,9 @@ def test_bad_settings_get_one_line(folder: Path, tmp_path: Path, settings: list[
 
 
 @pytest.mark.parametrize(
-    ("make", "message"), [(tampered, "patch"), (truncated, "patch"), (pickled, "pickle")], ids=lambda x: str(x)
+    ("make", "message"),
+    [(tampered, "patch"), (truncated, "patch"), (pickled, "pickle")],
+    ids=["tampered", "truncated", "pickled"],
 )
 @pytest.mark.parametrize("command", ["show", "ask"])
 def test_a_broken_patch_gets_one_line(folder: Path, tmp_path: Path, make: Any, message: str, command: str) -> None:
