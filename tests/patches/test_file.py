@@ -155,6 +155,22 @@ class Boom:
         return os.mkdir, (self.mark,)
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_safetensors_header_as_long_as_a_pickles_first_bytes_is_no_pickle(
+    patch: WeightPatch, tmp_path: Path, length: int
+) -> None:
+    name = next(iter(patch.deltas))
+    base = replace(patch.base, touched={name: patch.base.touched[name]})
+    small = replace(patch, deltas={name: patch.deltas[name]}, base=base)
+    for pad in range(1, length, 4):
+        named = replace(small, extras={"x" * pad: torch.ones(1)})
+        named.save(tmp_path / str(pad))
+        if (tmp_path / str(pad) / TENSORS).read_bytes()[:8] == length.to_bytes(8, "little"):
+            assert load_patch(tmp_path / str(pad)).hash() == named.hash()
+            return
+    pytest.fail("no name gave a header of that length")
+
+
 @pytest.mark.parametrize("name", ["patch.pt", "adapter_model.bin", "x.pkl", TENSORS, HEADER])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_is_refused_unread(folder: Path, tmp_path: Path, name: str, zipped: bool) -> None:

@@ -118,7 +118,7 @@ def _accumulate(
         if progress:
             progress(min(start + ROWS, len(rows)), len(rows), "second moments")
         last = start + ROWS >= len(rows)
-        if min(counts) and (last or (done >= 2 * f and done - checked >= 2 * f)):
+        if min(counts) and (last or done >= 2 * max(checked, f)):  # at 2 f, 4 f, 8 f, ... keys
             checked = done
             agreement = min(
                 _agreement([half[layer] / n for half, n in zip(halves, counts, strict=True)], seen[layer][:PROBES])

@@ -129,7 +129,8 @@ def _read(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise BadPatch(f"no patch in {path.parent}: {path.name} cannot be read ({error.strerror}).") from None
-    if data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+    pickled = data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+    if pickled and data[8:9] != b"{":  # safetensors begins with a length, which may look like a pickle, and then {
         raise BadPatch(f"{path} is a pickle, which could run code. lmpatch never unpickles.")
     return data
 
