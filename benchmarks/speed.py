@@ -157,19 +157,23 @@ def main() -> None:
     parser.add_argument("facts")
     parser.add_argument("text")
     parser.add_argument("--tokens", type=int, default=40_000, help="tokens of text for the second moments")
+    parser.add_argument("--only", nargs="*", choices=["answers", "search", "moments"], help="keep the others' last figures")
     args = parser.parse_args()
     lm = lp.load("gemma-3-270m")
     edits = read_edits(args.facts, limit=20)
     prompts = [p for e in read_edits(args.facts, limit=64) for p in (e.prompt, *e.rephrases)]
-    found: dict[str, object] = {"made": now(), "versions": versions(), "hardware": hardware(), "dtype": "float32"}
+    out = RESULTS / "speed.json"
+    found: dict[str, object] = json.loads(out.read_text()) if args.only and out.exists() else {}
+    found |= {"versions": versions(), "hardware": hardware(), "dtype": "float32"}
     for name, run in {
         "answers": lambda: timed_answers(lm, prompts, 6, 32),
         "search": lambda: timed_search(lm, edits, 3),
         "moments": lambda: timed_moments(lm, read_text(args.text), args.tokens),
     }.items():
-        found[name] = run()
-        print(json.dumps(found[name], indent=1), flush=True)
-        (RESULTS / "speed.json").write_text(json.dumps(found, indent=1))
+        if not args.only or name in args.only:
+            found[name] = {"made": now(), **run()}
+            print(json.dumps(found[name], indent=1), flush=True)
+            out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
