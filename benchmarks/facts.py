@@ -41,7 +41,10 @@ METHODS: dict[str, dict[str, tuple[Any, Any]]] = {
         "ft_m": (finetune, finetune.Config()),
         "lora": (finetune, finetune.Config(rank=8, lr=2e-3)),
     },
-    "stream": {"memit": (memit, memit.Config(**MEMIT))},
+    "stream": {
+        "memit": (memit, memit.Config(**MEMIT)),
+        "memit_alphaedit": (memit, memit.Config(**MEMIT, solver="alphaedit", ridge=0.3)),
+    },
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "single": {"n": 1, "health": False, "latency": False},
@@ -83,7 +86,7 @@ def main() -> None:
         if args.only and run_id not in args.only:
             continue
         report = facts.run(
-            lm, edits, cfg, **makers(module, config, text, anchors), settings=vars(config), run_id=run_id,
+            lm, edits, cfg, **makers(module, config, text, anchors), settings=vars(config), run_id=run_id, mount="bake",
             data_name="counterfact/eval", out=out,
             progress=lambda done, total, what, name=run_id: print(f"{name}: {what} {done}/{total}", flush=True),
         )  # fmt: skip

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("facts")
     parser.add_argument("text")
     parser.add_argument("--tokens", type=int, default=40_000, help="tokens of text for the second moments")
-    parser.add_argument("--only", nargs="*", choices=["answers", "search", "moments"], help="keep the others' last figures")
+    parser.add_argument("--only", nargs="*", choices=["answers", "search", "moments"], help="keep the others' figures")
     args = parser.parse_args()
     lm = lp.load("gemma-3-270m")
     edits = read_edits(args.facts, limit=20)

@@ -26,7 +26,7 @@ def rows(index: int, count: int = 2, run_id: str = "rome") -> list[Row]:
 
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
-    store = Store(tmp_path / "out")
+    store = Store(tmp_path / "out", Row.read)
     store.open_run(identity(n=1))
     for i in range(3):
         store.add(chunk(i), rows(i))
@@ -34,14 +34,14 @@ def full(tmp_path: Path) -> Path:
 
 
 def test_what_was_kept_is_there_again(full: Path) -> None:
-    again = Store(full)
+    again = Store(full, Row.read)
     assert again.rows_of("rome") == [row for i in range(3) for row in rows(i)]
     assert again.chunks_of("rome") == [chunk(i) for i in range(3)]
     assert again.runs == {"rome": identity(n=1)}
 
 
 def test_without_a_folder_everything_stays_in_memory(tmp_path: Path) -> None:
-    store = Store(None)
+    store = Store(None, Row.read)
     store.open_run(identity())
     store.add(chunk(0), rows(0))
     assert store.rows_of("rome") == rows(0) and not list(tmp_path.iterdir())
@@ -56,17 +56,17 @@ def test_half_a_last_line_is_cut_and_its_chunk_is_redone(full: Path, name: str, 
     if name == "rows":  # rows come before their chunk, so the chunk's line cannot be there yet
         lines = (full / "chunks.jsonl").read_bytes().splitlines(keepends=True)
         (full / "chunks.jsonl").write_bytes(b"".join(lines[:-1]))
-    again = Store(full)
+    again = Store(full, Row.read)
     assert [c["chunk"] for c in again.chunks_of("rome")] == [0, 1]
     again.add(chunk(2), rows(2))
-    assert Store(full).rows_of("rome") == [row for i in range(3) for row in rows(i)]
+    assert Store(full, Row.read).rows_of("rome") == [row for i in range(3) for row in rows(i)]
 
 
 def test_rows_of_a_chunk_that_never_finished_do_not_count(full: Path) -> None:
     before = (full / "rows.jsonl").read_bytes()
-    store = Store(full)
+    store = Store(full, Row.read)
     store._append("rows", [row.__dict__ for row in rows(3)])
-    assert Store(full).rows_of("rome") == store.rows_of("rome")
+    assert Store(full, Row.read).rows_of("rome") == store.rows_of("rome")
     assert (full / "rows.jsonl").read_bytes() == before
 
 
@@ -74,36 +74,36 @@ def test_a_damaged_line_inside_a_file_is_named(full: Path) -> None:
     path = full / "chunks.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"chunk": 1', b'"chunk"; 1'))
     with pytest.raises(BadRecord, match=r"chunks.jsonl line 2"):
-        Store(full)
+        Store(full, Row.read)
 
 
 def test_rows_of_another_version_are_refused(full: Path) -> None:
     path = full / "rows.jsonl"
     path.write_text(path.read_text().replace('"em"', '"exact"'))
     with pytest.raises(BadRecord, match="another version"):
-        Store(full)
+        Store(full, Row.read)
 
 
 def test_another_run_of_the_same_group_may_join(full: Path) -> None:
-    store = Store(full)
+    store = Store(full, Row.read)
     store.open_run(identity("memit", n=1))
     store.add(chunk(0, "memit"), rows(0, run_id="memit"))
-    assert len(Store(full).rows_of("memit")) == 2 and len(Store(full).rows_of("rome")) == 6
+    assert len(Store(full, Row.read).rows_of("memit")) == 2 and len(Store(full, Row.read).rows_of("rome")) == 6
 
 
 def test_the_same_run_with_other_settings_is_refused_by_name(full: Path) -> None:
     with pytest.raises(BadInput, match=r"'rome' with other settings: n 1, asked now 2.*another run_id"):
-        Store(full).open_run(identity(n=2))
-    Store(full).open_run(identity(n=1))
+        Store(full, Row.read).open_run(identity(n=2))
+    Store(full, Row.read).open_run(identity(n=1))
 
 
 def test_a_run_of_another_group_is_refused(full: Path) -> None:
     with pytest.raises(BadInput, match="cannot share a table"):
-        Store(full).open_run(identity("memit", group="other", n=1))
-    assert set(Store(full).runs) == {"rome"}
+        Store(full, Row.read).open_run(identity("memit", group="other", n=1))
+    assert set(Store(full, Row.read).runs) == {"rome"}
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(BadInput, match="is a file"):
-        Store(tmp_path / "out")
+        Store(tmp_path / "out", Row.read)

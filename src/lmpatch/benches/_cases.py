@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from ..data.edit import Edit
 from ..errors import BadInput
-from ..models.tokens import join
+from ..models.tokens import statement
 from ._text import first, normalise
 
 SUPERSEDED, REPEATED, COLLIDED, DUPLICATE = "superseded", "repeated", "collided", "duplicate"
@@ -105,8 +105,7 @@ def plan(
 
 def sentence(edit: Edit) -> str:
     """The edit as a statement: ``The Eiffel Tower is in Rome.``"""
-    text = join(edit.prompt, edit.target)
-    return text if text[-1] in ".!?" else text + "."
+    return statement(edit.prompt, edit.target)
 
 
 def with_fact(edit: Edit, question: Question) -> Question:

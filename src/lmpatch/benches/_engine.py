@@ -12,8 +12,7 @@ from ..data.edit import Edit
 from ..errors import BadInput, Diverged, SubjectNotFound
 from ..models.lm import LM
 from ..models.run import Progress
-from ..patches.ledger import Mount
-from ..patches.patch import Patch
+from ..patches.patch import Mount, Patch
 from . import _ask
 from ._ask import Answers, Protocol
 from ._cases import Chunk, Question, with_fact
@@ -86,8 +85,8 @@ class Engine:
 
     lm: LM
     cfg: Config
-    mount: Mount
-    store: Store
+    mount: Mount | None
+    store: Store[Row]
     base: Answers
     total: int
     """Chunks."""

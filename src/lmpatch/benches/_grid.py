@@ -68,7 +68,7 @@ def _answers(report: Report) -> Grid:
             cells += [_percent(run.metric("reliability", when="immediate")), _percent(run.metric("forgetting"))]
         rows.append((Cell(_name(run)), *cells))
     note = f"Generated answers, %, {_protocol(report)}. ± is half a 95 % bootstrap interval over cases, n counts cases."
-    return _trimmed("Answers", note, columns, rows)
+    return trimmed("Answers", note, columns, rows)
 
 
 def _locality(report: Report) -> Grid:
@@ -83,7 +83,7 @@ def _locality(report: Report) -> Grid:
         "What should not move. Unchanged: the same text as the unpatched model, %. Still right: of the prompts it had "
         "right, %. KL: from the unpatched model's next-token distribution, nats."
     )
-    return _trimmed("Locality", note, ["prompts: run", "unchanged", "still right", "KL mean", "KL p95"], rows)
+    return trimmed("Locality", note, ["prompts: run", "unchanged", "still right", "KL mean", "KL p95"], rows)
 
 
 def _forced(report: Report) -> Grid:
@@ -97,7 +97,7 @@ def _forced(report: Report) -> Grid:
         f"{next((id for id in ids if 'immediate' not in id), '')}, %. The answer's own tokens are given while it is "
         "scored, so these are easier. Only to compare with papers."
     )
-    return replace(_trimmed("Teacher-forced", note, ["number", *map(_name, report.runs)], rows), folded=True)
+    return replace(trimmed("Teacher-forced", note, ["number", *map(_name, report.runs)], rows), folded=True)
 
 
 def _cost(report: Report) -> Grid:
@@ -125,11 +125,11 @@ def _cost(report: Report) -> Grid:
         "Fitting only, evaluation left out. Per token: patched, and unpatched in brackets. Perplexity: the highest "
         "after any commit, as a multiple of the unpatched model's. ‖ΔW‖/‖W‖: the largest of any commit and weight."
     )
-    return _trimmed("Cost and health", note, columns, rows)
+    return trimmed("Cost and health", note, columns, rows)
 
 
-def _trimmed(title: str, note: str, columns: Sequence[str], rows: Sequence[tuple[Cell, ...]]) -> Grid:
-    """Without the columns in which nothing stands."""
+def trimmed(title: str, note: str, columns: Sequence[str], rows: Sequence[tuple[Cell, ...]]) -> Grid:
+    """A grid without the columns in which nothing stands."""
     keep = [i for i in range(len(columns)) if any(row[i].text != NONE for row in rows)]
     return Grid(title, note, tuple(columns[i] for i in keep), tuple(tuple(row[i] for i in keep) for row in rows))
 

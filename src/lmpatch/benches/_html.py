@@ -1,13 +1,13 @@
-"""A report as one HTML page: no script, nothing loaded, light and dark."""
+"""The report of the facts bench as one HTML page."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from ._grid import NONE, Cell, Grid, grids, headline, kinds
+from ._grid import NONE, grids, headline, kinds
+from ._page import cards, document, made, plots, table
 from ._rows import BINS, Row, label
 from ._svg import curves, scatter
 from ._text import same
@@ -17,50 +17,6 @@ if TYPE_CHECKING:
 
 SHOWN = 25  # cases in each table of examples
 
-STYLE = """
-:root { color-scheme: light dark; --bg: #fff; --fg: #1c1e21; --soft: #667085; --line: #e4e7ec; --card: #f7f8fa;
-  --good: #0a7d4b; --bad: #b4232a; --bar: #3b6fd422;
-  --c0: #8a94a6; --c1: #d08700; --c2: #2f6fe0; --c3: #0a8f5b; --c4: #a13bd1; --c5: #c8385a; }
-@media (prefers-color-scheme: dark) { :root { --bg: #14161a; --fg: #e6e8eb; --soft: #98a2b3; --line: #2b2f36;
-  --card: #1b1e24; --good: #4cc38a; --bad: #ff8589; --bar: #6b9bff2e;
-  --c0: #8a94a6; --c1: #f0b429; --c2: #6b9bff; --c3: #4cc38a; --c4: #c98bf0; --c5: #ff7d9c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 40px 24px 80px; background: var(--bg); color: var(--fg);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 26px; margin: 0; letter-spacing: -.01em; } h2 { font-size: 18px; margin: 44px 0 4px; }
-p { margin: 4px 0 14px; color: var(--soft); max-width: 75ch; }
-code, .mono { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 14px 0 0; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
-  min-width: 120px; }
-.card b { display: block; font-size: 22px; font-weight: 600; letter-spacing: -.01em; }
-.card span { color: var(--soft); font-size: 13px; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 10px; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th { font-weight: 500; color: var(--soft); font-size: 12.5px; background: var(--card); vertical-align: bottom; }
-th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--line); }
-tr:last-child td { border-bottom: 0; } td { vertical-align: top; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child, .text th, .text td { text-align: left; }
-td small { display: block; color: var(--soft); font-size: 11.5px; white-space: nowrap; }
-.text td { max-width: 300px; overflow-wrap: anywhere; } .text small { white-space: normal; }
-.yes { color: var(--good); } .no { color: var(--bad); } .dim { color: var(--soft); }
-.legend { display: flex; flex-wrap: wrap; gap: 6px 18px; font-size: 13px; margin-top: 8px; }
-.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
-.b0 { background: var(--c0) } .b1 { background: var(--c1) } .b2 { background: var(--c2) } .b3 { background: var(--c3) }
-.b4 { background: var(--c4) } .b5 { background: var(--c5) }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; margin-top: 10px; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px; }
-figcaption { font-size: 13px; color: var(--soft); margin-bottom: 4px; }
-svg { width: 100%; height: auto; display: block; } svg text { font-size: 11px; fill: var(--fg); }
-svg .tick, svg .axis { fill: var(--soft); font-size: 10.5px; } svg .grid { stroke: var(--line); }
-svg polyline { fill: none; stroke-width: 2; } svg circle { fill-opacity: .85; }
-.s0 { fill: var(--c0) } .s1 { fill: var(--c1) } .s2 { fill: var(--c2) } .s3 { fill: var(--c3) } .s4 { fill: var(--c4) }
-.s5 { fill: var(--c5) } .l0 { stroke: var(--c0) } .l1 { stroke: var(--c1) } .l2 { stroke: var(--c2) }
-.l3 { stroke: var(--c3) } .l4 { stroke: var(--c4) } .l5 { stroke: var(--c5) }
-details { margin-top: 14px; } summary { cursor: pointer; color: var(--soft); }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px; overflow-x: auto; }
-"""
-
 
 def page(report: Report) -> str:
     """The whole page."""
@@ -69,39 +25,12 @@ def page(report: Report) -> str:
     data = f" · {record['data_name']}" if record["data_name"] else ""
     body = [f"<h1>Do the edits hold?</h1><p>{escape(about + data)} · <code>{escape(record['protocol_id'])}</code></p>"]
     methods = [run for run in report.runs if not run.record["baseline"]]
-    body += [_cards(run) for run in methods]
+    body += [cards(run.name, headline(run)) for run in methods]
     body.append(_plots(report))
-    body += [_grid(grid) for grid in grids(report)]
+    body += [table(grid) for grid in grids(report)]
     body += [part for run in methods for part in (_samples(run), _moved(run))]
-    body.append(_made(report))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width, initial-scale=1"><title>facts: {escape(record["base_model"])}</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{chr(10).join(filter(None, body))}\n</body></html>\n"
-    )
-
-
-def _cards(run: Run) -> str:
-    cards = "".join(f'<div class="card"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in headline(run))
-    return f'<h2>{escape(run.name)}</h2><div class="cards">{cards}</div>'
-
-
-def _grid(grid: Grid) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in grid.columns)
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in grid.rows)
-    table = f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
-    if grid.folded:
-        return f"<details><summary>{escape(grid.title)}</summary><p>{escape(grid.note)}</p>{table}</details>"
-    return f"<h2>{escape(grid.title)}</h2><p>{escape(grid.note)}</p>{table}"
-
-
-def _cell(cell: Cell) -> str:
-    sub = f"<small>{escape(cell.sub)}</small>" if cell.sub else ""
-    if cell.share is None:
-        return f"<td>{escape(cell.text)}{sub}</td>"
-    filled = f"{100 * min(1.0, max(0.0, cell.share)):.0f}%"
-    bar = f"background: linear-gradient(90deg, var(--bar) {filled}, transparent {filled})"
-    return f'<td style="{bar}">{escape(cell.text)}{sub}</td>'
+    body.append(made((run.name, run.record) for run in report.runs))
+    return document(f"facts: {record['base_model']}", body)
 
 
 def _plots(report: Report) -> str:
@@ -115,9 +44,7 @@ def _plots(report: Report) -> str:
         title = f"Locality against efficacy: {kind.replace('_', ' ')}"
         figures.append((title, scatter(points, "reliability, %", "unchanged, %")))
     figures += _retention(report)
-    names = "".join(f'<span><i class="b{i % 6}"></i>{escape(run.name)}</span>' for i, run in enumerate(report.runs))
-    drawn = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in figures)
-    return f'<h2>At a glance</h2><div class="legend">{names}</div><div class="plots">{drawn}</div>' if drawn else ""
+    return plots([run.name for run in report.runs], figures)
 
 
 def _retention(report: Report) -> list[tuple[str, str]]:
@@ -136,7 +63,7 @@ def _samples(run: Run) -> str:
     chosen = set(cases[::every])
     shown = [row for row in rows if row.case_id in chosen]
     note = f"{len(chosen)} of {len(cases)} cases, evenly taken. Rephrasings are indented."
-    return _table(f"Edited facts: {run.name}", note, ("prompt", "wanted", "before", "after"), map(_sample, shown))
+    return _examples(f"Edited facts: {run.name}", note, ("prompt", "wanted", "before", "after"), map(_sample, shown))
 
 
 def _sample(row: Row) -> tuple[str, ...]:
@@ -162,21 +89,12 @@ def _moved(run: Run) -> str:
         )
         for row in moved[:SHOWN]
     ]
-    return _table(f"What moved: {run.name}", note, ("prompt", "before", "after", "KL"), rows)
+    return _examples(f"What moved: {run.name}", note, ("prompt", "before", "after", "KL"), rows)
 
 
-def _table(title: str, note: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _examples(title: str, note: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """``rows`` are HTML already; title, note and columns are escaped here."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    table = f'<div class="scroll"><table class="text"><tr>{head}</tr>{body}</table></div>'
-    return f"<h2>{escape(title)}</h2><p>{escape(note)}</p>{table}"
-
-
-def _made(report: Report) -> str:
-    parts = []
-    for run in report.runs:
-        text = json.dumps({k: v for k, v in run.record.items() if k != "metrics"}, indent=2, ensure_ascii=False)
-        parts.append(f"<details><summary>{escape(run.name)}</summary><pre><code>{escape(text)}</code></pre></details>")
-    note = "Everything that decides these numbers. The rows they are made of lie in rows.jsonl of the run's folder."
-    return f"<h2>How it was made</h2><p>{note}</p>{''.join(parts)}"
+    listed = f'<div class="scroll"><table class="text"><tr>{head}</tr>{body}</table></div>'
+    return f"<h2>{escape(title)}</h2><p>{escape(note)}</p>{listed}"

@@ -47,12 +47,25 @@ def suffix(cfg: Config) -> str:
     return f"-{cfg.em_rule}{length}" + ("-chat" if cfg.chat else "") + ("-raw" if cfg.raw else "")
 
 
+def about(lm: LM) -> dict[str, Any]:
+    """The model without its patches, and what else every bench records."""
+    return {
+        "base_model": lm.name,
+        "base_weights_hash": lm.fingerprint(),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "tokenizer_hash": hash_json(lm.tokenizer.backend_tokenizer.to_str())[:16],
+        "started": now(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
 def identity(
     lm: LM,
     edits: Sequence[Edit],
     cfg: Config,
     *,
-    mount: str,
+    mount: str | None,
     settings: Mapping[str, Any] | None,
     prep: Mapping[str, Any] | None,
     data_name: str,
@@ -74,19 +87,13 @@ def identity(
         "planned": planned,
         "left_over": left,
         "mount": mount,
-        "base_model": lm.name,
-        "base_weights_hash": weights,
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "tokenizer_hash": hash_json(lm.tokenizer.backend_tokenizer.to_str())[:16],
         "chat_template": bool(cfg.chat),
         "data_name": data_name,
         "data_hash": data,
         "prep": dict(prep) if prep else None,
         "bootstrap": cfg.bootstrap,
         "suffix": suffix(cfg),
-        "started": now(),
-        "versions": versions(),
-        "hardware": hardware(),
+        **about(lm),
     }
     return Identity(shared, group, own)
 
@@ -106,6 +113,7 @@ def results(lm: LM, run: Run) -> dict[str, Any]:
     if commits:
         edits = sum(commit["edits"] for commit in commits)
         made["method"] = commits[0]["method"]
+        made["mount"] = commits[0].get("mount", run.record["mount"])  # written before results held it
         made["patch_hash"] = commits[0]["patch"] if len(commits) == 1 else hash_json([c["patch"] for c in commits])
         made["edit_s"] = _times(each[WARM_UP:] if len(each) > WARM_UP else each)
         made["bytes_per_edit"] = sum(commit["bytes"] for commit in commits) / edits

@@ -82,9 +82,10 @@ class Report:
 
     def table(self) -> Group:
         """Tables for a terminal: runs as rows, numbers as columns. Print them with rich."""
+        from ._grid import grids
         from ._table import tables
 
-        return tables(self)
+        return tables(grids(self))
 
     def save_html(self, path: str | Path) -> Path:
         """Write one page that needs nothing else."""
@@ -117,8 +118,13 @@ def read_report(folder: str | Path) -> Report:
     """
     if not (Path(folder) / "runs.jsonl").is_file():
         raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
-    store = Store(Path(folder))
-    return Report(tuple(Run(record, store.rows_of(name), store.chunks_of(name)) for name, record in store.runs.items()))
+    return begun(Store(Path(folder), Row.read))
+
+
+def begun(store: Store[Row]) -> Report:
+    """Every run that has scored a chunk."""
+    runs = (Run(record, store.rows_of(name), store.chunks_of(name)) for name, record in store.runs.items())
+    return Report(tuple(run for run in runs if run.chunks))
 
 
 def _comparable(runs: Sequence[Run]) -> None:

@@ -13,25 +13,46 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from ..errors import BadInput, BadRecord
-from ._rows import Row
 
 Json = dict[str, Any]
 
 
-class Store:
+class Stored(Protocol):
+    """A row of any bench: a dataclass that knows its run and its chunk."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def run_id(self) -> str:
+        """The run it belongs to."""
+
+    @property
+    def chunk(self) -> int:
+        """What was finished or not as a whole."""
+
+
+R = TypeVar("R", bound=Stored)
+
+
+class Store(Generic[R]):
     """The folder, or only memory without one. One process writes at a time."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, read: Callable[[Json], R]) -> None:
+        """Open the folder, or begin it.
+
+        Args:
+            read: a row from its JSON form; a TypeError says that it is another bench's or version's.
+        """
         self.folder = folder
         self.runs: dict[str, Json] = {}
         self.chunks: dict[tuple[str, int], Json] = {}
-        self._rows: list[Row] = []
+        self._rows: list[R] = []
         if folder is None:
             return
         if folder.exists() and not folder.is_dir():
@@ -40,10 +61,10 @@ class Store:
         self.runs = {run["run_id"]: run for run in self._read("runs")}
         self.chunks = {(chunk["run_id"], chunk["chunk"]): chunk for chunk in self._read("chunks")}
         try:
-            found = [Row.read(record) for record in self._read("rows")]
-        except TypeError as error:
+            found = [read(record) for record in self._read("rows")]
+        except (TypeError, KeyError) as error:
             raise BadRecord(
-                f"{folder}/rows.jsonl was written by another version ({error}). Choose another folder."
+                f"{folder}/rows.jsonl was written by another bench or another version ({error}). Choose another folder."
             ) from error
         self._rows = [row for row in found if (row.run_id, row.chunk) in self.chunks]
         if len(self._rows) < len(found):
@@ -78,14 +99,14 @@ class Store:
         self.runs[record["run_id"]] = record
         self._rewrite("runs", self.runs.values())
 
-    def add(self, chunk: Json, rows: Sequence[Row]) -> None:
+    def add(self, chunk: Json, rows: Sequence[R]) -> None:
         """Keep a finished chunk."""
         self._append("rows", [asdict(row) for row in rows])
         self._append("chunks", [chunk])
         self._rows += rows
         self.chunks[chunk["run_id"], chunk["chunk"]] = chunk
 
-    def rows_of(self, run_id: str) -> list[Row]:
+    def rows_of(self, run_id: str) -> list[R]:
         """All rows of finished chunks."""
         return [row for row in self._rows if row.run_id == run_id]
 

@@ -1,4 +1,4 @@
-"""Two small plots as inline SVG. They take their colours from the page, so they work on light and dark."""
+"""Small plots as inline SVG. They take their colours from the page, so they work on light and dark."""
 
 from __future__ import annotations
 
@@ -33,12 +33,53 @@ def curves(
     return _frame([(j * step, label) for j, label in enumerate(labels)], x_label, y_label, "".join(marks))
 
 
+Bar = tuple[int, str, float, float | None]
+"""Colour, name, value, standard error."""
+
+
+def bars(rows: Sequence[tuple[str, float | None, Sequence[Bar]]], x_label: str) -> str:
+    """Lying bars (label, mark, bars) of values from 0 to 1, each with its error; the mark is a dashed line."""
+    left, right, thick, gap = 92, 14, 9, 9
+    width = WIDTH - left - right
+    marks, y = [], 6.0
+    for label, mark, group in rows:
+        tall = thick * len(group)
+        middle = y + tall / 2
+        marks.append(f'<text x="{left - 6}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+        for i, (colour, name, value, error) in enumerate(group):
+            top, end = y + i * thick, left + width * _unit(value)
+            marks.append(
+                f'<rect x="{left}" y="{top:.1f}" width="{end - left:.1f}" height="{thick - 1}" class="s{colour % 6}">'
+                f"<title>{escape(name)}: {100 * value:.1f}</title></rect>"
+            )
+            if error:
+                low, high = (left + width * _unit(value + side * error) for side in (-1, 1))
+                at = top + (thick - 1) / 2
+                marks.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{at:.1f}" y2="{at:.1f}" class="error"/>')
+        if mark is not None:
+            x = left + width * mark
+            marks.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 2:.1f}" y2="{y + tall + 1:.1f}" class="mark"/>')
+        y += tall + gap
+    ticks = [(left + width * v, f"{100 * v:.0f}") for v in TICKS]
+    lines = [f'<line x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{y:.1f}" class="grid"/>' for x, _ in ticks]
+    names = [f'<text x="{x:.1f}" y="{y + 12:.1f}" text-anchor="middle" class="tick">{t}</text>' for x, t in ticks]
+    names.append(
+        f'<text x="{left + width / 2:.1f}" y="{y + 28:.1f}" text-anchor="middle" class="axis">{escape(x_label)}</text>'
+    )
+    label, drawn = escape(x_label, quote=True), "".join([*lines, *marks, *names])
+    return f'<svg viewBox="0 0 {WIDTH} {y + 34:.0f}" role="img" aria-label="{label}">{drawn}</svg>'
+
+
+def _unit(value: float) -> float:
+    return min(1.0, max(0.0, value))
+
+
 def _x(value: float) -> float:
     return LEFT + value * (WIDTH - LEFT - RIGHT)
 
 
 def _y(value: float) -> float:
-    return HEIGHT - BOTTOM - min(1.0, max(0.0, value)) * (HEIGHT - BOTTOM - TOP)
+    return HEIGHT - BOTTOM - _unit(value) * (HEIGHT - BOTTOM - TOP)
 
 
 def _frame(x_ticks: Sequence[tuple[float, str]], x_label: str, y_label: str, inside: str) -> str:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ._grid import Cell, grids
+from ._grid import Cell, Grid
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
 
-    from ._report import Report
 
-
-def tables(report: Report) -> Group:
-    """One rich table per grid of the report."""
+def tables(grids: Iterable[Grid]) -> Group:
+    """One rich table per grid."""
     from rich.console import Group
     from rich.table import Table
 
     made = []
-    for grid in grids(report):
+    for grid in grids:
         table = Table(title=grid.title, caption=grid.note, title_justify="left", caption_justify="left")
         for i, column in enumerate(grid.columns):
             table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")

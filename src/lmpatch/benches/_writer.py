@@ -8,15 +8,22 @@ from time import perf_counter
 from typing import Any
 
 from ..data.edit import Edit
-from ..errors import CannotMount, Diverged, ForeignWrite, SubjectNotFound
+from ..errors import BadInput, CannotMount, Diverged, ForeignWrite, SubjectNotFound
 from ..models.lm import LM
-from ..patches.ledger import Applied, Mount, applied, apply
-from ..patches.patch import Patch
+from ..patches.ledger import Applied, applied, apply
+from ..patches.patch import Mount, Patch
 from ..record import hash_tensor
 from ._health import perplexity, synchronise
 
 Make = Callable[[LM, list[Edit]], Patch]
 COLLAPSE = 2.0  # times the base perplexity
+
+
+def refuse_patched(lm: LM) -> None:
+    """Raise ``BadInput`` if the model carries patches: what it says then is not the base's answer."""
+    if applied(lm):
+        names = ", ".join(on.patch.method for on in applied(lm))
+        raise BadInput(f"the model carries patches ({names}), so it is not the base. Remove them, or pass patch=.")
 
 
 @dataclass
@@ -57,7 +64,8 @@ class Writer:
     """The patches of one chunk. ``originals`` is shared by all chunks of a run."""
 
     lm: LM
-    mount: Mount
+    mount: Mount | None
+    """None: each patch's own."""
     originals: dict[str, str]
     """Parameter → SHA-256 of its stored bytes before anything touched it."""
     base_perplexity: float | None
@@ -84,7 +92,7 @@ class Writer:
         if applied(self.lm)[-1].patch is not patch:
             raise CannotMount(f"the {patch.method} patch is not active after it was applied. Nothing was scored.")
         record = {"edits": edits, "seconds": fitted.seconds, "bytes": patch.nbytes, "patch": patch.hash()}
-        record |= {"method": patch.method, "lost": on.lost, "change": _change(patch)}
+        record |= {"method": patch.method, "mount": on.mount, "lost": on.lost, "change": _change(patch)}
         self.commits.append(record)
         record |= self._health()
 

@@ -18,8 +18,7 @@ from ..data.readers import read_asks, read_edits
 from ..errors import BadInput
 from ..models.lm import LM
 from ..models.run import Progress
-from ..patches.ledger import Mount, applied
-from ..patches.patch import Patch
+from ..patches.patch import Mount, Patch
 from ..room import need_room
 from . import _ask
 from ._ask import Answers
@@ -27,10 +26,10 @@ from ._cases import Chunk, plan
 from ._engine import Engine, MakeEach, Place, all_questions, protocol
 from ._health import perplexity, working_memory
 from ._record import identity, results
-from ._report import Report, Run, combine, read_report
+from ._report import Report, Run, begun, combine, read_report
 from ._rows import Metric, Row
 from ._store import Store
-from ._writer import Make
+from ._writer import Make, refuse_patched
 
 __all__ = [
     "Answers", "Config", "Estimate", "Metric", "Report", "Row", "Run",
@@ -118,7 +117,7 @@ def baseline(lm: LM, edits: Sequence[Edit], cfg: Config | None = None) -> Answer
         BadInput: the model carries patches.
     """
     cfg = cfg or Config()
-    _clean(lm)
+    refuse_patched(lm)
     return _ask.ask_base(lm, _one_chunk(edits, cfg).questions, protocol(cfg), None)
 
 
@@ -170,7 +169,7 @@ def run(
     make: Make | None = None,
     make_each: MakeEach | None = None,
     patch: Patch | None = None,
-    mount: Mount = "bake",
+    mount: Mount | None = None,
     settings: Mapping[str, Any] | None = None,
     prep: Mapping[str, Any] | None = None,
     run_id: str = "",
@@ -202,11 +201,11 @@ def run(
         settings = {"patch": patch.hash(), **(settings or {})}
     if make_each and not make and cfg.n > 1:
         raise BadInput(f"make_each fits single edits, and n is {cfg.n}. Give make as well.")
-    _clean(lm)
+    refuse_patched(lm)
     chunks, left = _plan(edits, cfg, shuffle=patch is None)
     questions = [q for chunk in chunks for q in all_questions(chunk)]
     _need(lm, [q.text for q in questions if not q.flag], cfg)
-    store = Store(Path(out) if out is not None else None)
+    store = Store(Path(out) if out is not None else None, Row.read)
     who = identity(
         lm, edits, cfg, mount=mount, settings=settings, prep=prep, data_name=data_name, planned=len(chunks), left=left
     )
@@ -226,7 +225,7 @@ def run(
     for each in names:
         done = Run(store.runs[each], store.rows_of(each), store.chunks_of(each))
         store.put_run(done.record | results(lm, done))
-    return Report(tuple(Run(store.runs[n], store.rows_of(n), store.chunks_of(n)) for n in store.runs))
+    return begun(store)
 
 
 def _plan(edits: Sequence[Edit], cfg: Config, shuffle: bool = True) -> tuple[list[Chunk], int]:
@@ -258,9 +257,3 @@ def _need(lm: LM, prompts: list[str], cfg: Config) -> int:
     need = working_memory(lm, prompts, cfg.max_new_tokens, cfg.batch_size)
     need_room(need, lm.device, "scoring")
     return need
-
-
-def _clean(lm: LM) -> None:
-    if applied(lm):
-        names = ", ".join(on.patch.method for on in applied(lm))
-        raise BadInput(f"the model carries patches ({names}), so it is not the base. Remove them, or pass patch=.")

@@ -1,0 +1,116 @@
+"""Putting the general bench's samples to a model, through ``models.run`` alone, so that every kind of patch acts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from ..models import run
+from ..models.acting import prepare
+from ..models.lm import LM
+from ..models.options import option_logits
+from ._general_rows import MEASURES, Row
+from ._general_tasks import Sample
+
+Found = tuple[tuple[float, ...], int]
+"""One score per option, and the tokens of the first one."""
+
+
+def ask(lm: LM, samples: Sequence[Sample], batch_size: int) -> list[Row]:
+    """One row per sample, in their order, from the model as it is now."""
+    marks = [_marks(lm, sample) for sample in samples]
+    flags = too_long(lm, samples)
+    flags = [
+        flag or ("the options begin with the same token" if len(set(ids)) < len(ids) else "")
+        for flag, ids in zip(flags, marks, strict=True)
+    ]
+    letters = [i for i, flag in enumerate(flags) if not flag and samples[i].form == "letters"]
+    texts = [i for i, flag in enumerate(flags) if not flag and samples[i].form != "letters"]
+    found = dict(zip(letters, _letters(lm, [(samples[i], marks[i]) for i in letters], batch_size), strict=True))
+    found |= zip(texts, _texts(lm, [samples[i] for i in texts], batch_size), strict=True)
+    return [_row(sample, flags[i], found.get(i)) for i, sample in enumerate(samples)]
+
+
+def too_long(lm: LM, samples: Sequence[Sample]) -> list[str]:
+    """Why each sample does not fit the model's window, with everything the patches put before it; "" where it does."""
+    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or not samples:
+        return [""] * len(samples)
+    told = [pair for sample in samples for pair in pairs(sample)]
+    rows, _ = prepare(lm, [prompt for prompt, _ in told], [option for _, option in told])
+    lengths = iter([len(row.ids) for row in rows])
+    most = [max(next(lengths) for _ in pairs(sample)) for sample in samples]
+    return [f"longer than the model's window of {limit} tokens" if length > limit else "" for length in most]
+
+
+def pairs(sample: Sample) -> Iterable[tuple[str, str]]:
+    """(prompt, what is scored behind it) of everything the model reads for a sample."""
+    if sample.form == "letters":
+        return [(sample.prompts[0], "")]
+    return list(zip(sample.prompts, sample.options, strict=True))
+
+
+def _letters(lm: LM, asked: Sequence[tuple[Sample, tuple[int, ...]]], batch_size: int) -> list[Found]:
+    """The logit of each option's mark behind the prompt."""
+    if not asked:
+        return []
+    columns = {token: j for j, token in enumerate(sorted({token for _, ids in asked for token in ids}))}
+    states = run.hidden(lm, [sample.prompts[0] for sample, _ in asked], batch_size=batch_size)  # [n, d]
+    rows = option_logits(lm, states, list(columns)).tolist()  # [n, k]
+    return [(tuple(row[columns[token]] for token in ids), 1) for row, (_, ids) in zip(rows, asked, strict=True)]
+
+
+def _texts(lm: LM, samples: Sequence[Sample], batch_size: int) -> list[Found]:
+    """The mean log probability per token of each option's text behind its prompt."""
+    told = [pair for sample in samples for pair in pairs(sample)]
+    scored = iter(run.score(lm, [p for p, _ in told], [o for _, o in told], batch_size=batch_size) if told else [])
+    made: list[Found] = []
+    for sample in samples:
+        scores = [next(scored) for _ in sample.options]
+        made.append((tuple(score.total / len(score.ids) for score in scores), len(scores[0].ids)))
+    return made
+
+
+def _marks(lm: LM, sample: Sample) -> tuple[int, ...]:
+    """The token each mark begins with behind the prompt's last line; nothing for other forms.
+
+    Where the tokenizer would merge a mark with what stands before it, the mark is tokenised alone: the prompt's own
+    tokens are fixed by then.
+    """
+    if sample.form != "letters":
+        return ()
+    before = sample.prompts[0].rpartition("\n")[2]
+    behind = lm.tokenizer([before + mark for mark in sample.options], return_offsets_mapping=True)
+    alone = lm.tokenizer(list(sample.options), add_special_tokens=False)["input_ids"]
+    made = []
+    for ids, spans, own in zip(behind["input_ids"], behind["offset_mapping"], alone, strict=True):
+        at = next(k for k, (_, end) in enumerate(spans) if end > len(before))
+        made.append(ids[at] if spans[at][0] >= len(before) else own[0])
+    return tuple(made)
+
+
+def _row(sample: Sample, flag: str, found: Found | None) -> Row:
+    scores, tokens = found or ((), 1)
+    return Row(
+        run_id="",
+        chunk=0,
+        task=sample.task,
+        protocol=sample.protocol,
+        form=sample.form,
+        id=sample.id,
+        source=sample.source,
+        gold=sample.gold,
+        scores=scores,
+        value=_value(sample, scores) if found else None,
+        weight=tokens if sample.form == "text" and found else 1,
+        flag=flag,
+    )
+
+
+def _value(sample: Sample, scores: Sequence[float]) -> float:
+    """A model that gives no finite number has the answer wrong; it is not left out."""
+    if not all(map(math.isfinite, scores)):
+        return math.inf if sample.form == "text" else 0.0
+    if MEASURES[sample.form] == "accuracy":
+        return float(max(range(len(scores)), key=scores.__getitem__) == sample.gold)
+    return -scores[0] if sample.form == "text" else math.exp(scores[0])

@@ -1,0 +1,35 @@
+"""Logits of a few chosen tokens: for the letters of a question with options, 5 rows of the head instead of 262,144."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .lm import LM
+from .run import HEAD_CHUNK, logits
+
+
+@torch.no_grad()
+def option_logits(lm: LM, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """``logits`` of a few tokens: only their rows of the head run, where it is a plain linear layer.
+
+    Args:
+        hidden: [n, d] states after the last block.
+        token_ids: k token ids.
+    Returns:
+        [n, k] logits, fp32. The rows are multiplied in fp32, so that close options do not tie in bf16.
+    """
+    head, wanted = lm.module(lm.layout.head), list(token_ids)
+    if type(head) is not nn.Linear or head.weight.is_meta or head._forward_hooks or head._forward_pre_hooks:
+        # a quantised, offloaded or hooked head: its rows alone would miss what else it does
+        return torch.cat([logits(lm, part.to(lm.dtype))[:, wanted] for part in hidden.split(HEAD_CHUNK)])
+    out = hidden.to(lm.dtype)
+    for name in lm.layout.tail[:-1]:
+        out = lm.module(name)(out)
+    bias = None if head.bias is None else head.bias[wanted].float()
+    out = F.linear(out.float(), head.weight[wanted].float(), bias)  # [n, k]
+    cap = lm.layout.softcap
+    return cap * torch.tanh(out / cap) if cap else out
