@@ -150,3 +150,14 @@ def test_the_head_loss_taken_in_chunks_has_the_gradient_of_the_whole(lm: LM) -> 
     reference.backward()
     torch.testing.assert_close(value, reference)
     torch.testing.assert_close(chunked.grad, whole.grad)
+
+
+def test_versions_of_a_token_side_by_side_equal_rows_of_their_own(any_lm: LM) -> None:
+    rows = [row.ids for row in encode_all(any_lm, PROMPTS)]
+    recording = record(any_lm, rows, [len(row) - 1 for row in rows])
+    noise = torch.Generator().manual_seed(0)
+    versions = recording.hidden[1] * torch.randn(len(rows), 5, 1, generator=noise)  # [n, 5, d]
+    with torch.no_grad():
+        together = recording.fan(versions, 1)
+        for v in range(5):
+            same(together[:, v : v + 1], recording.forward(versions[:, v : v + 1].clone(), 1))

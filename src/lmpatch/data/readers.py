@@ -22,7 +22,7 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,10 +68,10 @@ def read_edits(
             chosen.append(_shape(record))
         return SHAPES[chosen[0]](record, str(place))
 
-    numbered = _read(path, make)
+    numbered = read_records(path, make)
     if check:
         check_contradictions([edit for _, edit in numbered], [f"line {number}" for number, _ in numbered])
-    return _cut([edit for _, edit in numbered], limit, seed)
+    return cut([edit for _, edit in numbered], limit, seed)
 
 
 def read_asks(path: str | Path, *, limit: int | None = None, seed: int | None = None) -> list[Ask]:
@@ -84,7 +84,7 @@ def read_asks(path: str | Path, *, limit: int | None = None, seed: int | None = 
     def make(record: Record, _: int) -> Ask:
         return _ask(record.get("prompt", record.get("question")), record.get("answers", record.get("answer")))
 
-    return _cut([ask for _, ask in _read(Path(path), make)], limit, seed)
+    return cut([ask for _, ask in read_records(Path(path), make)], limit, seed)
 
 
 def read_text(path: str | Path, *, limit: int | None = None) -> list[str]:
@@ -100,7 +100,7 @@ def read_text(path: str | Path, *, limit: int | None = None) -> list[str]:
     """
     path = Path(path)
     if _suffix(path) in (".jsonl", ".json"):
-        texts = [text for _, text in _read(path, lambda record, _: _text(record, "text"))]
+        texts = [text for _, text in read_records(path, lambda record, _: text_of(record, "text"))]
     else:
         texts = re.split(r"\n[ \t]*\n", "".join(line for _, line in _lines(path)))
     found = [stripped for text in texts if (stripped := text.strip())]
@@ -109,7 +109,7 @@ def read_text(path: str | Path, *, limit: int | None = None) -> list[str]:
     return found[:limit]
 
 
-def _cut(records: list[T], limit: int | None, seed: int | None) -> list[T]:
+def cut(records: list[T], limit: int | None, seed: int | None) -> list[T]:
     if limit is not None and limit < 1:
         raise BadInput(f"limit is {limit}; give 1 or more.")
     if seed is not None:
@@ -136,7 +136,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise BadInput(f"cannot read {path}: {error}. It must be UTF-8 text, gzipped if it ends in .gz.") from error
 
 
-def _read(path: Path, make: Callable[[Record, int], T]) -> list[tuple[int, T]]:
+def read_records(path: Path, make: Callable[[Record, int], T]) -> list[tuple[int, T]]:
     """(line number, record) of every record; all bad lines are gathered into one ``BadRecord``."""
     made: list[tuple[int, T]] = []
     bad: list[str] = []
@@ -193,32 +193,27 @@ def _shape(record: Record) -> str:
 
 
 def _own(record: Record, place: str) -> Edit:
-    known = [field.name for field in fields(Edit)]
-    for key in record:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
-            raise BadRecord(f"unknown key {key!r}. {hint}")
+    only(record, [field.name for field in fields(Edit)])
     return Edit(
-        _text(record, "prompt"),
-        _text(record, "target"),
-        subject=_text(record, "subject", ""),
+        text_of(record, "prompt"),
+        text_of(record, "target"),
+        subject=text_of(record, "subject", ""),
         old=_answers(record.get("old")),
         aliases=_answers(record.get("aliases")),
         rephrases=_answers(record.get("rephrases")),
         locality=_groups(record, "locality", "answers"),
         portability=_groups(record, "portability", "answers"),
         id=str(record.get("id", place)),
-        relation=_text(record, "relation", ""),
+        relation=text_of(record, "relation", ""),
     )
 
 
 def _counterfact(record: Record, place: str) -> Edit:
-    near = _ask(_text(record, "locality_prompt"), record.get("locality_ground_truth"))
+    near = _ask(text_of(record, "locality_prompt"), record.get("locality_ground_truth"))
     return Edit(
-        _text(record, "prompt"),
-        _text(record, "target_new"),
-        subject=_text(record, "subject"),
+        text_of(record, "prompt"),
+        text_of(record, "target_new"),
+        subject=text_of(record, "subject"),
         old=_answers(record.get("ground_truth")),
         rephrases=_answers(record.get("rephrase_prompt")),
         locality={"same_relation": [near]},
@@ -230,25 +225,25 @@ def _rome(record: Record, place: str) -> Edit:
     rewrite = record["requested_rewrite"]
     if not isinstance(rewrite, dict) or not isinstance(rewrite.get("target_new"), dict):
         raise BadRecord("requested_rewrite must be an object whose target_new is an object")
-    subject, old = _text(rewrite, "subject"), _answers(_text(rewrite.get("target_true") or {}, "str", "") or None)
+    subject, old = text_of(rewrite, "subject"), _answers(text_of(rewrite.get("target_true") or {}, "str", "") or None)
     near = [_ask(prompt, old) for prompt in _answers(record.get("neighborhood_prompts"))]
     return Edit(
-        _text(rewrite, "prompt").replace("{}", subject),
-        _text(rewrite["target_new"], "str"),
+        text_of(rewrite, "prompt").replace("{}", subject),
+        text_of(rewrite["target_new"], "str"),
         subject=subject,
         old=old,
         rephrases=_answers(record.get("paraphrase_prompts")),
         locality={"same_relation": _joined(near)},
         id=str(record.get("case_id", place)),
-        relation=_text(rewrite, "relation_id", ""),
+        relation=text_of(rewrite, "relation_id", ""),
     )
 
 
 def _knowedit(record: Record, place: str) -> Edit:
     return Edit(
-        _text(record, "prompt"),
-        _text(record, "target_new"),
-        subject=_text(record, "subject"),
+        text_of(record, "prompt"),
+        text_of(record, "target_new"),
+        subject=text_of(record, "subject"),
         old=_answers(record.get("ground_truth")),
         rephrases=_answers(record.get("rephrase", record.get("rephrase_prompt"))),
         locality=_groups(record, "locality", "ground_truth"),
@@ -268,7 +263,16 @@ SHAPES: dict[str, Callable[[Record, str], Edit]] = {
 # Fields
 
 
-def _text(record: Record, key: str, default: str | None = None) -> str:
+def only(record: Record, known: Sequence[str]) -> None:
+    """Raise ``BadRecord`` at a key that is not known."""
+    for key in record:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
+            raise BadRecord(f"unknown key {key!r}. {hint}")
+
+
+def text_of(record: Record, key: str, default: str | None = None) -> str:
     value = record.get(key, default)
     if not isinstance(value, str):
         raise BadRecord(f"{key} is missing" if value is None else f"{key} must be a text, found {value!r}")

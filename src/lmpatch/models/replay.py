@@ -131,6 +131,23 @@ class Recording:
         parts = hidden.split([len(joins[j].rows) for j in order])
         return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
 
+    def fan(self, hidden: Tensor, layer: int, *, end: int | None = None) -> Tensor:
+        """Run blocks ``layer`` .. ``end``-1 on many versions of token t at once. The suffix must be that token alone.
+
+        Each version sees the prefix and itself. They stand side by side as columns of one suffix, so the prefix's
+        keys and values are shared; as rows, each would need a copy of them.
+
+        Args:
+            hidden: [n, v, d] for each recorded row v versions of what enters block ``layer``.
+        Returns:
+            [n, v, d] leaving block ``end``-1.
+        """
+        assert self.suffix == 1, "only versions of a last token can stand side by side"
+        for i in range(layer, self.lm.layout.n_layers if end is None else end):
+            args, kwargs = (_fanned(x, hidden.shape[1]) for x in self.calls[i])
+            hidden = self._call(i, hidden, args, kwargs, *self.past[i])
+        return hidden
+
     def _block(self, layer: int, hidden: Tensor, rows: Tensor | None) -> Tensor:
         args, kwargs = self.calls[layer]
         keys, values = self.past[layer]
@@ -140,6 +157,9 @@ class Recording:
         width = hidden.shape[1]
         if width < self.suffix:
             args, kwargs = (_columns(x, width, self.suffix, self.prefix) for x in (args, kwargs))
+        return self._call(layer, hidden, args, kwargs, keys, values)
+
+    def _call(self, layer: int, hidden: Tensor, args: Any, kwargs: Any, keys: Tensor, values: Tensor) -> Tensor:
         layers = [_Prefix(keys, values)] * (layer + 1)  # blocks look themselves up by their index
         args, kwargs = (_with_cache(x, Cache(layers=list(layers))) for x in (args, kwargs))
         return first(self.lm.module(self.lm.layout.blocks[layer])(hidden, *args, **kwargs))
@@ -180,11 +200,18 @@ def record(lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, lowest: 
 
         return hook
 
+    def column(state: Tensor) -> Tensor:
+        return state.reshape(len(rows), -1, state.shape[-1])[:, 0]  # some models flatten rows and tokens: [n*S, d]
+
+    def take(layer: int) -> Any:
+        def hook(_: Any, args: tuple[Any, ...]) -> None:
+            keys[layer] = column(args[0])
+
+        return hook
+
     def watch(layer: int) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], output: Any) -> None:
-            shape = (len(rows), -1)  # some models flatten rows and tokens: [n*S, d]
-            keys[layer] = args[0].reshape(*shape, args[0].shape[-1])[:, 0]
-            values[layer] = first(output).reshape(*shape, first(output).shape[-1])[:, 0]
+        def hook(_: Any, __: tuple[Any, ...], output: Any) -> None:
+            values[layer] = column(first(output))
 
         return hook
 
@@ -193,9 +220,10 @@ def record(lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, lowest: 
         for i, name in enumerate(lm.layout.blocks)
         if i >= lowest
     ]
-    handles += [
-        lm.module(name).register_forward_hook(watch(i)) for i, name in enumerate(lm.layout.downs) if i >= lowest
-    ]
+    for i, name in enumerate(lm.layout.downs):
+        if i >= lowest:  # before other hooks: a patch on the side may scale what the projection then reads
+            handles.append(lm.module(name).register_forward_pre_hook(take(i), prepend=True))
+            handles.append(lm.module(name).register_forward_hook(watch(i)))
     with hooked(*handles):
         out = blocks(lm, ids[:, prefix:], mask, position_ids=place[:, prefix:], cache=cache)
     hidden[lm.layout.n_layers] = out
@@ -247,3 +275,18 @@ def _columns(value: Any, width: int, suffix: int, prefix: int) -> Any:
         return v[:, :width] if v.shape[1] == suffix else v  # position ids [n, S], rotary tables [n, S, head_dim]
 
     return _map(value, cut)
+
+
+def _fanned(value: Any, versions: int) -> Any:
+    """Widen the arguments of a block called on one column to that many versions of it."""
+
+    def widen(v: Any) -> Any:
+        if not isinstance(v, Tensor) or v.dim() < 2:
+            return v
+        if v.dim() == 4:  # attention mask [n, 1, 1, P+1]; column 0 is padding, hence what a hidden token looks like
+            itself = torch.eye(versions, dtype=torch.bool, device=v.device)
+            own = torch.where(itself, v[..., -1:], v[..., :1])  # [n, 1, versions, versions]
+            return torch.cat([v[..., :-1].expand(-1, -1, versions, -1), own], -1)
+        return v.expand(-1, versions, *v.shape[2:]) if v.shape[1] == 1 else v  # position ids, rotary tables
+
+    return _map(value, widen)

@@ -69,14 +69,17 @@ class Baked:
     def _rebuilt(self, deltas: Sequence[Delta]) -> Tensor:
         w = self._wide(self.original)  # [out, in]
         if any(isinstance(d, Scale) for d in deltas):
-            w *= _factors(deltas, w)
+            factors = _factors(deltas, w)
+            w *= factors
+            if self.target.offset:  # s (w + o) - o, in a form that leaves every bit where s is 1
+                w += self.target.offset * (factors - 1)
         additions = [d for d in deltas if isinstance(d, Addition)]
         total = torch.zeros_like(w) if len(additions) > 1 else w  # summed apart, a change and its opposite are nothing
         for addition in additions:
             addition.to(w.device, w.dtype).add_to(total)
         if total is not w:
             w += total
-        return self.target.oriented(w.to(self.original.dtype))
+        return self.target.stored(w.to(self.original.dtype))
 
     def _wanted(self, delta: Delta) -> Tensor:
         """ΔW on top of the present changes, [out, in]."""
@@ -85,7 +88,7 @@ class Baked:
             delta.to(w.device, w.dtype).add_to(w.zero_())
             return w
         before = [d for _, d in self.changes]
-        return w * (_factors([*before, delta], w) - _factors(before, w))
+        return (w + self.target.offset) * (_factors([*before, delta], w) - _factors(before, w))
 
 
 def refuse(target: Target) -> None:
@@ -107,6 +110,7 @@ def refuse(target: Target) -> None:
 def checksum(stored: Tensor) -> Tensor:
     """Sums of the bits along every row and column: any single changed number shows. In pieces, to save memory."""
     bits = stored.detach().view(BITS[stored.element_size()])
+    bits = bits.reshape(len(bits), -1)  # a vector is a column
     pieces = torch.split(bits, max(1, 2**22 // max(1, bits.shape[1])))
     columns = torch.stack([p.sum(0) for p in pieces]).sum(0)
     return torch.cat([columns, *[p.sum(1) for p in pieces]])

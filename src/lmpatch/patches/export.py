@@ -115,6 +115,8 @@ def _config(lm: LM, ranks: Mapping[str, int], transposed: bool) -> dict[str, Any
 
 
 def _refuse(target: Target) -> None:
+    if target.vector:
+        raise CannotMount(f"{target.name} is a vector, and adapters are for matrices. Export it to='checkpoint'.")
     try:
         side.refuse(target)  # an adapter is a side mount
     except CannotMount as error:

@@ -16,11 +16,11 @@ from .weight import Target
 
 
 class Side:
-    """All side changes of one module: y = W (s * x) + sum(ΔW) x, in the dtype of x.
+    """All side changes of one weight: y = W (s * x) + sum(ΔW) x, in the dtype of x.
 
     Two hooks stay on while there are changes: the first scales the input, the second adds to the output. The
     additions act on the input as it came; the scaled input carries it along as an attribute, which stays right
-    when several threads run the model.
+    when several threads run the model. A vector (a bias, a norm's weight) can be scaled only, by one hook.
     """
 
     def __init__(self, target: Target) -> None:
@@ -30,7 +30,16 @@ class Side:
         self._ready: tuple[Any, Tensor | None, list[Addition]] = (None, None, [])
 
     def add(self, owner: Any, delta: Delta) -> Tensor:
-        """Add a change. Nothing is rounded into a weight, so nothing is lost: returns zeros [2]."""
+        """Add a change. Nothing is rounded into a weight, so nothing is lost: returns zeros [2].
+
+        Raises:
+            CannotMount: an addition to a vector.
+        """
+        if self.target.vector and not isinstance(delta, Scale):
+            raise CannotMount(
+                f"cannot mount on the side: {self.target.name} is a vector, which hooks can scale but not add to. Pass "
+                "mount='bake' to write it instead."
+            )
         self.write((*self.changes, (owner, delta)))
         return torch.zeros(2)
 
@@ -38,11 +47,11 @@ class Side:
         """Have exactly these changes; without any the hooks go off."""
         self.changes = changes
         self._ready = (None, None, [])
-        if changes and not self._handles:
-            self._handles = [
-                self.target.module.register_forward_pre_hook(self._scale),
-                self.target.module.register_forward_hook(self._add),
-            ]
+        module = self.target.module
+        if changes and not self._handles and self.target.vector:
+            self._handles = [module.register_forward_hook(self._scale_vector)]
+        elif changes and not self._handles:
+            self._handles = [module.register_forward_pre_hook(self._scale), module.register_forward_hook(self._add)]
         if not changes:
             for handle in self._handles:
                 handle.remove()
@@ -67,6 +76,13 @@ class Side:
         for addition in self._prepared(x)[1]:
             output = output + addition.times(x).to(output)  # [..., out]
         return output
+
+    def _scale_vector(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        scale, _ = self._prepared(output)
+        assert scale is not None
+        if self.target.attribute == "weight":  # of a norm without bias, whose output it multiplies
+            return output * scale
+        return output + (scale - 1) * self.target.parameter.to(output.dtype)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor | None, list[Addition]]:
         """The factor of each input and the additions, where ``x`` is and in its dtype."""
@@ -97,8 +113,17 @@ def refuse(target: Target) -> None:
     """Raise ``CannotMount`` unless hooks on the module do what a changed weight would."""
     if len(target.names) > 1:
         found = f"{' and '.join(target.names)} are one weight, and a hook would change one of its uses only"
+    elif target.vector and _scalable(target):
+        return
     elif not isinstance(target.module, (nn.Linear, Conv1D)) or target.attribute != "weight":
         found = f"{target.name} belongs to a {type(target.module).__name__}, and hooks are for linear layers"
     else:
         return
     raise CannotMount(f"cannot mount on the side: {found}. Pass mount='bake' to write the weight instead.")
+
+
+def _scalable(target: Target) -> bool:
+    """A bias of a linear layer, or the only parameter of a norm."""
+    if isinstance(target.module, (nn.Linear, Conv1D)):
+        return target.attribute == "bias"
+    return target.attribute == "weight" and len(list(target.module.parameters())) == 1

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import BadInput, BadPatch, Diverged
 from ..models.lm import LM
 from ..record import hardware, hash_tensor, now, versions
 from .delta import KINDS, Delta
-from .patch import Base, Patch, plain, plain_edits
+from .patch import Base, Mount, Patch, plain, plain_edits
 
 
 @dataclass(eq=False)
@@ -23,6 +27,7 @@ class WeightPatch(Patch):
     deltas: dict[str, Delta] = field(default_factory=dict)
     """Parameter name, as in ``state_dict``, -> its change."""
     kind: ClassVar[str] = "weight"
+    mounts: ClassVar[tuple[Mount, ...]] = ("bake", "side")
 
     @classmethod
     def make(
@@ -128,9 +133,11 @@ class Target:
     attribute: str
     """Its name in that module."""
     shape: tuple[int, ...]
-    """(out, in), whatever the storage."""
+    """(out, in), whatever the storage. A vector, such as a bias or a norm's weight, is one column: (n, 1)."""
     transposed: bool
     """Stored as (in, out)."""
+    offset: float = 0.0
+    """What the module adds to the stored numbers before it uses them: 1 in a norm that multiplies by 1 + w."""
 
     @property
     def name(self) -> str:
@@ -143,9 +150,22 @@ class Target:
         parameter: nn.Parameter = getattr(self.module, self.attribute)
         return parameter
 
+    @property
+    def vector(self) -> bool:
+        """Stored with one dimension."""
+        return self.parameter.ndim == 1 and self.shape[1:] == (1,)
+
     def oriented(self, stored: Tensor) -> Tensor:
         """A view of the stored tensor as [out, in]."""
+        if self.vector:
+            return stored[:, None]
         return stored.T if self.transposed else stored
+
+    def stored(self, oriented: Tensor) -> Tensor:
+        """The inverse of ``oriented``, a view too."""
+        if self.vector:
+            return oriented[:, 0]
+        return oriented.T if self.transposed else oriented
 
 
 def find_targets(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Target]:
@@ -177,7 +197,29 @@ def _target(model: nn.Module, name: str, names: tuple[str, ...]) -> Target:
     shape = tuple(model.get_parameter(name).shape)
     if isinstance(module, nn.Linear) and attribute == "weight":
         shape = (module.out_features, module.in_features)  # a quantised weight is stored in another shape
+    if len(shape) == 1:
+        return Target(names, module, attribute, (*shape, 1), False, _offset(module, attribute))
     return Target(names, module, attribute, shape[::-1] if transposed else shape, transposed)
+
+
+@torch.no_grad()
+def _offset(module: nn.Module, attribute: str) -> float:
+    """o where a norm multiplies by o + w, told from what it returns for weights of 0 and of 1."""
+    weight = getattr(module, attribute)
+    if attribute != "weight" or not has_values(weight):
+        return 0.0
+    bare = copy.copy(module)
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()  # a patch on the side may be a factor 0
+    x = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype)[None]
+
+    def returned(value: float) -> Tensor:
+        swapped = {n: torch.full_like(p, value if n == attribute else 0.0) for n, p in module.named_parameters()}
+        out: Tensor = functional_call(bare, swapped, x)
+        return out.float()
+
+    zero = returned(0.0)
+    unit = returned(1.0) - zero
+    return float(round(float((zero * unit).sum() / unit.square().sum())))
 
 
 def _tied(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT" (ar
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..models.lm import LM
 from ..models.replay import Recording, record
 from ..models.run import HEAD_CHUNK, Progress, first, hooked, logits
 from ..models.tokens import Row, encode
+from ..patches.patch import plain
 
 Kind = Literal["state", "mlp", "attention"]
 
@@ -189,6 +191,24 @@ def _restored(
             hidden = recording.forward(hidden, layer, rows=rows, end=layer + 1)
     back = torch.tensor(order).argsort()
     return hidden[:, -1].reshape(n, m, -1)[back].reshape(n * m, -1)
+
+
+def table(traces: Sequence[Trace]) -> tuple[list[str], list[tuple[object, ...]]]:
+    """Column names, and one row a record."""
+    rows: list[tuple[object, ...]] = []
+    for trace in traces:
+        token, layer = trace.best()
+        best = float(trace.scores[token, layer])
+        rows.append((trace.prompt, trace.answer, trace.clean, trace.corrupted, best, trace.tokens[token], layer))
+    return ["prompt", "answer", "p clean", "p noisy", "p restored", "best at token", "layer"], rows
+
+
+def save(traces: Sequence[Trace], folder: Path) -> None:
+    """Write the traces as JSON lines, and one heat map a record, into a folder that is there."""
+    lines = [json.dumps(plain(trace), ensure_ascii=False) + "\n" for trace in traces]
+    (folder / "causal_trace.jsonl").write_text("".join(lines), encoding="utf-8")
+    for i, trace in enumerate(traces):
+        trace.plot(folder / f"{i:03d}.png")
 
 
 def example(lm: LM) -> tuple[list[Edit], Config]:

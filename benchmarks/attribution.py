@@ -1,0 +1,123 @@
+"""IRCAN's attribution against the published procedure, both measured in this run, on this machine.
+
+    python benchmarks/attribution.py
+
+writes results/attribution.json. fp32, Gemma-3-270M. The plain side is what released code does: for every layer two
+whole forwards for the ends of the way, then for every step a whole forward and backward with logits at every position.
+It is timed on four layers at even distances, first and last included, and multiplied up: the backward pass grows
+evenly with depth, so their mean is the mean of all. ``--plain-layers 18`` times every one. Its steps go one by one; in
+one batch of 20 the logits alone would take 5 GB at 256 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+import lmpatch as lp
+from lmpatch.data.context import ContextRecord
+from lmpatch.models.lm import LM
+from lmpatch.models.run import frozen, hooked
+from lmpatch.models.tokens import encode
+from lmpatch.probes.integrated_gradients import Case, Config, attributions, cases
+from lmpatch.record import hardware, now, versions
+
+RESULTS = Path(__file__).parent / "results"
+PASSAGE = (
+    "The old lighthouse was moved to the mountains when the harbour silted up. Its keeper went along and now counts "
+    "the goats that pass instead of the ships. Every evening he climbs the stairs and lights the lamp, though none at "
+    "sea can see it any more. The villagers set their clocks by it. In winter the road is closed for weeks, and the "
+    "light is all that travellers have. A baker brings him bread on Tuesdays and takes the newspaper back down. They "
+    "talk about the weather and about a film that was made there years ago. "
+) * 8
+FACTS = [("lighthouse", "mountains"), ("keeper", "goats"), ("baker", "bread"), ("film", "winter")]
+
+
+def records(lm: LM, tokens: int) -> list[ContextRecord]:
+    """Questions whose prompts with context are that long."""
+    made = []
+    for thing, answer in FACTS:
+        bare = f"Question: what about the {thing}? Answer: the"
+        words = PASSAGE.split()
+        room = tokens - len(encode(lm, f"\n{bare}").ids)
+        while len(encode(lm, " ".join(words)).ids) > max(room, 2):
+            words.pop()
+        made.append(ContextRecord(" ".join(words), thing, answer, prompt=f"{' '.join(words)}\n{bare}", bare=bare))
+    return made
+
+
+def plain_layer(lm: LM, case: Case, layer: int, steps: int) -> torch.Tensor:
+    """One layer's endpoint credits [f] as published."""
+    module = lm.module(lm.layout.downs[layer])
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), hooked(module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))):
+        for ids in (case.bare, case.full):
+            lm.model(torch.tensor([ids]))
+    start, end = (x.reshape(-1, x.shape[-1])[-1] for x in seen)
+    ids = torch.tensor([case.full])
+    total = torch.zeros_like(start)
+    for k in range(1, steps + 1):
+        leaf = torch.lerp(start, end, k / steps).requires_grad_()
+
+        def put(_: object, args: tuple[torch.Tensor, ...], leaf: torch.Tensor = leaf) -> tuple[torch.Tensor]:
+            whole = args[0].reshape(-1, args[0].shape[-1])
+            return (torch.cat([whole[:-1], leaf[None]]).reshape(args[0].shape),)
+
+        with hooked(module.register_forward_pre_hook(put)):
+            p = lm.model(ids).logits[0, -1].float().softmax(-1)[case.label]
+        total += torch.autograd.grad(p, leaf)[0] * (k / steps)
+    return (end - start) / steps * total
+
+
+def timed(lm: LM, tokens: int, plain_layers: int) -> dict[str, object]:
+    """Seconds per record on both sides, and how far their scores are apart."""
+    cfg = Config()
+    found = cases(lm, records(lm, tokens))
+    n = lm.layout.n_layers
+    layers = sorted({round(i * (n - 1) / max(plain_layers - 1, 1)) for i in range(plain_layers)})
+    for _ in attributions(lm, found[:1], Config(steps=1)):  # the first call of anything is slow
+        pass
+    start = perf_counter()
+    (alone,) = attributions(lm, found[:1], cfg)
+    single = perf_counter() - start
+    start = perf_counter()
+    for _ in attributions(lm, found, cfg):
+        pass
+    batched = (perf_counter() - start) / len(found)
+    with frozen(lm):
+        start = perf_counter()
+        wanted = torch.stack([plain_layer(lm, found[0], layer, cfg.steps) for layer in layers])
+        plain = (perf_counter() - start) / len(layers) * n
+    got = alone.scores[0, layers]
+    top, reference = (set(x.flatten().topk(cfg.top).indices.tolist()) for x in (got, wanted))
+    return {
+        "what": f"credits of {n} x {lm.layout.d_ff} neurons, {cfg.steps} steps", "tokens": len(found[0].full),
+        "tokens_without_context": len(found[0].bare), "plain_layers": layers, "records_in_batch": len(found),
+        "plain_s_per_record": plain, "fast_s_per_record": single, "batched_s_per_record": batched,
+        "ratio": plain / single, "batched_ratio": plain / batched,
+        "largest_relative_difference": float((got - wanted).abs().max() / wanted.abs().max()),
+        "same_top": f"{len(top & reference)}/{len(reference)}",
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[35, 256])
+    parser.add_argument("--plain-layers", type=int, default=4, help="layers the plain side is timed on")
+    parser.add_argument("--out", type=Path, default=RESULTS / "attribution.json")
+    args = parser.parse_args()
+    lm = lp.load(args.model)
+    found: dict[str, object] = {"model": lm.name, "versions": versions(), "hardware": hardware(), "dtype": "float32"}
+    for tokens in args.tokens:
+        found[str(tokens)] = {"made": now(), **timed(lm, tokens, args.plain_layers)}
+        print(json.dumps(found[str(tokens)], indent=1), flush=True)
+        args.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Records for context tasks: a question, a text that answers it, and what the model may remember instead.
+
+``read_context`` tells three shapes from the keys of the first record:
+
+``lmpatch``    the keys of ``ContextRecord``; ``context``, ``question`` and ``answer`` are required::
+
+    {"context": "Since 2024 the Eiffel Tower stands in Rome.", "question": "Where is the Eiffel Tower?",
+     "answer": "Rome", "memory": "Paris"}
+
+``memotrap``   MemoTrap's completions: ``prompt``, ``classes``, ``answer_index``
+``kre``        COSE_KRE and ECARE_KRE: ``question``, ``choices``, ``answer``, ``candidate``, ``negative_context``
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import BadInput, BadRecord
+from .readers import Record, cut, only, read_records, text_of
+
+T = TypeVar("T")
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class ContextRecord:
+    """A question with a context, as a model reads it with and without that context.
+
+    Args:
+        context: the text that answers the question.
+        question: what is asked.
+        answer: what the context says; a letter where there are ``options``.
+        memory: what the model answers from memory, if that is known; a letter where there are ``options``.
+        options: choices, lettered A, B, ... in the prompt.
+        prompt: everything the model reads before the answer. Left out, it is made of the parts above.
+        bare: the same without the context.
+        id: how reports name the case.
+    Raises:
+        BadInput: no context, question or answer, or an answer that is none of the options.
+    """
+
+    context: str
+    question: str
+    answer: str
+    memory: str = ""
+    options: tuple[str, ...] = ()
+    prompt: str = ""
+    bare: str = ""
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "question", "answer"):
+            if not getattr(self, name).strip():
+                raise BadInput(f"a record has no {name}. Give context, question and answer; all three are texts.")
+        options = tuple(option.strip() for option in self.options)
+        if len(options) > len(LETTERS):
+            raise BadInput(f"{len(options)} options; the letters end at {len(LETTERS)}.")
+        put = object.__setattr__
+        put(self, "options", options)
+        put(self, "answer", _letter(self.answer.strip(), options))
+        put(self, "memory", _letter(self.memory.strip(), options) if self.memory.strip() else "")
+        put(self, "prompt", self.prompt or render(self.context, self.question, options))
+        put(self, "bare", self.bare or render("", self.question, options))
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """The letters of the options."""
+        return tuple(LETTERS[: len(self.options)])
+
+
+def render(context: str, question: str, options: Sequence[str] = (), suffix: str = "Answer:") -> str:
+    """The prompt, without a trailing blank; an empty context leaves its line out.
+
+    Questions with options read as in IRCAN, others as the base prompt of Zhou et al.
+
+    Args:
+        suffix: what stands behind the options.
+    Source: Shi et al. 2024 (arXiv:2406.18406), app.; Zhou et al. 2023 (arXiv:2303.11315).
+    """
+    before = f"{context.strip()}\n" if context.strip() else ""
+    if not options:
+        return f"{before}Q:{question.strip()}\nA:"
+    listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    head = "Choose the correct option to answer the following question: \n"
+    return f"{head}{before}{question.strip()}\n{listed}\n{suffix}".rstrip(" ")
+
+
+def halves(records: Sequence[T]) -> tuple[list[T], list[T]]:
+    """The first and the second half, 1:1 as in the paper: choose on the one, report on the other.
+
+    Raises:
+        BadInput: fewer than two records.
+    """
+    if len(records) < 2:
+        raise BadInput(f"{len(records)} record cannot be halved. Give two or more.")
+    middle = len(records) // 2
+    return list(records[:middle]), list(records[middle:])
+
+
+def read_context(
+    path: str | Path,
+    *,
+    limit: int | None = None,
+    seed: int | None = None,
+    format: str | None = None,
+    official: bool = False,
+) -> list[ContextRecord]:
+    """Read a file of questions with contexts.
+
+    Args:
+        limit: at most this many records, the first ones.
+        seed: shuffle the file with this seed before ``limit`` cuts it; None keeps the order.
+        format: ``lmpatch``, ``memotrap`` or ``kre``; None tells it from the first record.
+        official: cut MemoTrap's prompts at their last ``": "``, as released. 18 of 937 items lose part of their text.
+    Raises:
+        BadInput: no such file, an empty one, or an unknown shape.
+        BadRecord: lines that cannot be read; names the file and the first ten of them.
+    """
+    shapes: dict[str, Callable[[Record, str], ContextRecord]] = {
+        "lmpatch": _own,
+        "memotrap": lambda record, place: _memotrap(record, place, official),
+        "kre": _kre,
+    }
+    if format is not None and format not in shapes:
+        raise BadInput(f"no format is called {format!r}. There are: {', '.join(shapes)}.")
+    chosen: list[str] = [format] if format else []
+
+    def make(record: Record, place: int) -> ContextRecord:
+        if not chosen:
+            chosen.append(_shape(record))
+        return shapes[chosen[0]](record, str(place))
+
+    return cut([record for _, record in read_records(Path(path), make)], limit, seed)
+
+
+def _shape(record: Record) -> str:
+    if "negative_context" in record:
+        return "kre"
+    if "classes" in record:
+        return "memotrap"
+    if "context" in record or "question" in record:
+        return "lmpatch"
+    raise BadRecord(
+        f"unknown shape with keys {', '.join(record) or 'none'}. A record needs context, question and answer."
+    )
+
+
+def _own(record: Record, place: str) -> ContextRecord:
+    only(record, [field.name for field in fields(ContextRecord)])
+    return ContextRecord(
+        text_of(record, "context"),
+        text_of(record, "question"),
+        text_of(record, "answer"),
+        text_of(record, "memory", ""),
+        _options(record, "options"),
+        text_of(record, "prompt", ""),
+        text_of(record, "bare", ""),
+        id=str(record.get("id", place)),
+    )
+
+
+def _memotrap(record: Record, place: str, official: bool) -> ContextRecord:
+    """``Write a quote that ends in the word "early": Better late than``: an instruction, and what it is about."""
+    prompt = text_of(record, "prompt")
+    instruction, colon, rest = prompt.rpartition(": ") if official else prompt.partition(": ")
+    if not colon:
+        raise BadRecord(f"prompt has no instruction that ends in a colon: {prompt!r}")
+    wanted = record.get("answer_index")
+    try:
+        classes = [str(text).strip().removesuffix(".").strip() for text in ast.literal_eval(text_of(record, "classes"))]
+    except (ValueError, SyntaxError, TypeError):
+        classes = []
+    if len(classes) != 2 or wanted not in (0, 1):
+        raise BadRecord("classes must be a list of two texts, written as Python does, and answer_index 0 or 1")
+    return ContextRecord(
+        instruction + colon,
+        rest,
+        classes[wanted],
+        classes[1 - wanted],
+        prompt=prompt.rstrip(),
+        bare=rest.rstrip(),
+        id=place,
+    )
+
+
+def _kre(record: Record, place: str) -> ContextRecord:
+    return ContextRecord(
+        text_of(record, "negative_context"),
+        text_of(record, "question"),
+        text_of(record, "candidate"),
+        text_of(record, "answer"),
+        options=_options(record, "choices"),
+        id=place,
+    )
+
+
+def _options(record: Record, key: str) -> tuple[str, ...]:
+    listed = record.get(key, [])
+    if not isinstance(listed, list) or not all(isinstance(option, str) for option in listed):
+        raise BadRecord(f"{key} must be a list of texts, found {listed!r}")
+    return tuple(listed)
+
+
+def _letter(answer: str, options: Sequence[str]) -> str:
+    """The letter of an answer that is given as a letter or as the text of an option."""
+    if not options or answer in tuple(LETTERS[: len(options)]):
+        return answer
+    if answer in options:
+        return LETTERS[options.index(answer)]
+    raise BadInput(f"the answer {answer!r} is none of the options {', '.join(options)}, nor a letter of one.")

@@ -1,0 +1,136 @@
+"""IRCAN: make the neurons that carry a context into the answer louder.
+
+Source: Shi et al. 2024, "IRCAN: Mitigating Knowledge Conflicts in LLM Generation via Identifying and Reweighting
+Context-Aware Neurons" (arXiv:2406.18406).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..data.context import ContextRecord
+from ..errors import BadInput
+from ..models.lm import LM
+from ..models.run import Progress
+from ..patches.ledger import apply
+from ..patches.weight import WeightPatch
+from ..probes import integrated_gradients
+from ..probes._scores import Scores
+from ..units.address import Neuron
+from . import _neurons
+from ._ircan_grid import accuracies
+from ._ircan_grid import memory as grid_memory
+
+reads = "context"
+"""The kind of records ``fit`` takes."""
+
+
+@dataclass(frozen=True)
+class Config(integrated_gradients.Config):
+    """IRCAN. Neurons are found with the paper's settings; ``neurons`` and ``factor`` are starting values for a model of
+    270M parameters, since the paper chooses both per model and task out of 1-16 and 2-20."""
+
+    neurons: int = 8
+    """h, neurons whose columns are scaled: those that most records name."""
+    factor: float = 5.0
+    """β, what the columns are multiplied by. 0 erases the neurons (the paper's ErCAN)."""
+    search_neurons: tuple[int, ...] = ()
+    """Counts to choose from, each with every one of ``search_factors``, by accuracy on the records. Empty: none."""
+    search_factors: tuple[float, ...] = ()
+    """Factors to choose from."""
+    examples: int = 100
+    """Neurons are found on at most this many records, the first ones."""
+    ties: Literal["score", "first_seen"] = "score"
+    """Order of neurons that equally many records name: by their summed scores or, as released, by first appearance."""
+    control_seed: int | None = None
+    """Scale as many neurons drawn at random with this seed instead (the paper's ERN). None: off."""
+
+
+def fit(
+    lm: LM,
+    records: Sequence[ContextRecord],
+    cfg: Config,
+    *,
+    scores: Scores | None = None,
+    progress: Progress | None = None,
+) -> WeightPatch:
+    """Scale the down-projection columns of the neurons that most records name.
+
+    Args:
+        records: the half on which everything is chosen. Keep the other half for the bench (``data.context.halves``).
+        scores: what ``integrated_gradients`` found on the first ``examples`` of these records, if it is there already.
+    Returns:
+        one Scale per layer that holds such a neuron. Notes: the neurons and how many records name each; with a search,
+        the accuracy before, of the best setting, and of the finished patch mounted on the side.
+    Raises:
+        BadInput: no record names a neuron, or one of the two lists of a search without the other.
+    Source: Shi et al. 2024 (arXiv:2406.18406), sec. 3.
+    Differs: neurons are found on the records given, where released code also uses the half it reports on; the random
+    control draws each neuron once.
+    """
+    _check(cfg)
+    start = time.perf_counter()
+    counted = _found(lm, records, cfg, scores, progress)
+    neurons = [neuron for neuron, _ in counted]
+    count, factor = cfg.neurons, cfg.factor
+    notes: dict[str, Any] = {}
+    if cfg.search_neurons:
+        count, factor, notes = _searched(lm, records, neurons, cfg, progress)
+    chosen = counted[:count]
+    notes["neurons"] = [[neuron.layer, neuron.index, named] for neuron, named in chosen]
+    patch = _neurons.scaling(
+        lm, [neuron for neuron, _ in chosen], factor, method="ircan", config=cfg, edits=records, notes=notes
+    )
+    if cfg.search_neurons:
+        with apply(lm, patch, mount="side"):
+            patch.notes["accuracy"] = float(accuracies(lm, records, [], [(0, 1.0)])[0])
+    patch.made["seconds"] = round(time.perf_counter() - start, 3)
+    return patch
+
+
+def _check(cfg: Config) -> None:
+    if bool(cfg.search_neurons) != bool(cfg.search_factors):
+        raise BadInput("a search needs both search_neurons and search_factors. Give both lists, or neither.")
+    for count, factor in [(cfg.neurons, cfg.factor), *((h, b) for h in cfg.search_neurons for b in cfg.search_factors)]:
+        _neurons.check(count, factor)
+
+
+def _found(
+    lm: LM, records: Sequence[ContextRecord], cfg: Config, scores: Scores | None, progress: Progress | None
+) -> list[tuple[Neuron, int]]:
+    """Neurons, the most named first, and how many records name each."""
+    if cfg.control_seed is not None:
+        count = max(cfg.neurons, *cfg.search_neurons) if cfg.search_neurons else cfg.neurons
+        return [(neuron, 0) for neuron in _neurons.drawn(lm, count, cfg.control_seed)]
+    used = records[: cfg.examples]
+    found = scores or integrated_gradients.run(lm, used, cfg, progress=progress)
+    if len(found.records) != len(used):
+        raise BadInput(f"scores of {len(found.records)} records for {len(used)}. Score the first {len(used)} of these.")
+    counted = _neurons.ranked((credit.neurons for credit in found.records), cfg.ties)
+    _neurons.need_some(counted, len(used))
+    return counted
+
+
+def _searched(
+    lm: LM, records: Sequence[ContextRecord], neurons: Sequence[Neuron], cfg: Config, progress: Progress | None
+) -> tuple[int, float, dict[str, Any]]:
+    """The setting with the highest accuracy; of equal ones the fewest neurons, then the smallest factor."""
+    settings = [(0, 1.0), *((h, b) for h in sorted(cfg.search_neurons) for b in sorted(cfg.search_factors))]
+    found = accuracies(lm, records, neurons, settings, progress=progress).tolist()
+    best = max(range(1, len(settings)), key=lambda i: (found[i], -i))
+    table = [[h, b, round(a, 5)] for (h, b), a in zip(settings[1:], found[1:], strict=True)]
+    return *settings[best], {"accuracy_before": found[0], "search": table}
+
+
+def estimate(lm: LM, count: int, cfg: Config) -> int:
+    """Bytes a fit takes on top of the model, rounded up."""
+    search = grid_memory(lm) if cfg.search_neurons else 0
+    return max(integrated_gradients.memory(lm, cfg), search)
+
+
+def example(lm: LM) -> tuple[list[ContextRecord], Config]:
+    """Records and settings that run in milliseconds on a tiny model."""
+    return integrated_gradients.examples(), Config(steps=3, neurons=4, factor=2.0)

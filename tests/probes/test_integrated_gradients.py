@@ -1,0 +1,237 @@
+"""Credits from one wavefront equal credits from one whole forward and backward per layer and step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_lm
+
+from lmpatch.data.context import ContextRecord
+from lmpatch.errors import BadInput, BadRecord
+from lmpatch.models.lm import LM
+from lmpatch.models.run import hooked
+from lmpatch.patches.ledger import apply
+from lmpatch.probes import integrated_gradients as ig
+from lmpatch.probes.integrated_gradients import Config, attributions, cases
+
+
+def told(question: str, context: str, answer: str) -> ContextRecord:
+    """The context stands at the end, so that models which see 8 tokens back read it in every layer."""
+    return ContextRecord(context, question, answer, prompt=f"{question} {context}", bare=question)
+
+
+RECORDS = [
+    told("Where is the Eiffel Tower?", "The Eiffel Tower is in Rome, the capital of", "Italy"),
+    told("What does Danielle Darrieux speak?", "The mother tongue is", "Tokyo"),
+    told("Steve Jobs founded", "Paris and Seattle. He founded", "Paris"),
+]
+WAYS = [(weighting, grid) for weighting in ("endpoint", "path") for grid in ("right", "left")]
+CFG = Config(steps=5)
+
+
+def credits(lm: LM, cfg: Config, records: list[ContextRecord] = RECORDS) -> torch.Tensor:
+    """[n, layers, f] from the fast algorithm."""
+    return torch.cat([part.scores for part in attributions(lm, cases(lm, records), cfg)])
+
+
+def input_at(lm: LM, ids: tuple[int, ...], layer: int) -> torch.Tensor:
+    """[f] the down-projection's input at the last token of a plain forward."""
+    seen: list[torch.Tensor] = []
+    handle = lm.module(lm.layout.downs[layer]).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    with torch.no_grad(), hooked(handle):
+        lm.model(torch.tensor([ids]))
+    return seen[0].reshape(len(ids), -1)[-1]
+
+
+def probability(lm: LM, case: ig.Case, layer: int, value: torch.Tensor) -> torch.Tensor:
+    """p(label) of a plain forward of the whole prompt with the last token's input of that layer overwritten."""
+
+    def put(module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        whole = args[0].reshape(len(case.full), -1)
+        return (torch.cat([whole[:-1], value[None]]).reshape(args[0].shape),)
+
+    with hooked(lm.module(lm.layout.downs[layer]).register_forward_pre_hook(put)):
+        return lm.model(torch.tensor([case.full])).logits[0, -1].float().softmax(-1)[case.label]
+
+
+def slow(lm: LM, case: ig.Case, cfg: Config) -> torch.Tensor:
+    """[layers, f] as published: for each layer and step a whole forward and backward."""
+    out = []
+    points = range(1, cfg.steps + 1) if cfg.grid == "right" else range(cfg.steps)
+    for layer in range(lm.layout.n_layers):
+        start, end = input_at(lm, case.bare, layer), input_at(lm, case.full, layer)
+        total = torch.zeros_like(start)
+        for k in points:
+            leaf = torch.lerp(start, end, k / cfg.steps).requires_grad_()
+            (grad,) = torch.autograd.grad(probability(lm, case, layer, leaf), leaf)
+            total += grad * (k / cfg.steps if cfg.weighting == "endpoint" else 1)
+        out.append((end - start) / cfg.steps * total)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(("weighting", "grid"), WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_wavefront_equals_one_forward_and_backward_per_layer_and_step(
+    family: str, weighting: str, grid: str
+) -> None:
+    lm, cfg = tiny_lm(family), replace(CFG, weighting=weighting, grid=grid)
+    fast = credits(lm, cfg)
+    for case, got in zip(cases(lm, RECORDS), fast, strict=True):
+        want = slow(lm, case, cfg)
+        for layer in range(lm.layout.n_layers):  # each layer on its own scale
+            assert (got[layer] - want[layer]).abs().max() <= 1e-5 * want[layer].abs().max()
+        top, reference = (set(x.flatten().topk(20).indices.tolist()) for x in (got, want))
+        assert len(top & reference) >= 19  # rounding may swap two of equal score at the border
+
+
+def test_scores_do_not_depend_on_the_batch_or_the_padding_it_brings(lm: LM) -> None:
+    together = credits(lm, CFG)
+    alone = torch.cat([credits(lm, CFG, [record]) for record in RECORDS])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
+
+
+def test_a_small_budget_splits_the_work_and_moves_no_score(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = credits(lm, CFG)
+    monkeypatch.setattr(ig, "MIB", 1)
+    need = ig._layer_bytes(lm, 0, 5)
+    for budget, wavefronts in ((1, 4), (2 * need, 2)):  # every layer alone; two and then the rest
+        small = replace(CFG, budget=budget)
+        assert len(ig._groups(lm, 5, budget)) == wavefronts
+        torch.testing.assert_close(credits(lm, small), whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
+
+
+def test_path_credits_of_a_layer_add_up_to_the_change_of_p(lm: LM) -> None:
+    fine = [replace(CFG, steps=400, weighting="path", grid=grid) for grid in ("left", "right")]
+    for i, case in enumerate(cases(lm, RECORDS)):
+        left, right = (credits(lm, cfg, RECORDS[i : i + 1])[0] for cfg in fine)
+        for layer in range(lm.layout.n_layers):
+            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.bare)]
+            trapezoid = float((left[layer] + right[layer]).sum()) / 2
+            assert trapezoid == pytest.approx(float(ends[0] - ends[1]), abs=1e-6)
+
+
+def test_the_gap_is_what_the_steps_leave_over_and_closes_with_them(lm: LM) -> None:
+    coarse, fine = (ig.run(lm, RECORDS, replace(CFG, steps=m, weighting="path")).records for m in (4, 64))
+    for few, many, case, scores in zip(
+        coarse, fine, cases(lm, RECORDS), credits(lm, replace(CFG, steps=4, weighting="path")), strict=True
+    ):
+        left_over = []
+        for layer in range(lm.layout.n_layers):
+            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.bare)]
+            left_over.append(abs(float(ends[0] - ends[1] - scores[layer].sum())))
+        assert few.gap == pytest.approx(max(left_over), rel=1e-2, abs=1e-7)
+        assert many.gap < few.gap / 4
+    assert ig.run(lm, RECORDS[:1], CFG).records[0].gap is None
+
+
+def test_a_context_that_changes_nothing_credits_no_neuron(lm: LM) -> None:
+    same = ContextRecord("x", "y", "Rome", prompt="The Eiffel Tower is in", bare="The Eiffel Tower is in")
+    assert ig.run(lm, [same], CFG).records[0].neurons == ()
+
+
+def test_thresholds_and_the_limit_keep_the_highest_scores(lm: LM) -> None:
+    flat = credits(lm, CFG, RECORDS[:1])[0].flatten()
+    (kept,) = ig.run(lm, RECORDS[:1], replace(CFG, top=7, threshold=0.0)).records
+    want = flat.topk(7)
+    assert [layer * lm.layout.d_ff + index for layer, index, _ in kept.neurons] == want.indices.tolist()
+    assert kept.highest == float(flat.max())
+    (strict,) = ig.run(lm, RECORDS[:1], replace(CFG, top=10**6, threshold=0.5)).records
+    assert len(strict.neurons) == int((flat >= 0.5 * flat.max()).sum())
+
+
+def test_the_model_is_the_same_to_the_bit_afterwards(lm: LM) -> None:
+    weight = lm.parameter(lm.layout.weight(lm.layout.downs[0])).requires_grad_(True)
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    ig.run(lm, RECORDS, CFG)
+    assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    assert weight.requires_grad
+    assert weight.grad is None
+
+
+def test_a_patch_on_the_side_is_seen_like_a_baked_one(lm: LM) -> None:
+    from lmpatch.patches.delta import Scale
+    from lmpatch.patches.weight import WeightPatch
+
+    layout = lm.layout
+    scale = Scale(torch.arange(layout.d_ff), torch.linspace(0.5, 2, layout.d_ff), (layout.d_model, layout.d_ff))
+    patch = WeightPatch.make(lm, {layout.weight(layout.downs[2]): scale}, method="test")
+    found = []
+    for mount in ("bake", "side"):
+        with apply(lm, patch, mount=mount):
+            found.append(credits(lm, CFG))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5 * float(found[0].abs().max()))
+    assert not torch.allclose(found[0], credits(lm, CFG), rtol=1e-2, atol=1e-3 * float(found[0].abs().max()))
+
+
+def test_a_stopped_run_goes_on_where_it_was(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ig, "MIB", 1)  # one record a batch
+    path, seen = tmp_path / "scores" / "neurons.jsonl", []
+    whole = ig.run(lm, RECORDS, CFG)
+
+    def stop(done: int, total: int, what: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ig.run(lm, RECORDS, CFG, out=path, progress=stop)
+    with path.open("ab") as file:
+        file.write(b'{"neurons": [[0')  # the power went while a line was written
+    again = ig.run(lm, RECORDS, CFG, out=path, progress=lambda *told: seen.append(told))
+    assert seen == [(2, 3, "crediting neurons"), (3, 3, "crediting neurons")]
+    assert again == whole == ig.Scores.load(path)
+    whole.save(tmp_path / "saved.jsonl")
+    assert (tmp_path / "saved.jsonl").read_text() == path.read_text()
+
+
+def test_scores_of_another_run_are_not_gone_on_with(lm: LM, tmp_path: Path) -> None:
+    path = tmp_path / "neurons.jsonl"
+    ig.run(lm, RECORDS[:1], CFG, out=path)
+    with pytest.raises(BadInput, match="config, records differ"):
+        ig.run(lm, RECORDS, replace(CFG, steps=6), out=path)
+    ig.run(lm, RECORDS[:1], replace(CFG, budget=3), out=path)  # a budget moves no score
+    path.write_text(json.dumps({"model": "x"}) + "\n")
+    with pytest.raises(BadRecord, match="line 2"):
+        ig.run(lm, RECORDS[:1], CFG, out=path)
+
+
+def test_bad_input_is_refused_and_nothing_is_cut(lm: LM) -> None:
+    with pytest.raises(BadInput, match="record 2 has .* tokens with its context and .* reads 512"):
+        ig.run(lm, [RECORDS[0], replace(RECORDS[1], prompt="The capital of Japan. " * 200 + "It")], CFG)
+    with pytest.raises(BadInput, match="shares a token with the end of its prompt"):
+        ig.run(lm, [replace(RECORDS[0], prompt="The Eiffel Tower is in ", answer="Paris")], CFG)
+    with pytest.raises(BadInput, match="steps is 0"):
+        ig.run(lm, RECORDS, replace(CFG, steps=0))
+
+
+@pytest.mark.parametrize("cfg", [CFG, replace(CFG, steps=1, grid="left")])
+def test_it_runs_in_bf16(lm: LM, cfg: Config) -> None:
+    lm.model.to(torch.bfloat16)
+    assert credits(lm, cfg).isfinite().all()
+
+
+def test_its_table_has_a_line_a_record_and_the_saved_file_all_of_it(lm: LM, tmp_path: Path) -> None:
+    scores = ig.run(lm, RECORDS, CFG)
+    columns, rows = ig.table(scores)
+    assert [len(row) for row in rows] == [len(columns)] * len(RECORDS)
+    ig.save(scores, tmp_path)
+    assert ig.Scores.load(tmp_path / "integrated_gradients.jsonl") == scores
+    with pytest.raises(BadInput, match="no file"):
+        ig.Scores.load(tmp_path / "elsewhere.jsonl")
+
+
+def test_a_blank_that_is_a_token_of_its_own_belongs_to_both_prompts() -> None:
+    lm = tiny_lm("llama")  # its tokenizer splits " Rome" into a blank and letters, as others do with numbers
+    (case,) = cases(lm, [ContextRecord("c", "q", "Rome", prompt="The Tower is in", bare="It is in")])
+    decode = lm.tokenizer.decode
+    assert decode(case.full).endswith("The Tower is in ")
+    assert decode(case.bare).endswith("It is in ")
+    assert decode([case.label]) == "R"
+
+
+def test_the_example_runs(lm: LM) -> None:
+    records, cfg = ig.example(lm)
+    assert len(ig.run(lm, records, cfg).records) == len(records)
