@@ -1,0 +1,87 @@
+"""One fact as a memory keeps it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data.edit import Ask, Edit
+from ..data.readers import SHAPES
+
+TOLD = ("prompt", "target", "subject")  # fields of an edit with columns of their own
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A fact that is or was in a memory."""
+
+    edit: Edit
+    version: int
+    """The version that wrote it."""
+    added: str
+    """When: UTC, ISO 8601."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """Where it came from, as the caller said."""
+    seq: int = 0
+    """Its row in the log."""
+    ended: int | None = None
+    """The version since which it no longer holds; None: it is live."""
+    dropped: bool = False
+    """It ended because it was dropped, not because a newer fact took its place."""
+
+    @property
+    def state(self) -> str:
+        """``live``, ``superseded in 7`` or ``dropped in 7``."""
+        return "live" if self.ended is None else f"{'dropped' if self.dropped else 'superseded'} in {self.ended}"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One commit."""
+
+    number: int
+    time: str
+    put: int
+    """Facts it wrote."""
+    dropped: int
+    """Facts it dropped."""
+    live: int
+    """Facts that held after it."""
+
+
+def key(prompt: str) -> str:
+    """What two facts must share for the newer to supersede: the prompt, whatever its case and white space."""
+    return " ".join(prompt.split()).casefold()
+
+
+def record(edit: Edit) -> dict[str, Any]:
+    """An edit as a line of a facts file, without what it leaves empty."""
+    found: dict[str, Any] = {name: getattr(edit, name) for name in (*TOLD, "id", "relation")}
+    found |= {name: list(getattr(edit, name)) for name in ("old", "aliases", "rephrases")}
+    for name in ("locality", "portability"):
+        found[name] = {kind: [_ask(ask) for ask in asks] for kind, asks in getattr(edit, name)}
+    return {name: value for name, value in found.items() if value}
+
+
+def columns(edit: Edit) -> dict[str, str]:
+    """An edit as the text columns of the log."""
+    whole = record(edit)
+    more = {name: value for name, value in whole.items() if name not in TOLD}
+    told = {name: whole.get(name, "") for name in TOLD}
+    return {**told, "key": key(edit.prompt), "more": json.dumps(more, ensure_ascii=False) if more else ""}
+
+
+def edit_of(row: dict[str, Any]) -> Edit:
+    """The inverse of ``columns``."""
+    more = json.loads(row["more"]) if row["more"] else {}
+    return SHAPES["lmpatch"]({"id": "", **{name: row[name] for name in TOLD}, **more}, "")
+
+
+def entry_of(row: dict[str, Any]) -> Entry:
+    """A row of the log that adds a fact."""
+    return Entry(edit_of(row), row["version"], row["added"], json.loads(row["source"]), row["seq"])
+
+
+def _ask(ask: Ask) -> dict[str, Any]:
+    return {"prompt": ask.prompt, "answers": list(ask.answers)}

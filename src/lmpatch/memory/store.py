@@ -1,0 +1,297 @@
+"""A memory: facts and their keys in a folder that several processes may use at once.
+
+Nothing in it is ever changed. A fact is added as a row, and so is its end; of all rows with one prompt the last one
+holds. So the whole past stays readable, a commit is one append, and going back to a version is a commit as well.
+
+    store = Store.create("memory", width=768, stamp={"editor": sha, "base": fingerprint})
+    store.add([Edit("The Eiffel Tower is in", "Rome")], keys)
+    scores, hits = store.search(queries)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.edit import Edit
+from ..errors import BadInput, LmpatchError, WrongModel
+from . import _near
+from ._log import TEXTS, Log, table, writing
+from ._search import Search
+from ._state import State
+from .entry import Entry, Version, columns, entry_of, key, record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EXACT = 100_000
+CONTENT = TEXTS[2:-1]  # what a row says, not when
+Row = dict[str, Any]
+
+
+class Store:
+    """An open memory. Every call sees what all processes committed before it. One thread uses it at a time.
+
+    In RAM are the texts and, once something was searched, the keys that are searched exactly: all that hold up to
+    ``exact``, above that those the index does not cover yet.
+    """
+
+    def __init__(self, log: Log, exact: int = EXACT) -> None:
+        self.path, self.width, self.stamp = log.path, log.width, log.stamp
+        self._log, self._exact = log, exact
+        self._state = State(log)
+        self._search = Search(log, self._state, exact)
+
+    @classmethod
+    def create(cls, path: str | Path, *, width: int, stamp: Mapping[str, str], exact: int = EXACT) -> Store:
+        """Make an empty memory.
+
+        Args:
+            width: of the keys, a multiple of 8.
+            stamp: ``editor`` and ``base``, the hashes of what makes the keys and of the model they are for; with
+                ``editor_name`` and ``base_name`` messages say them by name.
+            exact: up to this many live keys a search looks at each; above, it asks an approximate index.
+        Raises:
+            BadInput: something is there already, or the width or the stamp cannot be used.
+            MissingExtra: LanceDB is not installed.
+        """
+        if width < 8 or width % 8:
+            raise BadInput(f"keys of width {width} cannot be stored. Make the width a multiple of 8.")
+        if not stamp.get("editor") or not stamp.get("base"):
+            raise BadInput(f"the stamp of a memory needs 'editor' and 'base', found {sorted(stamp)}.")
+        return cls(Log.create(Path(path), width, dict(stamp)), exact)
+
+    @classmethod
+    def open(cls, path: str | Path, *, stamp: Mapping[str, str] | None = None, exact: int = EXACT) -> Store:
+        """Open a memory.
+
+        Args:
+            stamp: what further keys will be made with; None: no keys will be added or searched.
+        Raises:
+            BadInput: there is none.
+            WrongModel: it was made with another editor or base model.
+            MissingExtra: LanceDB is not installed.
+        """
+        log = Log(Path(path))
+        if stamp is not None and any(log.stamp.get(name) != stamp.get(name) for name in ("editor", "base")):
+            raise WrongModel(
+                f"the memory at {path} was made with {_named(log.stamp)}, asked for {_named(stamp)}. Their keys cannot "
+                "be compared. Open it with what made it, or export its facts and add them to a new memory."
+            )
+        return cls(log, exact)
+
+    def __len__(self) -> int:
+        self._state.refresh()
+        return len(self._state.live)
+
+    @property
+    def version(self) -> int:
+        """The number of the last commit; 0 before the first."""
+        self._state.refresh()
+        return self._state.version
+
+    # Writing
+
+    def add(self, edits: Sequence[Edit], vectors: np.ndarray, *, source: Mapping[str, Any] | None = None) -> int:
+        """Add facts in one commit. A fact whose prompt is there already supersedes the older one.
+
+        Args:
+            vectors: [n, width] the key of each, any floating dtype; stored as float16.
+            source: where the facts come from, kept with each.
+        Returns:
+            the version that holds them. They are on the disk by then.
+        Raises:
+            BadInput: a vector has another width or is not finite in float16.
+            LmpatchError: the disk is full or cannot be written. Nothing was stored.
+        """
+        import numpy as np
+
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            keys = np.asarray(vectors).astype(np.float16)
+        if keys.shape != (len(edits), self.width):
+            raise BadInput(f"{len(edits)} facts need keys [{len(edits)}, {self.width}], found {list(keys.shape)}.")
+        if not np.isfinite(keys).all():
+            raise BadInput("a key holds a number that is no finite float16. Look at the encoder that made it.")
+        told = json.dumps(dict(source or {}), ensure_ascii=False)
+        rows: list[Row] = [{"op": "put", "source": told, **columns(edit)} for edit in edits]
+        return self._commit(lambda: (rows, keys))
+
+    def drop(self, prompts: Sequence[str]) -> int:
+        """End the facts with these prompts, in one commit. Their past stays listed.
+
+        Raises:
+            BadInput: no live fact has one of the prompts. Nothing was dropped.
+        """
+
+        def ends() -> tuple[list[Row], None]:
+            missing = [prompt for prompt in prompts if key(prompt) not in self._state.live]
+            if missing:
+                raise BadInput(
+                    f"no live fact has the prompt {missing[0]!r}. `lmpatch memory find` looks for a part of it."
+                )
+            return [_end(prompt) for prompt in {key(prompt): prompt for prompt in prompts}.values()], None
+
+        return self._commit(ends)
+
+    def rollback(self, version: int) -> int:
+        """Let hold what held after ``version``, in a new commit. The versions in between stay as they are.
+
+        Returns:
+            the new version, or the last one if nothing is different.
+        Raises:
+            BadInput: there is no such version.
+        """
+
+        def difference() -> tuple[list[Row], np.ndarray]:
+            state, log = self._state, self._log
+            now, then = state.live, state.live_after(version)
+            both = [name for name, seq in then.items() if name in now and now[name] != seq]
+            old, new = ([facts[name] for name in both] for facts in (then, now))
+            alike = (log.vectors(old) == log.vectors(new)).all(1)
+            pairs = zip(both, alike, state.rows(old), state.rows(new), strict=True)
+            same = {name for name, key_too, a, b in pairs if key_too and _content(a) == _content(b)}
+            puts = [seq for name, seq in then.items() if now.get(name) != seq and name not in same]
+            gone = [seq for name, seq in now.items() if name not in then]
+            ends = [_end(row["prompt"]) for row in state.rows(gone)]
+            return [*map(_content, state.rows(puts)), *ends], log.vectors(puts)
+
+        return self._commit(difference)
+
+    def compact(self) -> None:
+        """Join small files, remove what killed writers left, and index the keys anew if there are many.
+
+        No fact and no version is lost.
+        """
+        with writing(self.path):
+            self._state.refresh()
+            self._log.tidy()
+            if len(self._state.live) > self._exact:
+                _near.build(self._log, self._state.alive())
+
+    def _commit(self, make: Callable[[], tuple[list[Row], np.ndarray | None]]) -> int:
+        """Append what ``make`` says of this moment: rows, and the vectors of the first of them."""
+        state = self._state
+        with writing(self.path):
+            state.refresh()
+            told, vectors = make()
+            if not told:
+                return state.version
+            version = state.version + 1
+            stamp = {"version": version, "added": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+            rows = table([{"seq": state.count + i, **stamp, **row} for i, row in enumerate(told)], vectors, self.width)
+            seen = self._log.append(rows)
+            state.append(rows.drop_columns("vector"), seen)
+            with suppress(LmpatchError):  # the facts are stored; another commit will tidy
+                self._log.tidy(always=False)
+        if len(state.live) > self._exact and state.count - _near.newest(self.path) > self._exact:
+            with suppress(LmpatchError):  # a search does without
+                _near.build(self._log, state.alive())
+        return version
+
+    # Reading
+
+    def facts(self, *, history: bool = False, version: int | None = None) -> list[Entry]:
+        """The facts that hold, oldest first.
+
+        Args:
+            history: also those that no longer do, with what ended them.
+            version: as it was after this version; None: now.
+        Raises:
+            BadInput: there is no such version.
+        """
+        state = self._state
+        state.refresh()
+        version = state.version if version is None else version
+        if not history:
+            return [entry_of(row) for row in state.rows(list(state.live_after(version).values()))]
+        found: dict[int, Entry] = {}
+        last: dict[str, int] = {}
+        for row in state.rows(range(state.length(version))):
+            old = last.pop(row["key"], None)
+            if old is not None:
+                found[old] = replace(found[old], ended=row["version"], dropped=row["op"] == "drop")
+            if row["op"] == "put":
+                found[row["seq"]], last[row["key"]] = entry_of(row), row["seq"]
+        return list(found.values())
+
+    def find(self, text: str, *, history: bool = False) -> list[Entry]:
+        """The facts with this text in prompt, subject or target, whatever its case."""
+        text = text.casefold()
+
+        def told(edit: Edit) -> str:
+            return "\n".join((edit.prompt, edit.subject, edit.target)).casefold()
+
+        return [entry for entry in self.facts(history=history) if text in told(entry.edit)]
+
+    def versions(self) -> list[Version]:
+        """All commits, oldest first."""
+        self._state.refresh()
+        found: dict[int, Version] = {}
+        live: set[str] = set()
+        texts = self._state.texts
+        for number, added, op, name in zip(
+            *(texts[c].to_pylist() for c in ("version", "added", "op", "key")), strict=True
+        ):
+            put = op == "put"
+            live.add(name) if put else live.discard(name)
+            old = found.get(number, Version(number, added, 0, 0, 0))
+            found[number] = Version(number, added, old.put + put, old.dropped + (not put), len(live))
+        return list(found.values())
+
+    def vectors(self, entries: Sequence[Entry]) -> np.ndarray:
+        """The keys [n, width] float16 of these facts."""
+        return self._log.vectors([entry.seq for entry in entries])
+
+    def search(self, queries: np.ndarray, k: int = 1) -> tuple[np.ndarray, list[list[Entry]]]:
+        """The facts whose keys have the largest inner product with each query.
+
+        Args:
+            queries: [m, width].
+        Returns:
+            scores [m, k'] float32 and the facts in the same order, best first, the older of equals first;
+            k' = min(k, facts that hold), exactly so up to ``exact`` of them.
+        Raises:
+            BadInput: the width differs, or a number is not finite.
+        """
+        import numpy as np
+
+        scores, seqs = self._search(np.ascontiguousarray(queries, dtype=np.float32), k)
+        rows = {row["seq"]: entry_of(row) for row in self._state.rows(sorted({*seqs.reshape(-1).tolist()}))}
+        return scores.astype(np.float32), [[rows[seq] for seq in line] for line in seqs.tolist()]
+
+    def export(self, path: str | Path) -> int:
+        """Write the facts that hold as JSON lines, which ``read_edits`` reads. Keys stay behind.
+
+        Returns:
+            how many.
+        Raises:
+            BadInput: the file exists, or cannot be written.
+        """
+        facts = self.facts()
+        try:
+            with Path(path).open("x", encoding="utf-8") as file:
+                file.writelines(json.dumps(record(fact.edit), ensure_ascii=False) + "\n" for fact in facts)
+        except FileExistsError:
+            raise BadInput(f"{path} exists already. Give another path, or remove it first.") from None
+        except OSError as error:
+            raise BadInput(f"cannot write {path}: {error.strerror}.") from None
+        return len(facts)
+
+
+def _content(row: Row) -> Row:
+    return {name: row[name] for name in CONTENT}
+
+
+def _end(prompt: str) -> Row:
+    texts = {"key": key(prompt), "prompt": prompt, "target": "", "subject": "", "more": "", "source": "{}"}
+    return {"op": "drop", **texts}
+
+
+def _named(stamp: Mapping[str, str]) -> str:
+    editor, base = (f"{stamp.get(f'{n}_name', '')} ({stamp.get(n, '')[:12]})".strip() for n in ("editor", "base"))
+    return f"editor {editor} for base model {base}"

@@ -1,0 +1,149 @@
+"""``lmpatch memory`` on a small store: what each command shows and does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_lm, tiny_model, tiny_tokenizer
+from typer.testing import CliRunner, Result
+
+from lmpatch.cli.app import build
+from lmpatch.cli.memory import COMMANDS
+from lmpatch.data.edit import Edit
+from lmpatch.data.readers import read_edits
+from lmpatch.memory.memory import Memory
+from lmpatch.memory.store import Store
+from lmpatch.methods import recipe
+
+pytest.importorskip("lancedb")
+
+EIFFEL = "The Eiffel Tower is in"
+
+
+def run(*words: Any) -> Result:
+    """``lmpatch memory words``; any exception but a clean exit is an error of the test."""
+    runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
+    return runner.invoke(build(), ["memory", *map(str, words)], catch_exceptions=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three versions: two facts, one superseded, one more."""
+    store = Store.create(tmp_path / "store", width=8, stamp={"editor": "e", "base": "b"})
+    keys = np.eye(8)
+    store.add([Edit(EIFFEL, "Paris", subject="Eiffel Tower"), Edit("The Louvre is in", "Paris")], keys[:2])
+    store.add([Edit(EIFFEL, "Rome", subject="Eiffel Tower")], keys[2:3])
+    store.add([Edit("Steve Jobs founded", "Apple")], keys[3:4])
+    return store.path
+
+
+def test_list_shows_what_holds_and_with_history_both_of_two_facts(folder: Path) -> None:
+    plain, history = run("list", folder).stdout, run("list", folder, "--history").stdout
+    assert "Rome" in plain and "superseded" not in plain and plain.count(EIFFEL) == 1
+    assert history.count(EIFFEL) == 2 and "superseded in 2" in history and "live" in history
+    before = run("list", folder, "--at", 1).stdout
+    assert "Rome" not in before and before.count("Paris") == 2
+
+
+def test_find_looks_for_a_part_in_any_case(folder: Path) -> None:
+    assert EIFFEL in run("find", folder, "eiffel").stdout
+    assert "Louvre" not in run("find", folder, "eiffel").stdout
+    assert "Paris" in run("find", folder, "EIFFEL", "--history").stdout
+
+
+def test_drop_and_rollback_make_versions_that_versions_lists(folder: Path) -> None:
+    assert run("drop", folder, EIFFEL, "the louvre is in").stdout == "version 4, facts that hold: 1\n"
+    assert run("rollback", folder, 1).stdout == "version 5, facts that hold: 2, as after version 1\n"
+    assert "Rome" not in run("list", folder).stdout
+    lines = [line.split() for line in run("versions", folder).stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [(line[0], *line[2:]) for line in lines] == [
+        ("1", "2", "0", "2"), ("2", "1", "0", "2"), ("3", "1", "0", "3"), ("4", "0", "2", "1"), ("5", "2", "1", "2"),
+    ]  # fmt: skip
+
+
+def test_compact_says_what_it_freed(folder: Path) -> None:
+    assert " before, " in run("compact", folder).stdout
+    assert len(Store.open(folder)) == 3
+
+
+def test_export_writes_a_facts_file(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "facts.jsonl"
+    assert run("export", folder, "-o", out).stdout.startswith("3 facts")
+    assert [edit.target for edit in read_edits(out)] == ["Paris", "Rome", "Apple"]
+    done = run("export", folder, "-o", out)
+    assert done.exit_code == 2 and "exists" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("drop", "STORE", "no such prompt"), "no live fact has the prompt 'no such prompt'"),
+        (("rollback", "STORE", "9"), "no version 9"),
+        (("list", "STORE", "--at", "9"), "no version 9"),
+        (("list", "nowhere"), "no memory at nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, words: tuple[str, ...], says: str) -> None:
+    done = run(*(folder if word == "STORE" else word for word in words))
+    assert done.exit_code == 2
+    assert says in done.output and len(done.output.splitlines()) == 1
+    assert Store.open(folder).version == 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str) -> None:
+    done = run(command, "--help")
+    assert done.exit_code == 0 and f"lmpatch memory {command} " in done.stdout
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A memory with an editor, made by the command."""
+    recipe.example_editor(tiny_lm("gemma3")).save(tmp_path / "editor.safetensors")
+    done = run("create", tmp_path / "m", "--editor", tmp_path / "editor.safetensors")
+    assert done.exit_code == 0 and "an empty memory" in done.stdout
+    return tmp_path / "m"
+
+
+def test_add_says_what_it_supersedes(whole: Path) -> None:
+    assert run("add", whole, EIFFEL, "Paris").stdout == "version 1, facts that hold: 1\n"
+    done = run("add", whole, EIFFEL.upper(), "Rome", "--source", "ticket 4711")
+    assert done.stdout == "version 2, in place of 'Paris', facts that hold: 1\n"
+    (fact,) = Memory.open(whole).store.facts()
+    assert (fact.edit.target, fact.source) == ("Rome", {"told": "ticket 4711"})
+
+
+def test_import_reads_files_and_export_gives_them_back(whole: Path, tmp_path: Path) -> None:
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(f'{{"prompt": "{EIFFEL}", "target": "Rome"}}\n{{"prompt": "Jobs founded", "target": "Apple"}}\n')
+    assert "2 facts, version 1, facts that hold: 2" in run("import", whole, facts).stdout
+    run("export", whole, "-o", tmp_path / "again.jsonl")
+    assert [e.target for e in read_edits(tmp_path / "again.jsonl")] == ["Rome", "Apple"]
+    bad = run("import", whole, facts, tmp_path / "none.jsonl")
+    assert bad.exit_code == 2 and Store.open(whole).version == 1  # nothing of a call with a missing file
+
+
+def test_search_shows_the_nearest_facts_and_whether_they_are_used(whole: Path) -> None:
+    run("add", whole, EIFFEL, "Rome")
+    shown = run("search", whole, "Where is the Eiffel Tower?").stdout
+    assert f"{EIFFEL} Rome" in shown and "sentinel" in shown and (" yes" in shown or " no" in shown)
+
+
+def test_create_needs_a_model_or_an_editor_and_an_empty_place(whole: Path, tmp_path: Path) -> None:
+    assert "give either a model" in run("create", tmp_path / "new").output
+    again = run("create", whole, "--editor", tmp_path / "editor.safetensors")
+    assert again.exit_code == 2 and "exists" in again.output
+
+
+def test_a_memory_goes_where_a_patch_does(whole: Path, tmp_path: Path) -> None:
+    tiny_model("gemma3").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    run("add", whole, EIFFEL, "Rome")
+    runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
+    words = [["ask", str(tmp_path / "model"), EIFFEL, "-p", str(whole), "--tokens", "2"], ["show", str(whole)]]
+    asked, shown = (runner.invoke(build(), w, catch_exceptions=False) for w in words)
+    assert asked.exit_code == 0 and "after" in asked.stdout
+    assert shown.exit_code == 0 and "1 facts in" in shown.stdout
