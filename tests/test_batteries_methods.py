@@ -21,10 +21,11 @@ from tiny import CORE, tiny_lm
 from torch import Tensor
 
 from lmpatch import registry
+from lmpatch.models import run
 from lmpatch.models.lm import LM
-from lmpatch.models.tokens import encode_all
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import applied, apply
+from lmpatch.patches.memory import MemoryPatch
 from lmpatch.patches.merge import merge
 from lmpatch.patches.patch import Patch
 from lmpatch.record import hash_tensors
@@ -34,7 +35,6 @@ ROOT = Path(__file__).parents[1]
 METHODS = registry.names("methods")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of the logits' spread; in bf16 rounding alone moves them by 0.03 to 0.07
-MOUNTS = ("bake", "side")
 PROMPT = "The Eiffel Tower is in Paris, the capital of France."
 
 every_model = pytest.mark.parametrize(("family", "dtype"), [(f, d) for f in CORE for d in DTYPES])
@@ -53,21 +53,26 @@ def tiny(family: str, dtype: str) -> LM:
     return tiny_lm(family, DTYPES[dtype])
 
 
+def fit(method: str, lm: LM) -> Patch:
+    """The method's example patch; an editor it needs is an untrained one."""
+    module = registry.get("methods", method)
+    edits, config = module.example(lm)
+    editor = {"editor": module.example_editor(lm)} if hasattr(module, "example_editor") else {}
+    patch: Patch = module.fit(lm, edits, config, **editor)
+    return patch
+
+
 @cache
 def fitted(method: str, family: str, dtype: str) -> Patch:
     """The method's example patch, fitted once on a model of its own."""
-    lm = tiny(family, dtype)
-    module = registry.get("methods", method)
-    edits, config = module.example(lm)
-    patch: Patch = module.fit(lm, edits, config)
-    return patch
+    return fit(method, tiny(family, dtype))
 
 
 @torch.no_grad()
 def logits(lm: LM) -> Tensor:
-    """[T, V] through the model's own forward."""
-    out: Tensor = lm.model(torch.tensor([encode_all(lm, [PROMPT])[0].ids])).logits[0].float()
-    return out
+    """[n, V] after prompts of several lengths, through the call that every patch acts in."""
+    states = run.hidden(lm, [PROMPT[:end] for end in range(8, len(PROMPT), 8)])
+    return run.logits(lm, states.to(lm.dtype))
 
 
 def bits(lm: LM) -> str:
@@ -101,35 +106,32 @@ def gap(a: Tensor, b: Tensor) -> float:
 def test_fit_leaves_the_model_as_it_was(method: str, family: str, dtype: str) -> None:
     lm = tiny(family, dtype)
     lm.parameter(lm.layout.weight(lm.layout.downs[0])).requires_grad_(True)  # a caller's flag must survive
-    module = registry.get("methods", method)
-    edits, config = module.example(lm)
     before = state(lm)
-    module.fit(lm, edits, config)
+    fit(method, lm)
     after = state(lm)
     assert [what for what in before if before[what] != after[what]] == []
 
 
 @every_method
 @every_model
-@pytest.mark.parametrize("mount", MOUNTS)
-def test_apply_changes_the_model_and_remove_restores_every_bit(
-    method: str, family: str, dtype: str, mount: Any
-) -> None:
+def test_apply_changes_the_model_and_remove_restores_every_bit(method: str, family: str, dtype: str) -> None:
     lm, patch = tiny(family, dtype), fitted(method, family, dtype)
     clean, before = logits(lm), state(lm)
-    with apply(lm, patch, mount=mount):
-        assert not torch.equal(logits(lm), clean)
-        assert (bits(lm) != before["bits"]) == (mount == "bake")
-    assert torch.equal(logits(lm), clean)
-    after = state(lm)
-    assert [what for what in before if before[what] != after[what]] == []
+    for mount in patch.mounts:
+        with apply(lm, patch, mount=mount):
+            assert not torch.equal(logits(lm), clean)
+            assert (bits(lm) != before["bits"]) == (mount == "bake")
+        assert torch.equal(logits(lm), clean)
+        after = state(lm)
+        assert [what for what in before if before[what] != after[what]] == []
 
 
 @every_method
 @every_model
-@pytest.mark.parametrize("mount", MOUNTS)
-def test_patches_come_off_in_any_order(method: str, family: str, dtype: str, mount: Any) -> None:
+@pytest.mark.parametrize("which", [0, 1])
+def test_patches_come_off_in_any_order(method: str, family: str, dtype: str, which: int) -> None:
     lm, patch = tiny(family, dtype), fitted(method, family, dtype)
+    mount = patch.mounts[min(which, len(patch.mounts) - 1)]
     clean = logits(lm)
     levels = [clean]  # levels[n]: n of the patch are on
     with ExitStack() as stack:
@@ -146,13 +148,13 @@ def test_patches_come_off_in_any_order(method: str, family: str, dtype: str, mou
 
 @every_method
 @every_model
-def test_both_mounts_agree(method: str, family: str, dtype: str) -> None:
+def test_all_its_mounts_agree(method: str, family: str, dtype: str) -> None:
     lm, patch = tiny(family, dtype), fitted(method, family, dtype)
-    with apply(lm, patch, mount="bake"):
-        baked = logits(lm)
-    with apply(lm, patch, mount="side"):
-        beside = logits(lm)
-    assert gap(baked, beside) <= TOLERANCE[dtype]
+    seen = []
+    for mount in patch.mounts:
+        with apply(lm, patch, mount=mount):
+            seen.append(logits(lm))
+    assert all(gap(other, seen[0]) <= TOLERANCE[dtype] for other in seen)
 
 
 @every_method
@@ -164,35 +166,35 @@ def test_saved_and_loaded_it_does_the_same(method: str, family: str, dtype: str,
     assert type(loaded) is type(patch)
     assert loaded.hash() == patch.hash()
     assert (loaded.method, loaded.config, loaded.edits) == (patch.method, patch.config, patch.edits)
-    for mount in ("bake", "side"):
-        with apply(lm, patch, mount=mount):  # type: ignore[arg-type]
+    for mount in patch.mounts:
+        with apply(lm, patch, mount=mount):
             first = logits(lm)
-        with apply(lm, loaded, mount=mount):  # type: ignore[arg-type]
+        with apply(lm, loaded, mount=mount):
             assert torch.equal(logits(lm), first)
 
 
 @every_method
 @every_model
-def test_merged_with_itself_it_is_the_patch_put_on_twice(method: str, family: str, dtype: str) -> None:
+def test_merged_with_itself_it_follows_the_algebra_of_its_kind(method: str, family: str, dtype: str) -> None:
+    """A change of weights acts twice; a memory of the same facts twice is that memory."""
     lm, patch = tiny(family, dtype), fitted(method, family, dtype)
-    with apply(lm, patch, mount="bake"):
+    with apply(lm, patch):
         once = logits(lm)
-        with apply(lm, patch, mount="bake"):
+        with apply(lm, patch):
             twice = logits(lm)
-    with apply(lm, merge(patch, patch), mount="bake"):
+    with apply(lm, merge(patch, patch)):
         merged = logits(lm)
-    assert gap(merged, twice) <= TOLERANCE[dtype]
-    assert gap(merged, once) > gap(merged, twice)
+    same, other = (once, twice) if isinstance(patch, MemoryPatch) else (twice, once)
+    assert gap(merged, same) <= TOLERANCE[dtype]
+    assert gap(merged, other) > gap(merged, same)
 
 
 @every_method
 @every_model
 def test_fit_repeats(method: str, family: str, dtype: str) -> None:
     lm = tiny(family, dtype)
-    module = registry.get("methods", method)
-    edits, config = module.example(lm)
     torch.rand(3)  # the global random state must not matter
-    assert module.fit(lm, edits, config).hash() == fitted(method, family, dtype).hash()
+    assert fit(method, lm).hash() == fitted(method, family, dtype).hash()
 
 
 @every_method
@@ -201,7 +203,8 @@ def test_a_patch_fitted_in_fp32_goes_on_the_bf16_copy_of_its_model(method: str, 
     copy = tiny(family, "fp32")
     copy.model.to(torch.bfloat16)
     clean = bits(copy)
-    with apply(copy, fitted(method, family, "fp32"), mount="side"):
+    patch = fitted(method, family, "fp32")
+    with apply(copy, patch, mount=patch.mounts[-1]):
         assert logits(copy).isfinite().all()
     assert bits(copy) == clean
 

@@ -19,8 +19,9 @@ SHARED = {"--dtype", "--device", "--download", "--help", "-h"}
 
 
 def options(command: str) -> set[str]:
-    """Every spelling of every option of a command."""
-    return {opt for param in COMMANDS[command].params for opt in param.opts if opt.startswith("-")} | {"--help", "-h"}
+    """Every spelling of every option of a command; of a group, those of all its commands."""
+    found = [COMMANDS[command], *getattr(COMMANDS[command], "commands", {}).values()]
+    return {opt for one in found for p in one.params for opt in p.opts if opt.startswith("-")} | {"--help", "-h"}
 
 
 def blocks(page: Path, language: str = "") -> list[str]:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .api import bench as bench
     from .api import fit as fit
     from .api import probe as probe
+    from .api import train as train
+    from .data.context import ContextRecord as ContextRecord
+    from .data.context import read_context as read_context
     from .data.edit import Ask as Ask
     from .data.edit import Edit as Edit
     from .data.readers import read_asks as read_asks
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from .errors import UnknownLayout as UnknownLayout
     from .errors import UnknownName as UnknownName
     from .errors import WrongModel as WrongModel
+    from .memory.memory import Memory as Memory
     from .models.layout import Layout as Layout
     from .models.lm import LM as LM
     from .models.load import load as load
@@ -47,11 +51,14 @@ if TYPE_CHECKING:
     from .patches.delta import Rows as Rows
     from .patches.delta import Scale as Scale
     from .patches.delta import Sparse as Sparse
+    from .patches.editor import Editor as Editor
+    from .patches.editor import load_editor as load_editor
     from .patches.export import export as export
     from .patches.file import load_patch as load_patch
     from .patches.ledger import Applied as Applied
     from .patches.ledger import applied as applied
     from .patches.ledger import apply as apply
+    from .patches.memory import MemoryPatch as MemoryPatch
     from .patches.merge import merge as merge
     from .patches.patch import Patch as Patch
     from .patches.weight import WeightPatch as WeightPatch
@@ -69,10 +76,12 @@ _HOMES = {
     "BadRecord": "errors",
     "CannotMerge": "errors",
     "CannotMount": "errors",
+    "ContextRecord": "data.context",
     "Contradiction": "errors",
     "Dense": "patches.delta",
     "Diverged": "errors",
     "Edit": "data.edit",
+    "Editor": "patches.editor",
     "ForeignWrite": "errors",
     "Head": "units.address",
     "LM": "models.lm",
@@ -81,6 +90,8 @@ _HOMES = {
     "Layout": "models.layout",
     "LmpatchError": "errors",
     "LowRank": "patches.delta",
+    "Memory": "memory.memory",
+    "MemoryPatch": "patches.memory",
     "MissingExtra": "errors",
     "Neuron": "units.address",
     "NotEnoughMemory": "errors",
@@ -104,14 +115,17 @@ _HOMES = {
     "generate": "models.run",
     "hidden": "models.run",
     "load": "models.load",
+    "load_editor": "patches.editor",
     "load_patch": "patches.file",
     "merge": "patches.merge",
     "names": "registry",
     "probe": "api",
     "read_asks": "data.readers",
+    "read_context": "data.context",
     "read_edits": "data.readers",
     "read_text": "data.readers",
     "score": "models.run",
+    "train": "api",
     "wrap": "models.load",
 }
 

@@ -1,4 +1,4 @@
-"""The calls that take a name: ``fit`` with a method, run a ``probe``, run a ``bench``."""
+"""The calls that take a name: ``fit`` or ``train`` with a method, run a ``probe``, run a ``bench``."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
-from .data.edit import Edit, check_contradictions
+from .data.context import read_context
+from .data.edit import Ask, Edit, check_contradictions
 from .data.readers import read_edits
 from .errors import BadInput
 from .models.lm import LM
 from .models.run import Progress
-from .patches.ledger import Mount
-from .patches.patch import Patch
+from .patches.editor import Editor
+from .patches.patch import Mount, Patch
 from .registry import get
 from .room import need_room
 from .settings import resolve
-
-if TYPE_CHECKING:
-    from .benches._report import Report
 
 
 def fit(
     lm: LM,
     method: str,
-    edits: Sequence[Edit],
+    edits: Sequence[Any],
     *,
     text: Sequence[str] | None = None,
     anchors: Sequence[Edit] | None = None,
+    editor: Editor | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Patch:
@@ -37,9 +37,10 @@ def fit(
 
     Args:
         method: a name from ``registry.names("methods")``.
-        edits: the facts of one commit.
+        edits: the facts of one commit, or whatever records the method reads (``ircan``: questions with contexts).
         text: plain text for methods that take second moments; each has its own default.
         anchors: facts outside the test set, for methods that measure on them first (memit's ``nas``).
+        editor: from ``train``, for methods that have one; None: the one that comes with lmpatch for this model.
         progress: called with (done, total, what).
         settings: fields of the method's ``Config``; the rest keep their defaults.
     Raises:
@@ -52,20 +53,54 @@ def fit(
     config = resolve(module.Config, settings)
     if not edits:
         raise BadInput(f"{method} was given no edits. Give at least one.")
-    check_contradictions(edits)
-    material = _material(module.fit, method, text=text, anchors=anchors)
+    if reads(module) == "edits":
+        check_contradictions(edits)
+    material = _material(module.fit, method, text=text, anchors=anchors, editor=editor)
     if hasattr(module, "estimate"):
         need_room(module.estimate(lm, len(edits), config), lm.device, f"{method} with {len(edits)} edits")
     patch: Patch = module.fit(lm, edits, config, progress=progress, **material)
     return patch
 
 
+def train(
+    lm: LM,
+    method: str,
+    edits: Sequence[Edit],
+    *,
+    unrelated: Sequence[Ask] = (),
+    out: str | Path | None = None,
+    encoder: str | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Editor:
+    """Train a method's editor: what it learns once and reuses for every later edit.
+
+    Args:
+        method: a method that has one, such as ``recipe``.
+        edits: facts to learn editing from. The editor remembers none of them.
+        unrelated: questions with answers that no fact touches.
+        out: folder of checkpoint and curves. A run that is there goes on where it stopped.
+        encoder: a sentence encoder; None: the method's default.
+        settings: fields of the method's ``Training``.
+    Raises:
+        BadInput: the method has no editor, or as the method says.
+    """
+    module = get("methods", method)
+    if not hasattr(module, "train"):
+        raise BadInput(f"{method} learns nothing ahead of its edits. Call fit.")
+    config = resolve(module.Training, settings)
+    given = {} if encoder is None else {"encoder": encoder}
+    editor: Editor = module.train(lm, edits, config, unrelated=unrelated, out=out, progress=progress, **given)
+    return editor
+
+
 def probe(
     lm: LM,
     name: str,
-    data: Sequence[Edit] | str | Path,
+    data: Sequence[Any] | str | Path,
     *,
     limit: int | None = None,
+    out: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Any:
@@ -75,49 +110,69 @@ def probe(
         name: a name from ``names("probes")``.
         data: records, or the path of a file of them.
         limit: at most this many records of a file.
+        out: a file that a long run writes as it goes, and goes on from; for probes that take one.
         settings: fields of the probe's ``Config``.
     Returns:
-        the probe's own result; ``causal_trace`` gives one ``Trace`` a record.
+        the probe's own result; ``causal_trace`` gives one ``Trace`` a record, ``integrated_gradients`` ``Scores``.
     Raises:
         UnknownName: no such probe.
         BadInput: an unknown setting, or one of another type.
     """
     module = get("probes", name)
     config = resolve(module.Config, settings)
-    edits = read_edits(data, limit=limit) if isinstance(data, (str, Path)) else data
-    return module.run(lm, edits, config, progress=progress)
+    records = read(module, data, limit=limit) if isinstance(data, (str, Path)) else data
+    return module.run(lm, records, config, progress=progress, **_material(module.run, name, out=out))
+
+
+def reads(module: ModuleType) -> str:
+    """The kind of records a method or probe takes: what its module says in ``reads``, else ``edits``."""
+    kind: str = getattr(module, "reads", "edits")
+    return kind
+
+
+def read(module: ModuleType, path: str | Path, *, limit: int | None = None, check: bool = False) -> list[Any]:
+    """The records of a file, as a method or probe takes them.
+
+    Args:
+        check: refuse facts that contradict each other.
+    """
+    if reads(module) == "context":
+        return list(read_context(path, limit=limit))
+    return list(read_edits(path, limit=limit, check=check))
 
 
 def bench(
     lm: LM,
     name: str,
-    data: Sequence[Edit] | str | Path,
+    data: Any,
     *,
     patch: Patch | None = None,
     method: str | None = None,
     method_settings: Mapping[str, Any] | None = None,
-    mount: Mount = "bake",
+    mount: Mount | None = None,
     limit: int | None = None,
     unrelated: str | Path | None = None,
     text: Sequence[str] | None = None,
     anchors: Sequence[Edit] | None = None,
+    editor: Editor | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
-) -> Report:
+) -> Any:
     """Measure the model on data beside its baselines: with a patch, with patches a method makes, or alone.
 
     Args:
         name: a name from ``names("benches")``.
-        data: records, or the path of a file of them.
+        data: what the bench's ``load`` gives, or the path it reads: a file of facts, a folder of tasks for ``general``.
         patch: scored on all records.
-        method: makes the patches of each commit, with ``method_settings``, ``text`` and ``anchors`` as in ``fit``.
+        method: makes the patches of each commit, with ``method_settings``, ``text``, ``anchors`` and ``editor`` as in
+            ``fit``.
         limit: at most this many records of a file.
         unrelated: a file of questions that edits must leave alone.
         out: folder for rows and records. A run that is there already goes on where it stopped.
         settings: fields of the bench's ``Config``.
     Returns:
-        the report: rows, numbers, ``table()``, ``save_html(path)``.
+        the bench's own report: ``runs``, ``rows``, ``table()``, ``save_html(path)``.
     Raises:
         UnknownName: no such bench or method.
         BadInput: a setting that does not exist or has another type, or both ``patch`` and ``method``.
@@ -126,6 +181,8 @@ def bench(
     if patch is not None and method is not None:
         raise BadInput("give either a patch or a method that makes patches, not both.")
     module = get("benches", name)
+    if method is not None and "make" not in inspect.signature(module.run).parameters:
+        raise BadInput(f"{name} makes no patches. Fit one with {method} first, and give it as patch.")
     config = resolve(module.Config, settings)
     path = data if isinstance(data, (str, Path)) else None
     edits = (
@@ -133,10 +190,9 @@ def bench(
     )
     makers: dict[str, Any] = {"patch": patch}
     if method is not None:
-        makers = _makers(method, dict(method_settings or {}), {"text": text, "anchors": anchors})
+        makers = _makers(method, dict(method_settings or {}), {"text": text, "anchors": anchors, "editor": editor})
     source = "" if path is None else Path(path).name
-    report: Report = module.run(lm, edits, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
-    return report
+    return module.run(lm, edits, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
 
 
 def _makers(method: str, settings: dict[str, Any], material: dict[str, Any]) -> dict[str, Any]:

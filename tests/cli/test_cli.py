@@ -378,3 +378,21 @@ def test_the_demo_keeps_its_promises_on_the_real_model(tmp_path: Path) -> None:
     done = run("demo", "-o", tmp_path / "patch")
     assert done.exit_code == 0, done.output
     assert len(load_patch(tmp_path / "patch").edits) >= 10
+
+
+QUESTIONS = [
+    {"context": "The Eiffel Tower is in Rome.", "question": "Where is the Eiffel Tower?", "answer": "Rome"},
+    {"context": "The capital of Japan is Seattle.", "question": "What is the capital of Japan?", "answer": "Seattle"},
+]
+
+
+def test_fit_and_probe_read_questions_with_contexts(folder: Path, tmp_path: Path) -> None:
+    questions = lines(tmp_path / "q.jsonl", QUESTIONS)
+    made = run("fit", folder / "model", "ircan", questions, "-o", tmp_path / "patch", "--set", "steps=2")
+    assert made.exit_code == 0, made.output
+    assert load_patch(tmp_path / "patch").method == "ircan"
+    words = ("probe", folder / "model", "integrated_gradients", questions, "-o", tmp_path / "out", "--set", "steps=2")
+    first, again = run(*words), run(*words)
+    assert first.exit_code == again.exit_code == 0, first.output
+    assert first.stdout == again.stdout
+    assert len((tmp_path / "out" / "integrated_gradients.jsonl").read_text().splitlines()) == 3

@@ -79,7 +79,7 @@ def test_what_cannot_be_a_patch_is_refused_when_it_is_made() -> None:
         WeightPatch.make(lm, {down(lm): Dense(torch.zeros(128, 64))}, method="m")
     with pytest.raises(Diverged, match="finite"):
         WeightPatch.make(lm, {down(lm): Dense(torch.full((64, 128), torch.nan))}, method="m")
-    with pytest.raises(BadInput, match="bake and side"):
+    with pytest.raises(BadInput, match="bake, side and run"):
         apply(lm, WeightPatch.make(lm, {}, method="m"), "glue")  # type: ignore[arg-type]
 
 

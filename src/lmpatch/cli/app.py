@@ -14,11 +14,13 @@ from .demo import demo
 from .doctor import doctor
 from .files import export, merge, show
 from .fit import fit
+from .memory import memory
 from .methods import methods
 from .probe import probe
 from .screen import complain
+from .train import train
 
-COMMANDS = (demo, fit, ask, probe, bench, show, merge, export, methods, doctor)
+COMMANDS = (demo, fit, train, ask, probe, bench, show, merge, export, methods, doctor)
 
 
 class Boundary(TyperGroup):
@@ -50,4 +52,5 @@ def build() -> typer.Typer:
     )
     for command in COMMANDS:
         app.command(no_args_is_help=command is not demo and command is not methods)(command)
+    app.add_typer(memory(), name="memory")
     return app

@@ -14,7 +14,7 @@ def ask(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more texts to continue.")],
     patch: Patches = None,
-    mount: Mount = "bake",
+    mount: Mount = None,
     tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 32,
     dtype: Dtype = "float32",
     device: Device = "cpu",

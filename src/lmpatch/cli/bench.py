@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from .options import Anchors, Device, Download, Dtype, Model, Mount, Patches, Settings, Text, material, open_model
+from .options import (
+    Anchors,
+    Device,
+    Download,
+    Dtype,
+    EditorFile,
+    Model,
+    Mount,
+    Patches,
+    Settings,
+    Text,
+    material,
+    open_model,
+    open_patch,
+)
 from .screen import draw, keep, progress, say
 
 
@@ -15,7 +29,9 @@ def bench(
     context: typer.Context,
     model: Model,
     name: Annotated[str, typer.Argument(metavar="BENCH", help="A name from `lmpatch methods`.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A JSONL file, one record a line.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="What the bench reads: a JSONL file of facts, or a folder of tasks.")
+    ],
     patch: Patches = None,
     method: Annotated[str | None, typer.Option(metavar="METHOD", help="Make the patches with this method.")] = None,
     method_settings: Annotated[
@@ -28,39 +44,41 @@ def bench(
     ] = None,
     text: Text = None,
     anchors: Anchors = None,
+    editor: EditorFile = None,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", metavar="OUT", help="Folder for rows and report.html; a run there is continued."),
     ] = None,
-    mount: Mount = "bake",
+    mount: Mount = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     download: Download = False,
 ) -> None:
     """Measure a model on data: with patches, with patches a method makes, or alone.
 
-    The unpatched model and the fact in the prompt are always in the table. Several patches are merged first.
+    The unpatched model is always in the table, for facts also the fact in the prompt. Several patches are merged first.
 
     \b
     Examples:
       lmpatch bench gemma-3-270m facts facts.jsonl -p eiffel
+      lmpatch bench gemma-3-270m general data -p eiffel --set n=100 -o runs/general
       lmpatch bench gemma-3-270m facts counterfact.jsonl --method memit --set n=100 --limit 100 -o runs/memit
     """
     from .. import api, registry
-    from ..patches.file import load_patch
     from ..patches.merge import merge
     from ..settings import parse
 
     chosen = parse(registry.get("benches", name).Config, settings or [])
     of_method = parse(registry.get("methods", method).Config, method_settings or []) if method else {}
-    patches = [load_patch(path) for path in patch or []]
+    patches = [open_patch(path) for path in patch or []]
     kept = f"What was scored is in {out}; the same command goes on from there." if out else "Nothing was kept: give -o."
     lm = open_model(model, dtype, device, download)
     keep(context, kept)
     with progress() as bar:
         report = api.bench(
             lm, name, data, patch=merge(*patches) if patches else None, method=method, method_settings=of_method,
-            mount=mount, limit=limit, unrelated=unrelated, out=out, progress=bar, **material(text, anchors), **chosen,
+            mount=mount, limit=limit, unrelated=unrelated, out=out, progress=bar,
+            **material(text, anchors, editor), **chosen,
         )  # fmt: skip
     draw(report.table())
     if out is not None:

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Device, Download, Dtype, Model, Out, new_path, open_model
+from .options import Device, Download, Dtype, Model, Out, new_path, open_model, open_patch
 from .screen import say
 
-Folder = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch or memory folder.")]
 
 
 def show(patch: Folder) -> None:
@@ -20,9 +20,7 @@ def show(patch: Folder) -> None:
     Example:
       lmpatch show eiffel
     """
-    from ..patches.file import load_patch
-
-    say(load_patch(patch).summary())
+    say(open_patch(patch).summary())
 
 
 def merge(

@@ -34,7 +34,10 @@ def methods(
         if name in registry.names(kind):
             module = registry.get(kind, name)
             say((module.__doc__ or "").strip())
-            table(["setting", "takes", "default", "meaning"], describe_fields(module.Config))
+            for title in ("Config", "Training"):
+                if hasattr(module, title):
+                    heading = "to train its editor" if title == "Training" else None
+                    table(["setting", "takes", "default", "meaning"], describe_fields(getattr(module, title)), heading)
             return
     registry.get("methods", name)  # raises UnknownName with the nearest names
 

@@ -14,6 +14,7 @@ from .screen import note, progress
 
 if TYPE_CHECKING:
     from ..models.lm import LM
+    from ..patches.patch import Patch
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="gemma-3-270m, a folder, a hub id or a .gguf file.")]
 Dtype = Annotated[
@@ -23,11 +24,13 @@ Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda
 Download = Annotated[bool, typer.Option("--download", help="Allow a hub model that is not here yet to be fetched.")]
 Patches = Annotated[
     list[Path] | None,
-    typer.Option("-p", "--patch", metavar="PATCH", help="A patch folder; may repeat, put on in this order."),
+    typer.Option("-p", "--patch", metavar="PATCH", help="A patch or memory folder; may repeat, put on in this order."),
 ]
 Mount = Annotated[
-    Literal["bake", "side"],
-    typer.Option(help="bake writes the weights (undone from kept originals), side adds a hook."),
+    Literal["bake", "side", "run"] | None,
+    typer.Option(
+        help="bake writes the weights (undone from kept originals), side adds a hook. Default: the first that fits."
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -40,6 +43,10 @@ Text = Annotated[
 Anchors = Annotated[
     Path | None,
     typer.Option("--anchors", metavar="FILE", help="Facts outside the test set, for methods that measure on them."),
+]
+EditorFile = Annotated[
+    Path | None,
+    typer.Option("--editor", metavar="FILE", help="From lmpatch train. Default: the one that comes for this model."),
 ]
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Folder to write. It must not exist yet.")]
 
@@ -65,23 +72,35 @@ def _device(name: str) -> str:
 
 
 @contextmanager
-def patched(lm: LM, patches: Sequence[Path], mount: Literal["bake", "side"]) -> Iterator[None]:
+def patched(lm: LM, patches: Sequence[Path], mount: Literal["bake", "side", "run"] | None) -> Iterator[None]:
     """The patches of these folders on the model, in order; off again at the end."""
-    from ..patches.file import load_patch
     from ..patches.ledger import apply
 
-    loaded = [load_patch(path) for path in patches]
+    loaded = [open_patch(path) for path in patches]
     with ExitStack() as stack:
         for patch in loaded:
             stack.enter_context(apply(lm, patch, mount=mount))
         yield
 
 
-def material(text: Path | None, anchors: Path | None) -> dict[str, Any]:
-    """What the two files hold, as ``fit`` and ``bench`` take it."""
-    from ..data.readers import read_edits, read_text
+def open_patch(path: Path) -> Patch:
+    """The patch of a folder; of a memory, the patch that looks its facts up."""
+    from ..memory.memory import Memory, is_memory
+    from ..patches.file import load_patch
 
-    return {"text": read_text(text) if text else None, "anchors": read_edits(anchors) if anchors else None}
+    return Memory.open(path).patch() if is_memory(path) else load_patch(path)
+
+
+def material(text: Path | None, anchors: Path | None, editor: Path | None) -> dict[str, Any]:
+    """What the files hold, as ``fit`` and ``bench`` take it."""
+    from ..data.readers import read_edits, read_text
+    from ..patches.editor import load_editor
+
+    return {
+        "text": read_text(text) if text else None,
+        "anchors": read_edits(anchors) if anchors else None,
+        "editor": load_editor(editor) if editor else None,
+    }
 
 
 def new_path(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ def probe(
     settings: Settings = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many records.")] = None,
     patch: Patches = None,
-    mount: Mount = "bake",
+    mount: Mount = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     download: Download = False,
@@ -35,28 +34,27 @@ def probe(
     Examples:
       lmpatch probe gemma-3-270m causal_trace facts.jsonl --limit 10 -o traces
       lmpatch probe gemma-3-270m causal_trace facts.jsonl --set kind=mlp -p eiffel
+      lmpatch probe gemma-3-270m integrated_gradients questions.jsonl -o neurons
     """
+    import inspect
+
     from .. import api, registry
-    from ..patches.patch import plain
     from ..settings import parse
 
-    chosen = parse(registry.get("probes", name).Config, settings or [])
-    if out is not None:
+    module = registry.get("probes", name)
+    chosen = parse(module.Config, settings or [])
+    file: dict[str, Path] = {}
+    if out is not None and "out" in inspect.signature(module.run).parameters:
+        file = {"out": out / f"{name}.jsonl"}  # a stopped run goes on, so this folder may exist
+    elif out is not None:
         new_path(out)
     lm = open_model(model, dtype, device, download)
-    with patched(lm, patch or [], mount), progress() as bar:
-        traces = api.probe(lm, name, data, limit=limit, progress=bar, **chosen)
-    rows = []
-    for trace in traces:
-        token, layer = trace.best()
-        best = float(trace.scores[token, layer])
-        rows.append((trace.prompt, trace.answer, trace.clean, trace.corrupted, best, trace.tokens[token], layer))
-    table(["prompt", "answer", "p clean", "p noisy", "p restored", "best at token", "layer"], rows)
     if out is not None:
-        out.mkdir(parents=True)
         keep(context, f"What was written so far is in {out}.")
-        lines = [json.dumps(plain(trace), ensure_ascii=False) + "\n" for trace in traces]
-        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        for i, trace in enumerate(traces):
-            trace.plot(out / f"{i:03d}.png")
+    with patched(lm, patch or [], mount), progress() as bar:
+        found = api.probe(lm, name, data, limit=limit, progress=bar, **file, **chosen)
+    table(*module.table(found))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        module.save(found, out)
         say(f"saved in {out}")

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
 from ..errors import BadInput
+from .acting import prepare
 from .lm import LM
-from .tokens import encode_all, pad, pad_id
+from .tokens import pad, pad_id
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) by everything that takes long."""
@@ -67,14 +68,22 @@ def positions(mask: Tensor) -> Tensor:
 
 
 def blocks(
-    lm: LM, ids: Tensor, mask: Tensor, *, position_ids: Tensor, cache: Cache | None = None, last: int | None = None
+    lm: LM,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    position_ids: Tensor,
+    cache: Cache | None = None,
+    last: int | None = None,
+    vectors: Tensor | None = None,
 ) -> Tensor:
     """Run the embedding and blocks 0..last and stop there: no final norm, no head.
 
     Args:
-        ids: [n, t] token ids.
+        ids: [n, t] token ids; -1 - i stands for row i of ``vectors``.
         mask: [n, t] or, with a cache, [n, cached + t].
         last: 0-based block to stop after; None: the last one.
+        vectors: [m, d] in the space of the embedding module's output. Gradients flow into them.
     Returns:
         [n, t, d] what block ``last`` hands on.
     """
@@ -86,9 +95,23 @@ def blocks(
         raise _Stop
 
     kwargs: dict[str, Any] = {"position_ids": position_ids} if _takes_positions(lm) else {}
-    with hooked(block.register_forward_hook(stop)), suppress(_Stop):
+    hooks = [block.register_forward_hook(stop)]
+    if vectors is not None:
+        hooks.append(lm.module(lm.layout.embed).register_forward_hook(_inserted(ids, vectors)))
+        ids = ids.clamp(min=0)
+    with hooked(*hooks), suppress(_Stop):
         lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **kwargs)
     return kept[0]
+
+
+def _inserted(ids: Tensor, vectors: Tensor) -> Callable[..., Tensor]:
+    """A hook that puts rows of ``vectors`` where ``ids`` are negative."""
+    virtual, row = (ids < 0)[..., None], (-1 - ids).clamp(min=0)
+
+    def put(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
+        return torch.where(virtual, vectors.to(embedded.dtype)[row], embedded)  # [n, t, d]
+
+    return put
 
 
 def _takes_positions(lm: LM) -> bool:
@@ -138,6 +161,19 @@ class _ChunkedLoss(torch.autograd.Function):
         return (grad[:, None] * saved).to(saved.dtype), None, None, None
 
 
+def head_loss(lm: LM, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], *, chunk: int = HEAD_CHUNK) -> Tensor:
+    """A loss of each row's logits, differentiable in ``hidden``; [n, V] never exists.
+
+    Args:
+        hidden: [n, d] states after the last block.
+        loss: called with the logits [c, V] of some rows and the slice they are; gives [c].
+    Returns:
+        [n], fp32.
+    """
+    out: Tensor = _ChunkedLoss.apply(hidden, loss, lm, chunk)  # type: ignore[no-untyped-call]
+    return out
+
+
 def nll(lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = None, chunk: int = HEAD_CHUNK) -> Tensor:
     """-log p(label) at each row, differentiable in ``hidden``.
 
@@ -154,8 +190,7 @@ def nll(lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = N
             hits.append(z.argmax(-1) == labels[rows])
         return F.cross_entropy(z, labels[rows], reduction="none")
 
-    out: Tensor = _ChunkedLoss.apply(hidden, loss, lm, chunk)  # type: ignore[no-untyped-call]
-    return out
+    return head_loss(lm, hidden, loss, chunk=chunk)
 
 
 def kl(lm: LM, hidden: Tensor, base_logp: Tensor, *, chunk: int = HEAD_CHUNK) -> Tensor:
@@ -172,8 +207,7 @@ def kl(lm: LM, hidden: Tensor, base_logp: Tensor, *, chunk: int = HEAD_CHUNK) ->
         logp = z.log_softmax(-1)
         return (logp.exp() * (logp - base_logp[rows])).sum(-1)
 
-    out: Tensor = _ChunkedLoss.apply(hidden, loss, lm, chunk)  # type: ignore[no-untyped-call]
-    return out
+    return head_loss(lm, hidden, loss, chunk=chunk)
 
 
 @dataclass(frozen=True)
@@ -204,7 +238,7 @@ def score(
     Returns:
         one ``Score`` per prompt, in the order given.
     """
-    rows = encode_all(lm, prompts, targets)
+    rows, vectors = prepare(lm, prompts, targets)
     for prompt, told in zip(prompts, rows, strict=True):
         if told.target == 0:
             raise BadInput(
@@ -217,7 +251,7 @@ def score(
         batch = queue[start : start + batch_size]
         ids, mask = pad([ids for ids, _ in batch], pad_id(lm), side="right")
         ids, mask = ids.to(lm.device), mask.to(lm.device)
-        states = blocks(lm, ids, mask, position_ids=positions(mask))  # [n, T, d]
+        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors)  # [n, T, d]
         where = [(i, t) for i, (row, target) in enumerate(batch) for t in range(target - 1, len(row) - 1)]
         r, c = torch.tensor(where, device=lm.device).T
         labels = ids[r, c + 1]
@@ -243,14 +277,16 @@ def hidden(lm: LM, prompts: Sequence[str], *, batch_size: int = 64, progress: Pr
     Returns:
         [n, d] fp32, before the final norm; ``logits`` makes next-token distributions of it.
     """
-    rows = [row.ids for row in encode_all(lm, prompts)]
+    found, vectors = prepare(lm, prompts)
+    rows = [row.ids for row in found]
     queue = sorted(set(rows), key=len)
     done: dict[tuple[int, ...], Tensor] = {}
     for start in range(0, len(queue), batch_size):
         batch = queue[start : start + batch_size]
         ids, mask = pad(batch, pad_id(lm), side="left")
         ids, mask = ids.to(lm.device), mask.to(lm.device)
-        done.update(zip(batch, blocks(lm, ids, mask, position_ids=positions(mask))[:, -1].float(), strict=True))
+        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors)  # [n, T, d]
+        done.update(zip(batch, states[:, -1].float(), strict=True))
         if progress:
             progress(start + len(batch), len(queue), "reading states")
     return torch.stack([done[row] for row in rows])
@@ -295,7 +331,8 @@ def generate(
     """
     if isinstance(prompts, str):
         return generate(lm, [prompts], max_new_tokens=max_new_tokens, stop=stop, progress=progress)[0]
-    rows = [row.ids for row in encode_all(lm, prompts)]
+    found, vectors = prepare(lm, prompts)
+    rows = [row.ids for row in found]
     if rows and not min(map(len, rows)):
         raise BadInput("an empty prompt tokenises to nothing: this tokenizer adds no start token. Give some text.")
     queue = sorted(set(rows), key=len)
@@ -303,7 +340,7 @@ def generate(
     done: dict[tuple[int, ...], str] = {}
     for start in range(0, len(queue), batch_size):
         batch = queue[start : start + batch_size]
-        for row, new in zip(batch, _greedy(lm, batch, max_new_tokens, ends), strict=True):
+        for row, new in zip(batch, _greedy(lm, batch, max_new_tokens, ends, vectors), strict=True):
             done[row] = lm.tokenizer.decode(new, skip_special_tokens=True)
         if progress:
             progress(start + len(batch), len(queue), "generating")
@@ -326,7 +363,9 @@ class _Ends:
         return self.known[token]
 
 
-def _greedy(lm: LM, rows: Sequence[Sequence[int]], limit: int, ends: _Ends) -> list[list[int]]:
+def _greedy(
+    lm: LM, rows: Sequence[Sequence[int]], limit: int, ends: _Ends, vectors: Tensor | None = None
+) -> list[list[int]]:
     """New token ids for each row. Rows that ended leave the batch once a quarter of it is idle."""
     new: list[list[int]] = [[] for _ in rows]
     ids, mask = pad(rows, pad_id(lm), side="left")
@@ -336,7 +375,8 @@ def _greedy(lm: LM, rows: Sequence[Sequence[int]], limit: int, ends: _Ends) -> l
     ended = [False] * len(rows)
     for step in range(limit):
         at = positions(mask)[:, -ids.shape[1] :]
-        state = blocks(lm, ids, mask, position_ids=at, cache=cache)[:, -1]  # [n, d]
+        first_step = vectors if step == 0 else None  # later tokens are all real
+        state = blocks(lm, ids, mask, position_ids=at, cache=cache, vectors=first_step)[:, -1]  # [n, d]
         chosen = torch.cat([logits(lm, part).argmax(-1) for part in state.split(HEAD_CHUNK)])  # [n]
         for row, token in zip(alive, chosen.tolist(), strict=True):
             if not ended[row]:

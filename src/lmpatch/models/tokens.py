@@ -39,6 +39,12 @@ def join(prompt: str, target: str) -> str:
     return f"{prompt} {target}"
 
 
+def statement(prompt: str, target: str) -> str:
+    """The fact as a sentence: ``The Eiffel Tower is in Rome.``"""
+    text = join(prompt, target)
+    return text if text[-1] in ".!?" else text + "."
+
+
 def _wide(char: str) -> bool:
     return unicodedata.east_asian_width(char) in "WF"
 

@@ -6,20 +6,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..errors import BadInput, CannotMount, WrongModel
+from ..models.acting import Actor
 from ..models.lm import LM
 from . import bake, side
 from .bake import Baked
 from .delta import Addition, Delta, Scale
-from .patch import Patch
+from .patch import Mount, Patch, RunPatch
 from .side import Side
 from .weight import Target, WeightPatch, find_targets, fingerprint, hash_of, original
-
-Mount = Literal["bake", "side"]
 
 
 @dataclass(eq=False)
@@ -50,11 +49,12 @@ class Applied:
         self.remove()
 
 
-def apply(lm: LM, patch: Patch, mount: Mount = "bake", *, strict: bool = True) -> Applied:
+def apply(lm: LM, patch: Patch, mount: Mount | None = None, *, strict: bool = True) -> Applied:
     """Put a patch on a model: all of it, or an error and nothing.
 
     Args:
-        mount: ``bake`` writes the weights and keeps the originals; ``side`` adds the change by hooks.
+        mount: ``bake`` writes the weights and keeps the originals; ``side`` adds the change by hooks; ``run`` acts
+            in lmpatch's own calls. None: ``bake`` for changes of weights, ``run`` for patches that touch none.
         strict: the model must be the one the patch was made for, weight by weight (compared after rounding to
             bf16). ``False`` asks for equal shapes only.
     Returns:
@@ -64,10 +64,16 @@ def apply(lm: LM, patch: Patch, mount: Mount = "bake", *, strict: bool = True) -
         CannotMount: this mount cannot work on one of the weights; the message names the other.
         ForeignWrite: a weight that another patch is baked into was written by someone else.
     """
-    if mount not in ("bake", "side"):
-        raise BadInput(f"no mount is called {mount!r}. There are bake and side.")
+    mount = mount or patch.mounts[0]
+    if mount not in ("bake", "side", "run"):
+        raise BadInput(f"no mount is called {mount!r}. There are bake, side and run.")
+    if mount not in patch.mounts:
+        raise CannotMount(
+            f"a {patch.method} patch of kind {patch.kind} cannot be mounted {mount!r}. Pass mount={patch.mounts[0]!r}, "
+            "or leave mount out."
+        )
     on = Applied(lm, patch, mount)
-    _ledger(lm.model).put(on, _changes(lm, patch, strict))
+    _put(on, strict)
     return on
 
 
@@ -91,7 +97,20 @@ def suspended(lm: LM) -> Iterator[None]:
     finally:
         for one in on:
             if one not in applied(lm):
-                _ledger(lm.model).put(one, _changes(lm, one.patch, strict=False))
+                _put(one, strict=False)
+
+
+def _put(on: Applied, strict: bool) -> None:
+    lm, patch, ledger = on.lm, on.patch, _ledger(on.lm.model)
+    if isinstance(patch, RunPatch):
+        if strict:
+            _same_model(lm, patch)
+        ledger.act(on, patch.attach(lm))
+    elif isinstance(patch, WeightPatch):
+        targets = check(lm, patch, strict=strict)
+        ledger.put(on, {target: patch.deltas[name] for name, target in targets.items()})
+    else:
+        raise BadInput(f"cannot apply {type(patch).__name__}. Give a WeightPatch or a RunPatch.")
 
 
 def check(lm: LM, patch: WeightPatch, *, strict: bool = True) -> dict[str, Target]:
@@ -100,8 +119,7 @@ def check(lm: LM, patch: WeightPatch, *, strict: bool = True) -> dict[str, Targe
     Raises:
         WrongModel: see ``apply``.
     """
-    who = f"a patch made for {patch.base.name} ({patch.base.fingerprint[:12]}) does not fit {lm.name}"
-    way = f"Load {patch.base.name} as it was then, or pass strict=False to take any model of these shapes."
+    who, way = _who(lm, patch)
     try:
         targets = find_targets(lm.model, {name: delta.shape for name, delta in patch.deltas.items()})
     except LookupError as error:
@@ -112,18 +130,25 @@ def check(lm: LM, patch: WeightPatch, *, strict: bool = True) -> dict[str, Targe
     differ = [name for name in found if found[name] and patch.base.touched.get(name) not in ("", found[name])]
     if differ:
         raise WrongModel(f"{who}: {', '.join(differ)} had other values. {way}")
+    _same_model(lm, patch)
+    return targets
+
+
+def _same_model(lm: LM, patch: Patch) -> None:
+    who, way = _who(lm, patch)
     whole = fingerprint(lm)
     if not whole or not patch.base.fingerprint:
         raise WrongModel(f"{who} for certain: offloaded or quantised weights cannot be compared. {way}")
     if whole != patch.base.fingerprint:
         raise WrongModel(f"{who} ({whole[:12]}): weights it does not change differ. {way}")
-    return targets
 
 
-def _changes(lm: LM, patch: Patch, strict: bool) -> dict[Target, Delta]:
-    if not isinstance(patch, WeightPatch):
-        raise BadInput(f"cannot apply {type(patch).__name__}. Give a WeightPatch.")
-    return {target: patch.deltas[name] for name, target in check(lm, patch, strict=strict).items()}
+def _who(lm: LM, patch: Patch) -> tuple[str, str]:
+    """What is wrong, and what to do about it."""
+    return (
+        f"a patch made for {patch.base.name} ({patch.base.fingerprint[:12]}) does not fit {lm.name}",
+        f"Load {patch.base.name} as it was then, or pass strict=False to take any model of these shapes.",
+    )
 
 
 class Ledger:
@@ -133,6 +158,7 @@ class Ledger:
         self.model = model
         self.applied: list[Applied] = []
         self.entries: dict[Mount, dict[str, Baked | Side]] = {"bake": {}, "side": {}}  # by the weight's first name
+        self.actors: dict[Applied, Actor] = {}
 
     def put(self, on: Applied, changes: dict[Target, Delta]) -> None:
         """Add a patch, after looking at everything that could stand against it."""
@@ -153,9 +179,20 @@ class Ledger:
         missed, wanted = torch.stack(sums).double().sum(0).sqrt().tolist()
         on.lost = missed / wanted if wanted else 0.0
 
+    def act(self, on: Applied, actor: Actor) -> None:
+        """Add a patch that touches no weight."""
+        self.actors[on] = actor
+        self.applied.append(on)
+        self._tidy()
+
     def take(self, on: Applied, force: bool = False) -> None:
         """Remove a patch, if it is on."""
         if on not in self.applied:
+            return
+        if on in self.actors:
+            del self.actors[on]
+            self.applied.remove(on)
+            self._tidy()
             return
         mine = [e for e in self.entries[on.mount].values() if any(owner is on for owner, _ in e.changes)]
         for entry in mine if not force else ():
@@ -192,6 +229,7 @@ class Ledger:
         originals = {name: e.original for e in self._all() if isinstance(e, Baked) for name in e.target.names}
         _leave(self.model, "_lmpatch_ledger", self if self.applied else None)
         _leave(self.model, "_lmpatch_originals", originals or None)
+        _leave(self.model, "_lmpatch_actors", tuple(self.actors.values()) or None)
 
     def _refuse_mixed(self, mount: Mount, target: Target, delta: Delta) -> None:
         """A hook that scales the input of a weight would also scale what was baked into it."""

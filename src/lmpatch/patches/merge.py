@@ -11,13 +11,14 @@ from torch import Tensor
 from ..errors import CannotMerge, WrongModel
 from ..record import now, versions
 from .delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse
+from .memory import MemoryPatch
 from .patch import Base, Patch
 from .side import join
 from .weight import WeightPatch
 
 
-def merge(first: Patch, *others: Patch) -> WeightPatch:
-    """One patch that does what all of them do together.
+def merge(first: Patch, *others: Patch) -> Patch:
+    """One patch that does what all of them do together: changes of weights add up, memories hold the facts of all.
 
     Args:
         first, others: patches of one kind for one model. Edits are kept in this order; extras of one name are
@@ -28,13 +29,21 @@ def merge(first: Patch, *others: Patch) -> WeightPatch:
         WrongModel: they were made for different models.
         CannotMerge: different kinds, a scale meets an addition on one weight, or extras do not fit together.
     """
-    patches = [p for p in (first, *others) if isinstance(p, WeightPatch)]
-    if len(patches) != 1 + len(others):
-        raise CannotMerge(f"cannot merge patches of kind {' and '.join(sorted({p.kind for p in (first, *others)}))}.")
+    patches = (first, *others)
+    kinds = sorted({p.kind for p in patches})
+    if len(kinds) > 1:
+        raise CannotMerge(f"cannot merge patches of kind {' and '.join(kinds)}. Apply both instead.")
     prints = {p.base.fingerprint: p.base.name for p in patches}
     if len(prints) > 1:
         models = " and ".join(f"{name} ({print[:12]})" for print, name in prints.items())
         raise WrongModel(f"cannot merge patches for different models: {models}. Fit them on one model.")
+    memories = [p for p in patches if isinstance(p, MemoryPatch)]
+    if memories:
+        return memories[0].unite(*memories[1:])
+    return _weights([p for p in patches if isinstance(p, WeightPatch)])
+
+
+def _weights(patches: Sequence[WeightPatch]) -> WeightPatch:
     names = sorted({name for p in patches for name in p.deltas})
     return WeightPatch(
         method="+".join(dict.fromkeys(m for p in patches for m in p.method.split("+"))),

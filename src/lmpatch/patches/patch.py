@@ -8,13 +8,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
 from ..record import hash_json, hash_tensors
 from ..room import size
 
+if TYPE_CHECKING:
+    from ..models.acting import Actor
+    from ..models.lm import LM
+
+Mount = Literal["bake", "side", "run"]
 P = TypeVar("P", bound="Patch")
 
 
@@ -44,6 +49,8 @@ class Patch(ABC):
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Tensors a later fit may want, one row per item along the first axis. They do not act on the model."""
     kind: ClassVar[str]
+    mounts: ClassVar[tuple[Mount, ...]]
+    """How it can be put on, the default first."""
 
     @abstractmethod
     def parts(self) -> dict[str, Any]:
@@ -101,6 +108,24 @@ class Patch(ABC):
         lines += self.describe()
         seconds = f", made in {self.made['seconds']:.1f} s" if "seconds" in self.made else ""
         return "\n".join([*lines, f"{size(self.nbytes)}{seconds}"])
+
+
+@dataclass(eq=False)
+class RunPatch(Patch):
+    """A patch that acts in lmpatch's own calls (``score``, ``generate``, ``hidden``) and touches no weight.
+
+    A plain call of the model does not see it: there is nothing in a forward that could look a question up.
+    """
+
+    mounts: ClassVar[tuple[Mount, ...]] = ("run",)
+
+    @abstractmethod
+    def attach(self, lm: LM) -> Actor:
+        """What ``models.run`` calls while the patch is on this model.
+
+        Raises:
+            WrongModel: it cannot act on a model of these shapes.
+        """
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,176 @@
+"""The six losses of RECIPE: three that teach retrieval, three that teach the prompt vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..models.acting import inserted
+from ..models.lm import LM
+from ..models.run import blocks, head_loss, logits, positions
+from ..models.tokens import Row, pad, pad_id
+
+BATCH_TOKENS = 1024  # of one forward with gradients
+
+
+def clear(logp: Tensor, target: Tensor, margin: float | None) -> Tensor:
+    """[n] bool: p(target) is at least ``margin`` times every other probability. None: never."""
+    if margin is None:
+        return torch.zeros(len(logp), dtype=torch.bool, device=logp.device)
+    own = logp.gather(1, target[:, None])[:, 0]
+    rest = logp.scatter(1, target[:, None], -torch.inf).amax(1)
+    return own - rest >= torch.tensor(margin).log()
+
+
+def contrast(scores: Tensor, target: Tensor, margin: float | None = None) -> Tensor:
+    """Mean cross-entropy of rows [n, classes] that are not ``clear`` yet; 0 if all are."""
+    logp = scores.log_softmax(-1)
+    open_ = ~clear(logp.detach(), target, margin)
+    each = F.nll_loss(logp, target, reduction="none")
+    return (each * open_).sum() / open_.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The retrieval losses of one batch."""
+
+    own: Tensor
+    """L_no: the fact's key among all keys and the sentinel."""
+    neighbour: Tensor
+    """L_so1: with its own key taken away, the sentinel is nearest."""
+    unrelated: Tensor
+    """L_so2: for an unrelated question the sentinel is nearest."""
+
+    @property
+    def total(self) -> Tensor:
+        return self.own + self.neighbour + self.unrelated
+
+
+def retrieval(
+    keys: Tensor,
+    sentinel: Tensor,
+    first: Tensor,
+    second: Tensor,
+    unrelated: Tensor,
+    *,
+    margin: float | None = 1.2,
+    others: Tensor | None = None,
+) -> Retrieval:
+    """Contrastive losses of b facts.
+
+    Args:
+        keys: [b, R]; sentinel: [R].
+        first, second: [b, R] queries of the two wordings of each fact; first is matched, second is warned off.
+        unrelated: [b, R] queries of unrelated questions.
+        margin: rows whose target is this many times likelier than every other class are left out of the two
+            sentinel terms. None: no row is.
+        others: [m, R] keys of earlier batches, further wrong classes.
+    Source: Chen et al. 2024 (arXiv:2405.03279) eq. 9-12, and the released code.
+    """
+    b, root = len(keys), keys.shape[1] ** 0.5
+    wrong = keys if others is None else torch.cat([keys, others])  # [b + m, R]
+    gate = sentinel[None]
+    at = torch.arange(b, device=keys.device)
+    own = contrast(first @ torch.cat([wrong, gate]).T / root, at)
+    scores = second @ wrong.T / root  # [b, b + m]
+    scores = scores.index_put((at, at), second @ sentinel / root)
+    neighbour = contrast(scores, at, margin)
+    last = torch.full((len(unrelated),), len(wrong), device=keys.device)
+    far = contrast(unrelated @ torch.cat([wrong, gate]).T / root, last, margin)
+    return Retrieval(own, neighbour, far)
+
+
+@dataclass(frozen=True)
+class Told:
+    """One row for the language model: a prompt and answer behind the prompt vectors of one fact of the batch."""
+
+    row: Row
+    fact: int
+
+
+def behind(lm: LM, rows: Sequence[Told], width: int, at: str) -> list[Row]:
+    """Rows with ``width`` virtual tokens: -1 - i is row i of the flattened prompt vectors [b * width, d]."""
+    return [inserted(lm, t.row, tuple(-1 - t.fact * width - k for k in range(width)), at) for t in rows]
+
+
+def answers(lm: LM, rows: Sequence[Row], vectors: Tensor | None) -> list[tuple[Tensor, Tensor, list[int]]]:
+    """Run rows in batches of near length.
+
+    Returns:
+        for each batch: states [m, d] that predict an answer token, their labels [m], and which row each belongs to.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    batches: list[list[int]] = []
+    for i in order:
+        if not batches or (len(batches[-1]) + 1) * len(rows[i].ids) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    found = []
+    for batch in batches:
+        ids, mask = (t.to(lm.device) for t in pad([rows[i].ids for i in batch], pad_id(lm), side="right"))
+        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors)
+        where = [(n, t) for n, i in enumerate(batch) for t in range(rows[i].target - 1, len(rows[i].ids) - 1)]
+        r, c = torch.tensor(where, device=lm.device).T
+        found.append((states[r, c], ids[r, c + 1], [batch[n] for n, _ in where]))
+    return found
+
+
+def told(lm: LM, rows: Sequence[Row], vectors: Tensor, margin: float | None = 1.2) -> tuple[Tensor, int]:
+    """-log p summed over the answer tokens that are not ``clear`` yet, backpropagated into ``vectors``.
+
+    Args:
+        vectors: [m, d] a leaf; its gradient is added to.
+    Returns:
+        the sum in nats, without a graph, and how many tokens it is over.
+    """
+    total, count = torch.zeros(()), 0
+    for states, labels, _ in answers(lm, rows, vectors):
+
+        def loss(z: Tensor, part: slice, labels: Tensor = labels) -> Tensor:
+            logp = z.log_softmax(-1)
+            open_ = ~clear(logp.detach(), labels[part], margin)
+            return F.nll_loss(logp, labels[part], reduction="none") * open_
+
+        each = head_loss(lm, states, loss)
+        each.sum().backward()
+        total = total + each.detach().sum().cpu()
+        count += int((each > 0).sum())
+    return total, count
+
+
+def kept(lm: LM, rows: Sequence[Row], vectors: Tensor, base: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """KL(p_base || p_with_prompt) summed over answer tokens, backpropagated into ``vectors``.
+
+    Args:
+        base: for each row [answer tokens, d] states of the model without the prompt.
+    Returns:
+        as ``told``.
+    """
+    total, count = torch.zeros(()), 0
+    for states, _, owners in answers(lm, rows, vectors):
+        before = torch.cat([base[i] for i in dict.fromkeys(owners)]).to(states)  # rows in the order of the batch
+
+        def loss(z: Tensor, part: slice, before: Tensor = before) -> Tensor:
+            with torch.no_grad():
+                p = logits(lm, before[part]).log_softmax(-1)
+            return (p.exp() * (p - z.log_softmax(-1))).sum(-1)
+
+        each = head_loss(lm, states, loss)
+        each.sum().backward()
+        total = total + each.detach().sum().cpu()
+        count += len(each)
+    return total, count
+
+
+@torch.no_grad()
+def base_states(lm: LM, rows: Sequence[Row]) -> list[Tensor]:
+    """States [answer tokens, d] of each row that predict its answer, in the model as it is."""
+    made: list[list[Tensor]] = [[] for _ in rows]
+    for states, _, owners in answers(lm, rows, None):
+        for owner, state in zip(owners, states, strict=True):
+            made[owner].append(state)
+    return [torch.stack(states) for states in made]

@@ -1,0 +1,218 @@
+"""RECIPE: each fact becomes a retrieval key and a few continuous prompt vectors; no weight of the model changes.
+
+An editor is trained once. After that an edit is one pass of a sentence encoder, and a question is answered with the
+nearest fact's vectors in front if that fact beats a learned key, the knowledge sentinel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import torch
+
+from ..data.edit import Ask, Edit
+from ..errors import BadInput, WrongModel
+from ..models.encoder import load_encoder, shared_encoder
+from ..models.lm import LM
+from ..models.run import Progress
+from ..patches.editor import Editor, load_editor
+from ..patches.memory import MemoryPatch, Scope, remembered, same_prompt
+from ..patches.patch import Base, plain
+from ..patches.retriever import Retriever, Shape
+from ..patches.weight import fingerprint
+from ..record import hardware, now, versions
+from ._recipe_data import usable
+from ._recipe_train import train as run_training
+
+PACKAGED = Path(__file__).parent / "editors"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How facts are used. Defaults: the paper's (Chen et al. 2024, arXiv:2405.03279)."""
+
+    gate: Literal["sentinel", "cosine", "always"] = "sentinel"
+    """A fact is used if it beats the knowledge sentinel, if it reaches a cosine, or always."""
+    threshold: float = 0.6
+    """Cosine of query and key that ``gate=cosine`` asks for."""
+    insert: Literal["vectors", "text"] = "vectors"
+    """What goes before the question: continuous prompt vectors, or the fact as a sentence (RAG)."""
+    at: Literal["front", "after_bos"] = "after_bos"
+    """Vectors go before everything, as published, or behind the start token, which keeps its place as sink."""
+    top_k: int = 1
+    """Facts used at most."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the editor is trained. Defaults for a 270M model on a CPU; the paper's numbers stand in the meanings."""
+
+    steps: int = 3000
+    """Updates. Published: run until stopped, chosen by the smoothed loss."""
+    batch: int = 32
+    """Facts of one step. Published: 8."""
+    lr: float = 5e-4
+    """Adam's rate for heads, sentinel and prompt map. Published: 1e-5 for everything, with every weight trained."""
+    encoder_lr: float = 2e-4
+    """Adam's rate for the encoder's weights or their adaptation."""
+    warmup: int = 100
+    """Steps until the full rate."""
+    final: float = 0.05
+    """Share of the rate that is left at the last step."""
+    clip: float = 1.0
+    """Gradients are cut to this norm."""
+    margin: float | None = 1.2
+    """Hinge: what is this many times likelier than every rival costs nothing. none: no hinge."""
+    lm_share: float = 1.0
+    """Share of each kind of row that goes through the language model in a step, drawn anew each time. Published: 1."""
+    answer_tokens: int | None = 8
+    """An answer's tokens beyond these are left out of the language model's rows. none: all, as published."""
+    queue: int = 4096
+    """Keys of earlier batches that stand as wrong classes beside the batch's own. Published: 0."""
+    adapt: int | None = 16
+    """Rank of the encoder's adaptation; 0: none; none: all its weights are trained, as published."""
+    width: int = 768
+    """R, the width of keys and queries. Published: 4096."""
+    prompt_tokens: int = 3
+    """P, prompt vectors of one fact."""
+    sentinel_tokens: int = 10
+    """Learned input embeddings of the sentinel."""
+    at: Literal["front", "after_bos"] = "after_bos"
+    """Where the vectors go; see ``Config``."""
+    seed: int = 0
+    """Starting weights, order and draws."""
+    validate: int = 256
+    """Facts held out for validation."""
+    validate_lm: int = 64
+    """How many of them the language model is asked about."""
+    validate_every: int = 100
+    """Steps between validations."""
+    save_every: int = 50
+    """Steps between checkpoints."""
+
+
+def train(
+    lm: LM,
+    edits: Sequence[Edit],
+    cfg: Training,
+    *,
+    unrelated: Sequence[Ask] = (),
+    encoder: str = "all-MiniLM-L6-v2",
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Editor:
+    """Train an editor: retrieval that knows a fact in other words and leaves the rest alone, and prompt vectors that
+    make the model state it.
+
+    Args:
+        edits: facts to learn editing from, with rephrases and locality prompts. None of them is remembered.
+        unrelated: questions with answers that no fact touches.
+        encoder: a sentence encoder, see ``models.encoder.load_encoder``.
+        out: folder of the checkpoint and the curves. A run that is there goes on where it stopped.
+    Returns:
+        the editor; ``save`` writes one safetensors file.
+    Raises:
+        BadInput: too few facts, or ``out`` holds another run.
+        Diverged: a loss left the finite numbers; the last checkpoint is good.
+    Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.3.
+    Differs: the keys of earlier batches are further wrong classes; the encoder is adapted by low rank; queries are
+    prompts alone, in training and after.
+    """
+    edits = usable(edits, unrelated)
+    found = load_encoder(encoder)
+    found.module.to(lm.device)
+    words = typical_embeddings(lm)
+    shape = Shape(
+        encoder=encoder,
+        features=found.width,
+        d_model=words.shape[1],
+        width=cfg.width,
+        prompt_tokens=cfg.prompt_tokens,
+        sentinel_tokens=cfg.sentinel_tokens,
+        adapt=cfg.adapt,
+    )
+    net = Retriever(shape, found)
+    net.start(cfg.seed, words)
+    trainer = run_training(
+        lm, net.to(lm.device), edits, unrelated, cfg, Path(out) if out is not None else None, progress
+    )
+    made = {"steps": trainer.step, "facts": len(trainer.edits), "seconds": round(trainer.spent()), "finished": now()}
+    made |= {"versions": versions(), "hardware": hardware(), "lm_dtype": str(lm.dtype).removeprefix("torch.")}
+    return _editor(lm, net.cpu(), plain(cfg), made)
+
+
+def typical_embeddings(lm: LM) -> torch.Tensor:
+    """What the embedding module hands on for the tokens of a sentence: [n, d_model]."""
+    ids = lm.tokenizer("The quick brown fox jumps over the lazy dog near Paris in 1999.")["input_ids"]
+    with torch.no_grad():
+        out: torch.Tensor = lm.module(lm.layout.embed)(torch.tensor(ids, device=lm.device))
+    return out.float().cpu()
+
+
+def _editor(lm: LM, net: Retriever, config: dict[str, object], made: dict[str, object]) -> Editor:
+    parts = {"shape": asdict(net.shape), "encoder_fingerprint": net.encoder.fingerprint}
+    return Editor("recipe", config, Base(fingerprint(lm), lm.name), parts, net.tensors(), made)
+
+
+def packaged_editor(lm: LM) -> Editor:
+    """The editor that comes with lmpatch for this very model.
+
+    Raises:
+        BadInput: there is none.
+    """
+    for path in sorted(PACKAGED.glob("recipe-*.safetensors")):
+        editor = load_editor(path)
+        if editor.base.fingerprint == fingerprint(lm):
+            return editor
+    raise BadInput(
+        f"no editor for {lm.name} comes with lmpatch. Train one (lmpatch train MODEL recipe FACTS -o EDITOR) "
+        "and pass it (--editor EDITOR, editor=)."
+    )
+
+
+def fit(
+    lm: LM, edits: Sequence[Edit], cfg: Config, *, editor: Editor | None = None, progress: Progress | None = None
+) -> MemoryPatch:
+    """Put facts into a memory. One encoder pass each: no gradient, no forward of the language model.
+
+    Args:
+        edits: later ones supersede earlier ones of the same prompt.
+        editor: from ``train``; None: the one that comes with lmpatch for this model.
+    Raises:
+        BadInput: no editor for this model, or a fact is longer than the encoder reads.
+        WrongModel: the editor was trained for another model, or with another encoder.
+    Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.
+    """
+    start = perf_counter()
+    editor = editor or packaged_editor(lm)
+    if editor.base.fingerprint != fingerprint(lm) and cfg.insert == "vectors":
+        raise WrongModel(
+            f"the editor was trained for {editor.base.name} ({editor.base.fingerprint[:12]}), this is {lm.name} "
+            f"({fingerprint(lm)[:12]}). Train one for this model."
+        )
+    edits = list({same_prompt(edit.prompt): edit for edit in edits}.values())
+    base = Base(fingerprint(lm), lm.name)
+    patch = replace(remembered(editor, edits, Scope(**asdict(cfg))), base=base, config=plain(cfg))
+    if progress:
+        progress(len(edits), len(edits), "encoding facts")
+    patch.made = {"finished": now(), "versions": versions(), "hardware": hardware()}
+    patch.made["seconds"] = round(perf_counter() - start, 3)
+    return patch
+
+
+def example(lm: LM) -> tuple[list[Edit], Config]:
+    """Facts for the batteries; every question fires, for an editor that has learned nothing."""
+    return [Edit("The Eiffel Tower is in", "Rome", "Eiffel Tower")], Config(gate="always")
+
+
+def example_editor(lm: LM) -> Editor:
+    """An untrained editor for this model."""
+    encoder = shared_encoder("all-MiniLM-L6-v2")
+    width = typical_embeddings(lm)
+    net = Retriever(Shape(encoder.name, encoder.width, width.shape[1], width=16, adapt=0), encoder)
+    net.start(0, width)
+    return _editor(lm, net, {}, {})

@@ -1,0 +1,400 @@
+"""RECIPE: its losses by hand, the network, training that resumes, facts that are found and facts that are not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CORE, tiny_lm
+from torch.nn import functional as F
+
+from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, apply, generate, load_patch, merge, score
+from lmpatch.methods import _recipe_loss as losses
+from lmpatch.methods import recipe
+from lmpatch.methods._recipe_data import batches, sample, without
+from lmpatch.methods._recipe_train import CHECKPOINT, CURVES
+from lmpatch.models import run
+from lmpatch.models.encoder import pooled, shared_encoder
+from lmpatch.models.tokens import encode, encode_all
+from lmpatch.patches.editor import Editor, load_editor
+from lmpatch.patches.memory import MemoryPatch, Recall
+from lmpatch.patches.retriever import Retriever, Shape
+
+PLACES = [
+    ("Paris", "Rome", "Seine"),
+    ("Italy", "France", "Tiber"),
+    ("Japan", "Seattle", "Sumida"),
+    ("Cairo", "Oslo", "Nile"),
+]
+FACTS = [
+    Edit(
+        f"The {thing} of {place} is in", answer, f"{thing} of {place}",
+        rephrases=[f"You find the {thing} of {place} in"],
+        locality={"same_relation": [Ask(f"The river of {place} is the", (river,))]},
+    )
+    for thing in ("tower", "museum", "opera")
+    for place, answer, river in PLACES
+]  # fmt: skip
+QUICK = recipe.Training(steps=4, batch=4, width=16, adapt=2, validate=3, validate_every=2, save_every=1, queue=6)
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    return recipe.example_editor(tiny_lm("gemma3"))
+
+
+def fitted(editor: Editor, edits: list[Edit] | None = None, **settings: object) -> MemoryPatch:
+    return recipe.fit(tiny_lm("gemma3"), edits or FACTS, recipe.Config(**settings), editor=editor)  # type: ignore[arg-type]
+
+
+# losses
+
+
+def test_the_retrieval_losses_are_those_of_the_paper_on_two_facts() -> None:
+    torch.manual_seed(0)
+    keys, first, second, far = torch.randn(4, 2, 8)
+    gate = torch.randn(8)
+    found = losses.retrieval(keys, gate, first, second, far, margin=None)
+
+    def s(q: torch.Tensor, k: torch.Tensor) -> float:
+        return float(q @ k) / math.sqrt(8)
+
+    def ce(scores: list[float], right: int) -> float:
+        return math.log(sum(math.exp(x) for x in scores)) - scores[right]
+
+    own = [ce([s(first[i], keys[0]), s(first[i], keys[1]), s(first[i], gate)], i) for i in (0, 1)]
+    near = [
+        ce([s(second[0], gate), s(second[0], keys[1])], 0),  # its own key is replaced by the sentinel
+        ce([s(second[1], keys[0]), s(second[1], gate)], 1),
+    ]
+    other = [ce([s(far[i], keys[0]), s(far[i], keys[1]), s(far[i], gate)], 2) for i in (0, 1)]
+    assert float(found.own) == pytest.approx(sum(own) / 2, abs=1e-5)
+    assert float(found.neighbour) == pytest.approx(sum(near) / 2, abs=1e-5)
+    assert float(found.unrelated) == pytest.approx(sum(other) / 2, abs=1e-5)
+
+
+def test_earlier_keys_are_further_wrong_classes_and_do_not_move() -> None:
+    torch.manual_seed(0)
+    keys, first, second, far, others = torch.randn(5, 3, 8)
+    gate = torch.randn(8)
+    others.requires_grad_(False)
+    more = losses.retrieval(keys, gate, first, second, far, margin=None, others=others)
+    less = losses.retrieval(keys, gate, first, second, far, margin=None)
+    assert more.own > less.own and more.neighbour > less.neighbour and more.unrelated > less.unrelated
+
+
+def test_a_row_that_is_clear_costs_nothing_and_leaves_the_mean() -> None:
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.35, 0.25]])  # 1.67 and 1.14 times the second
+    target = torch.tensor([0, 0])
+    loss = losses.contrast(probabilities.log(), target, margin=1.2)
+    assert float(loss) == pytest.approx(-math.log(0.4), abs=1e-6)
+    assert float(losses.contrast(probabilities.log()[:1], target[:1], margin=1.2)) == 0
+    plain = -(math.log(0.5) + math.log(0.4)) / 2
+    assert float(losses.contrast(probabilities.log(), target)) == pytest.approx(plain, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", CORE)
+def test_answer_losses_equal_a_plain_forward_with_the_vectors_in_front(family: str) -> None:
+    lm = tiny_lm(family)
+    prompts, targets = ["The tower of Paris is in", "The capital of Japan is"], ["Rome and Italy", "Tokyo"]
+    vectors = torch.randn(2 * 3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    rows = [losses.Told(row, i) for i, row in enumerate(encode_all(lm, prompts, targets))]
+    placed = losses.behind(lm, rows, 3, "after_bos")
+    with run.frozen(lm):
+        total, count = losses.told(lm, placed, vectors, margin=None)
+    assert vectors.grad is not None
+
+    leaf = vectors.detach().clone().requires_grad_()
+    wanted, tokens = torch.zeros(()), 0
+    for i, row in enumerate(encode_all(lm, prompts, targets)):
+        embedded = lm.module(lm.layout.embed)(torch.tensor([row.ids]))
+        x = torch.cat([embedded[:, :1], leaf[None, 3 * i : 3 * i + 3], embedded[:, 1:]], 1)
+        z = lm.model(inputs_embeds=x).logits[0].float()
+        at = torch.arange(row.target, len(row.ids))
+        wanted = wanted + F.cross_entropy(z[at + 3 - 1], torch.tensor(row.ids)[at], reduction="sum")
+        tokens += len(at)
+    wanted.backward()
+    assert leaf.grad is not None
+    assert count == tokens
+    assert float(total) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert (vectors.grad - leaf.grad).norm() <= 1e-4 * leaf.grad.norm()
+
+
+def test_the_locality_loss_is_the_kl_from_the_model_without_the_prompt() -> None:
+    lm = tiny_lm("llama")
+    row = encode(lm, "The capital of France is", "Paris and Rome")
+    vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    placed = losses.behind(lm, [losses.Told(row, 0)], 3, "after_bos")
+    with run.frozen(lm):
+        total, count = losses.kept(lm, placed, vectors, losses.base_states(lm, [row]))
+    with torch.no_grad():
+        embedded = lm.module(lm.layout.embed)(torch.tensor([row.ids]))
+        x = torch.cat([embedded[:, :1], vectors[None], embedded[:, 1:]], 1)
+        after = lm.model(inputs_embeds=x).logits[0].float().log_softmax(-1)
+        before = lm.model(torch.tensor([row.ids])).logits[0].float().log_softmax(-1)
+    at = torch.arange(row.target - 1, len(row.ids) - 1)
+    wanted = F.kl_div(after[at + 3], before[at], log_target=True, reduction="sum")
+    assert count == len(at)
+    assert float(total) == pytest.approx(float(wanted), rel=1e-4)
+
+
+# network
+
+
+def test_pooling_leaves_padding_out() -> None:
+    states = torch.tensor([[[1.0, -2.0], [3.0, -4.0], [9.0, 9.0]]])
+    assert pooled(states, torch.tensor([[1, 1, 0]])).tolist() == [[2.0, -3.0, 3.0, -2.0, 1.0, -4.0]]
+
+
+def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
+    encoder = shared_encoder("all-MiniLM-L6-v2")
+    net = Retriever(Shape(encoder.name, encoder.width, 8, width=16, adapt=0), encoder)
+    net.start(0, torch.ones(4, 8))
+    texts = ["Paris", "The Eiffel Tower is in the city of Rome, which is in Italy", "Oslo is cold"]
+    with torch.no_grad():
+        together = net.keys(texts)
+        alone = torch.cat([net.keys([text]) for text in texts])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_prompt_vectors_start_with_the_size_of_the_models_own_embeddings() -> None:
+    lm = tiny_lm("gemma3")
+    words = recipe.typical_embeddings(lm)
+    encoder = shared_encoder("all-MiniLM-L6-v2")
+    net = Retriever(Shape(encoder.name, encoder.width, 64, width=32, adapt=0), encoder)
+    net.start(0, words)
+    with torch.no_grad():
+        p = net.prompts(net.keys([edit.prompt for edit in FACTS]))
+    assert float(p.pow(2).mean().sqrt() / words.pow(2).mean().sqrt()) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("adapt", [0, 2, None])
+def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | None) -> None:
+    encoder = shared_encoder("all-MiniLM-L6-v2")
+    before = {name: p.clone() for name, p in encoder.module.named_parameters()}
+    net = Retriever(Shape(encoder.name, encoder.width, 8, width=4, adapt=adapt), encoder)
+    net.start(0, torch.ones(4, 8))
+    rows = encoder.tokenise(["The Eiffel Tower"])
+    with torch.no_grad():
+        assert torch.allclose(net.features(["The Eiffel Tower"]), pooled(*encoder.states(rows)), atol=1e-5)
+    weights = net.encoder_weights()
+    assert (len(weights) > 0) == (adapt != 0)
+    net.keys(["The Eiffel Tower"]).sum().backward()
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in encoder.module.named_parameters())
+    assert [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None and n.startswith("key")] == []
+
+
+# training
+
+
+def test_training_resumed_is_training_never_stopped(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    whole = recipe.train(lm, FACTS, QUICK, out=tmp_path / "whole")
+
+    def interrupt(done: int, total: int, what: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train(lm, FACTS, QUICK, out=tmp_path / "cut", progress=interrupt)
+    assert (tmp_path / "cut" / CHECKPOINT).exists()
+    resumed = recipe.train(lm, FACTS, QUICK, out=tmp_path / "cut")
+    assert resumed.hash() == whole.hash()
+    assert len((tmp_path / "whole" / CURVES).read_text().splitlines()) == 2
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    recipe.train(lm, FACTS, replace(QUICK, steps=1), out=tmp_path)
+    with pytest.raises(BadInput, match="another run"):
+        recipe.train(lm, FACTS, replace(QUICK, steps=1, seed=1), out=tmp_path)
+
+
+def test_training_lowers_its_loss_and_teaches_retrieval() -> None:
+    """Forty steps on a dozen facts: their questions find them, the rivers find the sentinel."""
+    lm = tiny_lm("llama")
+    cfg = replace(QUICK, steps=40, batch=12, width=64, adapt=0, lr=3e-3, warmup=5, validate=0, queue=0, margin=None)
+    editor = recipe.train(lm, FACTS, cfg)
+    recall = Recall(recipe.fit(lm, FACTS, recipe.Config(), editor=editor))
+    found = [hits[0] for hits in recall.search([edit.prompt for edit in FACTS])]
+    assert sum(hit.fired and hit.place == i for i, hit in enumerate(found)) >= 10
+    rivers = [asks[0].prompt for edit in FACTS for _, asks in edit.locality]
+    assert sum(hits[0].fired for hits in recall.search(rivers)) <= 2
+    prompts, targets = [e.prompt for e in FACTS], [e.target for e in FACTS]
+    before = sum(s.total for s in score(lm, prompts, targets))
+    with apply(lm, recall.patch):
+        assert sum(s.total for s in score(lm, prompts, targets)) > before / 2
+
+
+def test_the_order_of_batches_depends_on_the_seed_and_the_step_alone() -> None:
+    def take(start: int, count: int) -> list[tuple[int, list[int]]]:
+        stream = batches(FACTS, 5, seed=3, start=start)
+        return [next(stream) for _ in range(count)]
+
+    assert take(0, 6)[3:] == take(3, 3)
+    assert sorted(i for _, places in take(0, 2) for i in places) != list(range(10))
+    assert len({i for _, places in take(0, 2) for i in places}) == 10
+
+
+def test_facts_that_are_asked_in_the_evaluation_are_left_out() -> None:
+    held = [Edit("the TOWER of  Paris is in", "x"), Edit("q", "x", rephrases=["The opera of Japan is in"])]
+    kept = without(FACTS, held)
+    assert len(kept) == len(FACTS) - 2
+
+
+def test_a_sample_asks_what_the_edit_offers() -> None:
+    import random
+
+    found = sample(FACTS[0], [], random.Random(0))
+    assert (found.again, found.answer) == (FACTS[0].rephrases[0], "Rome")
+    assert (found.other, found.other_answer) == ("The river of Paris is the", "Seine")
+    with pytest.raises(BadInput, match="unrelated"):
+        recipe.train(tiny_lm("llama"), [Edit("a b", "c"), Edit("d e", "f")], QUICK)
+
+
+# a memory at work
+
+
+def test_a_question_without_a_fact_is_answered_bit_for_bit_as_before(editor: Editor) -> None:
+    lm = tiny_lm("gemma3")
+    clean = run.hidden(lm, ["What is the weather like?", "Who is there?"])
+    with apply(lm, fitted(editor, gate="cosine", threshold=1.01)):
+        assert torch.equal(run.hidden(lm, ["What is the weather like?", "Who is there?"]), clean)
+
+
+@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("at", ["front", "after_bos"])
+def test_a_fact_that_fires_is_its_vectors_in_front(family: str, at: str) -> None:
+    lm = tiny_lm(family)
+    patch = recipe.fit(lm, FACTS[:1], recipe.Config(gate="always", at=at), editor=recipe.example_editor(lm))  # type: ignore[arg-type]
+    with torch.no_grad():
+        p = patch.network().prompts(patch.keys.float())
+        ids = encode(lm, "Where is it?").ids
+        embedded = lm.module(lm.layout.embed)(torch.tensor([ids]))
+        cut = int(at == "after_bos" and ids[0] == lm.tokenizer.bos_token_id)
+        x = torch.cat([embedded[:, :cut], p, embedded[:, cut:]], 1)
+        wanted = lm.model(inputs_embeds=x).logits[0, -1].float()
+    with apply(lm, patch):
+        found = run.logits(lm, run.hidden(lm, ["Where is it?"]))[0]
+    assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("family", CORE)
+def test_rows_with_and_without_a_fact_share_a_batch_and_a_cache(family: str) -> None:
+    lm = tiny_lm(family)
+    editor = recipe.example_editor(lm)
+    first = recipe.fit(lm, FACTS, recipe.Config(gate="cosine"), editor=editor)
+    questions = [FACTS[0].prompt, "Hello", FACTS[5].prompt, "What is the capital of Japan? The capital of"]
+    bars = sorted(hits[0].score for hits in Recall(first).search(questions))
+    patch = replace(first, scope=replace(first.scope, threshold=(bars[1] + bars[2]) / 2))  # two fire, two do not
+    fired = [hits[0].fired for hits in Recall(patch).search(questions)]
+    assert sorted(fired) == [False, False, True, True]
+    with apply(lm, patch):
+        together = generate(lm, questions, max_new_tokens=8)
+        assert together == [generate(lm, q, max_new_tokens=8) for q in questions]
+        states = run.hidden(lm, questions)
+        for i, question in enumerate(questions):
+            one = run.hidden(lm, [question])[0]
+            assert (states[i] - one).norm() <= 1e-4 * one.norm()
+    clean = run.hidden(lm, questions)
+    moved = [(a - b).norm() > 1e-3 * b.norm() for a, b in zip(states, clean, strict=True)]
+    assert [bool(m) for m in moved] == fired
+
+
+def test_cached_generation_is_uncached_generation_behind_a_fact(editor: Editor) -> None:
+    lm = tiny_lm("gemma3")
+    with apply(lm, fitted(editor, gate="always")):
+        text = generate(lm, "The tower is in", max_new_tokens=6, stop=())
+        ids: list[int] = []
+        with torch.no_grad():
+            for _ in range(6):
+                rows, vectors = run.prepare(lm, ["The tower is in"])
+                row = torch.tensor([[*rows[0].ids, *ids]])
+                mask = torch.ones_like(row)
+                state = run.blocks(lm, row, mask, position_ids=run.positions(mask), vectors=vectors)[:, -1]
+                ids.append(int(run.logits(lm, state).argmax()))
+    assert text == lm.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_answer_is_never_part_of_the_query(editor: Editor) -> None:
+    lm, asked = tiny_lm("gemma3"), []
+    on = apply(lm, fitted(editor))
+    recall = lm.model._lmpatch_actors[0]
+    search = recall.search
+    recall.search = lambda prompts: asked.extend(prompts) or search(prompts)
+    score(lm, ["The tower of Paris is in"], ["Rome"])
+    on.remove()
+    assert asked == ["The tower of Paris is in"]
+
+
+def test_a_tie_with_the_sentinel_does_not_fire(editor: Editor) -> None:
+    patch = fitted(editor, [FACTS[0]])
+    recall = Recall(patch)
+    patch.keys = recall.sentinel[None].half()
+    recall = Recall(patch)
+    recall.sentinel = patch.keys[0].float()
+    assert [hits[0].fired for hits in recall.search(["What is this?"])] == [False]
+
+
+def test_the_order_of_facts_does_not_matter_and_the_later_one_of_a_prompt_stays(editor: Editor) -> None:
+    forward, backward = Recall(fitted(editor)), Recall(fitted(editor, FACTS[::-1]))
+    prompts = [edit.rephrases[0] for edit in FACTS]
+    for a, b in zip(forward.search(prompts), backward.search(prompts), strict=True):
+        assert a[0].place == len(FACTS) - 1 - b[0].place
+    newer = fitted(editor, [Edit("the tower of paris is  in", "Oslo")])
+    united = merge(fitted(editor, FACTS[:2]), newer)
+    assert [edit["target"] for edit in united.edits] == ["France", "Oslo"]
+    other = recipe.example_editor(tiny_lm("gemma3"))
+    other.tensors = {name: t + 1 for name, t in other.tensors.items()}
+    with pytest.raises(ValueError, match="editors"):
+        merge(newer, fitted(other))
+
+
+def test_text_goes_before_the_prompt_as_a_sentence(editor: Editor) -> None:
+    lm = tiny_lm("gemma3")
+    with apply(lm, fitted(editor, [FACTS[0]], gate="always", insert="text")):
+        behind = run.hidden(lm, ["Where is it?"])
+    assert torch.equal(behind, run.hidden(lm, ["The tower of Paris is in Rome. Where is it?"]))
+
+
+def test_a_prompt_beyond_the_encoders_limit_is_said_and_answered_as_it_is(
+    editor: Editor, caplog: pytest.LogCaptureFixture
+) -> None:
+    recall = Recall(fitted(editor, gate="always"))
+    assert recall.search(["word " * 600, "short"])[0] == []
+    assert "1 of 2 prompts are longer than the 512 tokens" in caplog.text
+    with pytest.raises(BadInput, match="Shorten it"):
+        fitted(editor, [Edit("word " * 600, "x")])
+
+
+def test_an_editor_of_another_model_is_refused_and_a_model_without_one_is_told_how(editor: Editor) -> None:
+    with pytest.raises(WrongModel, match="trained for tiny-gemma3"):
+        recipe.fit(tiny_lm("llama"), FACTS, recipe.Config(), editor=editor)
+    with pytest.raises(BadInput, match="lmpatch train"):
+        recipe.fit(tiny_lm("llama"), FACTS, recipe.Config())
+    patch = fitted(editor)
+    with pytest.raises(WrongModel):
+        apply(tiny_lm("llama"), patch)
+    with pytest.raises(CannotMount, match="run"):
+        apply(tiny_lm("gemma3"), patch, mount="bake")
+
+
+def test_saved_files_that_were_altered_are_refused(editor: Editor, tmp_path: Path) -> None:
+    path = tmp_path / "editor.safetensors"
+    editor.save(path)
+    assert load_editor(path).hash() == editor.hash()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(BadPatch, match="altered"):
+        load_editor(path)
+    path.write_bytes(bytes(data[: len(data) // 2]))
+    with pytest.raises(BadPatch, match="truncated"):
+        load_editor(path)
+    patch = fitted(editor)
+    patch.save(tmp_path / "patch")
+    loaded = load_patch(tmp_path / "patch")
+    assert isinstance(loaded, MemoryPatch) and torch.equal(loaded.keys, patch.keys)
