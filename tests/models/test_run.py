@@ -7,8 +7,9 @@ import torch
 from tiny import tiny_lm
 
 from lmpatch.errors import BadInput
+from lmpatch.models.choice import Choice
 from lmpatch.models.lm import LM
-from lmpatch.models.run import frozen, generate, hidden, kl, logits, next_kl, score
+from lmpatch.models.run import frozen, generate, hidden, kl, logits, next_kl, score, stream
 from lmpatch.models.tokens import encode
 
 PROMPTS = ["The Eiffel Tower is in", "Apple", "The mother tongue of Danielle Darrieux is", "Apple"]
@@ -87,6 +88,30 @@ def test_kl_matches_the_definition_and_is_differentiable(lm: LM) -> None:
     (g1,) = torch.autograd.grad(got.sum(), now)
     (g2,) = torch.autograd.grad(want.sum(), now)
     torch.testing.assert_close(g1, g2)
+
+
+def test_a_stream_says_in_pieces_what_generate_says_at_once(any_lm: LM) -> None:
+    for prompt in PROMPTS[:3]:
+        pieces = list(stream(any_lm, prompt, max_new_tokens=12))
+        assert "".join(pieces) == generate(any_lm, prompt, max_new_tokens=12)
+        assert all(pieces)
+    drawn = dict(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3)
+    assert "".join(stream(any_lm, prompt, **drawn)) == generate(any_lm, prompt, **drawn)  # type: ignore[arg-type]
+
+
+def test_a_stream_never_ends_a_piece_within_a_character(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(lm.tokenizer("é ü", add_special_tokens=False)["input_ids"])  # two tokens for each letter here
+    monkeypatch.setattr(Choice, "take", lambda *_: torch.tensor([next(said)]))
+    assert list(stream(lm, "Apple", max_new_tokens=5)) == ["é", " ü"]
+
+
+def test_draws_depend_on_the_seed_and_the_place_and_not_on_the_batch(lm: LM) -> None:
+    drawn = {"max_new_tokens": 12, "stop": [], "temperature": 1.5}
+    texts = generate(lm, PROMPTS, **drawn)
+    assert generate(lm, PROMPTS, batch_size=1, **drawn) == texts
+    assert generate(lm, PROMPTS, seed=1, **drawn) != texts
+    assert texts[1] != texts[3]  # equal prompts, two draws
+    assert generate(lm, PROMPTS, **{**drawn, "top_p": 1e-6}) == generate(lm, PROMPTS, max_new_tokens=12, stop=[])
 
 
 def test_progress_is_told_until_the_end(lm: LM) -> None:

@@ -28,6 +28,14 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
+class InContext:
+    """What a model reads with a context, and what it reads without."""
+
+    prompt: str
+    bare: str
+
+
+@dataclass(frozen=True)
 class ContextRecord:
     """A question with a context, as a model reads it with and without that context.
 
@@ -71,6 +79,11 @@ class ContextRecord:
     def letters(self) -> tuple[str, ...]:
         """The letters of the options."""
         return tuple(LETTERS[: len(self.options)])
+
+    @property
+    def asked(self) -> InContext:
+        """The two prompts as ``generate`` and ``score`` take them."""
+        return InContext(self.prompt, self.bare)
 
 
 def render(context: str, question: str, options: Sequence[str] = (), suffix: str = "Answer:") -> str:

@@ -1,6 +1,8 @@
-"""What a patch may do in ``models.run`` while it is on a model: put something before a prompt.
+"""What a patch may do in ``models.run`` while it is on a model.
 
-The patches that are on a model leave their actors at ``model._lmpatch_actors`` (see ``patches.ledger``).
+It may put something before a prompt (``Actor.recall``), and it may combine what the model says behind a prompt with
+what it says behind the same prompt without its context (``Actor.rules``). The patches that are on a model leave their
+actors at ``model._lmpatch_actors`` (see ``patches.ledger``).
 """
 
 from __future__ import annotations
@@ -8,13 +10,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from ..data.context import InContext
+from ..errors import BadInput
 from .lm import LM
 from .tokens import Row, encode_all
+
+Prompt = str | InContext
+"""What a model is asked. Without a rule on the model, an ``InContext`` is its ``prompt``."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +36,86 @@ class Insert:
     """Where vectors go: before everything, or behind the beginning-of-sequence token where there is one."""
 
 
-class Actor(ABC):
-    """A patch at work."""
+class Rule(ABC):
+    """How two streams become one: the next token's logits behind a prompt, and behind it without its context."""
+
+    pointwise: ClassVar[bool] = False
+    """A token's score depends on that token's two logits alone, up to a constant that all tokens share."""
 
     @abstractmethod
+    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
+        """One step of n answers.
+
+        Args:
+            full: [n, V] logits with context, fp32. May be overwritten.
+            bare: [n, V] logits without. Left alone.
+            memory: [n] int64, what the rule knows about each answer so far: 0 before its first token, written in place.
+        Returns:
+            [n, V] logits of the combined distribution.
+        """
+
+
+class Actor:
+    """A patch at work. It inserts, or combines, or both."""
+
+    rules: tuple[Rule, ...] = ()
+    """Applied one after the other: each takes the scores of the one before as the stream with context."""
+
     def recall(self, prompts: Sequence[str]) -> list[Insert | None]:
         """What to put before each prompt; None leaves it alone. The answer is never part of ``prompts``."""
+        return [None] * len(prompts)
 
 
 def actors(lm: LM) -> tuple[Actor, ...]:
     """The actors of the patches on this model, in the order they went on."""
     found: tuple[Actor, ...] = getattr(lm.model, "_lmpatch_actors", ())
     return found
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Tokenised prompts, as the rules on the model need them."""
+
+    rules: tuple[Rule, ...]
+    rows: list[tuple[Row, ...]]
+    """For each prompt its row; with rules a second one, without context. Both have the same target tokens."""
+    vectors: Tensor | None
+    """See ``prepare``."""
+
+    @property
+    def width(self) -> int:
+        """Streams per prompt."""
+        return 2 if self.rules else 1
+
+
+def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = None) -> Streams:
+    """Tokenise prompts and targets for everything that acts on the model.
+
+    Raises:
+        BadInput: a rule is on, and a prompt does not say what it is without its context.
+    """
+    rules = tuple(rule for actor in actors(lm) for rule in actor.rules)
+    full = [prompt.prompt if isinstance(prompt, InContext) else prompt for prompt in prompts]
+    if not rules:
+        rows, vectors = prepare(lm, full, targets)
+        return Streams((), [(row,) for row in rows], vectors)
+    bare = [_bare(prompt) for prompt in prompts]
+    rows, vectors = prepare(lm, full + bare, None if targets is None else [*targets, *targets])
+    pairs = zip(rows[: len(full)], rows[len(full) :], strict=True)
+    # the tokens at the border may depend on what stands before it: the stream with context says what the target is
+    shared: list[tuple[Row, ...]] = [
+        (one, Row(two.ids[: two.target] + one.ids[one.target :], two.target)) for one, two in pairs
+    ]
+    return Streams(rules, shared, vectors)
+
+
+def _bare(prompt: Prompt) -> str:
+    if isinstance(prompt, InContext):
+        return prompt.bare
+    raise BadInput(
+        f"a decode patch compares a prompt with its form without context, and {prompt[:60]!r} is one text. Give "
+        "InContext(prompt=..., bare=...) (lmpatch ask: --context), or take the patch off."
+    )
 
 
 def prepare(lm: LM, prompts: Sequence[str], targets: Sequence[str] | None = None) -> tuple[list[Row], Tensor | None]:

@@ -79,6 +79,13 @@ class Encoder:
         out = functional_call(self.module, dict(weights or {}), (), {"input_ids": ids, "attention_mask": mask})
         return out.last_hidden_state, mask
 
+    @torch.no_grad()
+    def embedded(self, text: str) -> Tensor:
+        """What enters the first layer for each token of a text: [T, width]."""
+        (ids,) = self.tokenise([text])
+        out: Tensor = self.embeddings(input_ids=torch.tensor([ids], device=self.device))
+        return out[0]
+
     def stack(self, vectors: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """States [1, K, width] of K vectors [K, width] that enter the layers in place of embedded tokens.
 

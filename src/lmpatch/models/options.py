@@ -8,8 +8,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .acting import Prompt, streams
 from .lm import LM
-from .run import HEAD_CHUNK, logits
+from .run import HEAD_CHUNK, Progress, combined, last_states, logits, memories
+
+
+@torch.no_grad()
+def next_logits(
+    lm: LM,
+    prompts: Sequence[Prompt],
+    token_ids: Sequence[int],
+    *,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Logits of a few tokens behind each prompt, from the model with everything that is on it.
+
+    Args:
+        prompts: texts, or ``InContext`` where a decode patch is on the model.
+        token_ids: k token ids.
+    Returns:
+        [n, k] logits, fp32. A decode patch gives them up to a constant per prompt.
+    Raises:
+        BadInput: a decode patch is on and a prompt is a plain text.
+    """
+    told, wanted = streams(lm, prompts), list(token_ids)
+    states = last_states(lm, told, batch_size=batch_size, progress=progress)  # [streams, n, d]
+    memory = memories(lm, told.rules, len(told.rows))
+    if not all(rule.pointwise for rule in told.rules):  # the rule looks at all tokens
+        return torch.cat([z[:, wanted] for _, z in combined(lm, states.to(lm.dtype), told.rules, memory)])
+    out = option_logits(lm, states.flatten(0, 1), wanted).view(told.width, len(told.rows), -1)  # [streams, n, k]
+    full = out[0]
+    for rule, known in zip(told.rules, memory, strict=True):
+        full = rule.combine(full, out[-1], known)
+    return full
 
 
 @torch.no_grad()

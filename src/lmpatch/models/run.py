@@ -1,213 +1,43 @@
-"""Every call to a model: run its blocks, score targets, generate, read hidden states.
+"""Every call to a model: score targets, generate or stream an answer, read hidden states.
 
-Three habits make it fast. Only the positions asked for go through the head: for Gemma-3-270M one position of
-the head costs 1.7 times all blocks. The head works in chunks, so ``[tokens, vocab]`` never exists. Prompts are
-sorted by length, equal ones run once, and finished rows leave a generation batch.
+Two habits beside those of ``forward`` make it fast: prompts are sorted by length and equal ones run once, and finished
+rows leave a generation batch. Where a rule of ``acting`` is on, each prompt has two rows in the batch, with and without
+its context, and both get the same tokens.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
+from ..data.context import InContext
 from ..errors import BadInput
-from .acting import prepare
+from .acting import Prompt, Rule, Streams, actors, streams
+from .choice import Choice
+from .forward import HEAD_CHUNK as HEAD_CHUNK  # callers find here whatever runs a model
+from .forward import blocks as blocks
+from .forward import first as first
+from .forward import frozen as frozen
+from .forward import head_loss as head_loss
+from .forward import hooked as hooked
+from .forward import kl as kl
+from .forward import logits as logits
+from .forward import nll as nll
+from .forward import positions as positions
 from .lm import LM
 from .tokens import pad, pad_id
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) by everything that takes long."""
 
-HEAD_CHUNK = 128  # positions per head call: 128 x 262,144 fp32 logits are 134 MB
-
-
-class _Stop(Exception):
-    """Ends a forward once the last block that matters has run."""
-
-
-@contextmanager
-def hooked(*handles: Any) -> Iterator[None]:
-    """Remove the hooks on the way out, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def frozen(lm: LM) -> Iterator[None]:
-    """No weight asks for a gradient inside; the flags are as before outside."""
-    asked = [p for p in lm.model.parameters() if p.requires_grad]
-    for p in asked:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in asked:
-            p.requires_grad_(True)
-
-
-def first(output: Any) -> Tensor:
-    """A block's hidden states, whether it returns a tensor or a tuple."""
-    out: Tensor = output[0] if isinstance(output, tuple) else output
-    return out
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position ids [n, T] that count real tokens only, so padding moves nothing."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def blocks(
-    lm: LM,
-    ids: Tensor,
-    mask: Tensor,
-    *,
-    position_ids: Tensor,
-    cache: Cache | None = None,
-    last: int | None = None,
-    vectors: Tensor | None = None,
-) -> Tensor:
-    """Run the embedding and blocks 0..last and stop there: no final norm, no head.
-
-    Args:
-        ids: [n, t] token ids; -1 - i stands for row i of ``vectors``.
-        mask: [n, t] or, with a cache, [n, cached + t].
-        last: 0-based block to stop after; None: the last one.
-        vectors: [m, d] in the space of the embedding module's output. Gradients flow into them.
-    Returns:
-        [n, t, d] what block ``last`` hands on.
-    """
-    block = lm.module(lm.layout.blocks[-1 if last is None else last])
-    kept: list[Tensor] = []
-
-    def stop(_: nn.Module, __: Any, output: Any) -> None:
-        kept.append(first(output))
-        raise _Stop
-
-    kwargs: dict[str, Any] = {"position_ids": position_ids} if _takes_positions(lm) else {}
-    hooks = [block.register_forward_hook(stop)]
-    if vectors is not None:
-        hooks.append(lm.module(lm.layout.embed).register_forward_hook(_inserted(ids, vectors)))
-        ids = ids.clamp(min=0)
-    with hooked(*hooks), suppress(_Stop):
-        lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **kwargs)
-    return kept[0]
-
-
-def _inserted(ids: Tensor, vectors: Tensor) -> Callable[..., Tensor]:
-    """A hook that puts rows of ``vectors`` where ``ids`` are negative."""
-    virtual, row = (ids < 0)[..., None], (-1 - ids).clamp(min=0)
-
-    def put(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
-        return torch.where(virtual, vectors.to(embedded.dtype)[row], embedded)  # [n, t, d]
-
-    return put
-
-
-def _takes_positions(lm: LM) -> bool:
-    return "position_ids" in inspect.signature(lm.model.forward).parameters
-
-
-def logits(lm: LM, hidden: Tensor) -> Tensor:
-    """What follows the last block: final norm, head, soft-cap.
-
-    Args:
-        hidden: [..., d] states after the last block.
-    Returns:
-        [..., V] logits, fp32.
-    """
-    out = hidden
-    for name in lm.layout.tail:
-        out = lm.module(name)(out)
-    out = out.float()
-    cap = lm.layout.softcap
-    return cap * torch.tanh(out / cap) if cap else out
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """A per-row loss of the logits whose gradient is taken chunk by chunk in the forward pass.
-
-    One chunk of logits is alive at a time and the head runs once forward and once backward, where
-    checkpointing would run it forward twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], lm: LM, chunk: int) -> Tensor:
-        values, grads = [], []
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            with torch.enable_grad():
-                part = hidden[rows].detach().requires_grad_()
-                value = loss(logits(lm, part), rows)  # [c]
-                (grad,) = torch.autograd.grad(value.sum(), part)
-            values.append(value.detach())
-            grads.append(grad)
-        ctx.save_for_backward(torch.cat(grads))
-        return torch.cat(values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (saved,) = ctx.saved_tensors
-        return (grad[:, None] * saved).to(saved.dtype), None, None, None
-
-
-def head_loss(lm: LM, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], *, chunk: int = HEAD_CHUNK) -> Tensor:
-    """A loss of each row's logits, differentiable in ``hidden``; [n, V] never exists.
-
-    Args:
-        hidden: [n, d] states after the last block.
-        loss: called with the logits [c, V] of some rows and the slice they are; gives [c].
-    Returns:
-        [n], fp32.
-    """
-    out: Tensor = _ChunkedLoss.apply(hidden, loss, lm, chunk)  # type: ignore[no-untyped-call]
-    return out
-
-
-def nll(lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = None, chunk: int = HEAD_CHUNK) -> Tensor:
-    """-log p(label) at each row, differentiable in ``hidden``.
-
-    Args:
-        hidden: [n, d] states after the last block.
-        labels: [n] token ids.
-        hits: if given, bool tensors are appended that together say [n] where the label is the argmax.
-    Returns:
-        [n] nats, fp32.
-    """
-
-    def loss(z: Tensor, rows: slice) -> Tensor:
-        if hits is not None:
-            hits.append(z.argmax(-1) == labels[rows])
-        return F.cross_entropy(z, labels[rows], reduction="none")
-
-    return head_loss(lm, hidden, loss, chunk=chunk)
-
-
-def kl(lm: LM, hidden: Tensor, base_logp: Tensor, *, chunk: int = HEAD_CHUNK) -> Tensor:
-    """KL(p_hidden || p_base) at each row, differentiable in ``hidden``.
-
-    Args:
-        hidden: [n, d] states after the last block.
-        base_logp: [n, V] log probabilities to stay close to.
-    Returns:
-        [n] nats, fp32.
-    """
-
-    def loss(z: Tensor, rows: slice) -> Tensor:
-        logp = z.log_softmax(-1)
-        return (logp.exp() * (logp - base_logp[rows])).sum(-1)
-
-    return head_loss(lm, hidden, loss, chunk=chunk)
+Pair = tuple[tuple[int, ...], ...]
+"""Token ids of one prompt: with its context, and with a rule on also without."""
 
 
 @dataclass(frozen=True)
@@ -229,67 +59,125 @@ class Score:
         return sum(a == b for a, b in zip(self.ids, self.argmax, strict=True)) / len(self.ids)
 
 
+def combined(lm: LM, states: Tensor, rules: Sequence[Rule], memory: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of the next token under the rules, some prompts at a time.
+
+    Args:
+        states: [streams, n, d] after the last block; one stream without rules, two with.
+        memory: [rules, n] as in ``Rule.combine``.
+    Yields:
+        which prompts, and their logits [c, V], fp32.
+    """
+    size = HEAD_CHUNK // len(states)
+    for start in range(0, states.shape[1], size):
+        rows = slice(start, start + size)
+        z = logits(lm, states[:, rows].flatten(0, 1))  # [streams * c, V]
+        full, bare = z.chunk(2) if rules else (z, z)
+        for rule, known in zip(rules, memory, strict=True):
+            full = rule.combine(full, bare, known[rows])
+        yield rows, full
+
+
+def memories(lm: LM, rules: Sequence[Rule], n: int) -> Tensor:
+    """What the rules know before the first token: [rules, n] zeros."""
+    return torch.zeros(len(rules), n, dtype=torch.int64, device=lm.device)
+
+
 @torch.no_grad()
 def score(
-    lm: LM, prompts: Sequence[str], targets: Sequence[str], *, batch_size: int = 64, progress: Progress | None = None
+    lm: LM, prompts: Sequence[Prompt], targets: Sequence[str], *, batch_size: int = 64, progress: Progress | None = None
 ) -> list[Score]:
     """Score each target after its prompt, teacher-forced.
 
+    Args:
+        prompts: texts, or ``InContext`` where a decode patch is on the model: its combined distribution is scored.
     Returns:
         one ``Score`` per prompt, in the order given.
+    Raises:
+        BadInput: nothing stands before a target, or a decode patch is on and a prompt is a plain text.
     """
-    rows, vectors = prepare(lm, prompts, targets)
-    for prompt, told in zip(prompts, rows, strict=True):
-        if told.target == 0:
+    told = streams(lm, prompts, targets)
+    for prompt, rows in zip(prompts, told.rows, strict=True):
+        if not all(row.target for row in rows):
             raise BadInput(
                 f"nothing stands before the target of {prompt!r}: the tokenizer adds no start token. Give a prompt."
             )
-    distinct = {(row.ids, row.target): row for row in rows}
-    done: dict[tuple[tuple[int, ...], int], Score] = {}
-    queue = sorted(distinct, key=lambda key: len(key[0]))
-    for start in range(0, len(queue), batch_size):
-        batch = queue[start : start + batch_size]
-        ids, mask = pad([ids for ids, _ in batch], pad_id(lm), side="right")
-        ids, mask = ids.to(lm.device), mask.to(lm.device)
-        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors)  # [n, T, d]
-        where = [(i, t) for i, (row, target) in enumerate(batch) for t in range(target - 1, len(row) - 1)]
-        r, c = torch.tensor(where, device=lm.device).T
-        labels = ids[r, c + 1]
-        picked = states[r, c]  # [answer positions, d]
-        logp, best = [], []
-        for part, want in zip(picked.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True):
-            z = logits(lm, part)
-            logp.append(-F.cross_entropy(z, want, reduction="none"))
-            best.append(z.argmax(-1))
-        flat = zip(torch.cat(logp).tolist(), torch.cat(best).tolist(), strict=True)
-        for row, target in batch:
-            pairs = [next(flat) for _ in range(len(row) - target)]
-            done[row, target] = Score(row[target:], tuple(p for p, _ in pairs), tuple(a for _, a in pairs))
+    asked = [(tuple(row.ids for row in rows), tuple(row.target for row in rows)) for rows in told.rows]
+    queue = sorted(set(asked), key=lambda key: _longest(key[0]))
+    done: dict[tuple[Pair, tuple[int, ...]], Score] = {}
+    size = max(1, batch_size // told.width)
+    for start in range(0, len(queue), size):
+        batch = queue[start : start + size]
+        done.update(zip(batch, _scores(lm, told, batch), strict=True))
         if progress:
             progress(start + len(batch), len(queue), "scoring")
-    return [done[row.ids, row.target] for row in rows]
+    return [done[key] for key in asked]
+
+
+def _longest(pair: Pair) -> int:
+    return max(map(len, pair))
+
+
+def _scores(lm: LM, told: Streams, batch: Sequence[tuple[Pair, tuple[int, ...]]]) -> list[Score]:
+    """One batch of ``score``: (ids, where the target begins) of each stream of each prompt."""
+    n, width = len(batch), told.width
+    rows = [pair[s] for s in range(width) for pair, _ in batch]
+    starts = torch.tensor([targets for _, targets in batch], device=lm.device).T  # [streams, n]
+    ids, mask = pad(rows, pad_id(lm), side="right")
+    ids, mask = ids.to(lm.device), mask.to(lm.device)
+    states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=told.vectors)  # [streams * n, T, d]
+    states = states.unflatten(0, (width, n))
+    labels = [pair[0][targets[0] :] for pair, targets in batch]
+    spots = [(i, k) for i, label in enumerate(labels) for k in range(len(label))]
+    # a rule goes through an answer token by token, since it may remember; without one all tokens are alike
+    steps = [[s for s in spots if s[1] == k] for k in range(max(map(len, labels)))] if told.rules else [spots]
+    memory = memories(lm, told.rules, n)
+    found: dict[tuple[int, int], tuple[float, int]] = {}
+    for step in steps:
+        row, k = torch.tensor(step, device=lm.device).T
+        want = ids[row, starts[0, row] + k]
+        picked = states[torch.arange(width, device=lm.device)[:, None], row, starts[:, row] + k - 1]  # [streams, c, d]
+        known, logp, best = memory[:, row], [], []
+        for part, z in combined(lm, picked, told.rules, known):
+            logp.append(-F.cross_entropy(z, want[part], reduction="none"))
+            best.append(z.argmax(-1))
+        memory[:, row] = known
+        found.update(zip(step, zip(torch.cat(logp).tolist(), torch.cat(best).tolist(), strict=True), strict=True))
+    each = [[found[i, k] for k in range(len(label))] for i, label in enumerate(labels)]
+    return [
+        Score(label, tuple(p for p, _ in tokens), tuple(a for _, a in tokens))
+        for label, tokens in zip(labels, each, strict=True)
+    ]
 
 
 @torch.no_grad()
-def hidden(lm: LM, prompts: Sequence[str], *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
+def hidden(lm: LM, prompts: Sequence[Prompt], *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
     """The state after the last block at each prompt's last token.
 
     Returns:
         [n, d] fp32, before the final norm; ``logits`` makes next-token distributions of it.
+    Raises:
+        BadInput: a decode patch is on the model, which changes no state; ``next_logits`` shows it.
     """
-    found, vectors = prepare(lm, prompts)
-    rows = [row.ids for row in found]
+    if any(actor.rules for actor in actors(lm)):
+        raise BadInput("a decode patch combines logits, and states do not show it. Call next_logits, or take it off.")
+    return last_states(lm, streams(lm, prompts), batch_size=batch_size, progress=progress)[0]
+
+
+def last_states(lm: LM, told: Streams, *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
+    """The state after the last block at the last token of every row, [streams, n, d] fp32."""
+    rows = [pair[s].ids for s in range(told.width) for pair in told.rows]
     queue = sorted(set(rows), key=len)
     done: dict[tuple[int, ...], Tensor] = {}
     for start in range(0, len(queue), batch_size):
         batch = queue[start : start + batch_size]
         ids, mask = pad(batch, pad_id(lm), side="left")
         ids, mask = ids.to(lm.device), mask.to(lm.device)
-        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors)  # [n, T, d]
+        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=told.vectors)  # [n, T, d]
         done.update(zip(batch, states[:, -1].float(), strict=True))
         if progress:
             progress(start + len(batch), len(queue), "reading states")
-    return torch.stack([done[row] for row in rows])
+    return torch.stack([done[row] for row in rows]).view(told.width, len(told.rows), -1)
 
 
 @torch.no_grad()
@@ -312,39 +200,92 @@ def next_kl(lm: LM, base_hidden: Tensor, now_hidden: Tensor, *, chunk: int = HEA
 @torch.no_grad()
 def generate(
     lm: LM,
-    prompts: str | Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int = 32,
     stop: Sequence[str] = ("\n",),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Any:
-    """Continue each prompt greedily.
+    """Continue each prompt, greedily unless a temperature is given.
 
     Args:
-        prompts: one text or many; prompts of different length share a batch, padded on the left.
+        prompts: one or many; prompts of different length share a batch, padded on the left. Texts, or ``InContext``
+            where a decode patch is on the model.
         max_new_tokens: at most this many new tokens.
         stop: a token whose text contains one of these ends the answer and is left out. The model's own
             end tokens always do.
+        temperature: what logits are divided by before a token is drawn; 0 takes the likeliest one.
+        top_p: draw from the likeliest tokens that together reach this probability.
+        seed: of the draws. They depend on it and on a prompt's place in the list, not on the batch it is in.
     Returns:
         the new text only; a list if a list was given.
+    Raises:
+        BadInput: a prompt tokenises to nothing, or a decode patch is on and a prompt is a plain text.
     """
-    if isinstance(prompts, str):
-        return generate(lm, [prompts], max_new_tokens=max_new_tokens, stop=stop, progress=progress)[0]
-    found, vectors = prepare(lm, prompts)
-    rows = [row.ids for row in found]
-    if rows and not min(map(len, rows)):
-        raise BadInput("an empty prompt tokenises to nothing: this tokenizer adds no start token. Give some text.")
-    queue = sorted(set(rows), key=len)
-    ends = _Ends(lm, stop)
-    done: dict[tuple[int, ...], str] = {}
-    for start in range(0, len(queue), batch_size):
-        batch = queue[start : start + batch_size]
-        for row, new in zip(batch, _greedy(lm, batch, max_new_tokens, ends, vectors), strict=True):
-            done[row] = lm.tokenizer.decode(new, skip_special_tokens=True)
+    choice = Choice(temperature, top_p, seed)
+    given: list[Prompt] = [prompts] if isinstance(prompts, (str, InContext)) else list(prompts)
+    told = streams(lm, given)
+    pairs = _pairs(told)
+    numbers = choice.numbers(len(pairs), max_new_tokens).to(lm.device)
+    asked = [(pair, i if temperature else 0) for i, pair in enumerate(pairs)]  # draws differ between equal prompts
+    queue = sorted(set(asked), key=lambda key: (_longest(key[0]), key[1]))
+    ends, size = _Ends(lm, stop), max(1, batch_size // told.width)
+    done: dict[tuple[Pair, int], str] = {}
+    for start in range(0, len(queue), size):
+        batch = queue[start : start + size]
+        drawn = numbers[[place for _, place in batch]]
+        new: list[list[int]] = [[] for _ in batch]
+        for tokens in _steps(lm, told, [pair for pair, _ in batch], ends, choice, drawn):
+            for i, token in tokens:
+                new[i].append(token)
+        for key, ids in zip(batch, new, strict=True):
+            done[key] = lm.tokenizer.decode(ids, skip_special_tokens=True)
         if progress:
             progress(start + len(batch), len(queue), "generating")
-    return [done[row] for row in rows]
+    texts = [done[key] for key in asked]
+    return texts[0] if isinstance(prompts, (str, InContext)) else texts
+
+
+@torch.no_grad()
+def stream(
+    lm: LM,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 32,
+    stop: Sequence[str] = ("\n",),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continue one prompt and give the text in pieces, as it comes; together they are what ``generate`` says.
+
+    Arguments and errors are those of ``generate``. No piece ends within a character.
+    """
+    choice = Choice(temperature, top_p, seed)
+    told = streams(lm, [prompt])
+    new: list[int] = []
+    said = text = ""
+    numbers = choice.numbers(1, max_new_tokens).to(lm.device)
+    for tokens in _steps(lm, told, _pairs(told), _Ends(lm, stop), choice, numbers):
+        new += [token for _, token in tokens]
+        text = lm.tokenizer.decode(new, skip_special_tokens=True)
+        whole = text.rstrip(" \ufffd")  # a character may come in several tokens, and a blank may go before a point
+        if len(whole) > len(said):
+            yield whole[len(said) :]
+            said = whole
+    if len(text) > len(said):
+        yield text[len(said) :]
+
+
+def _pairs(told: Streams) -> list[Pair]:
+    pairs: list[Pair] = [tuple(row.ids for row in rows) for rows in told.rows]
+    if not all(ids for pair in pairs for ids in pair):
+        raise BadInput("an empty prompt tokenises to nothing: this tokenizer adds no start token. Give some text.")
+    return pairs
 
 
 class _Ends:
@@ -363,32 +304,39 @@ class _Ends:
         return self.known[token]
 
 
-def _greedy(
-    lm: LM, rows: Sequence[Sequence[int]], limit: int, ends: _Ends, vectors: Tensor | None = None
-) -> list[list[int]]:
-    """New token ids for each row. Rows that ended leave the batch once a quarter of it is idle."""
-    new: list[list[int]] = [[] for _ in rows]
-    ids, mask = pad(rows, pad_id(lm), side="left")
+def _steps(
+    lm: LM, told: Streams, batch: Sequence[Pair], ends: _Ends, choice: Choice, numbers: Tensor
+) -> Iterator[list[tuple[int, int]]]:
+    """Step after step, (row of ``batch``, its new token) for those that go on.
+
+    Rows that ended leave the batch once a quarter of it is idle.
+
+    Args:
+        numbers: [n, steps] for ``choice``.
+    """
+    width, n, limit = told.width, len(batch), numbers.shape[1]
+    ids, mask = pad([pair[s] for s in range(width) for pair in batch], pad_id(lm), side="left")  # stream after stream
     ids, mask = ids.to(lm.device), mask.to(lm.device)
     cache = DynamicCache(config=lm.model.config)
-    alive = list(range(len(rows)))  # batch row -> row of `rows`
-    ended = [False] * len(rows)
+    alive, ended = list(range(n)), [False] * n  # batch row -> row of `batch`
+    memory = memories(lm, told.rules, n)
     for step in range(limit):
         at = positions(mask)[:, -ids.shape[1] :]
-        first_step = vectors if step == 0 else None  # later tokens are all real
-        state = blocks(lm, ids, mask, position_ids=at, cache=cache, vectors=first_step)[:, -1]  # [n, d]
-        chosen = torch.cat([logits(lm, part).argmax(-1) for part in state.split(HEAD_CHUNK)])  # [n]
-        for row, token in zip(alive, chosen.tolist(), strict=True):
-            if not ended[row]:
-                ended[row] = token in ends
-                if not ended[row]:
-                    new[row].append(token)
+        vectors = told.vectors if step == 0 else None  # later tokens are all real
+        states = blocks(lm, ids, mask, position_ids=at, cache=cache, vectors=vectors)[:, -1]  # [streams * n, d]
+        scored = combined(lm, states.unflatten(0, (width, -1)), told.rules, memory)
+        drawn = numbers[alive, step]
+        chosen = torch.cat([choice.take(z, drawn[rows]) for rows, z in scored])  # [n]
+        said = [(row, token) for row, token in zip(alive, chosen.tolist(), strict=True) if not ended[row]]
+        for row, token in said:
+            ended[row] = token in ends
+        yield [(row, token) for row, token in said if not ended[row]]
         keep = [i for i, row in enumerate(alive) if not ended[row]]
         if not keep or step + 1 == limit:
-            break
-        ids, mask = chosen[:, None], F.pad(mask, (0, 1), value=1)
+            return
+        ids, mask = chosen.repeat(width)[:, None], F.pad(mask, (0, 1), value=1)
         if len(keep) <= 0.75 * len(alive):
-            pick = torch.tensor(keep, device=lm.device)
+            pick = torch.tensor([s * len(alive) + i for s in range(width) for i in keep], device=lm.device)
             cache.batch_select_indices(pick)
-            ids, mask, alive = ids[pick], mask[pick], [alive[i] for i in keep]
-    return new
+            ids, mask, memory = ids[pick], mask[pick], memory[:, pick[: len(keep)]]
+            alive = [alive[i] for i in keep]

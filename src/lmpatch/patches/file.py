@@ -20,12 +20,14 @@ from torch import Tensor
 
 from ..errors import BadInput, BadPatch
 from ..record import hash_json
+from .decode import DecodePatch
 from .memory import MemoryPatch
 from .patch import Base, Patch
+from .steer import SteerPatch
 from .weight import WeightPatch
 
 SCHEMA = 1
-KINDS: dict[str, type[Patch]] = {cls.kind: cls for cls in (WeightPatch, MemoryPatch)}
+KINDS: dict[str, type[Patch]] = {cls.kind: cls for cls in (WeightPatch, MemoryPatch, DecodePatch, SteerPatch)}
 FIELDS = {
     "schema": int, "kind": str, "method": str, "config": dict, "base": dict, "edits": list, "made": dict,
     "notes": dict, "parts": dict, "tensors_sha256": str, "sha256": str,

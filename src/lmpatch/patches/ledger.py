@@ -18,6 +18,7 @@ from .bake import Baked
 from .delta import Addition, Delta, Scale
 from .patch import Mount, Patch, RunPatch
 from .side import Side
+from .steer import SteerPatch, forget_compiled
 from .weight import Target, WeightPatch, find_targets, fingerprint, hash_of, original
 
 
@@ -106,11 +107,15 @@ def _put(on: Applied, strict: bool) -> None:
         if strict:
             _same_model(lm, patch)
         ledger.act(on, patch.attach(lm))
+    elif isinstance(patch, SteerPatch):
+        if strict:
+            _same_model(lm, patch)
+        ledger.steer(on, patch.hook(lm))
     elif isinstance(patch, WeightPatch):
         targets = check(lm, patch, strict=strict)
         ledger.put(on, {target: patch.deltas[name] for name, target in targets.items()})
     else:
-        raise BadInput(f"cannot apply {type(patch).__name__}. Give a WeightPatch or a RunPatch.")
+        raise BadInput(f"cannot apply {type(patch).__name__}. Give a WeightPatch, a SteerPatch or a RunPatch.")
 
 
 def check(lm: LM, patch: WeightPatch, *, strict: bool = True) -> dict[str, Target]:
@@ -159,6 +164,7 @@ class Ledger:
         self.applied: list[Applied] = []
         self.entries: dict[Mount, dict[str, Baked | Side]] = {"bake": {}, "side": {}}  # by the weight's first name
         self.actors: dict[Applied, Actor] = {}
+        self.handles: dict[Applied, list[Any]] = {}  # of hooks that belong to one patch alone
 
     def put(self, on: Applied, changes: dict[Target, Delta]) -> None:
         """Add a patch, after looking at everything that could stand against it."""
@@ -185,12 +191,22 @@ class Ledger:
         self.applied.append(on)
         self._tidy()
 
+    def steer(self, on: Applied, handles: list[Any]) -> None:
+        """Add a patch whose hooks are on already."""
+        self.handles[on] = handles
+        self.applied.append(on)
+        self._tidy()
+
     def take(self, on: Applied, force: bool = False) -> None:
         """Remove a patch, if it is on."""
         if on not in self.applied:
             return
-        if on in self.actors:
-            del self.actors[on]
+        if on in self.actors or on in self.handles:
+            self.actors.pop(on, None)
+            if on in self.handles:
+                for handle in self.handles.pop(on):
+                    handle.remove()
+                forget_compiled()
             self.applied.remove(on)
             self._tidy()
             return

@@ -1,4 +1,5 @@
-"""``merge``: several patches as one. Additions sum, scales multiply, so the order does not matter."""
+"""``merge``: several patches as one. Additions sum, scales multiply, so the order does not matter; decode rules keep
+theirs."""
 
 from __future__ import annotations
 
@@ -10,15 +11,18 @@ from torch import Tensor
 
 from ..errors import CannotMerge, WrongModel
 from ..record import now, versions
+from .decode import DecodePatch
 from .delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse
 from .memory import MemoryPatch
 from .patch import Base, Patch
 from .side import join
+from .steer import SteerPatch, summed
 from .weight import WeightPatch
 
 
 def merge(first: Patch, *others: Patch) -> Patch:
-    """One patch that does what all of them do together: changes of weights add up, memories hold the facts of all.
+    """One patch that does what all of them do together: changes of weights add up, memories hold the facts of all,
+    decode rules act one after the other.
 
     Args:
         first, others: patches of one kind for one model. Edits are kept in this order; extras of one name are
@@ -40,22 +44,35 @@ def merge(first: Patch, *others: Patch) -> Patch:
     memories = [p for p in patches if isinstance(p, MemoryPatch)]
     if memories:
         return memories[0].unite(*memories[1:])
+    decodes = [p for p in patches if isinstance(p, DecodePatch)]
+    if decodes:
+        return DecodePatch(**_common(decodes), rules=tuple(rule for p in decodes for rule in p.rules))
+    steers = [p for p in patches if isinstance(p, SteerPatch)]
+    if steers:
+        return SteerPatch(**_common(steers), **summed(steers))
     return _weights([p for p in patches if isinstance(p, WeightPatch)])
+
+
+def _common(patches: Sequence[Patch]) -> dict[str, Any]:
+    """The fields of ``Patch``."""
+    return {
+        "method": "+".join(dict.fromkeys(m for p in patches for m in p.method.split("+"))),
+        "config": {"merged": [{"method": p.method, "config": p.config, "hash": p.hash()} for p in patches]},
+        "base": Base(
+            patches[0].base.fingerprint,
+            patches[0].base.name,
+            {name: digest for p in patches for name, digest in p.base.touched.items()},
+        ),
+        "edits": tuple(edit for p in patches for edit in p.edits),
+        "made": _made(patches),
+        "extras": _extras(patches),
+    }
 
 
 def _weights(patches: Sequence[WeightPatch]) -> WeightPatch:
     names = sorted({name for p in patches for name in p.deltas})
     return WeightPatch(
-        method="+".join(dict.fromkeys(m for p in patches for m in p.method.split("+"))),
-        config={"merged": [{"method": p.method, "config": p.config, "hash": p.hash()} for p in patches]},
-        base=Base(
-            patches[0].base.fingerprint,
-            patches[0].base.name,
-            {name: digest for p in patches for name, digest in p.base.touched.items()},
-        ),
-        edits=tuple(edit for p in patches for edit in p.edits),
-        made=_made(patches),
-        extras=_extras(patches),
+        **_common(patches),
         deltas={name: combine(name, [p.deltas[name] for p in patches if name in p.deltas]) for name in names},
     )
 
@@ -126,13 +143,13 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and torch.equal(x, y)
 
 
-def _made(patches: Sequence[WeightPatch]) -> dict[str, Any]:
+def _made(patches: Sequence[Patch]) -> dict[str, Any]:
     norms = {name: norm for p in patches for name, norm in p.made.get("weight_norms", {}).items()}
     seconds = sum(p.made.get("seconds", 0.0) for p in patches)
     return {"finished": now(), "versions": versions(), "seconds": seconds, "weight_norms": norms}
 
 
-def _extras(patches: Sequence[WeightPatch]) -> dict[str, Tensor]:
+def _extras(patches: Sequence[Patch]) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     for p in patches:
         for name, t in p.extras.items():

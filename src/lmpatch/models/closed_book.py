@@ -1,0 +1,66 @@
+"""What a model answers without documents, asked once in batches and kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..data.rag import closed_book
+from ..record import cache_dir, hash_json
+from .lm import LM
+from .run import Progress, generate
+
+TOKENS = 16  # of an answer at most; a new line ends it
+KEPT = 256  # questions whose answers are written together
+
+
+def closed_book_answers(
+    lm: LM, questions: Sequence[str], *, batch_size: int = 64, progress: Progress | None = None
+) -> list[str]:
+    """Greedy answers to the questions alone, as the model is now.
+
+    Answers of a model without patches are kept in the user's cache by weights, dtype and prompt; an interrupted run
+    loses 256 of them at most.
+
+    Returns:
+        one text per question, stripped, perhaps empty.
+    """
+    prompts = [closed_book(question) for question in questions]
+    path = _path(lm)
+    found = _read(path)
+    missing = [prompt for prompt in dict.fromkeys(prompts) if hash_json(prompt) not in found]
+    for start in range(0, len(missing), KEPT):
+        group = missing[start : start + KEPT]
+        said = generate(lm, group, max_new_tokens=TOKENS, batch_size=batch_size)
+        new = {hash_json(prompt): text.strip() for prompt, text in zip(group, said, strict=True)}
+        found |= new
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:  # one write: lines of two processes do not mix
+                file.write(b"".join(b"\n" + json.dumps([key, text]).encode() for key, text in new.items()))
+        if progress:
+            progress(start + len(group), len(missing), "asking without documents")
+    return [found[hash_json(prompt)] for prompt in prompts]
+
+
+def _path(lm: LM) -> Path | None:
+    if getattr(lm.model, "_lmpatch_ledger", None) is not None:  # with patches on, answers are those of no known model
+        return None
+    try:
+        name = f"{lm.fingerprint()[:24]}-{str(lm.dtype).removeprefix('torch.')}-{TOKENS}"
+    except (RuntimeError, NotImplementedError):  # offloaded or quantised weights cannot be hashed
+        return None
+    return cache_dir() / "closed_book" / f"{name}.jsonl"
+
+
+def _read(path: Path | None) -> dict[str, str]:
+    if path is None or not path.is_file():
+        return {}
+    found = {}
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):  # a kill may leave half a line; the next one begins anew
+            key, text = json.loads(line)
+            found[key] = text
+    return found
