@@ -1,0 +1,211 @@
+"""The report of the context benches: models and wordings side by side, as tables and one HTML page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadInput
+from ._context_rows import Metric, Row, differences, metrics
+from ._grid import NONE, Cell, Grid, trimmed
+from ._page import cards, document, made, plots, table
+from ._svg import Bar, bars, scatter
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+BASE = "none"
+"""The run of the unpatched model under the plain wording, named as in the facts bench."""
+LISTENS = [
+    ("acc", "ACC"), ("sr", "SR"), ("rest", "neither"), ("adherence", "ACC in conflict"),
+]  # fmt: skip
+KEEPS = [
+    ("acc", "faithfulness"), ("robustness", "robustness"), ("bcu", "BCU"), ("known_kept", "of those known"),
+    ("closed_kept", "without context"),
+]  # fmt: skip
+LISTENS_NOTE = (
+    "Shares of records, %. ACC: the answer of the context; SR, stubbornness rate: the answer of memory. In conflict: "
+    "over the records the unpatched model answers otherwise without their context. In small print the 95 % bootstrap "
+    "interval over records, the standard error and the number of records; Δ is taken record by record."
+)
+KEEPS_NOTE = (
+    "Faithfulness is ACC. Robustness: with another record's context, the answer of the unpatched model without "
+    "any. BCU is the mean of both. Of those known: robustness over the records the unpatched model knows. Without "
+    "context: the same answer as the unpatched model."
+)
+SHOWN = 12  # records in the table of examples
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model under one wording, on all records."""
+
+    record: dict[str, Any]
+    rows: Sequence[Row]
+    parts: Sequence[dict[str, Any]]
+    """What was asked together, with its seconds."""
+
+    @property
+    def name(self) -> str:
+        """Its ``run_id``."""
+        return str(self.record["run_id"])
+
+    @cached_property
+    def numbers(self) -> dict[str, Metric]:
+        """Every number of the run, computed from its rows."""
+        return metrics(self.rows, bootstrap=self.record["bootstrap"], seed=self.record["seed"])
+
+
+@dataclass(frozen=True)
+class Report:
+    """Runs on the same records, the unpatched model first."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows of all runs."""
+        return [row for run in self.runs for row in run.rows]
+
+    def run(self, name: str) -> Run:
+        """The run of that name.
+
+        Raises:
+            BadInput: there is none.
+        """
+        for run in self.runs:
+            if run.name == name:
+                return run
+        raise BadInput(f"no run {name!r}. There are: {', '.join(run.name for run in self.runs)}.")
+
+    def metrics(self, name: str) -> dict[str, Metric]:
+        """The numbers of a run: ``acc``, ``sr``, ``rest``, ``adherence``, ``robustness``, ``bcu``, ..."""
+        return self.run(name).numbers
+
+    def differences(self, name: str) -> dict[str, Metric]:
+        """The same as differences from the unpatched model under the plain wording, record by record."""
+        run = self.run(name)
+        return differences(self.run(BASE).rows, run.rows, bootstrap=run.record["bootstrap"], seed=run.record["seed"])
+
+    def table(self) -> Group:
+        """Tables for a terminal. Print them with rich."""
+        from ._table import tables
+
+        return tables(self._grids())
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write one page that needs nothing else."""
+        path = Path(path)
+        path.write_text(
+            document(f"{self.runs[0].record['bench']}: {self.runs[0].record['base_model']}", self._body()),
+            encoding="utf-8",
+        )
+        return path
+
+    def _grids(self) -> list[Grid]:
+        moved = {run.name: self.differences(run.name) for run in self.runs}
+        grids = [
+            _grid("With the context", LISTENS_NOTE, LISTENS, ("acc", "Δ ACC"), self.runs, moved),
+            _grid("With another's context", KEEPS_NOTE, KEEPS, ("bcu", "Δ BCU"), self.runs, moved),
+            _left_out(self.runs),
+        ]
+        return [grid for grid in grids if grid.rows]
+
+    def _body(self) -> list[str]:
+        record = self.runs[0].record
+        about = f"{record['base_model']} · {record['dtype']} · {record['records']} records"
+        data = f" · {record['data_name']}" if record["data_name"] else ""
+        patched = [run for run in self.runs if not run.record["baseline"]]
+        body = [f"<h1>Which does it trust, the context or its memory?</h1><p>{escape(about + data)}</p>"]
+        body += [cards(run.name, _headline(run, self.differences(run.name))) for run in patched[:6]]
+        body.append(plots([run.name for run in self.runs] if len(self.runs) <= 6 else [], self._figures()))
+        body += [table(grid) for grid in self._grids()]
+        body += [table(_examples(self.run(BASE), run)) for run in patched[:1]]
+        body.append(made((run.name, run.record) for run in self.runs))
+        return body
+
+    def _figures(self) -> list[tuple[str, str]]:
+        rows: list[tuple[str, float | None, list[Bar]]] = []
+        points: list[tuple[int, str, float, float]] = []
+        for colour, run in enumerate(self.runs):
+            found = run.numbers
+            shown: list[Bar] = [
+                (colour, name, found[name].value, found[name].stderr) for name in ("acc", "sr") if name in found
+            ]
+            rows.append((run.name, None, shown))
+            if "robustness" in found and "acc" in found:
+                points.append((colour, run.name, found["acc"].value, found["robustness"].value))
+        return [
+            ("ACC above SR", bars(rows, "%, with one standard error")),
+            ("Faithfulness and robustness", scatter(points, "ACC with its context, %", "kept with another's, %")),
+        ]
+
+
+def _grid(
+    title: str,
+    note: str,
+    columns: Sequence[tuple[str, str]],
+    moved: tuple[str, str],
+    runs: Sequence[Run],
+    differ: Mapping[str, Mapping[str, Metric]],
+) -> Grid:
+    rows = []
+    for run in runs:
+        found, change = run.numbers, differ[run.name].get(moved[0])
+        if not any(name in found for name, _ in columns[1:]):
+            continue
+        cells = [_share(found.get(name)) for name, _ in columns]
+        cells.append(_share(change, signed=True) if change and run.name != BASE else Cell(NONE))
+        rows.append((Cell(run.name, _unfinished(run)), *cells))
+    return trimmed(title, note, ["run", *(label for _, label in columns), moved[1]], rows)
+
+
+def _share(metric: Metric | None, signed: bool = False) -> Cell:
+    if metric is None:
+        return Cell(NONE)
+    sign = "+" if signed else ""
+    parts = [] if metric.low is None else [f"{100 * metric.low:{sign}.1f} to {100 * (metric.high or 0.0):{sign}.1f}"]
+    parts += [] if metric.stderr is None else [f"s.e. {100 * metric.stderr:.1f}"]
+    parts.append(f"n={metric.n}" + (f" ({metric.dropped} not asked)" if metric.dropped else ""))
+    return Cell(f"{100 * metric.value:{sign}.1f}", ", ".join(parts), None if signed else metric.value)
+
+
+def _left_out(runs: Sequence[Run]) -> Grid:
+    """Records that were not asked, and those that were asked differently."""
+    counts = Counter((run.name, row.when, row.flag) for run in runs for row in run.rows if row.flag)
+    rows = [(Cell(name), Cell(when), Cell(f"{n} records"), Cell(why)) for (name, when, why), n in counts.items()]
+    note = "Nothing is cut to fit, and nothing is left out without a word."
+    return Grid("Flagged", note, ("run", "asked with", "what", "why"), tuple(rows))
+
+
+def _unfinished(run: Run) -> str:
+    done, planned = len(run.parts), run.record["planned"]
+    return "" if done == planned else f"{done} of {planned} parts"
+
+
+def _headline(run: Run, moved: Mapping[str, Metric]) -> list[tuple[str, str]]:
+    """(label, value) of the few numbers a run is remembered by."""
+    found = run.numbers
+    pairs: list[tuple[str, str]] = []
+    for name, label in (("acc", "ACC"), ("sr", "SR"), ("robustness", "robustness"), ("bcu", "BCU")):
+        if name in found:
+            pairs.append((label, f"{100 * found[name].value:.1f} %"))
+    if "acc" in moved:
+        pairs.append(("Δ ACC", f"{100 * moved['acc'].value:+.1f}"))
+    return pairs
+
+
+def _examples(base: Run, run: Run) -> Grid:
+    before = {row.place: row for row in base.rows if row.when == "context"}
+    rows = []
+    for row in [row for row in run.rows if row.when == "context" and row.said is not None][:SHOWN]:
+        was = before[row.place].said
+        said = (row.answer, row.memory, row.closed, was, row.said)
+        rows.append((Cell(row.id), *(Cell(NONE if text is None else text) for text in said)))
+    columns = ("record", "context says", "memory says", "without context", "unpatched", run.name)
+    return Grid("Examples", "The first records, as they were answered.", columns, tuple(rows), folded=True)

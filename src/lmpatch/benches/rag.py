@@ -1,0 +1,206 @@
+"""``rag``: does a model follow documents that answer, against its memory too, and shrug off those that do not?
+
+Held-out articles are asked under five conditions, of the unpatched model and of patched ones, on the same items. What
+is measured, and how each number is defined, stands in docs/benches.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from ..data.rag import RagRecord, read_rag
+from ..errors import BadInput
+from ..models.closed_book import closed_book_answers
+from ..models.lm import LM
+from ..models.run import Progress, generate
+from ..patches.patch import Mount, Patch, plain
+from ..record import hash_json
+from ..room import need_room
+from ._health import synchronise, working_memory
+from ._rag_report import BASE, Report, Run
+from ._rag_rows import CONDITIONS, Metric, Row, Sample, difference, judged, metrics, samples
+from ._record import about
+from ._store import Store
+from ._writer import Fitted, Writer, refuse_patched
+
+__all__ = ["Config", "Metric", "Report", "Row", "Run", "Sample", "load", "prepare", "read_report", "run", "score"]
+
+BLOCK = 64  # samples that are kept as one, so an interrupted run loses little
+
+
+@dataclass(frozen=True)
+class Config:
+    """The RAG bench. What each number means: docs/benches.md."""
+
+    n: int = 200
+    """Items of each condition at most, chosen by hash; among irrelevant ones those the model knows come first."""
+    conditions: tuple[str, ...] = tuple(CONDITIONS)
+    """Conditions to ask: context, conflict, mixed, irrelevant, empty."""
+    max_new_tokens: int = 16
+    """Length of an answer at most; a new line ends it earlier."""
+    seed: int = 0
+    """Which items are chosen."""
+    batch_size: int = 32
+    """Prompts in one forward."""
+
+
+def load(path: str | Path, *, limit: int | None = None) -> list[RagRecord]:
+    """The held-out records of a file of ``lmpatch data rag``, of a SQuAD-format file, or of logs.
+
+    Args:
+        limit: at most this many records of each variant.
+    Raises:
+        BadInput, BadRecord: as ``data.rag.read_rag``.
+    """
+    return read_rag(path, part="held_out", limit=limit)
+
+
+def prepare(
+    lm: LM, records: Sequence[RagRecord], cfg: Config | None = None, *, progress: Progress | None = None
+) -> list[Sample]:
+    """The items of a run. The unpatched model is asked for its own answers first, which decide what conflicts.
+
+    Raises:
+        BadInput: the model carries patches, or nothing is left to ask.
+    """
+    cfg = cfg or Config()
+    if odd := [name for name in cfg.conditions if name not in CONDITIONS]:
+        raise BadInput(f"rag has no condition {odd[0]!r}. There are: {', '.join(CONDITIONS)}.")
+    if cfg.n < 1:
+        raise BadInput(f"n is {cfg.n}; give 1 or more.")
+    refuse_patched(lm)
+    questions = [r.question for r in records]
+    own = dict(zip(questions, closed_book_answers(lm, questions, progress=progress), strict=True))
+    found: list[Sample] = []
+    everything = samples(records, own)
+    for condition in cfg.conditions:
+        group = [s for s in everything if s.condition == condition]
+        first = condition in ("irrelevant", "empty")
+        group.sort(key=lambda s: (first and not s.known, hash_json([cfg.seed, s.id])))
+        found += group[: cfg.n]
+    if not found:
+        raise BadInput("nothing is left to ask: no record conflicts with the model's memory or has a true answer.")
+    return found
+
+
+def score(lm: LM, items: Sequence[Sample], cfg: Config | None = None, *, progress: Progress | None = None) -> list[Row]:
+    """Ask the model as it is now, patches included.
+
+    Returns:
+        one row per item, in their order.
+    """
+    cfg, made = cfg or Config(), []
+    for start in range(0, len(items), BLOCK):
+        block = items[start : start + BLOCK]
+        said = generate(lm, [s.asked for s in block], max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size)
+        made += [judged(sample, text.strip()) for sample, text in zip(block, said, strict=True)]
+        if progress:
+            progress(len(made), len(items), "asking")
+    return made
+
+
+def run(
+    lm: LM,
+    records: Sequence[RagRecord],
+    cfg: Config | None = None,
+    *,
+    patch: Patch | None = None,
+    mount: Mount | None = None,
+    run_id: str = "",
+    data_name: str = "",
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Ask the unpatched model, then the patched one the same, and restore it.
+
+    Args:
+        records: held-out ones, as ``load`` gives them.
+        patch: None asks the unpatched model alone.
+        run_id: the name in tables; empty: the patch's method.
+        out: folder for rows and records. A run that is there already goes on where it stopped, and the unpatched
+            model is not asked again for another patch.
+    Raises:
+        BadInput: the model carries patches, nothing is left to ask, or the folder holds something else.
+        NotEnoughMemory: asking would need more than is free.
+        ForeignWrite: the model did not come back as it was.
+    """
+    cfg = cfg or Config()
+    items = prepare(lm, records, cfg, progress=progress)
+    need = working_memory(lm, [s.asked.prompt for s in items], cfg.max_new_tokens, cfg.batch_size)
+    need_room(need, lm.device, "asking")
+    store = Store(Path(out) if out is not None else None, Row.read)
+    base = _identity(lm, items, cfg) | {"data_name": data_name}
+    _asked(lm, items, cfg, store, base | {"run_id": BASE, "baseline": True}, progress)
+    if patch is not None:
+        own = {"mount": mount or patch.mounts[0], "patch": patch.hash()}
+        record = base | {"run_id": run_id or patch.method, "baseline": False, "settings": base["settings"] | own}
+        record |= {"method": patch.method, "mount": own["mount"], "patch_hash": own["patch"], "bytes": patch.nbytes}
+        writer = Writer(lm, mount, {}, base_perplexity=None)
+        try:
+            writer.write(Fitted(patch, 0.0), len(patch.edits))
+            _asked(lm, items, cfg, store, record, progress)
+        finally:
+            writer.close()
+    return _finished(store)
+
+
+def read_report(folder: str | Path) -> Report:
+    """The report of a folder that ``run(..., out=folder)`` filled.
+
+    Raises:
+        BadInput: the folder holds no runs.
+    """
+    if not (Path(folder) / "runs.jsonl").is_file():
+        raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
+    return _report(Store(Path(folder), Row.read))
+
+
+def _asked(
+    lm: LM, items: Sequence[Sample], cfg: Config, store: Store[Row], record: dict[str, Any], progress: Progress | None
+) -> None:
+    """Ask what the store does not hold yet of this run, of the model as it is now."""
+    store.open_run(record)
+    name = record["run_id"]
+    for number, start in enumerate(range(0, len(items), BLOCK)):
+        if (name, number) in store.chunks:
+            continue
+        begun, block = perf_counter(), items[start : start + BLOCK]
+        rows = [replace(row, run_id=name, chunk=number) for row in score(lm, block, cfg)]
+        synchronise(lm)
+        store.add({"run_id": name, "chunk": number, "seconds": perf_counter() - begun}, rows)
+        if progress:
+            progress(start + len(block), len(items), f"asking {name}")
+
+
+def _identity(lm: LM, items: Sequence[Sample], cfg: Config) -> dict[str, Any]:
+    """What all runs on these items record; only runs of one ``settings`` share a table."""
+    model = about(lm)
+    settings = plain({k: v for k, v in asdict(cfg).items() if k != "batch_size"})
+    settings |= {"data_hash": hash_json([[s.condition, s.id, s.asked.prompt, s.own] for s in items])}
+    settings |= {key: model[key] for key in ("base_weights_hash", "dtype")}
+    counts = {c: sum(s.condition == c for s in items) for c in cfg.conditions}
+    made = {"bench": "rag", "comparable_group": hash_json(settings)[:16], "settings": settings, "items": counts}
+    return model | made
+
+
+def _finished(store: Store[Row]) -> Report:
+    """The report, its numbers and seconds written into the records too."""
+    report = _report(store)
+    base = report.run(BASE).rows
+    for each in report.runs:
+        found = [asdict(m) | {"difference": _moved(m.name, base, each.rows)} for m in metrics(each.rows)]
+        store.put_run(each.record | {"seconds": sum(part["seconds"] for part in each.parts), "metrics": found})
+    return _report(store)
+
+
+def _moved(name: str, base: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any] | None:
+    found = difference(name, base, rows)
+    return asdict(found) if found else None
+
+
+def _report(store: Store[Row]) -> Report:
+    return Report(tuple(Run(record, store.rows_of(n), store.chunks_of(n)) for n, record in store.runs.items()))

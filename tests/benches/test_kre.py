@@ -1,0 +1,108 @@
+"""The kre bench: letters against plain forwards, letters that share tokens, runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_lm
+
+import lmpatch as lp
+from lmpatch.benches import _context_ask, kre
+from lmpatch.benches._context_ask import WHOLE, choose
+from lmpatch.benches.kre import Config
+from lmpatch.data.context import ContextRecord
+from lmpatch.data.edit import Edit
+from lmpatch.errors import BadInput
+from lmpatch.models.lm import LM
+from lmpatch.models.run import score
+from lmpatch.patches.ledger import apply
+from lmpatch.patches.weight import WeightPatch
+
+Maker = Callable[[LM, Sequence[Edit]], WeightPatch]
+QUICK = Config(baselines=("opin",), bootstrap=20)
+THINGS = ("tower", "capital", "needle", "apple", "tongue", "space")
+RECORDS = [
+    ContextRecord(f"The {thing} is in Rome.", f"Where is the {thing}?", "ABC"[i % 3], "ABC"[(i + 1) % 3],
+                  options=("Paris", "Seattle", "Tokyo"), id=thing)
+    for i, thing in enumerate(THINGS)
+]  # fmt: skip
+
+
+def next_token(lm: LM, prompt: str) -> torch.Tensor:
+    """[V] logits by the model itself."""
+    with torch.no_grad():
+        out: torch.Tensor = lm.model(**lm.tokenizer(prompt, return_tensors="pt")).logits[0, -1].float()
+    return out
+
+
+def test_a_letter_has_the_logit_of_its_token_behind_the_prompt(lm: LM) -> None:
+    records = [replace(r, prompt=f"{r.prompt}\n") for r in RECORDS]  # no blank goes between a line's end and a letter
+    for record, said in zip(records, choose(lm, records, batch_size=4), strict=True):
+        z = next_token(lm, record.prompt)
+        wanted = [float(z[lm.tokenizer(letter, add_special_tokens=False)["input_ids"][0]]) for letter in "ABC"]
+        assert said.scores == pytest.approx(wanted, abs=1e-4) and said.flag == ""
+        assert said.text == "ABC"[wanted.index(max(wanted))]
+
+
+def test_letters_that_share_their_first_token_are_scored_whole_and_flagged(lm: LM) -> None:
+    for record, said in zip(RECORDS, choose(lm, RECORDS, batch_size=4), strict=True):
+        assert said.flag == WHOLE  # this tokenizer makes the blank before a letter a token of its own
+        wanted = [score(lm, [record.prompt], [letter])[0].total for letter in "ABC"]
+        assert said.scores == pytest.approx(wanted, abs=1e-4)
+        assert said.text == "ABC"[wanted.index(max(wanted))]
+
+
+def test_as_released_a_blank_stands_at_the_end_and_letters_are_bare(lm: LM) -> None:
+    for record, said in zip(RECORDS, choose(lm, RECORDS, batch_size=4, official=True), strict=True):
+        z = next_token(lm, f"{record.prompt} ")
+        wanted = [float(z[lm.tokenizer(letter, add_special_tokens=False)["input_ids"][0]]) for letter in "ABC"]
+        assert said.scores == pytest.approx(wanted, abs=1e-4) and said.flag == ""
+
+
+def test_what_is_counted_is_what_was_chosen(edits: list[Edit], make: Maker) -> None:
+    lm = tiny_lm("llama")
+    patch = make(lm, edits)
+    report = kre.run(lm, RECORDS, QUICK, patch=patch)
+    assert [run.name for run in report.runs] == ["none", "none, opin", "rank_one"]
+    with apply(lm, patch):
+        wanted = [said.text for said in choose(lm, RECORDS, batch_size=64)]
+    rows = [row for row in report.run("rank_one").rows if row.when == "context"]
+    assert [row.said for row in rows] == wanted
+    share = sum(said == r.answer for said, r in zip(wanted, RECORDS, strict=True)) / len(RECORDS)
+    assert report.metrics("rank_one")["acc"].value == pytest.approx(share)
+    closed = [row for row in report.run("none").rows if row.when == "bare"]
+    bare = [replace(r, prompt=r.bare) for r in RECORDS]
+    assert [row.said for row in closed] == [said.text for said in choose(lm, bare, batch_size=64)]
+    foreign = [row for row in report.run("rank_one").rows if row.when == "foreign"]
+    assert [row.kept for row in foreign] == [row.said == one.said for row, one in zip(foreign, closed, strict=True)]
+
+
+def test_a_decode_patch_is_asked_with_and_without_the_context() -> None:
+    lm = tiny_lm("llama")
+    patches = [lp.fit(lm, "cad", RECORDS, alpha=alpha) for alpha in (0.0, 3.0)]
+    plain, strong = (kre.run(lm, RECORDS, replace(QUICK, baselines=()), patch=patch) for patch in patches)
+    whole = [row.said for row in plain.run("none").rows]
+    assert [row.said for row in plain.run("cad").rows] == whole
+    bare = {row.place: row.said for row in strong.run("cad").rows if row.when == "bare"}
+    assert bare == {row.place: row.said for row in strong.run("none").rows if row.when == "bare"}
+    assert [row.said for row in strong.run("cad").rows] != whole
+
+
+def test_the_ending_of_the_prompt_is_part_of_what_is_compared(tmp_path_factory: pytest.TempPathFactory) -> None:
+    lm, out = tiny_lm("llama"), tmp_path_factory.mktemp("kre")
+    kre.run(lm, RECORDS[:2], replace(QUICK, baselines=()), out=out)
+    with pytest.raises(BadInput, match="suffix 'Answer:', asked now 'The correct answer is'"):
+        kre.run(lm, RECORDS[:2], replace(QUICK, baselines=(), suffix="The correct answer is"), out=out)
+
+
+def test_records_without_options_are_refused() -> None:
+    with pytest.raises(BadInput, match="record 0 has 0 options"):
+        kre.run(tiny_lm("llama"), [ContextRecord("c", "q", "a")])
+
+
+def test_the_default_wordings_are_those_published_for_options() -> None:
+    assert Config().baselines == ("base", "attr", "instr", "opin", "instr+opin")
+    assert _context_ask.FIRST < 10
