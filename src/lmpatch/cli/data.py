@@ -1,0 +1,89 @@
+"""``lmpatch data``: build sets of records, and look at what a file holds. Needs no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import new_path
+from .screen import say, table
+
+if TYPE_CHECKING:
+    from ..data.rag import RagRecord
+
+
+OWN = "(the model's own answer)"
+
+
+def data() -> typer.Typer:
+    """The group of commands."""
+    app = typer.Typer(
+        no_args_is_help=True,
+        help="Build and inspect sets of questions with documents.\n\n"
+        "\b\nExamples:\n  lmpatch data rag squad.jsonl.gz -o sets\n  lmpatch data show sets/train.jsonl",
+    )
+    app.command("rag", no_args_is_help=True)(rag)
+    app.command("show", no_args_is_help=True)(show)
+    return app
+
+
+def rag(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A SQuAD-format file, or JSONL of question, documents, answer.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Folder to write. It must not exist yet.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the builder; may repeat.")
+    ] = None,
+) -> None:
+    """Build the sets of `parenting` and the bench `rag`: split by article, the same files every time.
+
+    \b
+    Examples:
+      lmpatch data rag squad.jsonl.gz -o sets
+      lmpatch data rag logs.jsonl -o sets --set words=120 --set seed=1
+    """
+    from ..data.rag import Build, build, read_questions, write
+    from ..settings import parse, resolve
+
+    new_path(out)
+    cfg = resolve(Build, parse(Build, settings or []))
+    sets = build(read_questions(source), cfg)
+    manifest = write(sets, out, source=source, cfg=cfg)
+    table(["part", "kind", "variant", "records"], [(*name.split("/"), n) for name, n in manifest["counts"].items()])
+    for why, count in manifest["skipped"].items():
+        say(f"skipped {count}: {why}")
+    say(f"train.jsonl, held_out.jsonl and manifest.json in {out}")
+
+
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A built file, or a source as `rag` reads it.")],
+    count: Annotated[int, typer.Option("-n", "--count", min=0, metavar="N", help="Examples of each variant.")] = 1,
+) -> None:
+    """What a file holds: how many records of each kind, and examples as the model reads them.
+
+    \b
+    Example:
+      lmpatch data show sets/train.jsonl -n 2
+    """
+    from ..data.rag import build, counts, is_built, read_built, read_questions
+
+    built = is_built(file)
+    records = read_built(file) if built else build(read_questions(file)).records
+    if not built:
+        say(f"{file} is a source; this is what is built from it.")
+    table(["part", "kind", "variant", "records"], [(*name.split("/"), n) for name, n in counts(records).items()])
+    seen: dict[str, int] = {}
+    for record in records:
+        seen[record.variant] = seen.get(record.variant, 0) + 1
+        if seen[record.variant] <= count:
+            _example(record)
+
+
+def _example(record: RagRecord) -> None:
+    say(f"\n--- {record.kind}, {record.variant}, {record.id}")
+    say(f"{record.prompt}{record.answer or OWN}")
+    if record.gold:
+        say(f"true: {' | '.join(record.gold)}")

@@ -1,0 +1,69 @@
+"""What sort of answer a text is, and its replacement by another of the same sort. No model is asked."""
+
+from __future__ import annotations
+
+import re
+
+MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
+WORDS = ("who", "where", "when", "how many", "how much", "which", "what")
+SPAN = 1  # a substitute has this many words more or less at most
+OCCURRENCES = 6  # an answer that stands in its document more often is not replaced
+
+Type = tuple[str, str]
+"""(shape of the answer, question word)."""
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation and articles, single blanks: SQuAD's comparison of answers."""
+    bare = re.sub(r"[^\w\s]", "", text.casefold())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def f1(a: str, b: str) -> float:
+    """Token F1 of two answers, normalised."""
+    x, y = normalise(a).split(), normalise(b).split()
+    common = sum(min(x.count(token), y.count(token)) for token in set(x))
+    return 2 * common / (len(x) + len(y)) if common else 0.0
+
+
+def answer_type(answer: str, question: str) -> Type:
+    """Shape × question word."""
+    asked = question.casefold()
+    found = [(match.start(), word) for word in WORDS if (match := re.search(rf"\b{word}\b", asked))]
+    return shape(answer), min(found)[1] if found else "other"
+
+
+def shape(answer: str) -> str:
+    """One of: year, date, percent, money, unit, number, name, word, phrase1, phrase2, phrase3."""
+    text = answer.strip().strip(".,;:\"'")
+    words = text.split()
+    if re.fullmatch(r"(1\d|20)\d\d", text):
+        return "year"
+    if re.search(rf"\b({MONTHS})\b", text.casefold()) and re.search(r"\d", text):
+        return "date"
+    if re.search(r"\d\s*(%|percent)", text):
+        return "percent"
+    if re.search(r"[$€£¥]\s*\d|\d\s+(dollars|euros|pounds)", text):
+        return "money"
+    if re.match(r"\d", text):
+        return "number" if len(words) == 1 else "unit"
+    capitals = sum(word[0].isupper() for word in words)
+    if capitals and len(words) == 1:
+        return "word"
+    if words and capitals >= len(words) / 2:
+        return "name"
+    return f"phrase{min(3, max(1, len(words)))}"
+
+
+def replaced(text: str, old: str, new: str) -> str | None:
+    """The text with every whole-word ``old`` turned into ``new``, also where it begins with a capital.
+
+    Returns:
+        None where ``old`` is shorter than two characters, does not occur, or occurs more than six times.
+    """
+    if len(old) < 2:
+        return None
+    spellings = {old: new, old[0].upper() + old[1:]: new[0].upper() + new[1:]}
+    pattern = re.compile("|".join(rf"(?<!\w){re.escape(s)}(?!\w)" for s in spellings))
+    made, count = pattern.subn(lambda match: spellings[match.group()], text)
+    return made if 0 < count <= OCCURRENCES else None

@@ -1,0 +1,150 @@
+"""Records for retrieval-augmented answers: read, built from SQuAD-format files or logs, written.
+
+A built file is JSON lines of ``RagRecord``s (``kind`` is among the keys). A raw one (see ``_rag_source``) is built on
+the way in, always in the same way: training takes the articles of one side of the split, the bench the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, BadRecord
+from ._rag_build import Build, Sets, build
+from ._rag_record import Part, RagRecord, render
+from ._rag_source import Question, has_words, read_questions
+from ._rag_types import f1, normalise
+from .readers import Record, only, read_records, text_of
+
+__all__ = [
+    "Build", "Question", "RagRecord", "Sets", "build", "closed_book", "counts", "f1", "has_words", "is_built", "known",
+    "normalise", "read_built", "read_questions", "read_rag", "refused", "render", "write",
+]  # fmt: skip
+
+STORED = [f.name for f in fields(RagRecord) if f.name not in ("prompt", "bare")]
+KNOWN = 0.5
+"""Token F1 with a true answer from which an answer counts as known."""
+REFUSALS = ("i do not know", "i dont know", "i am not sure", "im not sure", "not sure")
+"""An answer that begins so says nothing."""
+
+
+def read_rag(path: str | Path, *, part: Part = "train", limit: int | None = None) -> list[RagRecord]:
+    """The records of one side, from a built file or a raw one, built with the default ``Build``.
+
+    Args:
+        limit: at most this many records of each kind, the first ones.
+    Raises:
+        BadInput: no such file, an unknown shape, or no records of that side.
+        BadRecord: lines that cannot be read; names the file and the first ten of them.
+    """
+    if limit is not None and limit < 1:
+        raise BadInput(f"limit is {limit}; give 1 or more.")
+    records = read_built(path) if is_built(path) else build(read_questions(path)).records
+    seen: Counter[str] = Counter()
+    kept = []
+    for record in records:
+        if record.part == part:
+            seen[record.kind + record.variant] += 1
+            if limit is None or seen[record.kind + record.variant] <= limit:
+                kept.append(record)
+    if not kept:
+        raise BadInput(f"{path} holds no records of the part {part}. Give the other file of `lmpatch data rag`.")
+    return kept
+
+
+def is_built(path: str | Path) -> bool:
+    """Whether a file holds built records rather than their source; told from its first record."""
+    found: list[bool] = []
+
+    class Enough(Exception):
+        pass
+
+    def look(record: Record, _: int) -> None:
+        found.append("kind" in record)
+        raise Enough
+
+    with suppress(Enough):
+        read_records(Path(path), look)
+    return found[0]
+
+
+def read_built(path: str | Path) -> list[RagRecord]:
+    """Read a file that ``write`` made, or one by hand.
+
+    Raises:
+        BadInput, BadRecord: as ``read_rag``.
+    """
+
+    def make(record: Record, place: int) -> RagRecord:
+        only(record, [field.name for field in fields(RagRecord)])
+        for name in ("documents", "gold"):
+            value = record.get(name, [])
+            if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+                raise BadRecord(f"{name} must be a list of texts, found {value!r}")
+        texts = {name: text_of(record, name, "") for name in record if name not in ("documents", "gold", "id")}
+        lists: dict[str, Any] = {name: tuple(record.get(name, ())) for name in ("documents", "gold")}
+        return RagRecord(**{"question": "", **texts}, **lists, id=str(record.get("id", place)))  # type: ignore[arg-type]
+
+    return [record for _, record in read_records(Path(path), make)]
+
+
+def write(sets: Sets, folder: str | Path, *, source: str | Path, cfg: Build) -> dict[str, Any]:
+    """Write ``train.jsonl``, ``held_out.jsonl`` and ``manifest.json`` into a new folder.
+
+    Returns:
+        the manifest: settings, counts, what was skipped and why, SHA-256 of source and files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    files = {}
+    for part in ("train", "held_out"):
+        lines = [
+            json.dumps({n: getattr(r, n) for n in STORED}, ensure_ascii=False) for r in sets.records if r.part == part
+        ]
+        path = folder / f"{part}.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest = {
+        "source": Path(source).name,
+        "source_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest(),
+        "settings": asdict(cfg),
+        "counts": counts(sets.records),
+        "skipped": dict(sets.skipped),
+        "files": files,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def counts(records: Sequence[RagRecord]) -> dict[str, int]:
+    """``part/kind/variant`` → how many."""
+    found = Counter(f"{r.part}/{r.kind}/{r.variant}" for r in records)
+    return dict(sorted(found.items()))
+
+
+def closed_book(question: str) -> str:
+    """The prompt without documents that asks for the model's own answer.
+
+    Source: the closed-book prompt of COIECD (arXiv:2402.11893).
+    """
+    return (
+        "Answer the following question based on your internal knowledge with one or few words: "
+        f"{question.strip()}\nAnswer:"
+    )
+
+
+def refused(answer: str) -> bool:
+    """The answer is empty or says that there is none."""
+    said = normalise(answer)
+    return not said or said in ("unknown", "none") or any(f"{said} ".startswith(f"{text} ") for text in REFUSALS)
+
+
+def known(answer: str, gold: Sequence[str]) -> bool:
+    """The answer agrees with a true one."""
+    return any(f1(answer, text) >= KNOWN for text in gold)

@@ -1,0 +1,138 @@
+"""Rows that Parenting trains on: the three sets tokenised, and which rows each step takes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data.rag import RagRecord, has_words, known, refused
+from ..errors import BadInput
+from ..models.closed_book import closed_book_answers
+from ..models.lm import LM
+from ..models.run import Progress, blocks, hooked, nll, positions
+from ..models.tokens import Row, encode_all, pad, pad_id
+
+if TYPE_CHECKING:
+    from .parenting import Config
+
+SETS = ("adherence", "robustness", "extraction")
+UNKNOWN = "I do not know."
+HELD = 4  # rows of each set that only validate; at most an eighth of it
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One set as token rows. ``sure`` marks rows whose answer the model knew without documents."""
+
+    train: list[Row]
+    validate: list[Row]
+    sure: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Material:
+    """The three sets, and what happened to records on the way."""
+
+    sets: dict[str, Rows]
+    notes: dict[str, Any]
+
+
+def prepare(lm: LM, records: Sequence[RagRecord], cfg: Config, units: int, progress: Progress | None) -> Material:
+    """Targets for every record, tokenised.
+
+    Raises:
+        BadInput: a set has fewer records than there are units, or none for a loss that is asked for.
+    """
+    groups = {kind: [r for r in records if r.kind == kind] for kind in SETS}
+    _enough({kind: len(group) for kind, group in groups.items()}, cfg, units)  # before the model is asked anything
+    told, sure, notes = _own_answers(lm, groups["robustness"], cfg, progress)
+    pairs: dict[str, list[tuple[RagRecord, str, bool]]] = {
+        kind: [(r, r.answer, False) for r in groups[kind]] for kind in ("adherence", "extraction")
+    }
+    pairs["robustness"] = list(zip(*told, sure, strict=True)) if told[0] else []
+    _enough({kind: len(pairs[kind]) for kind in SETS}, cfg, units)
+    order = random.Random(f"{cfg.seed}/rows")
+    sets = {}
+    for kind in SETS:
+        order.shuffle(pairs[kind])
+        held = min(HELD, len(pairs[kind]) // 8)
+        rows = _encode(lm, [r.prompt for r, _, _ in pairs[kind]], [target for _, target, _ in pairs[kind]])
+        sets[kind] = Rows(rows[held:], rows[:held], [flag for _, _, flag in pairs[kind][held:]])
+    return Material(sets, notes | {"rows": {kind: len(rows.train) for kind, rows in sets.items()}})
+
+
+def _enough(found: dict[str, int], cfg: Config, units: int) -> None:
+    for kind, count in found.items():
+        wanted = kind != "extraction" or (cfg.delta < 1 and cfg.rows_extraction > 0)
+        if wanted and count == 0:
+            hint = " or set delta=1" if kind == "extraction" else ""
+            raise BadInput(f"no {kind} records. Build sets with `lmpatch data rag`{hint}.")
+        if kind != "extraction" and cfg.mode != "mixed" and count < units:
+            raise BadInput(
+                f"{count} {kind} records for {units} units: scores would be noise with fewer records than units. Give "
+                f"more records, or larger units (now {cfg.units}), or train without them: mode=mixed."
+            )
+
+
+def _own_answers(
+    lm: LM, records: Sequence[RagRecord], cfg: Config, progress: Progress | None
+) -> tuple[tuple[list[RagRecord], list[str]], list[bool], dict[str, Any]]:
+    """Robustness records with the model's own answers; refusals, and answers the documents give, are kept apart."""
+    answers = closed_book_answers(lm, [r.question for r in records], progress=progress)
+    kept: tuple[list[RagRecord], list[str]] = ([], [])
+    sure: list[bool] = []
+    empty = told = 0
+    for record, answer in zip(records, answers, strict=True):
+        if refused(answer):
+            empty += 1
+            if not cfg.refusals:
+                continue
+            answer = UNKNOWN
+        elif any(has_words(document, answer) for document in record.documents):
+            told += 1
+            continue
+        kept[0].append(record)
+        kept[1].append(answer)
+        sure.append(known(answer, record.gold))
+    notes = {"own_answers": {"known": sum(sure), "refused": empty, "in_documents": told, "asked": len(records)}}
+    return kept, sure, notes
+
+
+def _encode(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]:
+    """Prompt, target, end token."""
+    end = lm.tokenizer.eos_token_id
+    rows = encode_all(lm, prompts, targets)
+    return rows if end is None else [replace(row, ids=(*row.ids, int(end))) for row in rows]
+
+
+def draws(rows: Rows, count: int, step: int, seed: str, share: float = 0.0) -> list[Row]:
+    """``count`` rows of one step. Everything depends on seed and step, so a resumed run is the same run.
+
+    Args:
+        share: of the rows that are taken from the sure ones, where there are any. 0: all rows alike.
+    """
+    sure = [i for i, flag in enumerate(rows.sure) if flag and share]
+    rest = sorted({*range(len(rows.train))} - {*sure}) or sure
+    picked = []
+    for place in range(step * count, (step + 1) * count):
+        first = bool(sure) and int((place + 1) * share) > int(place * share)
+        at = int(place * share) if first else place - (int(place * share) if sure else 0)
+        pool = sure if first else rest
+        turn, within = divmod(at, len(pool))
+        picked.append(pool[random.Random(f"{seed}/{first}/{turn}").sample(range(len(pool)), len(pool))[within]])
+    return [rows.train[i] for i in picked]
+
+
+def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Any]]) -> Tensor:
+    """Mean cross-entropy over the answer tokens of the rows, nats; the head runs at those positions only."""
+    ids, mask = (t.to(lm.device) for t in pad([row.ids for row in rows], pad_id(lm), side="right"))
+    where = [(i, t - 1) for i, row in enumerate(rows) for t in range(row.target, len(row.ids))]
+    r, c = torch.tensor(where, device=lm.device).T
+    with hooked(*hooks()):
+        states = blocks(lm, ids, mask, position_ids=positions(mask))  # [n, T, d]
+    return nll(lm, states[r, c], ids[r, c + 1]).mean()

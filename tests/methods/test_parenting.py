@@ -1,0 +1,543 @@
+"""Parenting: scores against hand computations, gradients against separate backwards, frozen units, resumed runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_lm
+from torch import Tensor
+
+from lmpatch.data.rag import RagRecord
+from lmpatch.errors import BadInput, Diverged
+from lmpatch.methods import _parenting_data, _parenting_tune, parenting
+from lmpatch.methods._parenting_data import Rows, draws, loss, prepare
+from lmpatch.methods._parenting_mine import (
+    Tracker,
+    active_tokens,
+    balance,
+    layer_weights,
+    mine,
+    typed,
+    z_scores,
+)
+from lmpatch.methods._parenting_tune import Tuner, gradients, mixes
+from lmpatch.methods._parenting_units import TYPES, Adapter, Type, Unit, cut
+from lmpatch.methods.parenting import Config, fit
+from lmpatch.models.lm import LM
+from lmpatch.patches.delta import LowRank
+from lmpatch.patches.export import export
+from lmpatch.record import hash_tensors
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def llama() -> LM:
+    lm = tiny_lm("llama")
+    lm.model.requires_grad_(False)
+    return lm
+
+
+def example(lm: LM) -> tuple[list[RagRecord], Config]:
+    """The method's own, on the projections it tunes by default."""
+    records, cfg = parenting.example(lm)
+    return records, replace(cfg, modules="attention")
+
+
+def ready(lm: LM, **settings: Any) -> tuple[Config, list[Unit], dict[str, Rows]]:
+    records, cfg = example(lm)
+    cfg = replace(cfg, **settings)
+    units = cut(lm, cfg.units, cfg.rank, cfg.modules)
+    return cfg, units, prepare(lm, records, cfg, len(units), None).sets
+
+
+def spread(units: Sequence[Unit]) -> list[Type]:
+    """All four types in turn."""
+    return [TYPES[i % 4] for i in range(len(units))]
+
+
+def one_step(sets: dict[str, Rows], cfg: Config) -> dict[str, Any]:
+    counts = {"adherence": 2, "robustness": 2, "extraction": 1}
+    return {kind: draws(sets[kind], n, 0, str(cfg.seed)) for kind, n in counts.items()}
+
+
+def lively(adapter: Adapter) -> Adapter:
+    """With B away from zero, so that A has a gradient too."""
+    source = torch.Generator().manual_seed(1)
+    for flat in adapter.flat.values():
+        flat.data += 0.05 * torch.randn(flat.shape, generator=source)
+    return adapter
+
+
+# Scores
+
+
+def test_sensitivity_and_uncertainty_follow_a_hand_computation() -> None:
+    theta = torch.tensor([2.0, -1.0], requires_grad=True)
+    tracker = Tracker(theta, None, 0.85, 0.6)
+    tracker.update(torch.tensor([1.0, 4.0]))  # s = 2, 4
+    assert tracker.s[0].tolist() == pytest.approx([0.3, 0.6])  # 0.15 s
+    assert tracker.u[0].tolist() == pytest.approx([0.68, 1.36])  # 0.4 |s - S|
+    tracker.update(torch.tensor([-3.0, 0.0]))  # s = 6, 0
+    assert tracker.s[0].tolist() == pytest.approx([0.85 * 0.3 + 0.9, 0.85 * 0.6])  # 1.155, 0.51
+    assert tracker.u[0].tolist() == pytest.approx([0.6 * 0.68 + 0.4 * (6 - 1.155), 0.6 * 1.36 + 0.4 * 0.51])
+    scores, odd = tracker.reduced([1, 1])
+    assert scores.tolist() == pytest.approx([1.155 * 2.346, 0.51 * 1.02])
+    assert odd == 0
+
+
+def test_the_tracker_is_the_loop_over_units_and_counts_what_is_not_finite() -> None:
+    source = torch.Generator().manual_seed(0)
+    sizes = [3, 5, 2]
+    theta = torch.randn(10, generator=source).requires_grad_()
+    tracker = Tracker(theta, None, 0.85, 0.85)
+    s, u = torch.zeros(10), torch.zeros(10)
+    for step in range(6):
+        grad = torch.randn(10, generator=source)
+        tracker.update(torch.where(torch.arange(10) == step, torch.tensor(float("nan")), grad))
+        now = (theta.detach() * grad).abs()
+        now[step] = 0.0
+        s = 0.85 * s + 0.15 * now
+        u = 0.85 * u + 0.15 * (now - s).abs()
+    scores, odd = tracker.reduced(sizes)
+    wanted = [float(part.mean()) for part in (s * u).split(sizes)]
+    assert scores.tolist() == pytest.approx(wanted, rel=1e-6) and odd == 6
+    assert tracker.nbytes == 3 * 4 * 10
+
+
+def test_no_step_of_the_tracker_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(torch.ones(4, requires_grad=True), None, 0.85, 0.85)
+
+    def refuse(_: Tensor) -> Any:
+        raise AssertionError("a host sync inside a step")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    tracker.update(torch.ones(4))
+
+
+def test_with_full_parameters_the_weight_itself_is_what_is_sensitive() -> None:
+    tracker = Tracker(torch.zeros(2, requires_grad=True), torch.tensor([3.0, -2.0]), 0.85, 0.85)
+    tracker.update(torch.tensor([1.0, 1.0]))
+    assert tracker.s[0].tolist() == pytest.approx([0.45, 0.3])
+
+
+def test_active_tokens_equal_a_loop_without_padding(lm: LM) -> None:
+    _, _, sets = ready(lm)
+    rows = sorted(sets["adherence"].train, key=lambda row: len(row.ids))
+    rows = [rows[0], *sets["extraction"].train[:1]]  # of very different length
+    counts, tokens = active_tokens(lm, rows)
+    single = [active_tokens(lm, [row]) for row in rows]
+    assert tokens == sum(len(row.ids) for row in rows) == sum(n for _, n in single)
+    assert counts.tolist() == pytest.approx(sum(c for c, _ in single).tolist(), rel=1e-3)
+    assert bool((counts > 0).all()) and bool((counts < tokens).all())
+
+
+def test_layer_weights_sum_to_one_and_the_released_softmax_is_a_plain_ratio() -> None:
+    counts = torch.tensor([10.0, 40.0, 25.0, 12.0], dtype=torch.float64)
+    plain = 1 + counts - counts.min()
+    assert torch.allclose(layer_weights(counts, 100, "count"), plain / plain.sum())
+    for cue in ("rate", "count", "none"):
+        weights = layer_weights(counts, 100, cue)  # type: ignore[arg-type]
+        assert float(weights.sum()) == pytest.approx(1) and bool((weights > 0).all())
+    assert torch.allclose(layer_weights(counts, 100, "rate"), layer_weights(2 * counts, 200, "rate"))
+    assert not torch.allclose(layer_weights(counts, 100, "count"), layer_weights(2 * counts, 200, "count"))
+    assert layer_weights(torch.ones(2, dtype=torch.float64), 9, "rate").tolist() == [0.5, 0.5]
+
+
+def test_types_part_the_units_and_the_released_rule_is_z_above_0_where_the_variance_is_small() -> None:
+    source = torch.Generator().manual_seed(0)
+    a, r = (1e-4 * torch.rand(40, generator=source, dtype=torch.float64) for _ in range(2))
+    types = typed(a, r, 0.0)
+    assert types == typed(a, r, 0.0, "variance")
+    assert {t: types.count(t) > 0 for t in TYPES} == dict.fromkeys(TYPES, True)
+    z = z_scores(a), z_scores(r)
+    for i, t in enumerate(types):
+        assert t == (
+            "entangled"
+            if z[0][i] > 0 and z[1][i] > 0
+            else "adherence"
+            if z[0][i] > 0
+            else "robustness"
+            if z[1][i] > 0
+            else "others"
+        )
+    assert typed(a, r, 1.0).count("others") > types.count("others")
+    assert typed(torch.ones(3), torch.ones(3), 0.0) == ["others"] * 3
+
+
+def test_the_balance_of_entangled_units_is_the_ratio_of_their_mean_z() -> None:
+    a, r = torch.tensor([9.0, 8.0, 0.0, 1.0]), torch.tensor([5.0, 0.0, 1.0, 0.0])
+    types: list[Type] = ["entangled", "adherence", "others", "others"]
+    za, zr = float(z_scores(a)[0]), float(z_scores(r)[0])
+    assert balance(a, r, types) == pytest.approx(za / (za + zr))
+    assert balance(a, r, ["others"] * 4) == 0.5
+
+
+# Units
+
+
+@pytest.mark.parametrize("kind", ["matrix", "factor", "lora_rank"])
+def test_however_units_are_cut_the_adapter_starts_as_the_same(lm: LM, kind: Any) -> None:
+    whole = Adapter(lm, cut(lm, "matrix", 3, "all"), 2.0, 7).factors()
+    units = cut(lm, kind, 3, "all")
+    other = Adapter(lm, units, 2.0, 7, spread(units)).factors()
+    assert whole.keys() == other.keys()
+    for module, own in whole.items():
+        assert torch.equal(own["a"], other[module]["a"]) and torch.equal(own["b"], other[module]["b"])
+    per = {"matrix": 1, "factor": 2, "lora_rank": 3}[kind]
+    assert len(units) == per * len(whole) and len({u.name for u in units}) == len(units)
+
+
+@pytest.mark.parametrize("kind", ["matrix", "lora_rank", "full_matrix"])
+def test_hooks_do_what_the_patch_does(lm: LM, kind: Any) -> None:
+    from lmpatch.models.run import hidden, hooked
+    from lmpatch.patches.ledger import apply
+    from lmpatch.patches.weight import WeightPatch
+
+    units = cut(lm, kind, 2, "all")
+    adapter = lively(Adapter(lm, units, 2.0, 0, spread(units)))
+    with torch.no_grad(), hooked(*adapter.hooks(lm)):
+        wanted = hidden(lm, ["The Eiffel Tower"])
+    with apply(lm, WeightPatch.make(lm, adapter.deltas(lm), method="test"), mount="side"):
+        assert torch.allclose(hidden(lm, ["The Eiffel Tower"]), wanted, atol=1e-4)
+
+
+# Boundary control
+
+
+@pytest.mark.parametrize("kind", ["matrix", "lora_rank", "full_matrix"])
+def test_gradients_are_those_of_three_separate_backwards(llama: LM, kind: Any) -> None:
+    cfg, units, sets = ready(llama, units=kind, rank=1)
+    adapter, mix, rows = lively(Adapter(llama, units, 2.0, 0, spread(units))), mixes(0.8, 0.3), one_step(sets, cfg)
+    found = gradients(llama, adapter, rows, mix)
+    for t, leaf in adapter.leaves.items():
+        wanted = torch.zeros_like(leaf)
+        for k in ("adherence", "robustness", "extraction"):
+            (g,) = torch.autograd.grad(loss(llama, rows[k], lambda: adapter.hooks(llama)), leaf)
+            wanted += mix[t].get(k, 0.0) * g
+        assert torch.allclose(found[t], wanted, atol=1e-6, rtol=1e-5), t
+    assert "others" not in found
+
+
+def test_a_unit_never_hears_of_the_other_skills_loss(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient is the same to the bit whatever the other set holds, even where that loss is no number."""
+    cfg, units, sets = ready(llama)
+    adapter, mix, rows = lively(Adapter(llama, units, 2.0, 0, spread(units))), mixes(0.8, 0.5), one_step(sets, cfg)
+    clean = gradients(llama, adapter, rows, mix)
+    for other, own in (("robustness", "adherence"), ("adherence", "robustness")):
+        spoiled = list(rows[other])
+
+        def poisoned(lm: LM, given: Any, hooks: Any, spoiled: Any = spoiled) -> Tensor:
+            return loss(lm, given, hooks) * (float("nan") if given == spoiled else 1.0)
+
+        monkeypatch.setattr(_parenting_tune, "loss", poisoned)
+        found = gradients(llama, adapter, rows, mix)
+        assert torch.equal(found[own], clean[own])  # type: ignore[index]
+        assert bool(found[other].isnan().all()) and bool(found["entangled"].isnan().all())  # type: ignore[index]
+
+
+def test_masked_tuning_is_a_slow_loop_over_parameters_and_others_keep_every_bit(llama: LM) -> None:
+    cfg, units, sets = ready(llama, steps=4, decay=0.1, lr=0.02, clip=0.5, warmup=2, validate_every=10)
+    types, mix = spread(units), mixes(cfg.delta, 0.4)
+    tuner = Tuner(llama, Adapter(llama, units, 2.0, cfg.seed, types), sets, mix, cfg)
+    slow = Adapter(llama, units, 2.0, cfg.seed, types)  # all of it takes gradients here, and each unit has its own Adam
+    frozen = slow.flat["others"].clone()
+    tuner.run()
+    moments: dict[Type, list[Tensor]] = {t: [torch.zeros_like(x), torch.zeros_like(x)] for t, x in slow.leaves.items()}
+    for step in range(cfg.steps):
+        rows = {
+            k: draws(sets[k], n, step, f"{cfg.seed}/{k}", cfg.known_share if k == "robustness" else 0.0)
+            for k, n in tuner.counts.items()
+        }
+        grads = {}
+        for t, leaf in slow.leaves.items():
+            total = torch.zeros_like(leaf)
+            for k in rows:
+                total += (
+                    mix[t].get(k, 0.0) * torch.autograd.grad(loss(llama, rows[k], lambda: slow.hooks(llama)), leaf)[0]
+                )
+            grads[t] = total
+        norm = sum(float(g.square().sum()) for g in grads.values()) ** 0.5
+        rate = cfg.lr * min(1.0, (step + 1) / cfg.warmup) * (1 - step / cfg.steps)
+        for t, leaf in slow.leaves.items():
+            g = grads[t] * min(1.0, cfg.clip / (norm + 1e-6))
+            m, v = moments[t]
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.999).addcmul_(g, g, value=0.001)
+            with torch.no_grad():
+                leaf.mul_(1 - rate * cfg.decay)
+                leaf -= rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    for t, leaf in slow.leaves.items():
+        assert torch.allclose(tuner.adapter.flat[t], leaf, atol=1e-5), t
+    assert torch.equal(tuner.adapter.flat["others"], frozen)
+    assert "others" not in tuner.leaves and len(tuner.adam.state) == 3
+
+
+def test_frozen_units_have_no_part_in_the_patch(llama: LM) -> None:
+    records, cfg = example(llama)
+    patch = fit(llama, records, cfg)
+    frozen = {f"{name}.weight" for name, _, _, t in patch.notes["units"] if t == "others"}
+    assert frozen and not frozen & set(patch.deltas)
+    assert {f"{name}.weight" for name, _, _, t in patch.notes["units"]} - frozen == set(patch.deltas)
+    assert patch.notes["parameters"] * 4 == patch.nbytes
+
+
+def test_without_boundary_control_one_mix_holds_for_all_that_is_tuned(
+    llama: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = Tuner.__init__
+
+    def watch(self: Tuner, lm: LM, adapter: Adapter, sets: Any, mix: Any, *rest: Any) -> None:
+        seen.append(mix)
+        real(self, lm, adapter, sets, mix, *rest)
+
+    monkeypatch.setattr(Tuner, "__init__", watch)
+    records, cfg = example(llama)
+    fit(llama, records, replace(cfg, boundary=False))
+    assert len({tuple(sorted(own.items())) for own in seen[0].values()}) == 1
+
+
+def test_without_extraction_no_such_row_is_run(llama: LM) -> None:
+    records, cfg = example(llama)
+    patch = fit(llama, [r for r in records if r.kind != "extraction"], replace(cfg, delta=1.0))
+    assert all("extraction" not in point for point in patch.notes["validation"]["tuning"])
+
+
+# Merging three adapters
+
+
+def test_merged_in_the_space_of_products_it_is_the_weighted_mean_of_the_three_changes(llama: LM) -> None:
+    records, cfg = example(llama)
+    made: list[Adapter] = []
+    real = Tuner.run
+
+    def keep(self: Tuner, *rest: Any) -> None:
+        real(self, *rest)
+        copy = Adapter(self.lm, self.adapter.units, self.adapter.scale, 0)
+        copy.flat["entangled"] = self.adapter.flat["entangled"].detach().clone()
+        made.append(copy)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Tuner, "run", keep)
+        patch = fit(llama, records, replace(cfg, mode="merge"))
+    assert [c for c in patch.notes["validation"]] == ["tuning adherence", "tuning robustness", "tuning all"]
+    changes = [adapter.deltas(llama) for adapter in made]
+    for name, _, _, t in patch.notes["units"]:
+        wanted = sum(w * c[f"{name}.weight"].dense() for w, c in zip(parenting.MERGE[t], changes, strict=True))  # type: ignore[attr-defined]
+        assert torch.allclose(patch.deltas[f"{name}.weight"].dense(), wanted, atol=1e-6)  # type: ignore[attr-defined]
+    official = fit(llama, records, replace(cfg, mode="merge", merge_space="factors"))
+    assert {d.rank for d in official.deltas.values() if isinstance(d, LowRank)} == {cfg.rank}
+
+
+# Rows
+
+
+def test_known_rows_get_their_share_and_all_rows_come_once_before_any_comes_again() -> None:
+    rows = Rows(list("abcdefgh"), [], [True, True] + [False] * 6)  # type: ignore[arg-type]
+    drawn: list[Any] = [r for step in range(6) for r in draws(rows, 2, step, "s", 0.5)]
+    assert [r in "ab" for r in drawn] == [False, True] * 6
+    assert sorted(r for r in drawn if r not in "ab") == list("cdefgh")
+    assert sorted(r for step in range(4) for r in draws(rows, 2, step, "s")) == list("abcdefgh")
+
+
+def test_refusals_are_kept_apart_and_counted(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    records, cfg = example(llama)
+    own = [r for r in records if r.kind == "robustness"]
+    said = ["", "I do not know.", own[2].documents[0].split()[4], *[r.gold[0] for r in own[3:]]]
+    monkeypatch.setattr(_parenting_data, "closed_book_answers", lambda *_, **__: said)
+    kept = prepare(llama, records, replace(cfg, refusals=False), 16, None)
+    assert kept.notes["own_answers"]["refused"] == 2 and kept.notes["own_answers"]["known"] > 0
+    told = prepare(llama, records, cfg, 16, None)
+    ends = [llama.tokenizer.decode(row.ids[row.target : -1]) for row in told.sets["robustness"].train]
+    more = told.notes["rows"]["robustness"] - kept.notes["rows"]["robustness"]
+    assert more in (1, 2) and ends.count("I do not know.") <= 2  # an eighth of the rows validates
+
+
+def test_rows_end_with_the_end_token_and_only_the_answer_is_scored(llama: LM) -> None:
+    _, _, sets = ready(llama)
+    row = sets["adherence"].train[0]
+    assert row.ids[-1] == llama.tokenizer.eos_token_id
+    assert llama.tokenizer.decode(row.ids[: row.target], skip_special_tokens=True).endswith("[Answer]\n")
+
+
+# Bad input, stops, resumes
+
+
+@pytest.mark.parametrize(
+    ("drop", "settings", "complaint"),
+    [
+        ("robustness", {}, "no robustness records"),
+        ("extraction", {}, "no extraction records"),
+        ("", {"units": "lora_rank", "rank": 8}, "24 adherence records for 128 units"),
+        ("", {"delta": 1.5}, "delta is 1.5"),
+        ("", {"steps": 0}, "steps is 0"),
+        ("", {"mode": "merge", "units": "factor"}, "merge_space=factors"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_model_is_asked(
+    llama: LM, monkeypatch: pytest.MonkeyPatch, drop: str, settings: dict[str, Any], complaint: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(_parenting_data, "closed_book_answers", refuse)
+    records, cfg = example(llama)
+    with pytest.raises(BadInput, match=complaint):
+        fit(llama, [r for r in records if r.kind != drop], replace(cfg, **settings))
+
+
+def failing_from(call: int) -> Callable[..., Tensor]:
+    """The validation loss, infinite from the given call on."""
+    seen = 0
+
+    def spoiled(lm: LM, rows: Any, hooks: Any) -> Tensor:
+        nonlocal seen
+        value = loss(lm, rows, hooks)
+        if not value.requires_grad:
+            seen += 1
+            value = value + (float("inf") if seen >= call else 0.0)
+        return value
+
+    return spoiled
+
+
+def test_a_divergent_run_stops_and_keeps_its_last_good_state(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    records, cfg = example(llama)
+    good = fit(llama, records, replace(cfg, steps=6, validate_every=2, warmup=0))
+    monkeypatch.setattr(_parenting_tune, "loss", failing_from(7))  # three losses each at step 0, 2 and 4
+    with pytest.warns(UserWarning, match="kept is the state of step 2"):
+        stopped = fit(llama, records, replace(cfg, steps=6, validate_every=2, warmup=0))
+    assert "diverged by step 4" in stopped.notes["stopped"][0]
+    assert stopped.notes["validation"]["tuning"][1] == good.notes["validation"]["tuning"][1]
+    assert all(d.is_finite() for d in stopped.deltas.values())
+
+
+def test_a_run_that_diverges_at_once_is_an_error(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    records, cfg = example(llama)
+    monkeypatch.setattr(_parenting_tune, "loss", failing_from(4))
+    with pytest.raises(Diverged, match="Lower lr"):
+        fit(llama, records, cfg)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_patch(tmp_path: Path) -> None:
+    records, cfg = example(tiny_lm("llama"))
+    cfg = replace(cfg, steps=5, validate_every=2)
+    whole = fit(tiny_lm("llama"), records, cfg)
+
+    def stop_at(what: str, when: int) -> Callable[[int, int, str], None]:
+        def told(done: int, _: int, said: str) -> None:
+            if said == what and done == when:
+                raise KeyboardInterrupt
+
+        return told
+
+    lm = tiny_lm("llama")
+    before = hash_tensors(lm.model.state_dict().items(), exact=True)
+    for what, when in (("mining robustness", 1), ("tuning", 1), ("tuning", 4)):
+        with pytest.raises(KeyboardInterrupt):
+            fit(lm, records, cfg, out=tmp_path, progress=stop_at(what, when))
+        assert hash_tensors(lm.model.state_dict().items(), exact=True) == before
+        assert not any(m._forward_hooks for m in lm.model.modules())
+    assert fit(lm, records, cfg, out=tmp_path).hash() == whole.hash()
+    with pytest.raises(BadInput, match="another run"):
+        fit(lm, records, replace(cfg, lr=0.04), out=tmp_path)
+
+
+def test_scores_are_shared_by_runs_that_differ_only_after_mining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_lm("llama")
+    records, cfg = example(lm)
+    fit(lm, records, cfg, out=tmp_path)
+    (tmp_path / "tuning.safetensors").unlink()
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("mined again")
+
+    monkeypatch.setattr(parenting, "mine", refuse)
+    without = fit(lm, records, replace(cfg, cue="none", boundary=False), out=tmp_path)
+    assert without.notes["layers"]["adherence"] == [0.25] * 4
+
+
+# What comes of it
+
+
+def test_the_patch_is_a_lora_adapter(llama: LM, tmp_path: Path) -> None:
+    records, cfg = example(llama)
+    patch = fit(llama, records, cfg)
+    made = export(llama, patch, "peft", tmp_path / "adapter")
+    assert set(made.ranks) == set(patch.deltas) and set(made.ranks.values()) == {cfg.rank}
+
+
+def test_units_that_score_high_are_those_the_loss_misses() -> None:
+    """Rank correlation of |θ g| summed over a unit with what its removal costs, after some tuning."""
+    lm = tiny_lm("llama")
+    lm.model.requires_grad_(False)
+    _, units, sets = ready(lm)
+    rows = sets["adherence"].train
+    adapter = Adapter(lm, units, 8.0, 0)
+    (leaf,) = adapter.leaves.values()
+    adam = torch.optim.Adam([leaf], lr=0.01)
+    for step in range(30):
+        (leaf.grad,) = torch.autograd.grad(
+            loss(lm, draws(sets["adherence"], 4, step, "s"), lambda: adapter.hooks(lm)), leaf
+        )
+        adam.step()
+    whole = loss(lm, rows, lambda: adapter.hooks(lm))
+    (grad,) = torch.autograd.grad(whole, leaf)
+    parts = leaf.detach().split([u.size for u in units])
+    scores = [float((p * g).abs().sum()) for p, g in zip(parts, grad.split([u.size for u in units]), strict=True)]
+    costs = []
+    with torch.no_grad():
+        for part in parts:
+            kept = part.clone()
+            part.zero_()
+            costs.append(abs(float(loss(lm, rows, lambda: adapter.hooks(lm)) - whole)))
+            part.copy_(kept)
+    ranks = [torch.tensor(x).argsort().argsort().double() for x in (scores, costs)]
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.3
+
+
+def test_mining_tells_units_apart_and_says_what_it_cost(llama: LM) -> None:
+    cfg, units, sets = ready(llama)
+    found = mine(llama, units, sets["adherence"], cfg, "adherence")
+    assert len(found.scores) == len(units) and bool((found.scores >= 0).all()) and float(found.scores.std()) > 0
+    assert found.notes["tracking_bytes"] == 3 * 4 * sum(u.size for u in units)
+    assert torch.allclose(found.importance(units, "none") * 4, found.scores)
+
+
+def test_plain_mixed_tuning_trains_every_unit_without_mining(llama: LM) -> None:
+    records, cfg = example(llama)
+    patch = fit(llama, records, replace(cfg, mode="mixed"))
+    assert len(patch.deltas) == 16 and not patch.notes["units"]
+    few = [r for kind in ("adherence", "robustness", "extraction") for r in [x for x in records if x.kind == kind][:3]]
+    fit(llama, few, replace(cfg, mode="mixed"))  # no units, so no least number of records
+
+
+def test_plots_show_units_by_layer_and_projection(llama: LM, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from lmpatch.methods._parenting_plot import plots
+
+    records, cfg = example(llama)
+    found = plots(fit(llama, records, cfg), tmp_path)
+    assert [path.name for path in found] == ["types.png", "importance.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in found)
+    with pytest.raises(BadInput, match="holds no units"):
+        plots(fit(llama, records, replace(cfg, mode="mixed")), tmp_path)
+
+
+def test_records_are_checked(llama: LM) -> None:
+    with pytest.raises(BadInput, match="no documents"):
+        RagRecord("Who?", ())
+    with pytest.raises(BadInput, match="has no answer"):
+        RagRecord("Who?", ("Anna came.",))
