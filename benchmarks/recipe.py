@@ -1,10 +1,12 @@
 """RECIPE on evaluation facts: quality as the memory grows, retrieval by itself, and what an edit and an answer cost.
 
-    python benchmarks/recipe.py quality DATA     n = 1, 10, 100, 1000, 5000 facts: recipe, RAG, fact in the prompt, none
+    python benchmarks/recipe.py quality DATA     n = 1 to 5,000: recipe, RAG, a cosine gate, fact in the prompt, none
     python benchmarks/recipe.py retrieval DATA   recall and false fires as the memory grows, sentinel and cosine
     python benchmarks/recipe.py speed DATA       seconds per edit and per answer, bytes per edit
+    python benchmarks/recipe.py summary DATA     all of it beside the weight editors of benchmarks/facts.py, and a plot
 
-writes results/recipe-<name>.*; the facts are CounterFact's evaluation half, none of which the editor has seen.
+writes results/recipe-<name>.*; the facts are CounterFact's evaluation half, KnowEdit's wiki_counterfact_test and the
+half of its zsRE that no editor was trained on.
 """
 
 from __future__ import annotations
@@ -12,21 +14,31 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
-import torch
-
 import lmpatch as lp
 from lmpatch.benches import facts
+from lmpatch.benches._report import read_report
 from lmpatch.data.readers import read_asks, read_edits
 from lmpatch.methods import recipe
-from lmpatch.patches.memory import Recall
+from lmpatch.patches.memory import Recall, encoded
+from lmpatch.patches.patch import plain
 from lmpatch.record import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = (1, 10, 100, 1000, 5000)
+SETS = {  # file, how many of its facts no training saw, sizes
+    "counterfact": ("counterfact/eval.jsonl.gz", None, SIZES),
+    "zsre": ("knowedit/zsre.jsonl.gz", 402, (1, 100, 402)),
+    "wiki": ("knowedit/wiki_counterfact_test.jsonl.gz", None, (1, 100, 500)),
+}
 RUNS = {
     "recipe": recipe.Config(),
     "recipe_text": recipe.Config(insert="text"),
@@ -34,23 +46,75 @@ RUNS = {
 }
 
 
-def quality(lm: lp.LM, data: Path, editor: lp.Editor, sizes: list[int], scored: int) -> None:
+def quality(lm: lp.LM, data: Path, editor: lp.Editor, only: list[str], sizes: list[int], scored: int) -> None:
     """All n edits in the memory, then at most ``scored`` cases are asked."""
-    unrelated = data / "nq/nq_locality.jsonl.gz"
-    for n in sizes:
-        edits = facts.load(data / "counterfact/eval.jsonl.gz", limit=max(n, min(scored, 100)), unrelated=unrelated)
-        chunks = 1 if n >= 100 else max(1, min(100, scored) // n)
-        cfg = facts.Config(
-            n=n, chunks=chunks, sample=scored, max_new_tokens=16, health=False, latency=n == SIZES[-1], distractor=False
-        )
-        out = RESULTS / f"recipe-{n}"
-        for name, config in RUNS.items():
-            report = facts.run(
-                lm, edits, cfg, make=lambda lm, edits, c=config: recipe.fit(lm, edits, c, editor=editor),
-                settings=vars(config), run_id=name, data_name="counterfact/eval", out=out,
-                progress=lambda done, total, what, n=n: print(f"{n}: {what} {done}/{total}", flush=True),
+    for name in only:
+        file, count, steps = SETS[name]
+        for n in [size for size in steps if size in sizes or not sizes]:
+            edits = facts.load(data / file, limit=count, unrelated=data / "nq/nq_locality.jsonl.gz")
+            edits = edits if n > scored else edits[: max(n, scored)]
+            cfg = facts.Config(
+                n=n, chunks=max(1, scored // n), sample=scored, max_new_tokens=16, health=False, latency=False,
+                distractor=False,
             )  # fmt: skip
-            report.save_html(out.with_suffix(".html"))
+            out = RESULTS / f"recipe-{name}-{n}"
+            for run, config in RUNS.items():
+                if run != "recipe" and n != max(steps):
+                    continue
+                report = facts.run(
+                    lm, edits, cfg, make=lambda lm, edits, c=config: recipe.fit(lm, edits, c, editor=editor),
+                    settings=plain(config) | {"editor": editor.hash()}, run_id=run, data_name=file, out=out,
+                    progress=lambda done, total, what, n=n: print(f"{n}: {what} {done}/{total}", flush=True),
+                )  # fmt: skip
+                report.save_html(out.with_suffix(".html"))
+
+
+def summary() -> dict[str, Any]:
+    """Every run's means beside those of the weight editors: generated, and teacher-forced as papers give them."""
+    found: dict[str, Any] = {}
+    folders = [p for p in sorted(RESULTS.glob("recipe-*-*")) if p.is_dir()]
+    for folder in [*folders, *(RESULTS / f"facts-{name}" for name in ("single", "commit", "stream"))]:
+        for run in read_report(folder).runs:
+            found[f"{folder.name}/{run.name}"] = {
+                m.name: [round(100 * m.value, 1), m.n] for m in run.metrics() if m.split == "all" and "kl" not in m.name
+            }
+    plot(found)
+    return found
+
+
+def plot(found: dict[str, Any]) -> None:
+    """Reliability, generality and locality against the number of edits, CounterFact."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "tf_reliability": "says the new fact",
+        "tf_generality": "in other words",
+        "locality": "leaves others alone",
+    }
+    lines: dict[str, dict[int, dict[str, float]]] = {}
+    for name, metrics in found.items():
+        folder, run = name.split("/")
+        n = {"facts-single": 1, "facts-commit": 100, "facts-stream": 1000}.get(folder)
+        if folder.startswith("recipe-counterfact-"):
+            n = int(folder.rpartition("-")[2])
+        if n is None or run == "none":
+            continue
+        near, far = (metrics.get(f"tf_locality/{kind}", [0])[0] for kind in ("same_relation", "unrelated"))
+        row = {"locality": (near + far) / 2, **{k: metrics[k][0] for k in panels if k in metrics}}
+        lines.setdefault(run, {}).setdefault(n, row)
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.8), sharey=True)
+    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
+        for run, points in sorted(lines.items()):
+            xs = sorted(n for n in points if metric in points[n])
+            axis.plot(xs, [points[n][metric] for n in xs], "o-", lw=3 if run == "recipe" else 1, label=run)
+        axis.set(title=title, xscale="log", xlabel="edits in the model", ylim=(0, 103))
+    axes[0].set_ylabel("teacher-forced, %")
+    axes[2].legend(fontsize=7, loc="lower left")
+    figure.tight_layout()
+    figure.savefig(RESULTS / "recipe.png", dpi=120)
 
 
 def retrieval(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
@@ -79,45 +143,68 @@ def retrieval(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
 
 
 def speed(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
-    """Medians of ten; an edit goes from the request to a memory that answers."""
+    """Medians; an edit goes from the request to a memory that answers, on disk to a commit that is flushed."""
     edits = read_edits(data / "counterfact/eval.jsonl.gz")
     whole = recipe.fit(lm, edits, RUNS["recipe"], editor=editor)
-
-    def median(call: Any, times: int = 10) -> float:
-        seconds = []
-        for i in range(times + 1):
-            start = perf_counter()
-            call(i)
-            seconds.append(perf_counter() - start)
-        return sorted(seconds[1:])[times // 2]
-
-    found: dict[str, Any] = {"facts": len(whole.edits)}
     network = whole.network()
     weights = network.encoder_weights()
-    with torch.no_grad():
-        found["edit_s"] = median(lambda i: network.keys([f"{edits[i].prompt} {edits[i].target}"], weights))
-    found["bytes_per_edit"] = whole.keys.nbytes / len(whole.keys)
-    prompts = [edit.prompt for edit in edits[:11]]
-    found["answer_s_unpatched"] = median(lambda i: lp.generate(lm, prompts[i], stop=()))
-    with lp.apply(lm, whole):
-        found["answer_s"] = median(lambda i: lp.generate(lm, prompts[i], stop=()))
-    found["answer_ratio"] = found["answer_s"] / found["answer_s_unpatched"]
+    found: dict[str, Any] = {"facts": len(whole.edits), "bytes_per_edit": whole.keys.nbytes / len(whole.keys)}
+    found["edit_s"] = timed(lambda i: encoded(network, edits[i : i + 1], weights), 50)
+    with tempfile.TemporaryDirectory() as folder:
+        memory = lp.Memory.create(Path(folder) / "memory", editor)
+        start = perf_counter()
+        memory.add(edits)
+        found["bulk_s_per_edit"] = (perf_counter() - start) / len(edits)
+        again = [replace(edit, prompt=f"{edit.prompt} now") for edit in edits[:51]]
+        found["edit_on_disk_s"] = timed(lambda i: memory.add([again[i]]), 50)
+        prompts = [edit.prompt for edit in edits[:21]]
+        patches = {"unpatched": None, "patch": whole, "memory": memory.patch()}
+        for name, seconds in side_by_side(lm, prompts, patches).items():
+            found[f"answer_s_{name}"] = seconds
+    for name in ("patch", "memory"):
+        found[f"answer_ratio_{name}"] = found[f"answer_s_{name}"] / found["answer_s_unpatched"]
     print(json.dumps(found, indent=1))
     return found
 
 
+def timed(call: Callable[[int], object], times: int) -> float:
+    """Median seconds of ``call(1)`` to ``call(times)``; ``call(0)`` warms up."""
+    seconds = []
+    for i in range(times + 1):
+        start = perf_counter()
+        call(i)
+        seconds.append(perf_counter() - start)
+    return median(seconds[1:])
+
+
+def side_by_side(lm: lp.LM, prompts: list[str], patches: dict[str, lp.Patch | None]) -> dict[str, float]:
+    """Median seconds for 32 new tokens. Each prompt is asked with every patch in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in patches}
+    for prompt in prompts:
+        for name, patch in patches.items():
+            with lp.apply(lm, patch) if patch else nullcontext():
+                start = perf_counter()
+                lp.generate(lm, prompt, max_new_tokens=32, stop=())
+                seconds[name].append(perf_counter() - start)
+    return {name: median(each[1:]) for name, each in seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["quality", "retrieval", "speed"])
+    parser.add_argument("name", choices=["quality", "retrieval", "speed", "summary"])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
-    parser.add_argument("--scored", type=int, default=200, help="cases asked at most")
+    parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
+    parser.add_argument("--sizes", type=int, nargs="*", default=[])
+    parser.add_argument("--scored", type=int, default=100, help="cases asked at most")
     parser.add_argument("--editor", type=Path, help="default: the packaged one")
     args = parser.parse_args()
+    if args.name == "summary":
+        (RESULTS / "recipe-summary.json").write_text(json.dumps(summary(), indent=1))
+        return
     lm = lp.load("gemma-3-270m")
     editor = lp.load_editor(args.editor) if args.editor else recipe.packaged_editor(lm)
     if args.name == "quality":
-        quality(lm, args.data, editor, args.sizes, args.scored)
+        quality(lm, args.data, editor, args.sets, args.sizes, args.scored)
         return
     made = (retrieval if args.name == "retrieval" else speed)(lm, args.data, editor)
     record = {"made": now(), "versions": versions(), "hardware": hardware(), "editor": editor.hash(), "results": made}

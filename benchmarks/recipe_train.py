@@ -1,6 +1,6 @@
 """Train the RECIPE editor that ships with lmpatch.
 
-    python benchmarks/recipe_train.py DATA [--steps 3000] [--out WORK]
+    python benchmarks/recipe_train.py DATA [--out WORK]
 
 reads counterfact/train, knowedit/wiki_counterfact_train, the second half of knowedit/zsre and of nq; never an
 evaluation file, and no fact whose prompt is asked there. Writes the editor into the package and the curves to
@@ -18,6 +18,7 @@ import lmpatch as lp
 from lmpatch.data.readers import read_asks, read_edits
 from lmpatch.methods import recipe
 from lmpatch.methods._recipe_data import without
+from lmpatch.settings import parse, resolve
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -44,19 +45,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("recipe-work"))
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lm-share", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--encoder-lr", type=float, default=2e-4)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="facts, for a trial")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of recipe.Training")
     args = parser.parse_args()
     facts, asks = data(args.data)
     if args.limit:
         facts = random.Random(0).sample(facts, args.limit)
-    cfg = recipe.Training(
-        steps=args.steps, batch=args.batch, lm_share=args.lm_share, lr=args.lr, encoder_lr=args.encoder_lr
-    )
+    cfg = resolve(recipe.Training, parse(recipe.Training, args.set))
     lm = lp.load("gemma-3-270m", dtype="bfloat16")
     editor = recipe.train(
         lm, facts, cfg, unrelated=asks, out=args.out,

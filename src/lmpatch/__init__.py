@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .api import probe as probe
     from .api import train as train
     from .data.context import ContextRecord as ContextRecord
+    from .data.context import InContext as InContext
     from .data.context import read_context as read_context
     from .data.edit import Ask as Ask
     from .data.edit import Edit as Edit
@@ -42,10 +43,13 @@ if TYPE_CHECKING:
     from .models.lm import LM as LM
     from .models.load import load as load
     from .models.load import wrap as wrap
+    from .models.options import next_logits as next_logits
     from .models.run import Score as Score
     from .models.run import generate as generate
     from .models.run import hidden as hidden
     from .models.run import score as score
+    from .models.run import stream as stream
+    from .patches.decode import DecodePatch as DecodePatch
     from .patches.delta import Dense as Dense
     from .patches.delta import LowRank as LowRank
     from .patches.delta import Rows as Rows
@@ -78,12 +82,14 @@ _HOMES = {
     "CannotMount": "errors",
     "ContextRecord": "data.context",
     "Contradiction": "errors",
+    "DecodePatch": "patches.decode",
     "Dense": "patches.delta",
     "Diverged": "errors",
     "Edit": "data.edit",
     "Editor": "patches.editor",
     "ForeignWrite": "errors",
     "Head": "units.address",
+    "InContext": "data.context",
     "LM": "models.lm",
     "Layer": "units.address",
     "LayerOutOfRange": "errors",
@@ -119,12 +125,14 @@ _HOMES = {
     "load_patch": "patches.file",
     "merge": "patches.merge",
     "names": "registry",
+    "next_logits": "models.options",
     "probe": "api",
     "read_asks": "data.readers",
     "read_context": "data.context",
     "read_edits": "data.readers",
     "read_text": "data.readers",
     "score": "models.run",
+    "stream": "models.run",
     "train": "api",
     "wrap": "models.load",
 }

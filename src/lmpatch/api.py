@@ -11,6 +11,7 @@ from typing import Any
 
 from .data.context import read_context
 from .data.edit import Ask, Edit, check_contradictions
+from .data.rag import read_rag
 from .data.readers import read_edits
 from .errors import BadInput
 from .models.lm import LM
@@ -30,6 +31,7 @@ def fit(
     text: Sequence[str] | None = None,
     anchors: Sequence[Edit] | None = None,
     editor: Editor | None = None,
+    out: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Patch:
@@ -37,10 +39,12 @@ def fit(
 
     Args:
         method: a name from ``registry.names("methods")``.
-        edits: the facts of one commit, or whatever records the method reads (``ircan``: questions with contexts).
+        edits: the facts of one commit, or whatever records the method reads (``ircan``: questions with contexts); may
+            be empty for methods that learn nothing, such as ``cad``.
         text: plain text for methods that take second moments; each has its own default.
         anchors: facts outside the test set, for methods that measure on them first (memit's ``nas``).
         editor: from ``train``, for methods that have one; None: the one that comes with lmpatch for this model.
+        out: folder of checkpoints, for methods that train for long. A run that is there goes on where it stopped.
         progress: called with (done, total, what).
         settings: fields of the method's ``Config``; the rest keep their defaults.
     Raises:
@@ -51,11 +55,11 @@ def fit(
     """
     module = get("methods", method)
     config = resolve(module.Config, settings)
-    if not edits:
+    if not edits and needs_records(module):
         raise BadInput(f"{method} was given no edits. Give at least one.")
     if reads(module) == "edits":
         check_contradictions(edits)
-    material = _material(module.fit, method, text=text, anchors=anchors, editor=editor)
+    material = _material(module.fit, method, text=text, anchors=anchors, editor=editor, out=out)
     if hasattr(module, "estimate"):
         need_room(module.estimate(lm, len(edits), config), lm.device, f"{method} with {len(edits)} edits")
     patch: Patch = module.fit(lm, edits, config, progress=progress, **material)
@@ -124,6 +128,11 @@ def probe(
     return module.run(lm, records, config, progress=progress, **_material(module.run, name, out=out))
 
 
+def needs_records(module: ModuleType) -> bool:
+    """Whether a method learns from records; one that only packs a rule says ``needs_records = False``."""
+    return bool(getattr(module, "needs_records", True))
+
+
 def reads(module: ModuleType) -> str:
     """The kind of records a method or probe takes: what its module says in ``reads``, else ``edits``."""
     kind: str = getattr(module, "reads", "edits")
@@ -138,6 +147,8 @@ def read(module: ModuleType, path: str | Path, *, limit: int | None = None, chec
     """
     if reads(module) == "context":
         return list(read_context(path, limit=limit))
+    if reads(module) == "rag":
+        return list(read_rag(path, limit=limit))
     return list(read_edits(path, limit=limit, check=check))
 
 

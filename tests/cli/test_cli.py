@@ -19,10 +19,14 @@ from typer.testing import CliRunner, Result
 from lmpatch import api, room
 from lmpatch.cli import demo as demo_command
 from lmpatch.cli.app import COMMANDS, build
+from lmpatch.cli.ask import in_context
+from lmpatch.data.context import InContext
 from lmpatch.models.load import load
 from lmpatch.models.run import generate
+from lmpatch.patches.decode import DecodePatch
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import apply
+from lmpatch.patches.rules import Power
 
 FACTS: list[dict[str, Any]] = [
     {
@@ -110,6 +114,21 @@ def test_ask_shows_the_answers_before_and_after_side_by_side(folder: Path) -> No
         row = next(line for line in shown.splitlines() if prompt in line)
         assert before.strip() in row
         assert after.strip() in row
+
+
+def test_ask_with_a_context_puts_it_before_the_question(folder: Path) -> None:
+    question, context = "Where is the Eiffel Tower?", "The Eiffel Tower is in Rome."
+    file = folder / "context.txt"
+    file.write_text(context + "\n")
+    want = [InContext(f"{context}\nQ:{question}\nA:", f"Q:{question}\nA:")]
+    assert in_context(context, [question]) == in_context(f"@{file}", [question]) == want
+    DecodePatch.make(load(folder / "model"), Power(2.0), method="cad").save(folder / "cad")
+    words = ("ask", folder / "model", question, "-p", folder / "cad", "--tokens", 3)
+    given, read = (run(*words, "--context", text) for text in (context, f"@{file}"))
+    assert (given.exit_code, read.exit_code) == (0, 0)
+    assert "before" in given.stdout and given.stdout == read.stdout
+    refused("--context", *words)
+    refused("cannot be read", *words, "--context", f"@{folder / 'nowhere.txt'}")
 
 
 def test_ask_without_a_patch_shows_answers_alone(folder: Path) -> None:
@@ -396,3 +415,10 @@ def test_fit_and_probe_read_questions_with_contexts(folder: Path, tmp_path: Path
     assert first.exit_code == again.exit_code == 0, first.output
     assert first.stdout == again.stdout
     assert len((tmp_path / "out" / "integrated_gradients.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_rule_of_decoding_needs_no_records_and_other_methods_say_that_they_do(folder: Path, tmp_path: Path) -> None:
+    made = run("fit", folder / "model", "cad", "-o", tmp_path / "cad", "--set", "alpha=1")
+    assert made.exit_code == 0 and load_patch(tmp_path / "cad").config == {"alpha": 1.0}
+    refused = run("fit", folder / "model", "ircan", "-o", tmp_path / "ircan")
+    assert refused.exit_code == 2 and "ircan learns from records" in refused.output

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +18,10 @@ from torch.nn import functional as F
 from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, apply, generate, load_patch, merge, score
 from lmpatch.methods import _recipe_loss as losses
 from lmpatch.methods import recipe
-from lmpatch.methods._recipe_data import batches, sample, without
+from lmpatch.methods._recipe_data import batches, exchanged, sample, without
 from lmpatch.methods._recipe_train import CHECKPOINT, CURVES
 from lmpatch.models import run
+from lmpatch.models.acting import prepare
 from lmpatch.models.encoder import pooled, shared_encoder
 from lmpatch.models.tokens import encode, encode_all
 from lmpatch.patches.editor import Editor, load_editor
@@ -38,7 +43,18 @@ FACTS = [
     for thing in ("tower", "museum", "opera")
     for place, answer, river in PLACES
 ]  # fmt: skip
-QUICK = recipe.Training(steps=4, batch=4, width=16, adapt=2, validate=3, validate_every=2, save_every=1, queue=6)
+QUICK = recipe.Training(
+    key_steps=2,
+    prompt_steps=2,
+    key_batch=8,
+    prompt_batch=4,
+    width=16,
+    adapt=2,
+    validate=3,
+    validate_every=2,
+    save_every=1,
+    queue=6,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +110,17 @@ def test_a_row_that_is_clear_costs_nothing_and_leaves_the_mean() -> None:
     assert float(losses.contrast(probabilities.log()[:1], target[:1], margin=1.2)) == 0
     plain = -(math.log(0.5) + math.log(0.4)) / 2
     assert float(losses.contrast(probabilities.log(), target)) == pytest.approx(plain, abs=1e-6)
+
+
+def test_the_echo_wants_the_direction_of_each_embedding_whatever_the_length() -> None:
+    words = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])  # [1, 2, 2]
+    ids = torch.tensor([[7, 5]])
+    right = math.log(1 + math.exp(-losses.SHARP))  # each points at its own and at right angles to the other
+    assert float(losses.echo(words, words, ids)) == pytest.approx(right, abs=1e-6)
+    assert float(losses.echo(5 * words, words, ids)) == pytest.approx(right, abs=1e-6)
+    assert float(losses.echo(words.flip(1), words, ids)) == pytest.approx(losses.SHARP, abs=1e-4)
+    assert losses.echoed(words, words, ids) == 1 and losses.echoed(words.flip(1), words, ids) == 0
+    assert float(losses.echo(words, words, torch.tensor([[7, 7]]))) == pytest.approx(0, abs=1e-6)  # one kind
 
 
 @pytest.mark.parametrize("family", CORE)
@@ -160,15 +187,27 @@ def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
     assert torch.allclose(together, alone, atol=1e-4)
 
 
-def test_prompt_vectors_start_with_the_size_of_the_models_own_embeddings() -> None:
+def test_prompt_vectors_are_as_long_as_the_models_own_embeddings() -> None:
     lm = tiny_lm("gemma3")
     words = recipe.typical_embeddings(lm)
     encoder = shared_encoder("all-MiniLM-L6-v2")
     net = Retriever(Shape(encoder.name, encoder.width, 64, width=32, adapt=0), encoder)
     net.start(0, words)
     with torch.no_grad():
-        p = net.prompts(net.keys([edit.prompt for edit in FACTS]))
-    assert float(p.pow(2).mean().sqrt() / words.pow(2).mean().sqrt()) == pytest.approx(1, abs=0.2)
+        net.out.weight.mul_(50)
+        p = net.prompts(net.keys([edit.prompt for edit in FACTS]))  # [n, P, d]
+    wanted = float(words.pow(2).mean().sqrt())
+    assert torch.allclose(p.pow(2).mean(-1).sqrt(), torch.full(p.shape[:2], wanted), rtol=1e-4)
+
+
+def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
+    encoder = shared_encoder("all-MiniLM-L6-v2")
+    net = Retriever(Shape(encoder.name, encoder.width, 8, width=256, adapt=0), encoder)
+    net.start(0, torch.ones(4, 8), [text for edit in FACTS for text in (edit.prompt, *edit.rephrases)])
+    with torch.no_grad():
+        keys = net.keys([f"{edit.prompt} {edit.target}" for edit in FACTS])
+        queries = net.queries([edit.rephrases[0] for edit in FACTS])
+    assert (queries @ keys.T).argmax(1).tolist() == list(range(len(FACTS)))
 
 
 @pytest.mark.parametrize("adapt", [0, 2, None])
@@ -206,17 +245,50 @@ def test_training_resumed_is_training_never_stopped(tmp_path: Path) -> None:
     assert len((tmp_path / "whole" / CURVES).read_text().splitlines()) == 2
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from methods.test_recipe import FACTS, QUICK, recipe, tiny_lm
+from lmpatch.methods import _recipe_train
+from safetensors.torch import save_file
+
+def save(tensors, path, head):
+    save_file(tensors, path, head)
+    if head["step"] == {step!r}:
+        with open(path, "r+b") as file:
+            file.truncate(1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+_recipe_train.safetensors.torch.save_file = save
+recipe.train(tiny_lm("llama"), FACTS, QUICK, out={out!r})
+"""
+
+
+def test_training_killed_in_the_middle_of_a_checkpoint_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    tests, out = str(Path(__file__).parents[1]), str(tmp_path / "cut")
+    code = KILLED.format(tests=tests, out=out, step="3")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+    whole = recipe.train(tiny_lm("llama"), FACTS, QUICK, out=tmp_path / "whole")
+    resumed = recipe.train(tiny_lm("llama"), FACTS, QUICK, out=out)
+    assert resumed.hash() == whole.hash()
+    curves = [(tmp_path / name / CURVES).read_text().splitlines() for name in ("whole", "cut")]
+    assert [[json.loads(line)["step"] for line in lines] for lines in curves] == [[2, 4], [2, 4]]
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
-    recipe.train(lm, FACTS, replace(QUICK, steps=1), out=tmp_path)
+    recipe.train(lm, FACTS, replace(QUICK, prompt_steps=1), out=tmp_path)
     with pytest.raises(BadInput, match="another run"):
-        recipe.train(lm, FACTS, replace(QUICK, steps=1, seed=1), out=tmp_path)
+        recipe.train(lm, FACTS, replace(QUICK, prompt_steps=1, seed=1), out=tmp_path)
 
 
 def test_training_lowers_its_loss_and_teaches_retrieval() -> None:
     """Forty steps on a dozen facts: their questions find them, the rivers find the sentinel."""
     lm = tiny_lm("llama")
-    cfg = replace(QUICK, steps=40, batch=12, width=64, adapt=0, lr=3e-3, warmup=5, validate=0, queue=0, margin=None)
+    cfg = replace(
+        QUICK, key_steps=10, prompt_steps=30, key_batch=12, prompt_batch=12, width=64, adapt=0, lr=3e-3, head_lr=1e-3,
+        warmup=5, validate=0, queue=0, margin=None,
+    )  # fmt: skip
     editor = recipe.train(lm, FACTS, cfg)
     recall = Recall(recipe.fit(lm, FACTS, recipe.Config(), editor=editor))
     found = [hits[0] for hits in recall.search([edit.prompt for edit in FACTS])]
@@ -226,7 +298,7 @@ def test_training_lowers_its_loss_and_teaches_retrieval() -> None:
     prompts, targets = [e.prompt for e in FACTS], [e.target for e in FACTS]
     before = sum(s.total for s in score(lm, prompts, targets))
     with apply(lm, recall.patch):
-        assert sum(s.total for s in score(lm, prompts, targets)) > before / 2
+        assert sum(s.total for s in score(lm, prompts, targets)) > 0.7 * before
 
 
 def test_the_order_of_batches_depends_on_the_seed_and_the_step_alone() -> None:
@@ -243,6 +315,16 @@ def test_facts_that_are_asked_in_the_evaluation_are_left_out() -> None:
     held = [Edit("the TOWER of  Paris is in", "x"), Edit("q", "x", rephrases=["The opera of Japan is in"])]
     kept = without(FACTS, held)
     assert len(kept) == len(FACTS) - 2
+
+
+def test_exchanged_samples_differ_in_their_targets_alone() -> None:
+    import random
+
+    samples = [sample(edit, [], random.Random(0)) for edit in FACTS]
+    found = exchanged(samples, random.Random(0))
+    assert sorted(s.target for s in found) == sorted(s.target for s in samples)
+    assert 0 < sum(a != b for a, b in zip(samples, found, strict=True)) < len(samples)
+    assert [replace(s, target="") for s in found] == [replace(s, target="") for s in samples]
 
 
 def test_a_sample_asks_what_the_edit_offers() -> None:
@@ -311,7 +393,7 @@ def test_cached_generation_is_uncached_generation_behind_a_fact(editor: Editor) 
         ids: list[int] = []
         with torch.no_grad():
             for _ in range(6):
-                rows, vectors = run.prepare(lm, ["The tower is in"])
+                rows, vectors = prepare(lm, ["The tower is in"])
                 row = torch.tensor([[*rows[0].ids, *ids]])
                 mask = torch.ones_like(row)
                 state = run.blocks(lm, row, mask, position_ids=run.positions(mask), vectors=vectors)[:, -1]

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from ..errors import LmpatchError
 from .ask import ask
 from .bench import bench
+from .data import data
 from .demo import demo
 from .doctor import doctor
 from .files import export, merge, show
@@ -53,4 +54,5 @@ def build() -> typer.Typer:
     for command in COMMANDS:
         app.command(no_args_is_help=command is not demo and command is not methods)(command)
     app.add_typer(memory(), name="memory")
+    app.add_typer(data(), name="data")
     return app

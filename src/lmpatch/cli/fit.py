@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import BadInput
 from .options import (
     Anchors,
     Device,
@@ -31,14 +32,21 @@ def fit(
     context: typer.Context,
     model: Model,
     method: Annotated[str, typer.Argument(metavar="METHOD", help="A name from `lmpatch methods`.")],
-    facts: Annotated[
-        Path, typer.Argument(metavar="FACTS", help="A JSONL file, one fact (or question with context) a line.")
-    ],
     out: Out,
+    facts: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FACTS]", help="A JSONL file, one fact (or question with context) a line; decode rules need none."
+        ),
+    ] = None,
     settings: Settings = None,
     text: Text = None,
     anchors: Anchors = None,
     editor: EditorFile = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Checkpoints of a long fit; a run there goes on where it stopped."),
+    ] = None,
     patch: Patches = None,
     mount: Mount = None,
     dtype: Dtype = "float32",
@@ -53,6 +61,8 @@ def fit(
     Examples:
       lmpatch fit gemma-3-270m rome facts.jsonl -o eiffel
       lmpatch fit gemma-3-270m ircan questions.jsonl -o listens --set neurons=8 --set factor=5
+      lmpatch fit gemma-3-270m cad -o trusting --set alpha=1
+      lmpatch fit gemma-3-270m parenting sets/train.jsonl -o balanced --work balanced.work
       lmpatch fit ./my-model memit more.jsonl -o more -p eiffel --set layers=5,6,7
     """
     from .. import api, registry
@@ -61,11 +71,14 @@ def fit(
     new_path(out)
     module = registry.get("methods", method)
     chosen = parse(module.Config, settings or [])
-    edits = api.read(module, facts, check=True)
+    if facts is None and api.needs_records(module):
+        raise BadInput(f"{method} learns from records. Name a file of them behind {method}.")
+    edits = api.read(module, facts, check=True) if facts else []
     lm = open_model(model, dtype, device, download)
-    keep(context, f"The model is as it was and {out} was not written.")
+    kept = f" {work} holds the last whole step; the same command goes on from there." if work else ""
+    keep(context, f"The model is as it was and {out} was not written.{kept}")
     with patched(lm, patch or [], mount), progress() as bar:
-        made = api.fit(lm, method, edits, progress=bar, **material(text, anchors, editor), **chosen)
+        made = api.fit(lm, method, edits, out=work, progress=bar, **material(text, anchors, editor), **chosen)
     made.save(out)
     say(made.summary())
     say(f"saved in {out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..data.edit import Ask, Edit
 from ..errors import BadInput
@@ -56,6 +56,17 @@ def sample(edit: Edit, unrelated: Sequence[Ask], draw: random.Random) -> Sample:
     pool = unrelated if unrelated and (not near or draw.random() < 0.5) else near
     other = draw.choice(pool)
     return Sample(edit.prompt, edit.target, again, answer, other.prompt, other.answers[0])
+
+
+def exchanged(samples: Sequence[Sample], draw: random.Random) -> list[Sample]:
+    """The samples, half of them with the target of another: what is to be said must then be read from the text."""
+    places = [i for i in range(len(samples)) if draw.random() < 0.5]
+    targets = [samples[i].target for i in places]
+    draw.shuffle(targets)
+    found = list(samples)
+    for i, target in zip(places, targets, strict=True):
+        found[i] = replace(found[i], target=target)
+    return found
 
 
 def batches(edits: Sequence[Edit], size: int, seed: int, start: int = 0) -> Iterator[tuple[int, list[int]]]:

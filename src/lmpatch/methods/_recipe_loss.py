@@ -15,6 +15,7 @@ from ..models.run import blocks, head_loss, logits, positions
 from ..models.tokens import Row, pad, pad_id
 
 BATCH_TOKENS = 1024  # of one forward with gradients
+SHARP = 20.0  # of the softmax over cosines
 
 
 def clear(logp: Tensor, target: Tensor, margin: float | None) -> Tensor:
@@ -82,6 +83,31 @@ def retrieval(
     last = torch.full((len(unrelated),), len(wrong), device=keys.device)
     far = contrast(unrelated @ torch.cat([wrong, gate]).T / root, last, margin)
     return Retrieval(own, neighbour, far)
+
+
+def echo(prompts: Tensor, embeddings: Tensor, ids: Tensor) -> Tensor:
+    """Whether prompt vectors point at the embeddings of an answer's tokens, rather than at others of the batch.
+
+    Args:
+        prompts, embeddings: [b, P, d].
+        ids: [b, P] the tokens.
+    """
+    cosines, which = _among(prompts, embeddings, ids)
+    return F.cross_entropy(SHARP * cosines, which)
+
+
+def echoed(prompts: Tensor, embeddings: Tensor, ids: Tensor) -> float:
+    """Share of prompt vectors nearest to their own token among those of the batch; arguments as for ``echo``."""
+    cosines, which = _among(prompts, embeddings, ids)
+    return float((cosines.argmax(-1) == which).float().mean())
+
+
+def _among(prompts: Tensor, embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines [b P, kinds] of vectors with each kind of token there is, and the right kind [b P]."""
+    kinds, which = ids.reshape(-1).unique(return_inverse=True)
+    table = embeddings.new_empty(len(kinds), embeddings.shape[-1])
+    table[which] = embeddings.flatten(0, 1)
+    return F.normalize(prompts.flatten(0, 1), dim=-1) @ F.normalize(table, dim=-1).T, which
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,14 @@ from ..patches.keys import KeyBlock
 from ..patches.retriever import Retriever
 from ..record import hash_json
 from . import _recipe_loss as losses
-from ._recipe_data import Sample, batches, sample
+from ._recipe_data import Sample, batches, exchanged, sample
 
 if TYPE_CHECKING:
     from .recipe import Training
 
+MAP = ("mix", "out")  # the submodules that turn keys into prompt vectors
+SETTLED, SETTLING = 200, 0.01  # facts and steps, and the rate, with which the sentinel starts
+CROWD = 1000  # trained facts among which the held-out ones are searched
 CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.jsonl"
 
 
@@ -55,15 +59,16 @@ class Trainer:
         held = min(cfg.validate, len(edits) // 4)
         self.held, self.edits = [edits[i] for i in order[:held]], [edits[i] for i in order[held:]]
         self.unrelated = unrelated
-        if len(self.edits) < cfg.batch:
-            raise BadInput(f"a batch has {cfg.batch} facts, {len(self.edits)} are left to train on. Lower batch.")
-        slow = [p for n, p in net.named_parameters() if n.startswith("learned") and p.requires_grad]
-        fast = [p for n, p in net.named_parameters() if not n.startswith("learned") and p.requires_grad]
-        groups = [{"params": slow, "rate": cfg.encoder_lr}, {"params": fast, "rate": cfg.lr}]
-        self.adam = torch.optim.Adam([g for g in groups if g["params"]], lr=cfg.lr)
+        most = max(cfg.key_batch, cfg.prompt_batch)
+        if len(self.edits) < most:
+            raise BadInput(f"a batch has {most} facts, {len(self.edits)} are left to train on. Lower key_batch.")
+        self.step, self.total = 0, cfg.key_steps + cfg.prompt_steps
+        rates = {"learned": cfg.encoder_lr, **dict.fromkeys(MAP, cfg.lr)}
+        self.named = [(n.partition(".")[0], p) for n, p in net.named_parameters() if p.requires_grad]
+        self.rated = [(rates.get(name, cfg.head_lr), p) for name, p in self.named]
+        self.adam = self._adam()
         self.queue = torch.zeros(0, net.shape.width)
         self.base: dict[tuple[str, str], Tensor] = {}
-        self.step = 0
         self.started = perf_counter()
         self.seconds = 0.0
         self.print = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), len(edits)])
@@ -71,62 +76,113 @@ class Trainer:
             out.mkdir(parents=True, exist_ok=True)
             self._resume(out / CHECKPOINT)
 
+    def _adam(self) -> torch.optim.Adam:
+        """An optimiser of what the next step trains: all in the first part, the map in the second."""
+        second = self.step >= self.cfg.key_steps
+        chosen = [pair for (name, _), pair in zip(self.named, self.rated, strict=True) if not second or name in MAP]
+        return torch.optim.Adam([{"params": [p], "rate": rate} for rate, p in chosen], lr=self.cfg.lr)
+
     def run(self, progress: Progress | None = None) -> None:
         """Train to the last step. An interrupt leaves a checkpoint of the last whole step."""
         recent: dict[str, float] = {}
         try:
-            for step, places in batches(self.edits, self.cfg.batch, self.cfg.seed, self.step):
-                if step >= self.cfg.steps:
+            if self.step == 0:
+                self._settle()
+            for step, places in self._places():
+                if step >= self.total:
                     break
+                if step == self.cfg.key_steps:
+                    self.adam = self._adam()
                 seen = self._update(step, places)
                 self.step = step + 1
                 recent = {k: 0.9 * recent.get(k, v) + 0.1 * v for k, v in seen.items()}
-                if self.step % self.cfg.validate_every == 0 or self.step == self.cfg.steps:
+                if self.step % self.cfg.validate_every == 0 or self.step == self.total:
                     self._note({"step": self.step, **_rounded(recent), **_rounded(self.validate())})
                 if self.step % self.cfg.save_every == 0:
                     self.save()
                 if progress:
-                    progress(self.step, self.cfg.steps, "training")
+                    progress(self.step, self.total, "training")
         finally:
             self.save()
 
+    def _places(self) -> Iterator[tuple[int, list[int]]]:
+        """(step, places of its facts) from the next step on."""
+        cfg, left = self.cfg, max(0, self.cfg.key_steps - self.step)
+        yield from islice(batches(self.edits, cfg.key_batch, cfg.seed, self.step), left)
+        for step, places in batches(self.edits, cfg.prompt_batch, cfg.seed, max(0, self.step - cfg.key_steps)):
+            yield step + cfg.key_steps, places
+
     def _rate(self, step: int) -> float:
-        """Warm-up, then down in a line to ``final`` of the rate."""
+        """Warm-up, then down in a line to ``final`` of the rate, in each part."""
         cfg = self.cfg
-        warm = min(1.0, (step + 1) / max(1, cfg.warmup))
-        return warm * (1 - (1 - cfg.final) * step / max(1, cfg.steps))
+        start, end = (0, cfg.key_steps) if step < cfg.key_steps else (cfg.key_steps, self.total)
+        warm = min(1.0, (step - start + 1) / max(1, cfg.warmup))
+        return warm * (1 - (1 - cfg.final) * (step - start) / (end - start))
+
+    def _settle(self) -> None:
+        """Before the first step the sentinel alone learns, among keys and queries that stand still.
+
+        It starts anywhere: far above all keys or below them, where its losses would first move everything else.
+        """
+        net, draw = self.net, random.Random(f"{self.cfg.seed}/settle")
+        texts = [sample(edit, self.unrelated, draw) for edit in self.edits[:SETTLED]]
+        with torch.no_grad():
+            keys, *queries = self._encoded(texts, net.encoder_weights())
+        adam = torch.optim.Adam([net.sentinel_embeddings], lr=SETTLING)
+        weights = {name: w.detach() for name, w in net.encoder_weights().items()}
+        for _ in range(SETTLED):
+            with torch.enable_grad():
+                losses.retrieval(keys, net.sentinel(weights), *queries, margin=self.cfg.margin).total.backward()
+            adam.step()
+            net.zero_grad()
+
+    def _encoded(self, texts: Sequence[Sample], weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Keys of the facts, queries of both wordings and of the unrelated questions: each [b, R] fp32."""
+        with torch.autocast(self.net.scale.device.type, torch.bfloat16, enabled=self.cfg.bf16):
+            keys = self.net.keys([join(s.prompt, s.target) for s in texts], weights)
+            asked = [s.prompt for s in texts] + [s.again for s in texts] + [s.other for s in texts]
+            queries = self.net.queries(asked, weights)
+        return (keys.float(), *queries.float().chunk(3))
 
     def _update(self, step: int, places: Sequence[int]) -> dict[str, float]:
-        """One step of Adam on the sum of the six losses."""
-        cfg, net = self.cfg, self.net
-        draw = random.Random(f"{cfg.seed}/{step}")
-        batch = self._batch([sample(self.edits[i], self.unrelated, draw) for i in places], draw)
-        texts = batch.samples
+        """One step of Adam."""
+        cfg, draw = self.cfg, random.Random(f"{self.cfg.seed}/{step}")
+        texts = [sample(self.edits[i], self.unrelated, draw) for i in places]
         with torch.enable_grad():
-            weights = net.encoder_weights()
-            keys = net.keys([join(s.prompt, s.target) for s in texts], weights)
-            asked = [s.prompt for s in texts] + [s.again for s in texts] + [s.other for s in texts]
-            rel, gen, loc = net.queries(asked, weights).chunk(3)
-            swap = torch.tensor([draw.random() < 0.5 for _ in texts], device=keys.device)[:, None]
-            first, second = torch.where(swap, gen, rel), torch.where(swap, rel, gen)
-            found = losses.retrieval(
-                keys, net.sentinel(weights), first, second, loc, margin=cfg.margin, others=self.queue.to(keys.device)
-            )
-            prompts = net.prompts(keys)  # [b, P, d]
-            seen, gradient = self._language(batch, prompts.detach())
-            # d(LM losses)/d(prompts) is known by now: this product has just that gradient
-            (found.total + (prompts * gradient).sum()).backward()
+            seen = self._learn_keys(texts, draw) if step < cfg.key_steps else self._learn_prompts(texts, draw)
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * self._rate(step)
         norm = torch.nn.utils.clip_grad_norm_([p for g in self.adam.param_groups for p in g["params"]], cfg.clip)
         if not norm.isfinite():
             raise Diverged(f"training left the finite numbers at step {step}. Lower lr, now {cfg.lr}.")
         self.adam.step()
-        self.adam.zero_grad()
-        if cfg.queue:
-            self.queue = torch.cat([self.queue, keys.detach().cpu()])[-cfg.queue :]
-        terms = {"own": found.own, "neighbour": found.neighbour, "unrelated": found.unrelated}
-        return {**{name: float(value.detach()) for name, value in terms.items()}, **seen}
+        self.net.zero_grad()
+        return seen
+
+    def _learn_keys(self, texts: list[Sample], draw: random.Random) -> dict[str, float]:
+        """The retrieval terms and the echo, backpropagated."""
+        net, texts = self.net, exchanged(texts, draw)
+        weights = net.encoder_weights()
+        keys, rel, gen, loc = self._encoded(texts, weights)
+        swap = torch.tensor([draw.random() < 0.5 for _ in texts], device=keys.device)[:, None]
+        first, second = torch.where(swap, gen, rel), torch.where(swap, rel, gen)
+        others = self.queue.to(keys.device)
+        found = losses.retrieval(keys, net.sentinel(weights), first, second, loc, margin=self.cfg.margin, others=others)
+        echo = losses.echo(net.prompts(keys), *self._answers(texts, net.shape.prompt_tokens))
+        (found.total + echo).backward()
+        if self.cfg.queue:
+            self.queue = torch.cat([self.queue, keys.detach().cpu()])[-self.cfg.queue :]
+        terms = {"own": found.own, "neighbour": found.neighbour, "unrelated": found.unrelated, "echo": echo}
+        return {name: float(value.detach()) for name, value in terms.items()}
+
+    def _learn_prompts(self, texts: list[Sample], draw: random.Random) -> dict[str, float]:
+        """The language model's terms, backpropagated into the map."""
+        with torch.no_grad():
+            keys = self.net.keys([join(s.prompt, s.target) for s in texts])
+        prompts = self.net.prompts(keys)  # [b, P, d]
+        seen, gradient = self._language(self._batch(texts, draw), prompts.detach())
+        prompts.backward(gradient)
+        return seen
 
     def _batch(self, samples: list[Sample], draw: random.Random) -> Batch:
         prompts = [text for s in samples for text in (s.prompt, s.again, s.other)]
@@ -137,11 +193,22 @@ class Trainer:
             for row in encode_all(self.lm, prompts, answers)
         ]
 
-        def pick(kind: int) -> list[losses.Told]:
-            chosen = [i for i in range(len(samples)) if draw.random() < self.cfg.lm_share] or [0]
-            return [losses.Told(rows[3 * i + kind], i) for i in chosen]
+        def told(kind: int, which: Sequence[int]) -> list[losses.Told]:
+            return [losses.Told(rows[3 * i + kind], i) for i in which]
 
-        return Batch(samples, pick(0), pick(1), pick(2))
+        every = range(len(samples))
+        other = [i for i in every if draw.random() < self.cfg.other_share] or [0]
+        return Batch(samples, told(0, every), told(1, every), told(2, other))
+
+    def _answers(self, samples: Sequence[Sample], count: int) -> tuple[Tensor, Tensor]:
+        """Embeddings [b, count, d] and ids [b, count] of the first tokens of each target; the last one repeats."""
+        rows = encode_all(self.lm, [s.prompt for s in samples], [s.target for s in samples])
+        answers = [row.ids[row.target :][:count] for row in rows]
+        ids = torch.tensor([[*ids, *[ids[-1]] * (count - len(ids))] for ids in answers])
+        with torch.no_grad():
+            found = self.lm.module(self.lm.layout.embed)(ids.to(self.lm.device)).float()
+        device = self.net.scale.device
+        return found.to(device), ids.to(device)
 
     def _language(self, batch: Batch, prompts: Tensor) -> tuple[dict[str, float], Tensor]:
         """The language model's three losses, and the gradient [b, P, d] of their sum."""
@@ -171,15 +238,16 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Retrieval among all held-out facts, and teacher-forced answers behind the right fact's vectors."""
+        """Retrieval among held-out and ``CROWD`` trained facts, and teacher-forced answers behind the right vectors."""
         draw = random.Random(f"{self.cfg.seed}/validation")
         samples = [sample(edit, self.unrelated, draw) for edit in self.held]
         if not samples:
             return {}
         net, weights = self.net, self.net.encoder_weights()
-        keys = net.keys([join(s.prompt, s.target) for s in samples], weights)
+        crowd = [join(edit.prompt, edit.target) for edit in self.edits[:CROWD]]
+        stored = net.keys([join(s.prompt, s.target) for s in samples] + crowd, weights)
+        keys = stored[: len(samples)]
         block = KeyBlock(keys.shape[1])
-        stored = torch.cat([keys.cpu(), self.queue])  # old keys of trained facts are further candidates
         block.add(stored, range(len(stored)))
         found = {}
         right = torch.arange(len(samples))
@@ -196,6 +264,10 @@ class Trainer:
             else:
                 found[f"recall_{name}"] = float((fired & (place == right)).float().mean())
         some = samples[: self.cfg.validate_lm]
+        if self.step < self.cfg.key_steps:
+            words, ids = self._answers(samples, net.shape.prompt_tokens)
+            found["echo_right"] = losses.echoed(net.prompts(keys), words, ids)
+            return found
         vectors = net.prompts(keys[: len(some)]).flatten(0, 1).to(self.lm.device)
         for name, pairs in (
             ("told", [(s.prompt, s.target) for s in some]),
@@ -213,9 +285,15 @@ class Trainer:
         return found
 
     def _note(self, line: dict[str, Any]) -> None:
-        if self.out is not None:
-            with (self.out / CURVES).open("a") as file:
-                file.write(json.dumps(line | {"seconds": round(self.spent())}) + "\n")
+        """Add a line to the curves, in place of those that a stopped run wrote after its last checkpoint."""
+        if self.out is None:
+            return
+        path = self.out / CURVES
+        old = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [text for text in old if text.endswith("\n") and json.loads(text)["step"] < line["step"]]
+        work = path.with_name(f".{CURVES}.new")
+        work.write_text("".join(kept) + json.dumps(line | {"seconds": round(self.spent())}) + "\n")
+        os.replace(work, path)
 
     def spent(self) -> float:
         """Seconds in all sittings."""
@@ -226,7 +304,7 @@ class Trainer:
         if self.out is None:
             return
         tensors = {f"net/{name}": p.detach() for name, p in self.net.state_dict().items()}
-        tensors |= {f"adam/{i}/{key}": t for i, key, t in self._moments()} | {"queue": self.queue}
+        tensors |= self._moments() | {"queue": self.queue}
         head = {"step": str(self.step), "seconds": str(self.spent()), "print": self.print}
         work = self.out / f".{CHECKPOINT}.new"
         safetensors.torch.save_file(
@@ -234,9 +312,10 @@ class Trainer:
         )
         os.replace(work, self.out / CHECKPOINT)
 
-    def _moments(self) -> list[tuple[int, str, Tensor]]:
-        params = [p for group in self.adam.param_groups for p in group["params"]]
-        return [(i, key, t) for i, p in enumerate(params) for key, t in self.adam.state.get(p, {}).items()]
+    def _moments(self) -> dict[str, Tensor]:
+        """Adam's state by the names it has in the file."""
+        state = self.adam.state
+        return {f"adam/{k}/{n}": t for n, p in self.net.named_parameters() for k, t in state.get(p, {}).items()}
 
     def _resume(self, path: Path) -> None:
         if not path.exists():
@@ -248,11 +327,13 @@ class Trainer:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         self.step, self.seconds, self.queue = int(head["step"]), float(head["seconds"]), tensors["queue"]
         self.net.load_state_dict({n.removeprefix("net/"): t for n, t in tensors.items() if n.startswith("net/")})
-        params = [p for group in self.adam.param_groups for p in group["params"]]
+        self.adam = self._adam()
+        trained, params = {p for g in self.adam.param_groups for p in g["params"]}, dict(self.net.named_parameters())
         for name, t in tensors.items():
             if name.startswith("adam/"):
-                _, i, key = name.split("/", 2)
-                self.adam.state[params[int(i)]][key] = t
+                _, key, owner = name.split("/", 2)
+                if params[owner] in trained:  # at the border of the two parts the file still has the first one's
+                    self.adam.state[params[owner]][key] = t
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from ..errors import BadInput, WrongModel
 from ..models.encoder import load_encoder, shared_encoder
 from ..models.lm import LM
 from ..models.run import Progress
+from ..models.tokens import join
 from ..patches.editor import Editor, load_editor
 from ..patches.memory import MemoryPatch, Scope, remembered, same_prompt
 from ..patches.patch import Base, plain
@@ -28,6 +29,7 @@ from ..record import hardware, now, versions
 from ._recipe_data import usable
 from ._recipe_train import train as run_training
 
+TYPICAL = 256  # facts whose mean feature is taken for the centre of all
 PACKAGED = Path(__file__).parent / "editors"
 
 
@@ -51,28 +53,37 @@ class Config:
 class Training:
     """How the editor is trained. Defaults for a 270M model on a CPU; the paper's numbers stand in the meanings."""
 
-    steps: int = 3000
-    """Updates. Published: run until stopped, chosen by the smoothed loss."""
-    batch: int = 32
-    """Facts of one step. Published: 8."""
-    lr: float = 5e-4
-    """Adam's rate for heads, sentinel and prompt map. Published: 1e-5 for everything, with every weight trained."""
-    encoder_lr: float = 2e-4
+    key_steps: int = 600
+    """Steps of the first part, which never asks the language model: encoder, heads and sentinel learn retrieval, and
+    prompt vectors learn to point at the embeddings of the answer's first tokens, so that a key holds what is to be
+    said. Published: one part, all losses together."""
+    key_batch: int = 32
+    """Facts of one such step."""
+    prompt_steps: int = 1200
+    """Steps of the second part: with keys that stand still, the map from keys to prompt vectors learns from the
+    language model's three losses. Published: run until stopped, chosen by the smoothed loss."""
+    prompt_batch: int = 16
+    """Facts of one such step. Published: 8."""
+    lr: float = 3e-4
+    """Adam's rate for the map. Published: 1e-5 for all, with every weight trained."""
+    head_lr: float = 1e-4
+    """Adam's rate for the two heads and the sentinel."""
+    encoder_lr: float = 1.5e-4
     """Adam's rate for the encoder's weights or their adaptation."""
-    warmup: int = 100
-    """Steps until the full rate."""
+    warmup: int = 50
+    """Steps until the full rate, in each part."""
     final: float = 0.05
-    """Share of the rate that is left at the last step."""
+    """Share of the rate that is left at the last step of each part."""
     clip: float = 1.0
     """Gradients are cut to this norm."""
     margin: float | None = 1.2
     """Hinge: what is this many times likelier than every rival costs nothing. none: no hinge."""
-    lm_share: float = 1.0
-    """Share of each kind of row that goes through the language model in a step, drawn anew each time. Published: 1."""
+    other_share: float = 0.25
+    """Share of the unrelated questions that go through the language model in a step, drawn anew. Published: 1."""
     answer_tokens: int | None = 8
     """An answer's tokens beyond these are left out of the language model's rows. none: all, as published."""
-    queue: int = 4096
-    """Keys of earlier batches that stand as wrong classes beside the batch's own. Published: 0."""
+    queue: int = 512
+    """Keys of the last batches that stand as wrong classes beside the batch's own. Published: 0."""
     adapt: int | None = 16
     """Rank of the encoder's adaptation; 0: none; none: all its weights are trained, as published."""
     width: int = 768
@@ -93,6 +104,8 @@ class Training:
     """Steps between validations."""
     save_every: int = 50
     """Steps between checkpoints."""
+    bf16: bool = True
+    """Encoder, heads and prompt map compute in bf16 while they are trained; weights and moments are fp32."""
 
 
 def train(
@@ -119,8 +132,8 @@ def train(
         BadInput: too few facts, or ``out`` holds another run.
         Diverged: a loss left the finite numbers; the last checkpoint is good.
     Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.3.
-    Differs: the keys of earlier batches are further wrong classes; the encoder is adapted by low rank; queries are
-    prompts alone, in training and after.
+    Differs: two parts, see ``Training``; the keys of earlier batches are further wrong classes; the encoder is adapted
+    by low rank; prompt vectors have the length of an embedding; queries are prompts alone, in training and after.
     """
     edits = usable(edits, unrelated)
     found = load_encoder(encoder)
@@ -136,7 +149,7 @@ def train(
         adapt=cfg.adapt,
     )
     net = Retriever(shape, found)
-    net.start(cfg.seed, words)
+    net.start(cfg.seed, words, [text for e in edits[:TYPICAL] for text in (e.prompt, join(e.prompt, e.target))])
     trainer = run_training(
         lm, net.to(lm.device), edits, unrelated, cfg, Path(out) if out is not None else None, progress
     )

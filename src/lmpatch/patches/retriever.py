@@ -17,6 +17,12 @@ from ..models.encoder import Encoder, pooled
 SLASHED = "encoder/"
 BATCH = 64  # texts of one encoder forward
 LORA = ("/lora_a", "/lora_b")
+TEXTS = ("The capital of France is Paris.", "Who wrote Hamlet?", "Water boils at 100 degrees.")
+GAIN = 1.7  # of keys and queries at the start: a match then scores about ten above the rest
+NOTHING = "This is something that nobody has said anything about so far, and nobody asks."
+"""Where the sentinel starts: its first tokens as the encoder embeds them."""
+APART = 3
+"""At the start, queries leave out one in so many components of a key, which are free for what is to be said."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Retriever(nn.Module):
         self.out = _linear(shape.width, shape.prompt_tokens * shape.d_model)
         self.sentinel_embeddings = nn.Parameter(torch.zeros(shape.sentinel_tokens, shape.features))
         self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.centre = nn.Parameter(torch.zeros(inputs), requires_grad=False)
+        self.spread = nn.Parameter(torch.ones(inputs), requires_grad=False)
         self.learned = nn.ParameterDict()
         if shape.adapt is None:
             for name, p in encoder.module.named_parameters():
@@ -83,26 +91,36 @@ class Retriever(nn.Module):
         """The sentence encoder as it was loaded."""
         return self._encoder[0]
 
-    def start(self, seed: int, embeddings: Tensor) -> None:
-        """Draw the starting weights.
+    def start(self, seed: int, embeddings: Tensor, texts: Sequence[str] = TEXTS) -> None:
+        """Draw the starting weights. Both heads start as the same map, so a question scores highest with the fact that
+        the encoder finds most alike.
 
         Args:
-            embeddings: [n, d_model] typical outputs of the language model's embedding module; prompt vectors start
-                with their RMS.
+            embeddings: [n, d_model] typical outputs of the language model's embedding module; prompt vectors have
+                their RMS.
+            texts: typical facts and questions; features are measured in their mean and spread.
         """
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for module in (self.key.first, self.key.second, self.query.first, self.query.second, self.mix, self.out):
+            for module in (self.key.first, self.key.second, self.mix, self.out):
                 bound = module.in_features**-0.5
                 for p in module.parameters():
                     p.uniform_(-bound, bound, generator=draw)
             for name, p in self.learned.items():
                 if name.endswith(LORA[0]):
                     p.normal_(0, p.shape[1] ** -0.5, generator=draw)
-            word = next(p for p in self.encoder.embeddings.parameters() if p.ndim == 2)
-            self.sentinel_embeddings.normal_(0, 1, generator=draw).mul_(word.std())
-            r = self.keys(["The capital of France is Paris.", "Who wrote Hamlet?", "Water boils at 100 degrees."])
-            self.scale.mul_(embeddings.float().pow(2).mean().sqrt() / self.prompts(r).pow(2).mean().sqrt())
+            self.key.first.weight.mul_(GAIN)
+            self.query.load_state_dict(self.key.state_dict())
+            silent = self.shape.width - self.shape.width // APART
+            for module in (self.query.first, self.query.second):
+                module.weight[silent:], module.bias[silent:] = 0, 0
+            found = self.features(texts)
+            variance = found.var(0)
+            self.centre.copy_(found.mean(0))
+            self.spread.copy_((variance + variance.mean()).sqrt())  # the second term keeps a rare feature from towering
+            start = self.encoder.embedded(NOTHING)
+            self.sentinel_embeddings.copy_(start[torch.arange(self.shape.sentinel_tokens) % len(start)])
+            self.scale.fill_(embeddings.float().pow(2).mean().sqrt())
 
     def encoder_weights(self) -> dict[str, Tensor]:
         """Parameter name of the encoder -> its adapted value."""
@@ -131,25 +149,33 @@ class Retriever(nn.Module):
 
     def keys(self, texts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Keys [n, R] of statements: ``prompt target``."""
-        out: Tensor = self.key(self.features(texts, weights))
+        out: Tensor = self.key(self._standard(self.features(texts, weights)))
         return out
 
     def queries(self, texts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Queries [n, R] of questions: the prompt alone."""
-        out: Tensor = self.query(self.features(texts, weights))
+        out: Tensor = self.query(self._standard(self.features(texts, weights)))
         return out
 
     def sentinel(self, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """r_Θ [R]: the key that stands for "no fact"."""
         states = self.encoder.stack(self.sentinel_embeddings, self.encoder_weights() if weights is None else weights)
-        out: Tensor = self.key(pooled(states, torch.ones(states.shape[:2], device=states.device)))
+        out: Tensor = self.key(self._standard(pooled(states, torch.ones(states.shape[:2], device=states.device))))
         return out[0]
 
+    def _standard(self, features: Tensor) -> Tensor:
+        """Features in their own mean and spread: a large common part would make every step of Adam move all alike."""
+        return (features - self.centre) / self.spread
+
     def prompts(self, keys: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model] of keys [n, R], in the space of the embedding module's output."""
+        """Prompt vectors [n, P, d_model] of keys [n, R], each as long as a typical output of the embedding module.
+
+        Left free, they grew to fifty times that in training, where the model's norms pass no gradient back.
+        """
+        keys = nn.functional.layer_norm(keys, keys.shape[-1:])  # else steps of Adam grow with the keys
         mixed = self.mix(keys).relu() + keys
-        flat: Tensor = self.out(mixed) * self.scale
-        return flat.reshape(len(keys), self.shape.prompt_tokens, self.shape.d_model)
+        found: Tensor = self.out(mixed).float().reshape(len(keys), self.shape.prompt_tokens, self.shape.d_model)
+        return found * (self.scale / found.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it has learned, bf16, by name."""
