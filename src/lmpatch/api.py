@@ -17,6 +17,7 @@ from .errors import BadInput
 from .models.lm import LM
 from .models.run import Progress
 from .patches.editor import Editor
+from .patches.merge import merge
 from .patches.patch import Mount, Patch
 from .registry import get
 from .room import need_room
@@ -157,7 +158,7 @@ def bench(
     name: str,
     data: Any,
     *,
-    patch: Patch | None = None,
+    patch: Patch | Sequence[Patch] | None = None,
     method: str | None = None,
     method_settings: Mapping[str, Any] | None = None,
     mount: Mount | None = None,
@@ -175,7 +176,7 @@ def bench(
     Args:
         name: a name from ``names("benches")``.
         data: what the bench's ``load`` gives, or the path it reads: a file of facts, a folder of tasks for ``general``.
-        patch: scored on all records.
+        patch: scored on all records. Several are put on in this order, or merged first by a bench that takes one.
         method: makes the patches of each commit, with ``method_settings``, ``text``, ``anchors`` and ``editor`` as in
             ``fit``.
         limit: at most this many records of a file.
@@ -199,11 +200,18 @@ def bench(
     edits = (
         data if path is None else module.load(path, limit=limit, **_material(module.load, name, unrelated=unrelated))
     )
-    makers: dict[str, Any] = {"patch": patch}
+    makers: dict[str, Any] = {"patch": _stacked(module, patch)}
     if method is not None:
         makers = _makers(method, dict(method_settings or {}), {"text": text, "anchors": anchors, "editor": editor})
     source = "" if path is None else Path(path).name
     return module.run(lm, edits, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
+
+
+def _stacked(module: ModuleType, patch: Patch | Sequence[Patch] | None) -> Patch | Sequence[Patch] | None:
+    """What a bench takes of several patches: all where it says ``stacks = True``, else their merge."""
+    if patch is None or isinstance(patch, Patch) or getattr(module, "stacks", False):
+        return patch
+    return merge(*patch) if patch else None
 
 
 def _makers(method: str, settings: dict[str, Any], material: dict[str, Any]) -> dict[str, Any]:

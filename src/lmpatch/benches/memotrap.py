@@ -25,6 +25,10 @@ from ._context_run import Task, read_report
 __all__ = ["Config", "Metric", "Report", "Row", "Run", "load", "read_report", "run"]
 
 
+stacks = True
+"""``run`` takes several patches and puts them on in order."""
+
+
 @dataclass(frozen=True)
 class Config(_context_run.Config):
     """The memotrap bench. What each number means: docs/benches.md."""

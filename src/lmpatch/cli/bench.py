@@ -56,7 +56,8 @@ def bench(
 ) -> None:
     """Measure a model on data: with patches, with patches a method makes, or alone.
 
-    The unpatched model is always in the table, for facts also the fact in the prompt. Several patches are merged first.
+    The unpatched model is always in the table, for facts also the fact in the prompt. Several patches are put on in
+    this order, or merged first by a bench that takes one.
 
     \b
     Examples:
@@ -65,7 +66,6 @@ def bench(
       lmpatch bench gemma-3-270m facts counterfact.jsonl --method memit --set n=100 --limit 100 -o runs/memit
     """
     from .. import api, registry
-    from ..patches.merge import merge
     from ..settings import parse
 
     chosen = parse(registry.get("benches", name).Config, settings or [])
@@ -76,7 +76,7 @@ def bench(
     keep(context, kept)
     with progress() as bar:
         report = api.bench(
-            lm, name, data, patch=merge(*patches) if patches else None, method=method, method_settings=of_method,
+            lm, name, data, patch=patches or None, method=method, method_settings=of_method,
             mount=mount, limit=limit, unrelated=unrelated, out=out, progress=bar,
             **material(text, anchors, editor), **chosen,
         )  # fmt: skip
