@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from .patches.memory import MemoryPatch as MemoryPatch
     from .patches.merge import merge as merge
     from .patches.patch import Patch as Patch
+    from .patches.steer import SteerPatch as SteerPatch
     from .patches.weight import WeightPatch as WeightPatch
     from .registry import names as names
     from .units.address import Head as Head
@@ -107,6 +108,7 @@ _HOMES = {
     "Scale": "patches.delta",
     "Score": "models.run",
     "Sparse": "patches.delta",
+    "SteerPatch": "patches.steer",
     "SubjectNotFound": "errors",
     "UnknownLayout": "errors",
     "UnknownName": "errors",
