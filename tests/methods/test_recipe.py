@@ -210,6 +210,23 @@ def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
     assert (queries @ keys.T).argmax(1).tolist() == list(range(len(FACTS)))
 
 
+@pytest.mark.parametrize("adapt", [0, None])
+def test_the_pooling_layer_is_a_fourth_part_of_the_features(adapt: int | None) -> None:
+    encoder = shared_encoder("all-MiniLM-L6-v2")
+    net = Retriever(Shape(encoder.name, encoder.width, 8, width=8, adapt=adapt, pooler=True), encoder)
+    rows = encoder.tokenise(["The Eiffel Tower"])
+    with torch.no_grad():
+        net.start(0, torch.ones(4, 8))
+        states, mask = encoder.states(rows)
+        wanted = encoder.module(torch.tensor(rows)).pooler_output
+        assert torch.allclose(
+            net.features(["The Eiffel Tower"]), torch.cat([wanted, pooled(states, mask)], 1), atol=1e-5
+        )
+    net.keys(["The Eiffel Tower"]).sum().backward()
+    learned = [p.grad for name, p in net.learned.items() if "pooler" in name]
+    assert (len(learned) == 2 and all(g is not None for g in learned)) if adapt is None else not learned
+
+
 @pytest.mark.parametrize("adapt", [0, 2, None])
 def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | None) -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")

@@ -86,6 +86,8 @@ class Training:
     """Keys of the last batches that stand as wrong classes beside the batch's own. Published: 0."""
     adapt: int | None = 16
     """Rank of the encoder's adaptation; 0: none; none: all its weights are trained, as published."""
+    pooler: bool = False
+    """Features also hold what the encoder's own pooling layer says. Published: no; released code: yes."""
     width: int = 768
     """R, the width of keys and queries. Published: 4096."""
     prompt_tokens: int = 3
@@ -147,6 +149,7 @@ def train(
         prompt_tokens=cfg.prompt_tokens,
         sentinel_tokens=cfg.sentinel_tokens,
         adapt=cfg.adapt,
+        pooler=cfg.pooler,
     )
     net = Retriever(shape, found)
     net.start(cfg.seed, words, [text for e in edits[:TYPICAL] for text in (e.prompt, join(e.prompt, e.target))])

@@ -79,6 +79,19 @@ class Encoder:
         out = functional_call(self.module, dict(weights or {}), (), {"input_ids": ids, "attention_mask": mask})
         return out.last_hidden_state, mask
 
+    def pooler(self, states: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the encoder's own pooling layer makes of states [n, T, width]: [n, width].
+
+        Raises:
+            BadInput: it has none.
+        """
+        layer = getattr(self.module, "pooler", None)
+        if not isinstance(layer, nn.Module):
+            raise BadInput(f"{self.name} has no pooling layer. Leave pooler out.")
+        own = {n.removeprefix("pooler."): w for n, w in (weights or {}).items() if n.startswith("pooler.")}
+        out: Tensor = functional_call(layer, own, (states,))
+        return out
+
     @torch.no_grad()
     def embedded(self, text: str) -> Tensor:
         """What enters the first layer for each token of a text: [T, width]."""

@@ -43,6 +43,8 @@ class Shape:
     """Learned input embeddings behind the knowledge sentinel."""
     adapt: int | None = None
     """Rank of the encoder's adaptation; 0: it stays as it is; None: all its weights are learned."""
+    pooler: bool = False
+    """Features also hold what the encoder's own pooling layer says, as released code has it."""
 
 
 class Head(nn.Module):
@@ -68,7 +70,7 @@ class Retriever(nn.Module):
         super().__init__()
         self.shape = shape
         self._encoder = [encoder]  # in a list: its weights are not parameters of this module
-        inputs = 3 * shape.features
+        inputs = (3 + shape.pooler) * shape.features
         self.key, self.query = Head(inputs, shape.width), Head(inputs, shape.width)
         self.mix = _linear(shape.width, shape.width)
         self.out = _linear(shape.width, shape.prompt_tokens * shape.d_model)
@@ -79,7 +81,7 @@ class Retriever(nn.Module):
         self.learned = nn.ParameterDict()
         if shape.adapt is None:
             for name, p in encoder.module.named_parameters():
-                if "pooler" not in name:
+                if shape.pooler or "pooler" not in name:
                     self.learned[_safe(name)] = nn.Parameter(p.detach().clone())
         elif shape.adapt:
             for name, (out, width) in encoder.linears().items():
@@ -135,7 +137,7 @@ class Retriever(nn.Module):
         return found
 
     def features(self, texts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Pooled features [n, 3 w] of texts. They run in batches of near lengths, so little is padded.
+        """Features [n, 3 w] of texts (4 w with the pooler). They run in batches of near lengths, so little is padded.
 
         Args:
             weights: of the encoder; None: its adapted ones. A caller that asks often passes them in.
@@ -144,7 +146,8 @@ class Retriever(nn.Module):
         rows = self.encoder.tokenise(texts)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         parts = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-        out = torch.cat([pooled(*self.encoder.states([rows[i] for i in part], weights)) for part in parts])
+        states = (self.encoder.states([rows[i] for i in part], weights) for part in parts)
+        out = torch.cat([self._pooled(*pair, weights) for pair in states])
         return out[torch.tensor(order).argsort().to(out.device)]
 
     def keys(self, texts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -159,9 +162,15 @@ class Retriever(nn.Module):
 
     def sentinel(self, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """r_Θ [R]: the key that stands for "no fact"."""
-        states = self.encoder.stack(self.sentinel_embeddings, self.encoder_weights() if weights is None else weights)
-        out: Tensor = self.key(self._standard(pooled(states, torch.ones(states.shape[:2], device=states.device))))
+        weights = self.encoder_weights() if weights is None else weights
+        states = self.encoder.stack(self.sentinel_embeddings, weights)
+        mask = torch.ones(states.shape[:2], device=states.device)
+        out: Tensor = self.key(self._standard(self._pooled(states, mask, weights)))
         return out[0]
+
+    def _pooled(self, states: Tensor, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        found = pooled(states, mask)
+        return torch.cat([self.encoder.pooler(states, weights), found], -1) if self.shape.pooler else found
 
     def _standard(self, features: Tensor) -> Tensor:
         """Features in their own mean and spread: a large common part would make every step of Adam move all alike."""
