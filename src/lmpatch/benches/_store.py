@@ -82,13 +82,13 @@ class Store(Generic[R]):
         for other in self.runs.values():
             if other["comparable_group"] != group:
                 raise BadInput(
-                    f"{self.folder} holds the run {other['run_id']!r} made with {_differences(other, identity)}. "
+                    f"{self.folder} holds the run {other['run_id']!r} made with {_differs(other, identity)}. "
                     "Numbers of both cannot share a table. Choose another folder."
                 )
         known = self.runs.get(name)
         if known and known["settings"] != identity["settings"]:
             raise BadInput(
-                f"{self.folder} holds the run {name!r} with other settings: {_differences(known, identity)}. "
+                f"{self.folder} holds the run {name!r} with other settings: {_differs(known, identity)}. "
                 "Choose another run_id or another folder."
             )
         if not known:
@@ -155,8 +155,12 @@ def _write(file: Any, records: Iterable[Json]) -> None:
     os.fsync(file.fileno())
 
 
+def _differs(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What a run was asked otherwise, as a person reads it. What it has found since does not count."""
+    return _differences({key: known[key] for key in asked if key in known}, asked)
+
+
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """What two records were asked differently, as a person reads it."""
     found = []
     for key in sorted({*a, *b}):
         if isinstance(a.get(key), dict) and isinstance(b.get(key), dict):
