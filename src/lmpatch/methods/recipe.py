@@ -53,7 +53,7 @@ class Config:
 class Training:
     """How the editor is trained. Defaults for a 270M model on a CPU; the paper's numbers stand in the meanings."""
 
-    key_steps: int = 600
+    key_steps: int = 900
     """Steps of the first part, which never asks the language model: encoder, heads and sentinel learn retrieval, and
     prompt vectors learn to point at the embeddings of the answer's first tokens, so that a key holds what is to be
     said. Published: one part, all losses together."""
@@ -66,9 +66,9 @@ class Training:
     """Facts of one such step. Published: 8."""
     lr: float = 3e-4
     """Adam's rate for the map. Published: 1e-5 for all, with every weight trained."""
-    head_lr: float = 1e-4
+    head_lr: float = 5e-5
     """Adam's rate for the two heads and the sentinel."""
-    encoder_lr: float = 1.5e-4
+    encoder_lr: float = 1e-4
     """Adam's rate for the encoder's weights or their adaptation."""
     warmup: int = 50
     """Steps until the full rate, in each part."""
@@ -76,8 +76,9 @@ class Training:
     """Share of the rate that is left at the last step of each part."""
     clip: float = 1.0
     """Gradients are cut to this norm."""
-    margin: float | None = 1.2
-    """Hinge: what is this many times likelier than every rival costs nothing. none: no hinge."""
+    margin: float | None = None
+    """Hinge: what is this many times likelier than every rival costs nothing. none: no hinge. Published: 1.2; with it
+    the few rows that are left decide each step, and retrieval does not settle."""
     other_share: float = 0.25
     """Share of the unrelated questions that go through the language model in a step, drawn anew. Published: 1."""
     answer_tokens: int | None = 8
