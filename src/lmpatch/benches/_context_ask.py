@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..data.context import ContextRecord
-from ..models.acting import prepare
 from ..models.lm import LM
-from ..models.options import next_logits
 from ..models.run import generate, score
 from ..models.tokens import encode_all
+from ._asking import mark_logits
 
 Wanted = Sequence[str] | None
 """The answers that are looked for in a text; None: all of it is wanted."""
@@ -96,17 +95,13 @@ def choose(lm: LM, asked: Sequence[ContextRecord], *, batch_size: int, official:
         asked = [_with_blank(record) for record in asked]
     marks = [_marks(lm, record, official) for record in asked]
     single = [i for i, ids in enumerate(marks) if ids]
-    columns = {token: k for k, token in enumerate(sorted({token for ids in marks for token in ids}))}
-    made: dict[int, Said] = {}
-    if single:
-        table = next_logits(lm, [asked[i].asked for i in single], list(columns), batch_size=batch_size).tolist()
-        for i, row in zip(single, table, strict=True):
-            made[i] = _best(asked[i], [row[columns[token]] for token in marks[i]], "")
+    found = mark_logits(lm, [asked[i].asked for i in single], [marks[i] for i in single], batch_size)
+    made = {i: _best(asked[i], scores, "") for i, scores in zip(single, found, strict=True)}
     for i in range(len(asked)):
         if i not in made:
             letters = asked[i].letters
-            found = score(lm, [asked[i].asked] * len(letters), letters, batch_size=batch_size)
-            made[i] = _best(asked[i], [each.total for each in found], WHOLE)
+            whole = score(lm, [asked[i].asked] * len(letters), letters, batch_size=batch_size)
+            made[i] = _best(asked[i], [each.total for each in whole], WHOLE)
     return [made[i] for i in range(len(asked))]
 
 
@@ -129,13 +124,3 @@ def _marks(lm: LM, record: ContextRecord, official: bool) -> tuple[int, ...]:
         told = encode_all(lm, [record.prompt] * len(record.options), record.letters)
         ids = tuple(row.ids[row.target] for row in told if row.ids[: row.target] == alone.ids)
     return ids if len(set(ids)) == len(record.options) else ()
-
-
-def too_long(lm: LM, prompts: Sequence[str], new_tokens: int) -> list[str]:
-    """Why each prompt does not fit the model's window, with everything the patches put before it; "" where it does."""
-    window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    if window is None or not prompts:
-        return [""] * len(prompts)
-    rows, _ = prepare(lm, prompts)
-    over = f"longer than the model's window of {window} tokens"
-    return [over if len(row.ids) + new_tokens > window else "" for row in rows]

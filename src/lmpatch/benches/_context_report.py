@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput
+from . import _runs
 from ._context_rows import Metric, Row, differences, metrics
 from ._grid import NONE, Cell, Grid, trimmed
-from ._page import cards, document, made, plots, table
+from ._page import cards, heading, plots, table
+from ._runs import BASE
 from ._svg import Bar, bars, scatter
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
-BASE = "none"
-"""The run of the unpatched model under the plain wording, named as in the facts bench."""
 LISTENS = [
     ("acc", "ACC"), ("sr", "SR"), ("rest", "neither"), ("adherence", "ACC in conflict"),
 ]  # fmt: skip
@@ -41,19 +33,8 @@ KEEPS_NOTE = (
 SHOWN = 12  # records in the table of examples
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(_runs.Run[Row]):
     """One model under one wording, on all records."""
-
-    record: dict[str, Any]
-    rows: Sequence[Row]
-    parts: Sequence[dict[str, Any]]
-    """What was asked together, with its seconds."""
-
-    @property
-    def name(self) -> str:
-        """Its ``run_id``."""
-        return str(self.record["run_id"])
 
     @cached_property
     def numbers(self) -> dict[str, Metric]:
@@ -61,27 +42,10 @@ class Run:
         return metrics(self.rows, bootstrap=self.record["bootstrap"], seed=self.record["seed"])
 
 
-@dataclass(frozen=True)
-class Report:
-    """Runs on the same records, the unpatched model first."""
+class Report(_runs.Report[Run, Row]):
+    """Runs on the same records, the unpatched model under the plain wording first."""
 
-    runs: tuple[Run, ...]
-
-    @property
-    def rows(self) -> list[Row]:
-        """All rows of all runs."""
-        return [row for run in self.runs for row in run.rows]
-
-    def run(self, name: str) -> Run:
-        """The run of that name.
-
-        Raises:
-            BadInput: there is none.
-        """
-        for run in self.runs:
-            if run.name == name:
-                return run
-        raise BadInput(f"no run {name!r}. There are: {', '.join(run.name for run in self.runs)}.")
+    kinds = Run, Row
 
     def metrics(self, name: str) -> dict[str, Metric]:
         """The numbers of a run: ``acc``, ``sr``, ``rest``, ``adherence``, ``robustness``, ``bcu``, ..."""
@@ -91,21 +55,6 @@ class Report:
         """The same as differences from the unpatched model under the plain wording, record by record."""
         run = self.run(name)
         return differences(self.run(BASE).rows, run.rows, bootstrap=run.record["bootstrap"], seed=run.record["seed"])
-
-    def table(self) -> Group:
-        """Tables for a terminal. Print them with rich."""
-        from ._table import tables
-
-        return tables(self._grids())
-
-    def save_html(self, path: str | Path) -> Path:
-        """Write one page that needs nothing else."""
-        path = Path(path)
-        path.write_text(
-            document(f"{self.runs[0].record['bench']}: {self.runs[0].record['base_model']}", self._body()),
-            encoding="utf-8",
-        )
-        return path
 
     def _grids(self) -> list[Grid]:
         moved = {run.name: self.differences(run.name) for run in self.runs}
@@ -117,17 +66,15 @@ class Report:
         return [grid for grid in grids if grid.rows]
 
     def _body(self) -> list[str]:
-        record = self.runs[0].record
-        about = f"{record['base_model']} · {record['dtype']} · {record['records']} records"
-        data = f" · {record['data_name']}" if record["data_name"] else ""
+        record, question = self.runs[0].record, "Which does it trust, the context or its memory?"
         patched = [run for run in self.runs if not run.record["baseline"]]
-        body = [f"<h1>Which does it trust, the context or its memory?</h1><p>{escape(about + data)}</p>"]
-        body += [cards(run.name, _headline(run, self.differences(run.name))) for run in patched[:6]]
-        body.append(plots([run.name for run in self.runs] if len(self.runs) <= 6 else [], self._figures()))
-        body += [table(grid) for grid in self._grids()]
-        body += [table(_examples(self.run(BASE), run)) for run in patched[:1]]
-        body.append(made((run.name, run.record) for run in self.runs))
-        return body
+        return [
+            heading(question, record, f"{record['records']} records"),
+            *(cards(run.name, _headline(run, self.differences(run.name))) for run in patched[:6]),
+            plots([run.name for run in self.runs] if len(self.runs) <= 6 else [], self._figures()),
+            *(table(grid) for grid in self._grids()),
+            *(table(_examples(self.run(BASE), run)) for run in patched[:1]),
+        ]
 
     def _figures(self) -> list[tuple[str, str]]:
         rows: list[tuple[str, float | None, list[Bar]]] = []

@@ -6,11 +6,10 @@ should stay when the context is another record's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from ..data.context import ContextRecord
@@ -20,16 +19,17 @@ from ..models.run import Progress
 from ..patches.patch import Mount, Patch, plain
 from ..record import hash_json
 from ..room import need_room
-from ._context_ask import WORD, Said, Wanted, too_long, word
+from ._asking import BLOCK, beyond_window, finished, in_parts, split
+from ._context_ask import WORD, Said, Wanted, word
 from ._context_prompts import Wording, others, swapped, worded
-from ._context_report import BASE, Report, Run
+from ._context_report import Report, Run
 from ._context_rows import Row, When
-from ._health import synchronise, working_memory
-from ._record import about
+from ._health import working_memory
+from ._record import shared
+from ._runs import BASE
 from ._store import Store
-from ._writer import Fitted, Writer, refuse_patched
+from ._writer import mounted, refuse_patched
 
-BLOCK = 64  # records that are kept as one, so an interrupted run loses little
 ALL: tuple[When, ...] = ("bare", "context", "foreign")  # bare first: the others are compared with it
 OWN = ("wording", "baselines", "irrelevant", "batch_size", "bootstrap")
 """Settings that leave the unpatched model's answers as they are."""
@@ -88,41 +88,37 @@ class _Pass:
 
     def score(self, record: dict[str, Any], wording: Wording, whens: Sequence[When]) -> None:
         """Ask what the store does not hold yet of this run, on the model as it is now."""
-        name, total = record["run_id"], len(self.records)
-        self.store.open_run(record)
-        for number, start in enumerate(range(0, total, BLOCK)):
-            if (name, number) in self.store.chunks:
-                continue
-            began = perf_counter()
-            rows: list[Row] = []
-            block = range(start, min(start + BLOCK, total))
-            closed = {row.place: row.said for row in self.store.rows_of(BASE) if row.when == "bare"}
-            for when in whens:
-                found = self._rows(block, when, wording, closed)
-                if name == BASE and when == "bare":
-                    closed |= {row.place: row.said for row in found}
-                    found = [replace(row, closed=row.said, kept=None if row.said is None else True) for row in found]
-                rows += [replace(row, run_id=name, chunk=number) for row in found]
-            synchronise(self.lm)
-            self.store.add({"run_id": name, "chunk": number, "seconds": perf_counter() - began}, rows)
-            if self.progress:
-                self.progress(block.stop, total, f"asking {name}")
+        parts = split(range(len(self.records)), BLOCK)
+        ask = partial(self._rows, record["run_id"], wording, whens)
+        in_parts(self.lm, self.store, record, parts, ask, self.progress)
 
-    def _rows(self, block: range, when: When, wording: Wording, closed: dict[int, str | None]) -> list[Row]:
-        """One row per record of the block, in order."""
+    def _rows(self, name: str, wording: Wording, whens: Sequence[When], part: Sequence[int]) -> list[Row]:
+        """Everything about these records."""
+        rows: list[Row] = []
+        closed = {row.place: row.said for row in self.store.rows_of(BASE) if row.when == "bare"}
+        for when in whens:
+            found = self._asked(part, when, wording, closed)
+            if name == BASE and when == "bare":
+                closed |= {row.place: row.said for row in found}
+                found = [replace(row, closed=row.said, kept=None if row.said is None else True) for row in found]
+            rows += found
+        return rows
+
+    def _asked(self, part: Sequence[int], when: When, wording: Wording, closed: dict[int, str | None]) -> list[Row]:
+        """One row per record, in order."""
         told: dict[int, ContextRecord] = {}
-        flags = dict.fromkeys(block, "")
-        for i in block:
+        flags = dict.fromkeys(part, "")
+        for i in part:
             found, flags[i] = self._told(i, when, wording)
             if found is not None:
                 told[i] = found
-        long = too_long(self.lm, [record.prompt for record in told.values()], self.task.new_tokens)
+        long = beyond_window(self.lm, [record.prompt for record in told.values()], new_tokens=self.task.new_tokens)
         for i, flag in zip(list(told), long, strict=True):
             if flag:
                 flags[i] = flag
                 del told[i]
         said: dict[int, Said] = dict(zip(told, self._ask(told, when, closed), strict=True)) if told else {}
-        return [self._row(i, when, said.get(i), closed.get(i), flags[i]) for i in block]
+        return [self._row(i, when, said.get(i), closed.get(i), flags[i]) for i in part]
 
     def _told(self, i: int, when: When, wording: Wording) -> tuple[ContextRecord | None, str]:
         """What is put to the model, or why nothing is."""
@@ -194,7 +190,7 @@ def run(
     need_room(working_memory(lm, [r.prompt for r in chosen], task.new_tokens, cfg.batch_size), lm.device, task.name)
     store = Store(Path(out) if out is not None else None, Row.read)
     through = _Pass(lm, chosen, others(chosen, cfg.seed), cfg, task, store, progress)
-    base = _identity(lm, chosen, cfg, task) | {"data_name": data_name}
+    base = _shared(lm, chosen, cfg, task) | {"data_name": data_name}
     through.score(_of(base, BASE, "plain", ALL), "plain", ALL)
     for wording in cfg.baselines:
         if wording != "plain":
@@ -203,20 +199,12 @@ def run(
         whens: tuple[When, ...] = ALL if cfg.irrelevant else ("context",)
         name = run_id or " + ".join(each.method for each in patches)
         record = _of(base, name, cfg.wording, whens, [(each, mount or each.mounts[0]) for each in patches])
-        with _mounted(lm, patches, mount):
+        with mounted(lm, patches, mount):
             through.score(record, cfg.wording, whens)
-    return _finished(store)
+    return finished(store, Report, _numbers)
 
 
-def read_report(folder: str | Path) -> Report:
-    """The report of a folder that ``run(..., out=folder)`` filled.
-
-    Raises:
-        BadInput: the folder holds no runs.
-    """
-    if not (Path(folder) / "runs.jsonl").is_file():
-        raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
-    return _report(Store(Path(folder), Row.read))
+read_report = Report.read
 
 
 def _chosen(lm: LM, records: Sequence[ContextRecord], cfg: Config) -> list[ContextRecord]:
@@ -233,15 +221,11 @@ def _chosen(lm: LM, records: Sequence[ContextRecord], cfg: Config) -> list[Conte
     return [records[i] for i in sorted(ring[: cfg.n])]
 
 
-def _identity(lm: LM, records: Sequence[ContextRecord], cfg: Config, task: Task) -> dict[str, Any]:
-    """What all runs on these records share; only runs of one group stand in one table."""
-    known = about(lm)
-    group = plain({k: v for k, v in asdict(cfg).items() if k not in OWN})
-    group |= {"data_hash": hash_json([asdict(record) for record in records]), "bench": task.name}
-    group |= {key: known[key] for key in ("base_weights_hash", "dtype")}
-    made = {"bench": task.name, "comparable_group": hash_json(group)[:16], "settings": group}
+def _shared(lm: LM, records: Sequence[ContextRecord], cfg: Config, task: Task) -> dict[str, Any]:
+    settings = plain({k: v for k, v in asdict(cfg).items() if k not in OWN})
+    settings |= {"data_hash": hash_json([asdict(record) for record in records]), "bench": task.name}
     shown = {"records": len(records), "bootstrap": cfg.bootstrap, "seed": cfg.seed}
-    return known | made | shown | {"planned": -(-len(records) // BLOCK)}
+    return shared(lm, task.name, settings) | shown | {"planned": -(-len(records) // BLOCK)}
 
 
 def _of(
@@ -257,26 +241,5 @@ def _of(
     return base | {"run_id": name, "baseline": not patches, "settings": base["settings"] | own} | own
 
 
-@contextmanager
-def _mounted(lm: LM, patches: Sequence[Patch], mount: Mount | None) -> Iterator[None]:
-    """The patches on the model, in this order; every touched weight is proved to come back."""
-    writer = Writer(lm, mount, {}, base_perplexity=None)
-    try:
-        for patch in patches:
-            writer.write(Fitted(patch, 0.0), max(1, len(patch.edits)))
-        yield
-    finally:
-        writer.close()
-
-
-def _finished(store: Store[Row]) -> Report:
-    """The report, its numbers and seconds written into the records too."""
-    report = _report(store)
-    for each in report.runs:
-        numbers = {name: asdict(metric) for name, metric in report.metrics(each.name).items()}
-        store.put_run(each.record | {"seconds": sum(part["seconds"] for part in each.parts), "metrics": numbers})
-    return _report(store)
-
-
-def _report(store: Store[Row]) -> Report:
-    return Report(tuple(Run(record, store.rows_of(n), store.chunks_of(n)) for n, record in store.runs.items()))
+def _numbers(report: Report, run: Run) -> dict[str, Any]:
+    return {name: asdict(metric) for name, metric in report.metrics(run.name).items()}

@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ..models import run
-from ..models.acting import prepare
 from ..models.lm import LM
-from ..models.options import option_logits
+from ._asking import beyond_window, mark_logits
 from ._general_rows import MEASURES, Row
 from ._general_tasks import Sample
 
@@ -33,14 +32,9 @@ def ask(lm: LM, samples: Sequence[Sample], batch_size: int) -> list[Row]:
 
 def too_long(lm: LM, samples: Sequence[Sample]) -> list[str]:
     """Why each sample does not fit the model's window, with everything the patches put before it; "" where it does."""
-    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or not samples:
-        return [""] * len(samples)
     told = [pair for sample in samples for pair in pairs(sample)]
-    rows, _ = prepare(lm, [prompt for prompt, _ in told], [option for _, option in told])
-    lengths = iter([len(row.ids) for row in rows])
-    most = [max(next(lengths) for _ in pairs(sample)) for sample in samples]
-    return [f"longer than the model's window of {limit} tokens" if length > limit else "" for length in most]
+    flags = iter(beyond_window(lm, [prompt for prompt, _ in told], [option for _, option in told]))
+    return [max(next(flags) for _ in pairs(sample)) for sample in samples]
 
 
 def pairs(sample: Sample) -> Iterable[tuple[str, str]]:
@@ -52,12 +46,8 @@ def pairs(sample: Sample) -> Iterable[tuple[str, str]]:
 
 def _letters(lm: LM, asked: Sequence[tuple[Sample, tuple[int, ...]]], batch_size: int) -> list[Found]:
     """The logit of each option's mark behind the prompt."""
-    if not asked:
-        return []
-    columns = {token: j for j, token in enumerate(sorted({token for _, ids in asked for token in ids}))}
-    states = run.hidden(lm, [sample.prompts[0] for sample, _ in asked], batch_size=batch_size)  # [n, d]
-    rows = option_logits(lm, states, list(columns)).tolist()  # [n, k]
-    return [(tuple(row[columns[token]] for token in ids), 1) for row, (_, ids) in zip(rows, asked, strict=True)]
+    prompts, marks = [sample.prompts[0] for sample, _ in asked], [ids for _, ids in asked]
+    return [(scores, 1) for scores in mark_logits(lm, prompts, marks, batch_size)]
 
 
 def _texts(lm: LM, samples: Sequence[Sample], batch_size: int) -> list[Found]:

@@ -5,23 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput
+from . import _runs
 from ._general_rows import MEASURES, Comparison, Mean, Row, compare
 from ._general_tasks import CLOZE, LETTERS, PROTOCOLS, TEXT
 from ._grid import NONE, Cell, Grid, trimmed
-from ._page import cards, document, made, plots, table
+from ._page import cards, heading, plots, table
+from ._runs import BASE
 from ._svg import bars
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
-BASE = "none"
-"""The run of the unpatched model, named as in the facts bench."""
 NOTES = {
     LETTERS: "Zero-shot, %. The options stand in the prompt; the answer is the one whose letter (anli: word) has the "
     "highest logit. squad is the mean of 1/perplexity of the gold answer.",
@@ -33,42 +25,14 @@ GUESSING = "Guessing is what chance scores: a task there says nothing."
 ERRORS = "± and s.e. are standard errors over records, that of the difference over the records' own differences."
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(_runs.Run[Row]):
     """One model on all records: the unpatched one, or one patch."""
 
-    record: dict[str, Any]
-    rows: Sequence[Row]
-    parts: Sequence[dict[str, Any]]
-    """What was scored together, with its seconds."""
 
-    @property
-    def name(self) -> str:
-        """Its ``run_id``."""
-        return str(self.record["run_id"])
-
-
-@dataclass(frozen=True)
-class Report:
+class Report(_runs.Report[Run, Row]):
     """Runs on the same records, the unpatched model first."""
 
-    runs: tuple[Run, ...]
-
-    @property
-    def rows(self) -> list[Row]:
-        """All rows of all runs."""
-        return [row for run in self.runs for row in run.rows]
-
-    def run(self, name: str) -> Run:
-        """The run of that name.
-
-        Raises:
-            BadInput: there is none.
-        """
-        for run in self.runs:
-            if run.name == name:
-                return run
-        raise BadInput(f"no run {name!r}. There are: {', '.join(run.name for run in self.runs)}.")
+    kinds = Run, Row
 
     def comparisons(self, name: str) -> list[Comparison]:
         """Every task under every protocol: that run against the unpatched model, record by record."""
@@ -80,28 +44,20 @@ class Report:
         found = (c for c in self.comparisons(name) if (c.task, c.protocol) == (task, protocol))
         return next(found, None)
 
-    def table(self) -> Group:
-        """Tables for a terminal, one per protocol. Print them with rich."""
-        from ._table import tables
+    def _grids(self) -> list[Grid]:
+        shown = self.runs[1:] or self.runs  # the patched ones; the unpatched one where it is alone
+        found = [(run, self.comparisons(run.name)) for run in shown]
+        grids = [_grid(protocol, found) for protocol in PROTOCOLS]
+        return [grid for grid in (*grids, _left_out(self)) if grid.rows]
 
-        return tables(_grids(self))
-
-    def save_html(self, path: str | Path) -> Path:
-        """Write one page that needs nothing else."""
-        path = Path(path)
-        path.write_text(_page(self), encoding="utf-8")
-        return path
-
-
-def _shown(report: Report) -> list[Run]:
-    """The patched runs; the unpatched one where it is alone."""
-    return list(report.runs[1:]) or list(report.runs)
-
-
-def _grids(report: Report) -> list[Grid]:
-    found = [(run, report.comparisons(run.name)) for run in _shown(report)]
-    grids = [_grid(protocol, found) for protocol in PROTOCOLS]
-    return [grid for grid in (*grids, _left_out(report)) if grid.rows]
+    def _body(self) -> list[str]:
+        record = self.runs[0].record
+        return [
+            heading("Does everything else still work?", record, f"at most {record['settings']['n']} records a task"),
+            *(cards(run.name, _headline(self.comparisons(run.name))) for run in self.runs[1:]),
+            plots([run.name for run in self.runs], _figures(self)),
+            *(table(grid) for grid in self._grids()),
+        ]
 
 
 def _grid(protocol: str, found: Sequence[tuple[Run, list[Comparison]]]) -> Grid:
@@ -174,18 +130,6 @@ def _headline(comparisons: Iterable[Comparison]) -> Iterable[tuple[str, str]]:
     if moved:
         by, c = max(moved, key=lambda pair: abs(pair[0]))
         yield f"moved most: {c.task}, {c.protocol}", f"{by:+.1f} s.e."
-
-
-def _page(report: Report) -> str:
-    record = report.runs[0].record
-    about = f"{record['base_model']} · {record['dtype']} · at most {record['settings']['n']} records a task"
-    data = f" · {record['data_name']}" if record["data_name"] else ""
-    body = [f"<h1>Does everything else still work?</h1><p>{escape(about + data)}</p>"]
-    body += [cards(run.name, _headline(report.comparisons(run.name))) for run in report.runs[1:]]
-    body.append(plots([run.name for run in report.runs], _figures(report)))
-    body += [table(grid) for grid in _grids(report)]
-    body.append(made((run.name, run.record) for run in report.runs))
-    return document(f"general: {record['base_model']}", body)
 
 
 def _figures(report: Report) -> list[tuple[str, str]]:

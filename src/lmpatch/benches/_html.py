@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 from ._grid import NONE, grids, headline, kinds
-from ._page import cards, document, made, plots, table
+from ._page import after, before, cards, examples, heading, plots, table
 from ._rows import BINS, Row, label
 from ._svg import curves, scatter
 from ._text import same
@@ -18,19 +17,18 @@ if TYPE_CHECKING:
 SHOWN = 25  # cases in each table of examples
 
 
-def page(report: Report) -> str:
-    """The whole page."""
+def body(report: Report) -> list[str]:
+    """The page, see ``_runs.Report``."""
     record = report.runs[0].record
-    about = f"{record['base_model']} · {record['dtype']} · n = {record['n_edits']}, {record['commit_size']} per commit"
-    data = f" · {record['data_name']}" if record["data_name"] else ""
-    body = [f"<h1>Do the edits hold?</h1><p>{escape(about + data)} · <code>{escape(record['protocol_id'])}</code></p>"]
+    scope = f"n = {record['n_edits']}, {record['commit_size']} per commit"
     methods = [run for run in report.runs if not run.record["baseline"]]
-    body += [cards(run.name, headline(run)) for run in methods]
-    body.append(_plots(report))
-    body += [table(grid) for grid in grids(report)]
-    body += [part for run in methods for part in (_samples(run), _moved(run))]
-    body.append(made((run.name, run.record) for run in report.runs))
-    return document(f"facts: {record['base_model']}", body)
+    return [
+        heading("Do the edits hold?", record, scope, record["protocol_id"]),
+        *(cards(run.name, headline(run)) for run in methods),
+        _plots(report),
+        *(table(grid) for grid in grids(report)),
+        *(part for run in methods for part in (_samples(run), _moved(run))),
+    ]
 
 
 def _plots(report: Report) -> str:
@@ -63,14 +61,13 @@ def _samples(run: Run) -> str:
     chosen = set(cases[::every])
     shown = [row for row in rows if row.case_id in chosen]
     note = f"{len(chosen)} of {len(cases)} cases, evenly taken. Rephrasings are indented."
-    return _examples(f"Edited facts: {run.name}", note, ("prompt", "wanted", "before", "after"), map(_sample, shown))
+    return examples(f"Edited facts: {run.name}", note, ("prompt", "wanted", "before", "after"), map(_sample, shown))
 
 
 def _sample(row: Row) -> tuple[str, ...]:
     prompt = escape(row.prompt) if row.kind == "edit" else f'<span class="dim">&nbsp;&nbsp;{escape(row.prompt)}</span>'
-    mark = f'<span class="{"yes" if row.em else "no"}">{"✓" if row.em else "✗"}</span> {escape(row.text or "")}'
     note = f"<small>{escape(row.flag)}</small>" if row.flag else ""
-    return prompt, escape(row.aliases[0]) + note, f'<span class="dim">{escape(row.base_text or "")}</span>', mark
+    return prompt, escape(row.aliases[0]) + note, before(row.base_text or ""), after(row.text or "", bool(row.em))
 
 
 def _moved(run: Run) -> str:
@@ -83,18 +80,10 @@ def _moved(run: Run) -> str:
     rows = [
         (
             f"{escape(row.prompt)}<small>{escape(row.kind[4:].replace('_', ' '))}</small>",
-            f'<span class="dim">{escape(row.base_text or "")}</span>',
+            before(row.base_text or ""),
             escape(row.text or ""),
             NONE if row.kl is None else f"{row.kl:.3f}",
         )
         for row in moved[:SHOWN]
     ]
-    return _examples(f"What moved: {run.name}", note, ("prompt", "before", "after", "KL"), rows)
-
-
-def _examples(title: str, note: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """``rows`` are HTML already; title, note and columns are escaped here."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    listed = f'<div class="scroll"><table class="text"><tr>{head}</tr>{body}</table></div>'
-    return f"<h2>{escape(title)}</h2><p>{escape(note)}</p>{listed}"
+    return examples(f"What moved: {run.name}", note, ("prompt", "before", "after", "KL"), rows)

@@ -64,6 +64,13 @@ def document(title: str, body: Iterable[str]) -> str:
     )
 
 
+def heading(question: str, record: Mapping[str, Any], scope: str, protocol: str = "") -> str:
+    """What the bench asks, and of which model, on what."""
+    about = [record["base_model"], record["dtype"], scope, *filter(None, [record["data_name"]])]
+    code = f" · <code>{escape(protocol)}</code>" if protocol else ""
+    return f"<h1>{question}</h1><p>{escape(' · '.join(about))}{code}</p>"
+
+
 def cards(title: str, pairs: Iterable[tuple[str, str]]) -> str:
     """The few (label, value) a run is remembered by."""
     made = "".join(f'<div class="card"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in pairs)
@@ -85,6 +92,24 @@ def table(grid: Grid) -> str:
     if grid.folded:
         return f"<details><summary>{escape(grid.title)}</summary><p>{escape(grid.note)}</p>{table}</details>"
     return f"<h2>{escape(grid.title)}</h2><p>{escape(grid.note)}</p>{table}"
+
+
+def examples(title: str, note: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of texts. ``rows`` are HTML already; title, note and columns are escaped here."""
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    listed = f'<div class="scroll"><table class="text"><tr>{head}</tr>{body}</table></div>'
+    return f"<h2>{escape(title)}</h2><p>{escape(note)}</p>{listed}"
+
+
+def before(text: str) -> str:
+    """What the unpatched model said."""
+    return f'<span class="dim">{escape(text)}</span>'
+
+
+def after(text: str, right: bool) -> str:
+    """What the patched one said, behind its verdict."""
+    return f'<span class="{"yes" if right else "no"}">{"✓" if right else "✗"}</span> {escape(text)}'
 
 
 def _cell(cell: Cell) -> str:

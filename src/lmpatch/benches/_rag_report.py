@@ -3,92 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ..errors import BadInput
+from . import _runs
 from ._grid import NONE, Cell, Grid
-from ._page import cards, document, made, plots, table
+from ._page import after, before, cards, examples, heading, plots, table
 from ._rag_rows import CONDITIONS, NAMES, Metric, Row, difference, metrics
+from ._runs import BASE
 from ._svg import bars, scatter
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
-BASE = "none"
-"""The run of the unpatched model, named as in the other benches."""
 ERRORS = "Shares in %, ± one standard error over items. Below: the difference to the unpatched model, item by item."
 SHOWN = 6  # answers of each condition on the page
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(_runs.Run[Row]):
     """One model on all items."""
-
-    record: dict[str, Any]
-    rows: Sequence[Row]
-    parts: Sequence[dict[str, Any]]
-    """What was asked together, with its seconds."""
-
-    @property
-    def name(self) -> str:
-        """Its ``run_id``."""
-        return str(self.record["run_id"])
 
     def metric(self, name: str) -> Metric | None:
         """One of its numbers; None if nothing was asked for it."""
         return next((m for m in metrics(self.rows) if m.name == name), None)
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(_runs.Report[Run, Row]):
     """Runs on the same items, the unpatched model first."""
 
-    runs: tuple[Run, ...]
-
-    @property
-    def rows(self) -> list[Row]:
-        """All rows of all runs."""
-        return [row for run in self.runs for row in run.rows]
-
-    def run(self, name: str) -> Run:
-        """The run of that name.
-
-        Raises:
-            BadInput: there is none.
-        """
-        for run in self.runs:
-            if run.name == name:
-                return run
-        raise BadInput(f"no run {name!r}. There are: {', '.join(run.name for run in self.runs)}.")
+    kinds = Run, Row
 
     def difference(self, name: str, metric: str) -> Metric | None:
         """That run minus the unpatched model, item by item."""
         return difference(metric, self.run(BASE).rows, self.run(name).rows)
 
-    def table(self) -> Group:
-        """Tables for a terminal. Print them with rich."""
-        from ._table import tables
+    def _grids(self) -> list[Grid]:
+        note = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
+        skills = _grid(self, "Adherence and robustness", list(NAMES), note)
+        right = [f"accuracy/{condition}" for condition in CONDITIONS]
+        shown = "Has the document's answer, or the true one where it has none. " + "; ".join(
+            f"{condition}: {what}" for condition, what in CONDITIONS.items()
+        )
+        same = [f"exact/{condition}" for condition in CONDITIONS]
+        exact = _grid(self, "Exact answers", same, "Is a wanted answer, normalised.", True)
+        return [grid for grid in (skills, _grid(self, "Accuracy", right, shown), exact) if grid.rows]
 
-        return tables(_grids(self))
-
-    def save_html(self, path: str | Path) -> Path:
-        """Write one page that needs nothing else."""
-        path = Path(path)
-        path.write_text(_page(self), encoding="utf-8")
-        return path
-
-
-def _grids(report: Report) -> list[Grid]:
-    skills = _grid(report, "Adherence and robustness", list(NAMES), "; ".join(f"{n}: {w}" for n, w in NAMES.items()))
-    right = [f"accuracy/{condition}" for condition in CONDITIONS]
-    shown = "Has the document's answer, or the true one where it has none. " + "; ".join(
-        f"{condition}: {what}" for condition, what in CONDITIONS.items()
-    )
-    exact = _grid(report, "Exact answers", [f"exact/{c}" for c in CONDITIONS], "Is a wanted answer, normalised.", True)
-    return [grid for grid in (skills, _grid(report, "Accuracy", right, shown), exact) if grid.rows]
+    def _body(self) -> list[str]:
+        record, question = self.runs[0].record, "Does it follow its documents, and only where they help?"
+        body = [heading(question, record, f"at most {record['settings']['n']} items a condition")]
+        for run in self.runs[1:]:
+            both = [(name, run.metric(name)) for name in ("R_Ad", "R_Ro")]
+            body.append(cards(run.name, [(name, f"{100 * m.value:.1f} %") for name, m in both if m]))
+        body.append(plots([run.name for run in self.runs], _figures(self)))
+        body += [table(grid) for grid in self._grids()]
+        return body + [_answers(self, run) for run in self.runs[1:]]
 
 
 def _grid(report: Report, title: str, names: Sequence[str], note: str, folded: bool = False) -> Grid:
@@ -109,21 +73,6 @@ def _cell(report: Report, run: Run, name: str) -> Cell:
         spread = "" if moved.stderr is None else f" ±{100 * moved.stderr:.1f}"
         below = f"{100 * moved.value:+.1f}{spread}"
     return Cell(f"{100 * metric.value:.1f}{error}", below, metric.value)
-
-
-def _page(report: Report) -> str:
-    record = report.runs[0].record
-    about = f"{record['base_model']} · {record['dtype']} · at most {record['settings']['n']} items a condition"
-    data = f" · {record['data_name']}" if record["data_name"] else ""
-    body = [f"<h1>Does it follow its documents, and only where they help?</h1><p>{escape(about + data)}</p>"]
-    for run in report.runs[1:]:
-        both = [(name, run.metric(name)) for name in ("R_Ad", "R_Ro")]
-        body.append(cards(run.name, [(name, f"{100 * m.value:.1f} %") for name, m in both if m]))
-    body.append(plots([run.name for run in report.runs], _figures(report)))
-    body += [table(grid) for grid in _grids(report)]
-    body += [_answers(report, run) for run in report.runs[1:]]
-    body.append(made((run.name, run.record) for run in report.runs))
-    return document(f"rag: {record['base_model']}", body)
 
 
 def _figures(report: Report) -> list[tuple[str, str]]:
@@ -150,10 +99,8 @@ def _answers(report: Report, run: Run) -> str:
     for condition in CONDITIONS:
         own = [row for row in run.rows if row.condition == condition]
         for row in own[:: max(1, -(-len(own) // SHOWN))]:
-            mark = f'<span class="{"yes" if row.hit else "no"}">{"✓" if row.hit else "✗"}</span> {escape(row.text)}'
             asked = f"{escape(row.question)}<small>{condition}; without documents: {escape(row.own)}</small>"
-            before = f'<span class="dim">{escape(was.get((condition, row.id), ""))}</span>'
-            rows.append(f"<tr><td>{asked}</td><td>{escape(row.wanted[0])}</td><td>{before}</td><td>{mark}</td></tr>")
-    head = "".join(f"<th>{column}</th>" for column in ("question", "wanted", "before", "after"))
-    listed = f'<div class="scroll"><table class="text"><tr>{head}</tr>{"".join(rows)}</table></div>'
-    return f"<h2>{escape(f'Answers: {run.name}')}</h2><p>Evenly taken from each condition.</p>{listed}"
+            was_said = before(was.get((condition, row.id), ""))
+            rows.append((asked, escape(row.wanted[0]), was_said, after(row.text, row.hit)))
+    columns = ("question", "wanted", "before", "after")
+    return examples(f"Answers: {run.name}", "Evenly taken from each condition.", columns, rows)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.edit import Edit
 from ..models.lm import LM
+from ..patches.patch import Mount, Patch
 from ..record import hardware, hash_json, now, versions
 from ._health import peak_memory
 from ._rows import Metric, protocol, retention
@@ -58,6 +59,20 @@ def about(lm: LM) -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def shared(lm: LM, bench: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of one call record; only runs of equal settings, on one model, stand in one table."""
+    known = about(lm)
+    settings = settings | {key: known[key] for key in ("base_weights_hash", "dtype")}
+    return known | {"bench": bench, "comparable_group": hash_json(settings)[:16], "settings": settings}
+
+
+def of_patch(shared: dict[str, Any], run_id: str, patch: Patch, mount: Mount | None) -> dict[str, Any]:
+    """The record of a patched model's run before it starts."""
+    own = {"mount": mount or patch.mounts[0], "patch": patch.hash()}
+    made = {"run_id": run_id or patch.method, "baseline": False, "settings": shared["settings"] | own}
+    return shared | made | {"method": patch.method, "mount": own["mount"], "patch_hash": own["patch"]}
 
 
 def identity(

@@ -5,30 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import BadInput
+from . import _runs
+from ._grid import Grid, grids
+from ._html import body
 from ._record import find
 from ._rows import Metric, Row, metrics, retention
-from ._store import Store
+from ._store import Json, Store
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from typing_extensions import Self
 
 
-@dataclass(frozen=True)
-class Run:
-    """One line of a table: a method, or a baseline, with everything that was recorded of it."""
-
-    record: dict[str, Any]
-    rows: Sequence[Row]
-    chunks: Sequence[dict[str, Any]]
+class Run(_runs.Run[Row]):
+    """A method, or a baseline, with everything that was recorded of it."""
 
     @property
-    def name(self) -> str:
-        """Its ``run_id``."""
-        return str(self.record["run_id"])
+    def chunks(self) -> Sequence[Json]:
+        """The finished groups of edits."""
+        return self.parts
 
     @cached_property
     def _metrics(self) -> list[Metric]:
@@ -49,10 +46,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(_runs.Report[Run, Row]):
     """Runs that may stand in one table: same protocol, data, base, edits and commit size."""
 
-    runs: tuple[Run, ...]
+    kinds = Run, Row
 
     def __post_init__(self) -> None:
         names = [run.name for run in self.runs]
@@ -60,40 +57,23 @@ class Report:
             raise BadInput(f"two runs have one name among {', '.join(names)}. Give each its own run_id.")
         _comparable(self.runs)
 
-    @property
-    def rows(self) -> list[Row]:
-        """All rows of all runs."""
-        return [row for run in self.runs for row in run.rows]
-
-    def run(self, name: str) -> Run:
-        """The run of that name.
-
-        Raises:
-            BadInput: there is none.
-        """
-        for run in self.runs:
-            if run.name == name:
-                return run
-        raise BadInput(f"no run {name!r}. There are: {', '.join(run.name for run in self.runs)}.")
+    @classmethod
+    def of(cls, store: Store[Row]) -> Self:
+        """Every run that has scored a chunk."""
+        return cls(tuple(run for run in super().of(store).runs if run.chunks))
 
     def metrics(self) -> dict[str, list[Metric]]:
         """Run → its numbers."""
         return {run.name: run.metrics() for run in self.runs}
 
-    def table(self) -> Group:
-        """Tables for a terminal: runs as rows, numbers as columns. Print them with rich."""
-        from ._grid import grids
-        from ._table import tables
+    def _grids(self) -> list[Grid]:
+        return grids(self)
 
-        return tables(grids(self))
+    def _body(self) -> list[str]:
+        return body(self)
 
-    def save_html(self, path: str | Path) -> Path:
-        """Write one page that needs nothing else."""
-        from ._html import page
 
-        path = Path(path)
-        path.write_text(page(self), encoding="utf-8")
-        return path
+read_report = Report.read
 
 
 def combine(reports: Iterable[Report]) -> Report:
@@ -108,23 +88,6 @@ def combine(reports: Iterable[Report]) -> Report:
     _comparable(every)
     baselines = {run.name: run for run in every if run.record["baseline"]}
     return Report((*baselines.values(), *(run for run in every if not run.record["baseline"])))
-
-
-def read_report(folder: str | Path) -> Report:
-    """The report of a folder that ``run(..., out=folder)`` filled.
-
-    Raises:
-        BadInput: the folder holds no runs.
-    """
-    if not (Path(folder) / "runs.jsonl").is_file():
-        raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
-    return begun(Store(Path(folder), Row.read))
-
-
-def begun(store: Store[Row]) -> Report:
-    """Every run that has scored a chunk."""
-    runs = (Run(record, store.rows_of(name), store.chunks_of(name)) for name, record in store.runs.items())
-    return Report(tuple(run for run in runs if run.chunks))
 
 
 def _comparable(runs: Sequence[Run]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -130,6 +131,18 @@ class Writer:
         changed = [n for n in sorted(touched) if hash_tensor(self.lm.parameter(n), exact=True) != self.originals[n]]
         if changed:
             raise ForeignWrite(f"{', '.join(changed)} did not come back as it was. Load the model again.")
+
+
+@contextmanager
+def mounted(lm: LM, patches: Sequence[Patch], mount: Mount | None) -> Iterator[None]:
+    """The patches on the model, in this order; every touched weight is proved to come back."""
+    writer = Writer(lm, mount, {}, base_perplexity=None)
+    try:
+        for patch in patches:
+            writer.write(Fitted(patch, 0.0), len(patch.edits))
+        yield
+    finally:
+        writer.close()
 
 
 def _change(patch: Patch) -> dict[str, float]:

@@ -26,7 +26,7 @@ from ._cases import Chunk, plan
 from ._engine import Engine, MakeEach, Place, all_questions, protocol
 from ._health import perplexity, working_memory
 from ._record import identity, results
-from ._report import Report, Run, begun, combine, read_report
+from ._report import Report, Run, combine, read_report
 from ._rows import Metric, Row
 from ._store import Store
 from ._writer import Make, refuse_patched
@@ -225,7 +225,7 @@ def run(
     for each in names:
         done = Run(store.runs[each], store.rows_of(each), store.chunks_of(each))
         store.put_run(done.record | results(lm, done))
-    return begun(store)
+    return Report.of(store)
 
 
 def _plan(edits: Sequence[Edit], cfg: Config, shuffle: bool = True) -> tuple[list[Chunk], int]:

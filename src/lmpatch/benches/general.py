@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from ..errors import BadInput
@@ -22,20 +21,20 @@ from ..patches.patch import Mount, Patch, plain
 from ..record import hash_json
 from ..room import need_room
 from . import _general_ask, _general_tasks
-from ._general_report import BASE, Report, Run
+from ._asking import BLOCK, finished, in_parts, split
+from ._general_report import Report, Run
 from ._general_rows import Comparison, Mean, Row, compare
 from ._general_tasks import PROTOCOLS, TASKS, Data, Sample, choose
-from ._health import synchronise, working_memory
-from ._record import about
+from ._health import working_memory
+from ._record import of_patch, shared
+from ._runs import BASE
 from ._store import Store
-from ._writer import Fitted, Writer, refuse_patched
+from ._writer import mounted, refuse_patched
 
 __all__ = [
     "Comparison", "Config", "Data", "Mean", "Report", "Row", "Run", "Sample",
     "compare", "load", "read_report", "run", "score",
 ]  # fmt: skip
-
-BLOCK = 64  # samples that are kept as one, so an interrupted run loses little
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ def score(
         one row per sample, in their order.
     """
     cfg, made = cfg or Config(), []
-    for start in range(0, len(samples), BLOCK):
-        made += _general_ask.ask(lm, samples[start : start + BLOCK], cfg.batch_size)
+    for part in split(samples, BLOCK):
+        made += _general_ask.ask(lm, part, cfg.batch_size)
         if progress:
             progress(len(made), len(samples), "scoring")
     return made
@@ -123,81 +122,34 @@ def run(
     samples = _chosen(data, cfg)
     _need(lm, samples, cfg)
     store = Store(Path(out) if out is not None else None, Row.read)
-    through = _Pass(lm, cfg, store, _blocks(samples), progress)
-    base = _identity(lm, data, samples, cfg) | {"data_name": data_name, "planned": len(through.blocks)}
-    through.score(base | {"run_id": BASE, "baseline": True})
+    parts = _parts(samples)
+    base = _shared(lm, data, samples, cfg) | {"data_name": data_name, "planned": len(parts)}
+
+    def ask(record: dict[str, Any]) -> None:
+        in_parts(lm, store, record, parts, lambda part: score(lm, part, cfg), progress, "scoring", _about)
+
+    ask(base | {"run_id": BASE, "baseline": True})
     if patch is not None:
-        own = {"mount": mount or patch.mounts[0], "patch": patch.hash()}
-        record = base | {"run_id": run_id or patch.method, "baseline": False, "settings": base["settings"] | own}
-        record |= {"method": patch.method, "mount": own["mount"], "patch_hash": own["patch"]}
-        writer = Writer(lm, mount, {}, base_perplexity=None)
-        try:
-            writer.write(Fitted(patch, 0.0), len(patch.edits))
-            through.score(record)
-        finally:
-            writer.close()
-    return _finished(store)
+        with mounted(lm, [patch], mount):
+            ask(of_patch(base, run_id, patch, mount))
+    return finished(store, Report, _numbers)
 
 
-def read_report(folder: str | Path) -> Report:
-    """The report of a folder that ``run(..., out=folder)`` filled.
-
-    Raises:
-        BadInput: the folder holds no runs.
-    """
-    if not (Path(folder) / "runs.jsonl").is_file():
-        raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
-    return _report(Store(Path(folder), Row.read))
+read_report = Report.read
 
 
-@dataclass
-class _Pass:
-    """One model's way through all samples, block by block."""
-
-    lm: LM
-    cfg: Config
-    store: Store[Row]
-    blocks: list[list[Sample]]
-    progress: Progress | None
-
-    def score(self, record: dict[str, Any]) -> None:
-        """Score what the store does not hold yet of this run, on the model as it is now."""
-        self.store.open_run(record)
-        name, total, done = record["run_id"], sum(map(len, self.blocks)), 0
-        for number, block in enumerate(self.blocks):
-            done += len(block)
-            if (name, number) in self.store.chunks:
-                continue
-            start = perf_counter()
-            rows = [replace(row, run_id=name, chunk=number) for row in score(self.lm, block, self.cfg)]
-            synchronise(self.lm)
-            part = {"run_id": name, "chunk": number, "task": block[0].task, "protocol": block[0].protocol}
-            self.store.add(part | {"seconds": perf_counter() - start}, rows)
-            if self.progress:
-                self.progress(done, total, f"scoring {name}")
-
-
-def _identity(lm: LM, data: Data, samples: Sequence[Sample], cfg: Config) -> dict[str, Any]:
-    """What all runs on these samples record; only runs of one ``settings`` share a table."""
-    known = about(lm)
+def _shared(lm: LM, data: Data, samples: Sequence[Sample], cfg: Config) -> dict[str, Any]:
     settings = plain({k: v for k, v in asdict(cfg).items() if k != "batch_size"})
     settings |= {"data_hash": hash_json([[s.task, s.protocol, s.id] for s in samples])}
-    settings |= {key: known[key] for key in ("base_weights_hash", "dtype")}
-    made = {"bench": "general", "comparable_group": hash_json(settings)[:16], "settings": settings}
-    return known | made | {"files": data.files, "skipped": _skipped(data, cfg)}
+    return shared(lm, "general", settings) | {"files": data.files, "skipped": _skipped(data, cfg)}
 
 
-def _finished(store: Store[Row]) -> Report:
-    """The report, its numbers and seconds written into the records too."""
-    report = _report(store)
-    for each in report.runs:
-        metrics = [asdict(found) | {"within": found.within} for found in report.comparisons(each.name)]
-        store.put_run(each.record | {"seconds": sum(part["seconds"] for part in each.parts), "metrics": metrics})
-    return _report(store)
+def _about(part: Sequence[Sample]) -> dict[str, Any]:
+    return {"task": part[0].task, "protocol": part[0].protocol}
 
 
-def _report(store: Store[Row]) -> Report:
-    return Report(tuple(Run(record, store.rows_of(n), store.chunks_of(n)) for n, record in store.runs.items()))
+def _numbers(report: Report, run: Run) -> list[dict[str, Any]]:
+    return [asdict(found) | {"within": found.within} for found in report.comparisons(run.name)]
 
 
 def _chosen(data: Data, cfg: Config) -> list[Sample]:
@@ -218,12 +170,12 @@ def _skipped(data: Data, cfg: Config) -> dict[str, str]:
     return {task: why for task, why in data.skipped.items() if cfg.tasks is None or task in cfg.tasks}
 
 
-def _blocks(samples: Sequence[Sample]) -> list[list[Sample]]:
+def _parts(samples: Sequence[Sample]) -> list[Sequence[Sample]]:
     """At most ``BLOCK`` samples of one task and protocol each."""
     groups: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
         groups.setdefault((sample.protocol, sample.task), []).append(sample)
-    return [group[i : i + BLOCK] for group in groups.values() for i in range(0, len(group), BLOCK)]
+    return [part for group in groups.values() for part in split(group, BLOCK)]
 
 
 def _need(lm: LM, samples: Sequence[Sample], cfg: Config) -> None:

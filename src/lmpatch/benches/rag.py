@@ -7,9 +7,8 @@ is measured, and how each number is defined, stands in docs/benches.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from ..data.rag import RagRecord, read_rag
@@ -20,16 +19,16 @@ from ..models.run import Progress, generate
 from ..patches.patch import Mount, Patch, plain
 from ..record import hash_json
 from ..room import need_room
-from ._health import synchronise, working_memory
-from ._rag_report import BASE, Report, Run
-from ._rag_rows import CONDITIONS, Metric, Row, Sample, difference, judged, metrics, samples
-from ._record import about
+from ._asking import BLOCK, finished, in_parts, split
+from ._health import working_memory
+from ._rag_report import Report, Run
+from ._rag_rows import CONDITIONS, Metric, Row, Sample, judged, metrics, samples
+from ._record import of_patch, shared
+from ._runs import BASE
 from ._store import Store
-from ._writer import Fitted, Writer, refuse_patched
+from ._writer import mounted, refuse_patched
 
 __all__ = ["Config", "Metric", "Report", "Row", "Run", "Sample", "load", "prepare", "read_report", "run", "score"]
-
-BLOCK = 64  # samples that are kept as one, so an interrupted run loses little
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,9 @@ def score(lm: LM, items: Sequence[Sample], cfg: Config | None = None, *, progres
         one row per item, in their order.
     """
     cfg, made = cfg or Config(), []
-    for start in range(0, len(items), BLOCK):
-        block = items[start : start + BLOCK]
-        said = generate(lm, [s.asked for s in block], max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size)
-        made += [judged(sample, text.strip()) for sample, text in zip(block, said, strict=True)]
+    for part in split(items, BLOCK):
+        said = generate(lm, [s.asked for s in part], max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size)
+        made += [judged(sample, text.strip()) for sample, text in zip(part, said, strict=True)]
         if progress:
             progress(len(made), len(items), "asking")
     return made
@@ -133,74 +131,31 @@ def run(
     need = working_memory(lm, [s.asked.prompt for s in items], cfg.max_new_tokens, cfg.batch_size)
     need_room(need, lm.device, "asking")
     store = Store(Path(out) if out is not None else None, Row.read)
-    base = _identity(lm, items, cfg) | {"data_name": data_name}
-    _asked(lm, items, cfg, store, base | {"run_id": BASE, "baseline": True}, progress)
+    base = _shared(lm, items, cfg) | {"data_name": data_name}
+
+    def ask(record: dict[str, Any]) -> None:
+        in_parts(lm, store, record, split(items, BLOCK), lambda part: score(lm, part, cfg), progress)
+
+    ask(base | {"run_id": BASE, "baseline": True})
     if patch is not None:
-        own = {"mount": mount or patch.mounts[0], "patch": patch.hash()}
-        record = base | {"run_id": run_id or patch.method, "baseline": False, "settings": base["settings"] | own}
-        record |= {"method": patch.method, "mount": own["mount"], "patch_hash": own["patch"], "bytes": patch.nbytes}
-        writer = Writer(lm, mount, {}, base_perplexity=None)
-        try:
-            writer.write(Fitted(patch, 0.0), len(patch.edits))
-            _asked(lm, items, cfg, store, record, progress)
-        finally:
-            writer.close()
-    return _finished(store)
+        with mounted(lm, [patch], mount):
+            ask(of_patch(base, run_id, patch, mount) | {"bytes": patch.nbytes})
+    return finished(store, Report, _numbers)
 
 
-def read_report(folder: str | Path) -> Report:
-    """The report of a folder that ``run(..., out=folder)`` filled.
-
-    Raises:
-        BadInput: the folder holds no runs.
-    """
-    if not (Path(folder) / "runs.jsonl").is_file():
-        raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
-    return _report(Store(Path(folder), Row.read))
+read_report = Report.read
 
 
-def _asked(
-    lm: LM, items: Sequence[Sample], cfg: Config, store: Store[Row], record: dict[str, Any], progress: Progress | None
-) -> None:
-    """Ask what the store does not hold yet of this run, of the model as it is now."""
-    store.open_run(record)
-    name = record["run_id"]
-    for number, start in enumerate(range(0, len(items), BLOCK)):
-        if (name, number) in store.chunks:
-            continue
-        begun, block = perf_counter(), items[start : start + BLOCK]
-        rows = [replace(row, run_id=name, chunk=number) for row in score(lm, block, cfg)]
-        synchronise(lm)
-        store.add({"run_id": name, "chunk": number, "seconds": perf_counter() - begun}, rows)
-        if progress:
-            progress(start + len(block), len(items), f"asking {name}")
-
-
-def _identity(lm: LM, items: Sequence[Sample], cfg: Config) -> dict[str, Any]:
-    """What all runs on these items record; only runs of one ``settings`` share a table."""
-    model = about(lm)
+def _shared(lm: LM, items: Sequence[Sample], cfg: Config) -> dict[str, Any]:
     settings = plain({k: v for k, v in asdict(cfg).items() if k != "batch_size"})
     settings |= {"data_hash": hash_json([[s.condition, s.id, s.asked.prompt, s.own] for s in items])}
-    settings |= {key: model[key] for key in ("base_weights_hash", "dtype")}
     counts = {c: sum(s.condition == c for s in items) for c in cfg.conditions}
-    made = {"bench": "rag", "comparable_group": hash_json(settings)[:16], "settings": settings, "items": counts}
-    return model | made
+    return shared(lm, "rag", settings) | {"items": counts}
 
 
-def _finished(store: Store[Row]) -> Report:
-    """The report, its numbers and seconds written into the records too."""
-    report = _report(store)
-    base = report.run(BASE).rows
-    for each in report.runs:
-        found = [asdict(m) | {"difference": _moved(m.name, base, each.rows)} for m in metrics(each.rows)]
-        store.put_run(each.record | {"seconds": sum(part["seconds"] for part in each.parts), "metrics": found})
-    return _report(store)
-
-
-def _moved(name: str, base: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any] | None:
-    found = difference(name, base, rows)
-    return asdict(found) if found else None
-
-
-def _report(store: Store[Row]) -> Report:
-    return Report(tuple(Run(record, store.rows_of(n), store.chunks_of(n)) for n, record in store.runs.items()))
+def _numbers(report: Report, run: Run) -> list[dict[str, Any]]:
+    found = []
+    for metric in metrics(run.rows):
+        moved = report.difference(run.name, metric.name)
+        found.append(asdict(metric) | {"difference": asdict(moved) if moved else None})
+    return found
