@@ -1,4 +1,4 @@
-"""How a number or a patch was made: hashes, versions, clock."""
+"""How a number or a patch was made: hashes, versions, clock; how its file is written. Imports without torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGES = ("lmpatch", "torch", "transformers", "safetensors", "numpy")
 
@@ -31,6 +33,8 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """The machine a time was taken on."""
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}
 
@@ -38,6 +42,12 @@ def hardware() -> dict[str, Any]:
 def now() -> str:
     """UTC time stamp, seconds, ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def made_now(seconds: float | None = None) -> dict[str, Any]:
+    """``Patch.made`` of what is finished at this moment; ``seconds``: how long it took, if that was measured."""
+    found = {"finished": now(), "versions": versions(), "hardware": hardware()}
+    return found if seconds is None else found | {"seconds": round(seconds, 3)}
 
 
 def hash_json(value: Any) -> str:
@@ -53,6 +63,8 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]], *, exact: bool = False) ->
         exact: hash the stored bytes and dtype; otherwise floating tensors are rounded to bf16 first, so copies
             of one model in fp32 and bf16 hash alike.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in named:
         value = tensor.detach()
@@ -75,3 +87,28 @@ def cache_dir() -> Path:
     if own := os.environ.get("LMPATCH_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmpatch"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write a file under, which takes its place once the block ends well.
+
+    After an error nothing is left of it and ``path`` is as it was. Folders on the way are made. A file that must
+    outlast a power cut is synced in the block.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # of its own: several processes may write one cache
+    try:
+        yield work
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the file or folder on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

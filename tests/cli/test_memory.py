@@ -114,6 +114,8 @@ def test_add_says_what_it_supersedes(whole: Path) -> None:
     assert done.stdout == "version 2, in place of 'Paris', facts that hold: 1\n"
     (fact,) = Memory.open(whole).store.facts()
     assert (fact.edit.target, fact.source) == ("Rome", {"told": "ticket 4711"})
+    done = run("add", whole, EIFFEL.replace(" ", "  "), "Oslo")
+    assert done.stdout == "version 3, in place of 'Rome', facts that hold: 1\n"
 
 
 def test_import_reads_files_and_export_gives_them_back(whole: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmpatch.data.edit import Ask, Edit
+from lmpatch.data.edit import Ask, Edit, check_contradictions, prompt_key
 from lmpatch.data.readers import read_asks, read_edits, read_text
 from lmpatch.errors import BadInput, BadRecord, Contradiction
 
@@ -193,6 +193,13 @@ def test_contradictions_are_refused_on_request_with_their_lines(file: Path) -> N
     assert len(read_edits(file)) == 2
     with pytest.raises(Contradiction, match="line 1 says 'Canberra', line 2 says 'Perth'"):
         read_edits(file, check=True)
+
+
+def test_a_prompt_is_the_same_whatever_its_case_and_white_space() -> None:
+    assert prompt_key(" The  EIFFEL\tTower is in\n") == prompt_key("the eiffel tower is in") == "the eiffel tower is in"
+    assert prompt_key("the eiffeltower is in") != prompt_key("the eiffel tower is in")
+    with pytest.raises(Contradiction):
+        check_contradictions([Edit("The sky is", "blue"), Edit("the  SKY is", "green")])
 
 
 def test_files_that_hold_nothing_usable_say_so(tmp_path: Path) -> None:

@@ -114,6 +114,17 @@ def test_a_dropped_fact_is_gone_from_lists_and_searches_but_not_from_the_past(st
     assert len(store) == 3
 
 
+def test_get_knows_the_fact_that_holds_by_its_prompt(store: Store) -> None:
+    store.add([*facts(3), Edit("Fact 1 is", "newer")], keys(4))
+    store.drop(["Fact 2 is"])
+    entry = Store.open(store.path).get(" fact  1 IS")
+    assert entry in store.facts() and entry is not None and entry.edit.target == "newer"
+    assert store.get("Fact 2 is") is None and store.get("Fact") is None
+    Store.open(store.path).add([Edit("Fact 2 is", "back")], keys(1))
+    back = store.get("Fact 2 is")
+    assert back is not None and back.edit.target == "back"  # another handle wrote it
+
+
 def test_find_looks_at_prompt_subject_and_target_in_any_case(store: Store) -> None:
     store.add([Edit("A is", "Berlin"), Edit("B of x is", "y", subject="B of x"), Edit("C", "d")], keys(3))
     for text, found in [("BERLIN", ["A is"]), ("b OF", ["B of x is"]), ("is", ["A is", "B of x is"]), ("z", [])]:

@@ -12,7 +12,8 @@ from tiny import FAMILIES, tiny_lm
 from lmpatch.data.context import ContextRecord
 from lmpatch.errors import BadInput, LayerOutOfRange
 from lmpatch.methods import param_mute
-from lmpatch.methods.param_mute import activations, active_shares
+from lmpatch.methods._activations import BATCH, activations
+from lmpatch.methods.param_mute import active_shares
 from lmpatch.models.lm import LM
 from lmpatch.models.run import first, hooked
 from lmpatch.models.tokens import encode_all
@@ -86,6 +87,12 @@ def test_what_is_on_is_what_a_loop_over_tokens_and_neurons_finds(lm: LM, count: 
                 for vector in (values.sum(0, keepdim=True) if count == "summed" else values)
             ]
             assert float(got[i, layer]) == pytest.approx(sum(shares) / len(shares), abs=1.5 / values.shape[1])
+
+
+def test_responses_of_several_batches_are_seen_as_each_alone(lm: LM) -> None:
+    rows = encode_all(lm, [r.prompt for r in RECORDS], ["Paris, the capital", "Rome"]) * 10
+    alone = torch.cat([active_shares(lm, [row], "per_token") for row in rows])
+    assert len(rows) > BATCH and torch.allclose(active_shares(lm, rows, "per_token"), alone, atol=0.02)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import tiny_lm
 
 from lmpatch.errors import BadInput, SubjectNotFound
 from lmpatch.models.lm import LM
-from lmpatch.models.tokens import encode, join, pad
+from lmpatch.models.tokens import batches_of_rows, batches_of_tokens, encode, join, pad
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +67,20 @@ def test_padding_masks_exactly_the_filled_places() -> None:
     assert ids.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[1, 1], [0, 1]]
     ids, mask = pad([[5, 6], [7]], fill=0, side="right")
     assert ids.tolist() == [[5, 6], [7, 0]] and mask.tolist() == [[1, 1], [1, 0]]
+
+
+@given(st.lists(st.integers(1, 40)), st.integers(1, 60))
+def test_batches_hold_every_row_once_the_short_ones_first(lengths: list[int], limit: int) -> None:
+    for batches in (batches_of_rows(lengths, limit), batches_of_tokens(lengths, limit)):
+        order = [i for batch in batches for i in batch]
+        assert order == sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+
+
+@given(st.lists(st.integers(1, 40)), st.integers(1, 60))
+def test_batches_are_as_full_as_their_limit_lets_them(lengths: list[int], limit: int) -> None:
+    by_rows = [len(batch) for batch in batches_of_rows(lengths, limit)]
+    assert all(n == limit for n in by_rows[:-1]) and all(0 < n <= limit for n in by_rows[-1:])
+    by_tokens = batches_of_tokens(lengths, limit)
+    assert all(len(batch) == 1 or len(batch) * lengths[batch[-1]] <= limit for batch in by_tokens)
+    for batch, (following, *_) in pairwise(by_tokens):
+        assert (len(batch) + 1) * lengths[following] > limit

@@ -79,12 +79,11 @@ def add(
       lmpatch memory add store "The Eiffel Tower is in" Rome --source "ticket 4711"
     """
     from ..data.edit import Edit
-    from ..memory.entry import key
 
     opened = _memory(store)
-    old = [fact for fact in opened.store.find(prompt) if key(fact.edit.prompt) == key(prompt)]
+    old = opened.store.get(prompt)
     version = opened.add([Edit(prompt, target)], source={"told": source} if source else None)
-    instead = f", in place of {old[0].edit.target!r}" if old else ""
+    instead = f", in place of {old.edit.target!r}" if old else ""
     say(f"version {version}{instead}, facts that hold: {len(opened)}")
 
 

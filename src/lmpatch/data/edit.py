@@ -96,6 +96,14 @@ def _groups(groups: object) -> tuple[tuple[str, tuple[Ask, ...]], ...]:
     return tuple((kind, tuple(asks)) for kind, asks in items)  # type: ignore[attr-defined]
 
 
+def prompt_key(prompt: str) -> str:
+    """What two facts must share for the newer to supersede: the prompt, whatever its case and white space.
+
+    Memories keep it in their logs, so another rule would need another format of them.
+    """
+    return " ".join(prompt.split()).casefold()
+
+
 def check_contradictions(edits: Sequence[Edit], where: Sequence[str] | None = None) -> None:
     """Raise ``Contradiction`` listing every prompt that is asked to have two different targets.
 
@@ -106,7 +114,7 @@ def check_contradictions(edits: Sequence[Edit], where: Sequence[str] | None = No
     first: dict[str, int] = {}
     clashes: list[str] = []
     for i, edit in enumerate(edits):
-        j = first.setdefault(" ".join(edit.prompt.split()).casefold(), i)
+        j = first.setdefault(prompt_key(edit.prompt), i)
         if edits[j].target.casefold() != edit.target.casefold():
             a, b = (where[j], where[i]) if where else (f"edit {j + 1}", f"edit {i + 1}")
             clashes.append(f"{a} says {edits[j].target!r}, {b} says {edit.target!r} for {edit.prompt!r}")

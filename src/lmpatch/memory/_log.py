@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, LmpatchError, MissingExtra
+from ..record import sync
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,11 +212,7 @@ def flush(folder: Path, since: int) -> None:
     since -= 50_000_000  # the clock of the file system is coarse
     for file in (folder, *folder.rglob("*")):
         if file.stat().st_mtime_ns >= since:
-            handle = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(file)
 
 
 def _made(path: Path) -> bool:

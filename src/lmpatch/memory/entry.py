@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.edit import Ask, Edit
+from ..data.edit import Ask, Edit, prompt_key
 from ..data.readers import SHAPES
 
 TOLD = ("prompt", "target", "subject")  # fields of an edit with columns of their own
@@ -50,11 +50,6 @@ class Version:
     """Facts that held after it."""
 
 
-def key(prompt: str) -> str:
-    """What two facts must share for the newer to supersede: the prompt, whatever its case and white space."""
-    return " ".join(prompt.split()).casefold()
-
-
 def record(edit: Edit) -> dict[str, Any]:
     """An edit as a line of a facts file, without what it leaves empty."""
     found: dict[str, Any] = {name: getattr(edit, name) for name in (*TOLD, "id", "relation")}
@@ -69,7 +64,7 @@ def columns(edit: Edit) -> dict[str, str]:
     whole = record(edit)
     more = {name: value for name, value in whole.items() if name not in TOLD}
     told = {name: whole.get(name, "") for name in TOLD}
-    return {**told, "key": key(edit.prompt), "more": json.dumps(more, ensure_ascii=False) if more else ""}
+    return {**told, "key": prompt_key(edit.prompt), "more": json.dumps(more, ensure_ascii=False) if more else ""}
 
 
 def edit_of(row: dict[str, Any]) -> Edit:

@@ -11,20 +11,20 @@ holds. So the whole past stays readable, a commit is one append, and going back 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.edit import Edit
+from ..data.edit import Edit, prompt_key
 from ..errors import BadInput, LmpatchError, WrongModel
+from ..record import now
 from . import _near
 from ._log import TEXTS, Log, table, writing
 from ._search import Search
 from ._state import State
-from .entry import Entry, Version, columns, entry_of, key, record
+from .entry import Entry, Version, columns, entry_of, record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,12 +129,12 @@ class Store:
         """
 
         def ends() -> tuple[list[Row], None]:
-            missing = [prompt for prompt in prompts if key(prompt) not in self._state.live]
+            missing = [prompt for prompt in prompts if prompt_key(prompt) not in self._state.live]
             if missing:
                 raise BadInput(
                     f"no live fact has the prompt {missing[0]!r}. `lmpatch memory find` looks for a part of it."
                 )
-            return [_end(prompt) for prompt in {key(prompt): prompt for prompt in prompts}.values()], None
+            return [_end(prompt) for prompt in {prompt_key(prompt): prompt for prompt in prompts}.values()], None
 
         return self._commit(ends)
 
@@ -149,14 +149,14 @@ class Store:
 
         def difference() -> tuple[list[Row], np.ndarray]:
             state, log = self._state, self._log
-            now, then = state.live, state.live_after(version)
-            both = [name for name, seq in then.items() if name in now and now[name] != seq]
-            old, new = ([facts[name] for name in both] for facts in (then, now))
+            current, then = state.live, state.live_after(version)
+            both = [name for name, seq in then.items() if name in current and current[name] != seq]
+            old, new = ([facts[name] for name in both] for facts in (then, current))
             alike = (log.vectors(old) == log.vectors(new)).all(1)
             pairs = zip(both, alike, state.rows(old), state.rows(new), strict=True)
             same = {name for name, key_too, a, b in pairs if key_too and _content(a) == _content(b)}
-            puts = [seq for name, seq in then.items() if now.get(name) != seq and name not in same]
-            gone = [seq for name, seq in now.items() if name not in then]
+            puts = [seq for name, seq in then.items() if current.get(name) != seq and name not in same]
+            gone = [seq for name, seq in current.items() if name not in then]
             ends = [_end(row["prompt"]) for row in state.rows(gone)]
             return [*map(_content, state.rows(puts)), *ends], log.vectors(puts)
 
@@ -182,7 +182,7 @@ class Store:
             if not told:
                 return state.version
             version = state.version + 1
-            stamp = {"version": version, "added": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+            stamp = {"version": version, "added": now()}
             rows = table([{"seq": state.count + i, **stamp, **row} for i, row in enumerate(told)], vectors, self.width)
             seen = self._log.append(rows)
             state.append(rows.drop_columns("vector"), seen)
@@ -227,6 +227,12 @@ class Store:
             return "\n".join((edit.prompt, edit.subject, edit.target)).casefold()
 
         return [entry for entry in self.facts(history=history) if text in told(entry.edit)]
+
+    def get(self, prompt: str) -> Entry | None:
+        """The fact with this prompt, whatever its case and white space; None: there is none."""
+        self._state.refresh()
+        seq = self._state.live.get(prompt_key(prompt))
+        return None if seq is None else entry_of(self._state.rows([seq])[0])
 
     def versions(self) -> list[Version]:
         """All commits, oldest first."""
@@ -288,7 +294,7 @@ def _content(row: Row) -> Row:
 
 
 def _end(prompt: str) -> Row:
-    texts = {"key": key(prompt), "prompt": prompt, "target": "", "subject": "", "more": "", "source": "{}"}
+    texts = {"key": prompt_key(prompt), "prompt": prompt, "target": "", "subject": "", "more": "", "source": "{}"}
     return {"op": "drop", **texts}
 
 

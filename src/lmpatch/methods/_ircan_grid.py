@@ -17,7 +17,7 @@ from ..data.context import ContextRecord
 from ..models.lm import LM
 from ..models.replay import Recording, record
 from ..models.run import HEAD_CHUNK, Progress, hooked, logits
-from ..models.tokens import Row, encode_all
+from ..models.tokens import Row, batches_of_tokens, encode_all
 from ..probes.integrated_gradients import first_visible
 from ..units.address import Neuron
 
@@ -48,7 +48,7 @@ def accuracies(
     lowest = min((n.layer for n in neurons), default=lm.layout.n_layers)
     right = torch.zeros(len(settings), device=lm.device)
     done = 0
-    for batch in _batches([len(row.ids) for row in told]):
+    for batch in batches_of_tokens([len(row.ids) for row in told], TOKENS // 4):  # four settings or more a forward
         rows = [told[i] for i in batch]
         recording = record(lm, [row.ids[:-1] for row in rows], [0] * len(rows), lowest=lowest)
         each = max(1, TOKENS // (len(rows) * recording.suffix))
@@ -60,16 +60,6 @@ def accuracies(
         if progress:
             progress(done, len(records), "trying settings")
     return right / len(records)
-
-
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Records of similar length together, a quarter of ``TOKENS`` at most, so that several settings share a forward."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[i] > TOKENS // 4:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
 
 
 def scaled_states(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from ..models.lm import LM
 from ..models.run import Progress, blocks, hooked, logits, positions
 from ..models.tokens import encode_all
 from ..patches.ledger import suspended
-from ..record import cache_dir, hash_json
+from ..record import cache_dir, hash_json, replacing
 from ._solve import factor, solve
 
 LENGTH = 128  # tokens per row of text
@@ -195,20 +192,7 @@ def _read(folder: Path, layers: Sequence[int]) -> tuple[dict[int, Tensor], int, 
 
 
 def _write(folder: Path, found: dict[int, Tensor], tokens: int, agreement: float) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for layer, c in found.items():
         tensors = {"c": c.cpu().contiguous(), "facts": torch.tensor([float(tokens), agreement])}
-        with _replacing(folder / f"{layer}.safetensors") as path:
+        with replacing(folder / f"{layer}.safetensors") as path:
             save_file(tensors, path)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when all went well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from ..errors import Diverged
 from ..models.lm import LM
 from ..models.replay import Recording, record
 from ..models.run import HEAD_CHUNK, Progress, hooked, kl, logits, nll
-from ..models.tokens import Row, encode_all
+from ..models.tokens import Row, batches_of_tokens, encode_all
 from ._prefixes import prefixes
 
 BATCH_TOKENS = 1536  # suffix tokens per batch; more gains nothing on a CPU and costs about 1 MB each
@@ -100,14 +100,8 @@ def search(
         edit.need_subject()
     heads = prefixes(cfg.short_prefixes, cfg.long_prefixes)
     rows = _rows(lm, edits, heads)
-    width = [max(len(r.ids) - _at(r) for r in group) for group in rows]
-    order = sorted(range(len(edits)), key=lambda e: width[e])
-    batches: list[list[int]] = []
-    for e in order:
-        full = batches and (len(batches[-1]) + 1) * (len(heads) + 1) * width[e] > BATCH_TOKENS
-        if not batches or full:
-            batches.append([])
-        batches[-1].append(e)
+    suffixes = [len(group) * max(len(r.ids) - _at(r) for r in group) for group in rows]  # tokens of each fact
+    batches = batches_of_tokens(suffixes, BATCH_TOKENS)
     found: list[Values] = []
     done = 0
     for batch in batches:

@@ -21,7 +21,7 @@ from ..errors import BadInput, Diverged
 from ..models.lm import LM
 from ..models.replay import Recording, record
 from ..models.run import HEAD_CHUNK, Progress, frozen, hooked, nll
-from ..models.tokens import Row, encode_all
+from ..models.tokens import Row, batches_of_rows, encode_all
 from ..patches.delta import Delta, Dense, LowRank
 from ..patches.weight import WeightPatch
 
@@ -156,10 +156,8 @@ def _train(
 ) -> tuple[int, float]:
     """Epochs made and the last epoch's mean loss, nats per target token."""
     rows = encode_all(lm, [e.prompt for e in edits], [e.target for e in edits])
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # equal lengths together: less padding
-    batches = [
-        _Batch(lm, [rows[i] for i in order[s : s + cfg.batch]], change, cfg) for s in range(0, len(order), cfg.batch)
-    ]
+    parts = batches_of_rows([len(row.ids) for row in rows], cfg.batch)
+    batches = [_Batch(lm, [rows[i] for i in part], change, cfg) for part in parts]
     optimizer = torch.optim.Adam(change.leaves, lr=cfg.lr)
     generator = torch.Generator().manual_seed(cfg.seed)
     mean = 0.0

@@ -24,7 +24,7 @@ from ..data.context import ContextRecord
 from ..errors import BadInput, UnknownLayout
 from ..models.lm import LM
 from ..models.run import Progress, blocks, hooked, positions
-from ..models.tokens import encode_all, pad, pad_id
+from ..models.tokens import batches_of_rows, encode_all, pad, pad_id
 from ..patches.steer import SteerPatch
 from ..probes import integrated_gradients
 from ..units.address import Head
@@ -165,7 +165,6 @@ def head_outputs(lm: LM, records: Sequence[ContextRecord], progress: Progress | 
     heads = int(lm.model.config.get_text_config().num_attention_heads)
     prompts = [r.prompt for r in records] * 2
     rows = encode_all(lm, prompts, [r.answer for r in records] + [r.memory for r in records])
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     made: dict[int, Tensor] = {}
     seen: list[Tensor] = []
 
@@ -173,14 +172,13 @@ def head_outputs(lm: LM, records: Sequence[ContextRecord], progress: Progress | 
         seen.append(args[0][:, -1].float().cpu())  # [n, heads * d_h]
 
     with hooked(*(lm.module(name).register_forward_pre_hook(see) for name in lm.layout.attn_outs)):
-        for start in range(0, len(order), BATCH):
-            batch = order[start : start + BATCH]
+        for batch in batches_of_rows([len(row.ids) for row in rows], BATCH):
             ids, mask = (x.to(lm.device) for x in pad([rows[i].ids for i in batch], pad_id(lm), side="left"))
             seen.clear()
             blocks(lm, ids, mask, position_ids=positions(mask))
             made.update(zip(batch, torch.stack(seen, 1), strict=True))
             if progress:
-                progress(start + len(batch), len(order), "reading heads")
+                progress(len(made), len(rows), "reading heads")
     found = torch.stack([made[i] for i in range(len(rows))])  # [2 n, layers, heads * d_h]
     if found.shape[-1] % heads:
         raise UnknownLayout(f"attention hands on {found.shape[-1]} numbers, which are no {heads} heads of one size.")

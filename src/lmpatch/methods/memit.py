@@ -18,7 +18,7 @@ from ..data.edit import Edit, check_contradictions
 from ..errors import BadInput
 from ..models.lm import LM
 from ..models.run import Progress, blocks, first, frozen, hooked, positions
-from ..models.tokens import encode_all, pad, pad_id
+from ..models.tokens import batches_of_rows, encode_all, pad, pad_id
 from ..patches.delta import Delta, LowRank
 from ..patches.ledger import applied, apply
 from ..patches.weight import WeightPatch
@@ -205,9 +205,7 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
     )
     f, d = lm.layout.d_ff, lm.layout.d_model
     keys, outputs, states = (torch.zeros(len(rows), n, device=lm.device) for n in (f, d, d))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    for start in range(0, len(order), 64):
-        pick = order[start : start + 64]
+    for pick in batches_of_rows([len(row.ids) for row in rows], 64):
         ids, mask = pad([rows[i].ids[: (rows[i].subject_last or 0) + 1] for i in pick], pad_id(lm), side="left")
         ids, mask = ids.to(lm.device), mask.to(lm.device)  # [n, T]; nothing after the subject is needed
 

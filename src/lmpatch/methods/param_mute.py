@@ -18,15 +18,14 @@ from ..data.context import ContextRecord
 from ..errors import BadInput, UnknownLayout
 from ..models._probe import probe_ids, trace
 from ..models.lm import LM
-from ..models.run import Progress, blocks, first, generate, hooked, positions
-from ..models.tokens import Row, encode_all, pad, pad_id
+from ..models.run import Progress, generate
+from ..models.tokens import Row, encode_all
 from ..patches.delta import Delta, Scale
 from ..patches.weight import WeightPatch
+from ._activations import BATCH, watch
 
 reads = "context"
 """The kind of records ``fit`` takes."""
-
-BATCH = 16  # texts per forward
 
 
 @dataclass(frozen=True)
@@ -124,57 +123,24 @@ def _holds(text: str, answer: str) -> bool:
     return size > 0 and any(words[i : i + size] == wanted for i in range(len(words) - size + 1))
 
 
-@torch.no_grad()
 def active_shares(lm: LM, rows: Sequence[Row], count: Literal["summed", "per_token"]) -> Tensor:
     """Share of each block's neurons that are on in each response, [rows, layers].
 
     A neuron is on where its activation, before any product with the other branch of a gated MLP, is positive.
     """
-    names = activations(lm)
-    shares = torch.zeros(len(rows), len(names), device=lm.device)
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        ids, mask = (x.to(lm.device) for x in pad([row.ids for row in batch], pad_id(lm), side="right"))
-        place = torch.arange(ids.shape[1], device=lm.device)
-        borders = torch.tensor([row.target for row in batch], device=lm.device)
-        answer = (place >= borders[:, None]) & mask.bool()  # [n, T]
-        handles = []
-        for layer, name in enumerate(names):
+    shares = torch.zeros(len(rows), lm.layout.n_layers, device=lm.device)
+    borders = torch.tensor([row.target for row in rows], device=lm.device)
 
-            def see(_: Any, __: Any, output: Any, layer: int = layer, answer: Tensor = answer, at: int = start) -> None:
-                values = first(output).reshape(*answer.shape, -1).float()  # [n, T, f]
-                inside = answer[..., None]
-                if count == "summed":
-                    found = ((values * inside).sum(1) > 0).float().mean(1)
-                else:
-                    found = ((values > 0) & inside).float().mean(2).sum(1) / answer.sum(1)
-                shares[at : at + len(answer), layer] = found
+    def see(layer: int, part: slice, values: Tensor, real: Tensor) -> None:
+        answer = real & (torch.arange(real.shape[1], device=lm.device) >= borders[part, None])  # [n, T]
+        values, inside = values.float(), answer[..., None]
+        if count == "summed":
+            shares[part, layer] = ((values * inside).sum(1) > 0).float().mean(1)
+        else:
+            shares[part, layer] = ((values > 0) & inside).float().mean(2).sum(1) / answer.sum(1)
 
-            handles.append(lm.module(name).register_forward_hook(see))
-        with hooked(*handles):
-            blocks(lm, ids, mask, position_ids=positions(mask))
+    watch(lm, rows, see)
     return shares
-
-
-def activations(lm: LM) -> list[str]:
-    """Each block's activation module: the first of width d_ff between the up- and the down-projection.
-
-    Raises:
-        UnknownLayout: there is none.
-    """
-    layout, calls = lm.layout, trace(lm.model, probe_ids(lm.model, lm.tokenizer))
-    order = [call.name for call in calls]
-    found = []
-    for ups, down in zip(layout.ups, layout.downs, strict=True):
-        between = calls[min(order.index(up) for up in ups) + 1 : order.index(down)]
-        names = [c.name for c in between if c.leaf and not c.projection and c.d_in == c.d_out == layout.d_ff]
-        if not names:
-            raise UnknownLayout(
-                f"no module between {', '.join(ups)} and {down} is the MLP's activation, so what is on cannot be seen. "
-                "Name the layers instead: layers=..."
-            )
-        found.append(names[0])  # a dropout may follow it
-    return found
 
 
 def _norms_behind(lm: LM) -> list[str]:

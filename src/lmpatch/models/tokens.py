@@ -103,6 +103,22 @@ def _subject(prompt: str, subject: str, offsets: Sequence[tuple[int, int]], afte
     return over
 
 
+def batches_of_rows(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Places of rows, the short ones first, so many to a batch; rows of near length share one, so little is padded."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[start : start + rows] for start in range(0, len(order), rows)]
+
+
+def batches_of_tokens(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """As ``batches_of_rows``, of so many tokens at most with what is padded; a longer row has a batch to itself."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
 def pad_id(lm: LM) -> int:
     """The id that fills short rows; it is masked, so any id would do."""
     found = lm.tokenizer.pad_token_id

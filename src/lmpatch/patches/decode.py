@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BadInput, BadPatch
 from ..models.acting import Actor, Rule
 from ..models.lm import LM
-from ..record import hardware, now, versions
+from ..record import made_now
 from .patch import Base, RunPatch, plain, plain_edits
 from .rules import AdaCAD, Arr, Coiecd, Grd, Power
 from .weight import fingerprint
@@ -47,7 +47,7 @@ class DecodePatch(RunPatch):
             config=plain(config or {}),
             base=Base(fingerprint(lm), lm.name),
             edits=plain_edits(edits),
-            made={"finished": now(), "versions": versions(), "hardware": hardware(), "seconds": round(seconds, 3)},
+            made=made_now(seconds),
             rules=(rule,),
         )
 

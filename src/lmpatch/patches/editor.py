@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..errors import BadPatch
-from ..record import hash_json, hash_tensors
+from ..record import hash_json, hash_tensors, replacing
 from .patch import Base
 
 SCHEMA = 1
@@ -41,16 +39,10 @@ class Editor:
 
     def save(self, path: str | Path) -> None:
         """Write the file; a file that is there is replaced, at once or not at all."""
-        path = Path(path)
         head = {"schema": SCHEMA, "method": self.method, "config": self.config, "parts": self.parts, "made": self.made}
         head |= {"base": {"fingerprint": self.base.fingerprint, "name": self.base.name}, "sha256": self.hash()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
+        with replacing(Path(path)) as work:
             safetensors.torch.save_file(dict(self.tensors), work, {KEY: json.dumps(head, ensure_ascii=False)})
-            os.replace(work, path)
-        finally:
-            work.unlink(missing_ok=True)
 
     def summary(self) -> str:
         """A few lines for a person."""

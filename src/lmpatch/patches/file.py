@@ -19,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..errors import BadInput, BadPatch
-from ..record import hash_json
+from ..record import hash_json, sync
 from .decode import DecodePatch
 from .memory import MemoryPatch
 from .patch import Base, Patch
@@ -166,7 +166,7 @@ def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
     try:
         yield new
         for file in (*new.rglob("*"), new):
-            _sync(file)
+            sync(file)
         if path.exists():
             os.replace(path, old)  # a folder cannot be renamed over a full one
         try:
@@ -175,16 +175,7 @@ def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
             if old.exists():
                 os.replace(old, path)
             raise
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the file or folder on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

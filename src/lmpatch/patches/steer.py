@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import BadInput, BadPatch, CannotMerge, Diverged, WrongModel
 from ..models.lm import LM
-from ..record import hardware, now, versions
+from ..record import made_now
 from .patch import Base, Mount, Patch, plain, plain_edits
 from .weight import fingerprint
 
@@ -65,7 +65,7 @@ class SteerPatch(Patch):
             config=plain(config or {}),
             base=Base(fingerprint(lm), lm.name),
             edits=plain_edits(edits),
-            made={"finished": now(), "versions": versions(), "hardware": hardware(), "seconds": round(seconds, 3)},
+            made=made_now(seconds),
             notes=plain(notes or {}),
             vectors={name: v.detach().to("cpu", torch.float32, copy=True).contiguous() for name, v in vectors.items()},
             newest=newest,

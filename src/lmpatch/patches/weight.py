@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import BadInput, BadPatch, Diverged
 from ..models.lm import LM
-from ..record import hardware, hash_tensor, now, versions
+from ..record import hash_tensor, made_now
 from .delta import KINDS, Delta
 from .patch import Base, Mount, Patch, plain, plain_edits
 
@@ -62,16 +62,13 @@ class WeightPatch(Patch):
             if not delta.is_finite():
                 raise Diverged(f"{method}: the change of {name} left the finite numbers. Lower the learning rate.")
         weights = {t.name: original(lm.model, t) for t in targets.values()}
-        made: dict[str, Any] = {"finished": now(), "versions": versions(), "hardware": hardware()}
-        made["weight_norms"] = {name: float(w.float().norm()) for name, w in weights.items() if has_values(w)}
-        if seconds is not None:
-            made["seconds"] = round(seconds, 3)
+        norms = {name: float(w.float().norm()) for name, w in weights.items() if has_values(w)}
         return cls(
             method=method,
             config=plain(config or {}),
             base=Base(fingerprint(lm), lm.name, {name: hash_of(weight) for name, weight in weights.items()}),
             edits=plain_edits(edits),
-            made=made,
+            made=made_now(seconds) | {"weight_norms": norms},
             notes=plain(notes or {}),
             extras={name: t.detach().to("cpu", copy=True).contiguous() for name, t in (extras or {}).items()},
             deltas={targets[name].name: delta.to("cpu", copy=True) for name, delta in deltas.items()},
