@@ -21,7 +21,7 @@ BENCHES_KNOW = {
     "patches",
     "benches",
 }  # a bench receives its patch
-TOP = ("settings", "registry", "api", "doctor", "cli")  # these may know everything before them
+TOP = ("settings", "registry", "api", "doctor", "cli", "__main__")  # these may know everything before them
 FILES = sorted(SRC.rglob("*.py"))
 
 

@@ -236,7 +236,7 @@ def test_a_unit_never_hears_of_the_other_skills_loss(llama: LM, monkeypatch: pyt
     for other, own in (("robustness", "adherence"), ("adherence", "robustness")):
         spoiled = list(rows[other])
 
-        def poisoned(lm: LM, given: Any, hooks: Any, spoiled: Any = spoiled) -> Tensor:
+        def poisoned(lm: LM, given: Any, hooks: Any, _: Any, spoiled: Any = spoiled) -> Tensor:
             return loss(lm, given, hooks) * (float("nan") if given == spoiled else 1.0)
 
         monkeypatch.setattr(_parenting_tune, "loss", poisoned)
@@ -400,7 +400,7 @@ def failing_from(call: int) -> Callable[..., Tensor]:
     """The validation loss, infinite from the given call on."""
     seen = 0
 
-    def spoiled(lm: LM, rows: Any, hooks: Any) -> Tensor:
+    def spoiled(lm: LM, rows: Any, hooks: Any, *_: Any) -> Tensor:
         nonlocal seen
         value = loss(lm, rows, hooks)
         if not value.requires_grad:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, apply, generate, load_patch, merge, score
 from lmpatch.methods import _recipe_loss as losses
 from lmpatch.methods import recipe
-from lmpatch.methods._recipe_data import batches, exchanged, sample, without
+from lmpatch.methods._recipe_data import batches, sample, without
 from lmpatch.methods._recipe_train import CHECKPOINT, CURVES
 from lmpatch.models import run
 from lmpatch.models.acting import prepare
@@ -49,11 +49,11 @@ QUICK = recipe.Training(
     key_batch=8,
     prompt_batch=4,
     width=16,
+    content=8,
     adapt=2,
     validate=3,
     validate_every=2,
     save_every=1,
-    queue=6,
 )
 
 
@@ -90,16 +90,6 @@ def test_the_retrieval_losses_are_those_of_the_paper_on_two_facts() -> None:
     assert float(found.own) == pytest.approx(sum(own) / 2, abs=1e-5)
     assert float(found.neighbour) == pytest.approx(sum(near) / 2, abs=1e-5)
     assert float(found.unrelated) == pytest.approx(sum(other) / 2, abs=1e-5)
-
-
-def test_earlier_keys_are_further_wrong_classes_and_do_not_move() -> None:
-    torch.manual_seed(0)
-    keys, first, second, far, others = torch.randn(5, 3, 8)
-    gate = torch.randn(8)
-    others.requires_grad_(False)
-    more = losses.retrieval(keys, gate, first, second, far, margin=None, others=others)
-    less = losses.retrieval(keys, gate, first, second, far, margin=None)
-    assert more.own > less.own and more.neighbour > less.neighbour and more.unrelated > less.unrelated
 
 
 def test_a_row_that_is_clear_costs_nothing_and_leaves_the_mean() -> None:
@@ -178,9 +168,13 @@ def test_pooling_leaves_padding_out() -> None:
 
 def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Retriever(Shape(encoder.name, encoder.width, 8, width=16, adapt=0), encoder)
+    net = Retriever(Shape(encoder.name, encoder.width, 8, width=16, content=8), encoder)
     net.start(0, torch.ones(4, 8))
-    texts = ["Paris", "The Eiffel Tower is in the city of Rome, which is in Italy", "Oslo is cold"]
+    texts = [
+        ("Paris is in", "Oslo"),
+        ("The Eiffel Tower is in the city of", "Rome, which is in Italy"),
+        ("Oslo is", "cold"),
+    ]
     with torch.no_grad():
         together = net.keys(texts)
         alone = torch.cat([net.keys([text]) for text in texts])
@@ -191,21 +185,21 @@ def test_prompt_vectors_are_as_long_as_the_models_own_embeddings() -> None:
     lm = tiny_lm("gemma3")
     words = recipe.typical_embeddings(lm)
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Retriever(Shape(encoder.name, encoder.width, 64, width=32, adapt=0), encoder)
+    net = Retriever(Shape(encoder.name, encoder.width, 64, width=32, content=16), encoder)
     net.start(0, words)
     with torch.no_grad():
         net.out.weight.mul_(50)
-        p = net.prompts(net.keys([edit.prompt for edit in FACTS]))  # [n, P, d]
+        p = net.prompts(net.keys([(edit.prompt, edit.target) for edit in FACTS]))  # [n, P, d]
     wanted = float(words.pow(2).mean().sqrt())
     assert torch.allclose(p.pow(2).mean(-1).sqrt(), torch.full(p.shape[:2], wanted), rtol=1e-4)
 
 
 def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Retriever(Shape(encoder.name, encoder.width, 8, width=256, adapt=0), encoder)
-    net.start(0, torch.ones(4, 8), [text for edit in FACTS for text in (edit.prompt, *edit.rephrases)])
+    net = Retriever(Shape(encoder.name, encoder.width, 8, width=256, content=16), encoder)
+    net.start(0, torch.ones(4, 8), [(edit.prompt, edit.target) for edit in FACTS])
     with torch.no_grad():
-        keys = net.keys([f"{edit.prompt} {edit.target}" for edit in FACTS])
+        keys = net.keys([(edit.prompt, edit.target) for edit in FACTS])
         queries = net.queries([edit.rephrases[0] for edit in FACTS])
     assert (queries @ keys.T).argmax(1).tolist() == list(range(len(FACTS)))
 
@@ -213,16 +207,18 @@ def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
 @pytest.mark.parametrize("adapt", [0, None])
 def test_the_pooling_layer_is_a_fourth_part_of_the_features(adapt: int | None) -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Retriever(Shape(encoder.name, encoder.width, 8, width=8, adapt=adapt, pooler=True), encoder)
+    net = Retriever(Shape(encoder.name, encoder.width, 8, width=8, content=4, adapt=adapt, pooler=True), encoder)
     rows = encoder.tokenise(["The Eiffel Tower"])
     with torch.no_grad():
         net.start(0, torch.ones(4, 8))
         states, mask = encoder.states(rows)
         wanted = encoder.module(torch.tensor(rows)).pooler_output
         assert torch.allclose(
-            net.features(["The Eiffel Tower"]), torch.cat([wanted, pooled(states, mask)], 1), atol=1e-5
+            net.features([("The Eiffel Tower", "")])[:, : net.inputs],
+            torch.cat([wanted, pooled(states, mask)], 1),
+            atol=1e-5,
         )
-    net.keys(["The Eiffel Tower"]).sum().backward()
+    net.keys([("The Eiffel", "Tower")]).sum().backward()
     learned = [p.grad for name, p in net.learned.items() if "pooler" in name]
     assert (len(learned) == 2 and all(g is not None for g in learned)) if adapt is None else not learned
 
@@ -231,14 +227,16 @@ def test_the_pooling_layer_is_a_fourth_part_of_the_features(adapt: int | None) -
 def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | None) -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
     before = {name: p.clone() for name, p in encoder.module.named_parameters()}
-    net = Retriever(Shape(encoder.name, encoder.width, 8, width=4, adapt=adapt), encoder)
+    net = Retriever(Shape(encoder.name, encoder.width, 8, width=4, content=2, adapt=adapt), encoder)
     net.start(0, torch.ones(4, 8))
     rows = encoder.tokenise(["The Eiffel Tower"])
     with torch.no_grad():
-        assert torch.allclose(net.features(["The Eiffel Tower"]), pooled(*encoder.states(rows)), atol=1e-5)
+        assert torch.allclose(
+            net.features([("The Eiffel Tower", "")])[:, : net.inputs], pooled(*encoder.states(rows)), atol=1e-5
+        )
     weights = net.encoder_weights()
     assert (len(weights) > 0) == (adapt != 0)
-    net.keys(["The Eiffel Tower"]).sum().backward()
+    net.keys([("The Eiffel", "Tower")]).sum().backward()
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in encoder.module.named_parameters())
     assert [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None and n.startswith("key")] == []
 
@@ -263,8 +261,9 @@ def test_training_resumed_is_training_never_stopped(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
 from methods.test_recipe import FACTS, QUICK, recipe, tiny_lm
 from lmpatch.methods import _recipe_train
 from safetensors.torch import save_file
@@ -303,8 +302,8 @@ def test_training_lowers_its_loss_and_teaches_retrieval() -> None:
     """Forty steps on a dozen facts: their questions find them, the rivers find the sentinel."""
     lm = tiny_lm("llama")
     cfg = replace(
-        QUICK, key_steps=10, prompt_steps=30, key_batch=12, prompt_batch=12, width=64, adapt=0, lr=3e-3, head_lr=1e-3,
-        warmup=5, validate=0, queue=0, margin=None,
+        QUICK, key_steps=10, prompt_steps=30, key_batch=12, prompt_batch=12, width=64, content=32, adapt=0, lr=3e-3,
+        prompt_lr=3e-3, warmup=5, validate=0,
     )  # fmt: skip
     editor = recipe.train(lm, FACTS, cfg)
     recall = Recall(recipe.fit(lm, FACTS, recipe.Config(), editor=editor))
@@ -332,16 +331,6 @@ def test_facts_that_are_asked_in_the_evaluation_are_left_out() -> None:
     held = [Edit("the TOWER of  Paris is in", "x"), Edit("q", "x", rephrases=["The opera of Japan is in"])]
     kept = without(FACTS, held)
     assert len(kept) == len(FACTS) - 2
-
-
-def test_exchanged_samples_differ_in_their_targets_alone() -> None:
-    import random
-
-    samples = [sample(edit, [], random.Random(0)) for edit in FACTS]
-    found = exchanged(samples, random.Random(0))
-    assert sorted(s.target for s in found) == sorted(s.target for s in samples)
-    assert 0 < sum(a != b for a, b in zip(samples, found, strict=True)) < len(samples)
-    assert [replace(s, target="") for s in found] == [replace(s, target="") for s in samples]
 
 
 def test_a_sample_asks_what_the_edit_offers() -> None:

@@ -19,6 +19,7 @@ from .options import (
     Out,
     Patches,
     Settings,
+    Shard,
     Text,
     material,
     new_path,
@@ -52,6 +53,7 @@ def fit(
     dtype: Dtype = "float32",
     device: Device = "cpu",
     download: Download = False,
+    shard: Shard = False,
 ) -> None:
     """Make a patch that writes facts into a model.
 
@@ -63,9 +65,11 @@ def fit(
       lmpatch fit gemma-3-270m ircan questions.jsonl -o listens --set neurons=8 --set factor=5
       lmpatch fit gemma-3-270m cad -o trusting --set alpha=1
       lmpatch fit gemma-3-270m parenting sets/train.jsonl -o balanced --work balanced.work
+      accelerate launch --num_processes 4 -m lmpatch fit ./my-model parenting sets/train.jsonl -o balanced --shard
       lmpatch fit ./my-model memit more.jsonl -o more -p eiffel --set layers=5,6,7
     """
     from .. import api, registry
+    from ..models.team import team
     from ..settings import parse
 
     new_path(out)
@@ -74,11 +78,12 @@ def fit(
     if facts is None and api.needs_records(module):
         raise BadInput(f"{method} learns from records. Name a file of them behind {method}.")
     edits = api.read(module, facts, check=True) if facts else []
-    lm = open_model(model, dtype, device, download)
+    lm = open_model(model, dtype, device, download, shard)
     kept = f" {work} holds the last whole step; the same command goes on from there." if work else ""
     keep(context, f"The model is as it was and {out} was not written.{kept}")
     with patched(lm, patch or [], mount), progress() as bar:
         made = api.fit(lm, method, edits, out=work, progress=bar, **material(text, anchors, editor), **chosen)
-    made.save(out)
+    if team().leads:
+        made.save(out)
     say(made.summary())
     say(f"saved in {out}")

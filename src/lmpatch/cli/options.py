@@ -22,6 +22,12 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 Download = Annotated[bool, typer.Option("--download", help="Allow a hub model that is not here yet to be fetched.")]
+Shard = Annotated[
+    bool,
+    typer.Option(
+        "--shard", help="With several processes (accelerate launch): each holds its part of the model's blocks (FSDP)."
+    ),
+]
 Patches = Annotated[
     list[Path] | None,
     typer.Option("-p", "--patch", metavar="PATCH", help="A patch or memory folder; may repeat, put on in this order."),
@@ -51,14 +57,24 @@ EditorFile = Annotated[
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Folder to write. It must not exist yet.")]
 
 
-def open_model(model: str, dtype: str = "float32", device: str = "cpu", download: bool = False) -> LM:
-    """Load a model with a progress bar, and name the licence of a packaged one."""
+def open_model(
+    model: str, dtype: str = "float32", device: str = "cpu", download: bool = False, sharded: bool = False
+) -> LM:
+    """Load a model with a progress bar, and name the licence of a packaged one.
+
+    One of several processes takes the device it was given at launch.
+    """
     from ..models.load import licence, load
+    from ..models.team import join, shard
 
     if terms := licence(model):
         note(terms)
+    device = join() or device
     with progress() as bar:
-        return load(model, dtype=dtype, device=_device(device), download=download, progress=bar)
+        lm = load(model, dtype=dtype, device=_device(device), download=download, progress=bar)
+    if sharded:
+        shard(lm)
+    return lm
 
 
 def _device(name: str) -> str:

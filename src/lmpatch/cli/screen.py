@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,21 @@ if TYPE_CHECKING:
     from ..models.run import Progress
 
 
+def _leads() -> bool:
+    """Of several processes only the first one speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str = "") -> None:
     """One line on stdout, as it is."""
-    typer.echo(text)
+    if _leads():
+        typer.echo(text)
 
 
 def note(text: str) -> None:
     """One line on stderr that is no complaint."""
-    typer.echo(text, err=True)
+    if _leads():
+        typer.echo(text, err=True)
 
 
 def complain(text: str) -> None:
@@ -67,7 +75,7 @@ def progress() -> Iterator[Progress]:
 
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and _leads())) as bars:
         tasks: dict[str, Any] = {}
 
         def report(done: int, total: int, what: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Download, Dtype, Model, Settings, new_path, open_model
+from .options import Device, Download, Dtype, Model, Settings, Shard, new_path, open_model
 from .screen import keep, progress, say
 
 
@@ -31,16 +31,19 @@ def train(
     dtype: Dtype = "float32",
     device: Device = "cpu",
     download: Download = False,
+    shard: Shard = False,
 ) -> None:
     """Train an editor for a model. Stopped, the same command goes on from its last step.
 
     \b
-    Example:
+    Examples:
       lmpatch train gemma-3-270m recipe facts.jsonl --unrelated nq.jsonl -o mine.safetensors --dtype bfloat16
+      accelerate launch --num_processes 4 -m lmpatch train ./my-model recipe facts.jsonl -o mine.safetensors --shard
     """
     from .. import api, registry
     from ..data.readers import read_asks, read_edits
     from ..errors import BadInput
+    from ..models.team import team
     from ..settings import parse
 
     new_path(out)
@@ -50,11 +53,12 @@ def train(
     chosen = parse(module.Training, settings or [])
     edits = [edit for path in facts for edit in read_edits(path)]
     asks = read_asks(unrelated) if unrelated else []
-    lm = open_model(model, dtype, device, download)
+    lm = open_model(model, dtype, device, download, shard)
     folder = work or out.with_name(f"{out.name}.work")
     keep(context, f"{folder} holds the last whole step; the same command goes on from there.")
     with progress() as bar:
         editor = api.train(lm, method, edits, unrelated=asks, out=folder, encoder=encoder, progress=bar, **chosen)
-    editor.save(out)
+    if team().leads:
+        editor.save(out)
     say(editor.summary())
     say(f"saved in {out}; curves in {folder}")

@@ -15,6 +15,7 @@ from ..errors import BadInput
 from ..models.closed_book import closed_book_answers
 from ..models.lm import LM
 from ..models.run import Progress, blocks, hooked, nll, positions
+from ..models.team import ALONE, Team
 from ..models.tokens import Row, encode_all, pad, pad_id
 
 if TYPE_CHECKING:
@@ -128,11 +129,16 @@ def draws(rows: Rows, count: int, step: int, seed: str, share: float = 0.0) -> l
     return [rows.train[i] for i in picked]
 
 
-def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Any]]) -> Tensor:
-    """Mean cross-entropy over the answer tokens of the rows, nats; the head runs at those positions only."""
-    ids, mask = (t.to(lm.device) for t in pad([row.ids for row in rows], pad_id(lm), side="right"))
-    where = [(i, t - 1) for i, row in enumerate(rows) for t in range(row.target, len(row.ids))]
-    r, c = torch.tensor(where, device=lm.device).T
+def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Any]], team: Team = ALONE) -> Tensor:
+    """Mean cross-entropy over the answer tokens of the rows, nats; the head runs at those positions only.
+
+    Args:
+        team: each process has its part of the sum, or runs the first row for nothing; their sum is the mean.
+    """
+    own = team.part(rows)
+    ids, mask = (t.to(lm.device) for t in pad([row.ids for row in own or rows[:1]], pad_id(lm), side="right"))
+    where = [(i, t - 1) for i, row in enumerate(own) for t in range(row.target, len(row.ids))]
+    r, c = torch.tensor(where, dtype=torch.int64, device=lm.device).reshape(-1, 2).T
     with hooked(*hooks()):
         states = blocks(lm, ids, mask, position_ids=positions(mask))  # [n, T, d]
-    return nll(lm, states[r, c], ids[r, c + 1]).mean()
+    return nll(lm, states[r, c], ids[r, c + 1]).sum() / sum(len(row.ids) - row.target for row in rows)

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from ..errors import Diverged
 from ..models.lm import LM
-from ..models.run import Progress, blocks, first, hooked, positions
-from ..models.tokens import Row, pad, pad_id
+from ..models.run import Progress
+from ..models.team import team
+from ..models.tokens import Row
+from ._activations import watch
 from ._parenting_data import Rows, draws, loss
 from ._parenting_units import Adapter, Type, Unit
-from .param_mute import activations
 
 if TYPE_CHECKING:
     from .parenting import Config
 
 Cue = Literal["rate", "count", "none"]
-BATCH = 16  # rows of one forward of the cue
 FLOOR = 0.1  # of the mean excess: what the least active layer still counts
 
 
@@ -61,11 +61,12 @@ def mine(lm: LM, units: Sequence[Unit], rows: Rows, cfg: Config, name: str, prog
     (leaf,) = adapter.leaves.values()
     tracker = Tracker(leaf, _weights(lm, adapter) if cfg.units == "full_matrix" else None, cfg.beta1, cfg.beta2)
     adam = torch.optim.AdamW([leaf], lr=cfg.mine_lr, weight_decay=cfg.decay)
-    start, spent = perf_counter(), 0.0
+    start, spent, processes = perf_counter(), 0.0, team()
     for step in range(cfg.mine_steps):
         picked = draws(rows, cfg.mine_rows, step, f"{cfg.seed}/mine/{name}", cfg.known_share)
         with torch.enable_grad():
-            (leaf.grad,) = torch.autograd.grad(loss(lm, picked, lambda: adapter.hooks(lm)), leaf)
+            (leaf.grad,) = torch.autograd.grad(loss(lm, picked, lambda: adapter.hooks(lm), processes), leaf)
+        processes.sum([leaf.grad])
         for group in adam.param_groups:
             group["lr"] = cfg.mine_lr * min(1.0, (step + 1) / max(1, cfg.mine_warmup))
         before = cfg.update_point == "before_step"
@@ -140,32 +141,19 @@ def _weights(lm: LM, adapter: Adapter) -> Tensor:
     return torch.cat(found).to(adapter.flat["entangled"])
 
 
-@torch.no_grad()
 def active_tokens(lm: LM, rows: Sequence[Row]) -> tuple[Tensor, int]:
     """c_l: how many prompt and answer tokens a neuron of layer l is active at, on average over neurons.
 
     Returns:
         [layers] fp64, and the number of tokens; padding counts nowhere.
     """
-    names = activations(lm)
-    counts = torch.zeros(len(names), dtype=torch.int64, device=lm.device)
-    total = 0
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        ids, mask = (t.to(lm.device) for t in pad([row.ids for row in batch], pad_id(lm), side="right"))
-        total += sum(len(row.ids) for row in batch)
-        real = mask.bool()[..., None]  # [n, T, 1]
-        handles = []
-        for layer, name in enumerate(names):
+    counts = torch.zeros(lm.layout.n_layers, dtype=torch.int64, device=lm.device)
 
-            def see(_: Any, __: Any, output: Any, layer: int = layer, real: Tensor = real) -> None:
-                values = first(output).reshape(*real.shape[:2], -1)  # [n, T, f]
-                counts[layer] += ((values > 0) & real).sum()
+    def see(layer: int, _: slice, values: Tensor, real: Tensor) -> None:
+        counts[layer] += ((values > 0) & real[..., None]).sum()
 
-            handles.append(lm.module(name).register_forward_hook(see))
-        with hooked(*handles):
-            blocks(lm, ids, mask, position_ids=positions(mask))
-    return counts.cpu().double() / lm.layout.d_ff, total
+    watch(lm, rows, see)
+    return counts.cpu().double() / lm.layout.d_ff, sum(len(row.ids) for row in rows)
 
 
 def layer_weights(counts: Tensor, tokens: int, cue: Cue) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import BadInput, Diverged
 from ..models.lm import LM
 from ..models.run import Progress
+from ..models.team import ALONE, Team, team
 from ..models.tokens import Row
 from ._parenting_data import SETS, Rows, draws, loss
 from ._parenting_units import Adapter, Type
@@ -46,7 +47,9 @@ def mixes(delta: float, gamma: float) -> Mix:
     }
 
 
-def gradients(lm: LM, adapter: Adapter, rows: Mapping[str, Sequence[Row]], mix: Mix) -> dict[Type, Tensor]:
+def gradients(
+    lm: LM, adapter: Adapter, rows: Mapping[str, Sequence[Row]], mix: Mix, team: Team = ALONE
+) -> dict[Type, Tensor]:
     """Σ_k coefficient · ∂L_k of every type that trains. A type takes no part in the backward pass of a loss it does not
     learn from."""
     total = {t: torch.zeros_like(leaf) for t, leaf in adapter.leaves.items()}
@@ -55,10 +58,11 @@ def gradients(lm: LM, adapter: Adapter, rows: Mapping[str, Sequence[Row]], mix: 
         if not users or not rows.get(kind):
             continue
         with torch.enable_grad():
-            value = loss(lm, rows[kind], lambda: adapter.hooks(lm))
+            value = loss(lm, rows[kind], lambda: adapter.hooks(lm), team)
             found = torch.autograd.grad(value, [adapter.leaves[t] for t in users])
         for t, grad in zip(users, found, strict=True):
             total[t].add_(grad, alpha=mix[t][kind])
+    team.sum(list(total.values()))
     return total
 
 
@@ -69,7 +73,7 @@ class Tuner:
         self, lm: LM, adapter: Adapter, sets: Mapping[str, Rows], mix: Mix, cfg: Config, name: str = "tuning"
     ) -> None:
         self.lm, self.adapter, self.sets, self.mix, self.cfg, self.name = lm, adapter, sets, mix, cfg, name
-        self.leaves = adapter.leaves
+        self.leaves, self.team = adapter.leaves, team()
         if not self.leaves:
             raise BadInput("every unit is of the type others, so nothing would be trained. Lower threshold.")
         self.adam = torch.optim.AdamW(list(self.leaves.values()), lr=cfg.lr, weight_decay=cfg.decay)
@@ -121,7 +125,7 @@ class Tuner:
             )
             for kind, count in self.counts.items()
         }  # fmt: skip
-        for t, grad in gradients(self.lm, self.adapter, rows, self.mix).items():
+        for t, grad in gradients(self.lm, self.adapter, rows, self.mix, self.team).items():
             self.leaves[t].grad = grad
         torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), cfg.clip)
         warm = min(1.0, (self.step + 1) / max(1, cfg.warmup))
@@ -161,7 +165,7 @@ class Tuner:
 
     def _save(self, path: Path | None, stamp: str) -> None:
         """Values, moments, last good state and step: at once or not at all. A divergent state is not written."""
-        if path is None or self.stopped:
+        if path is None or self.stopped or not self.team.leads:
             return
         tensors = {f"value/{t}": leaf.detach() for t, leaf in self.leaves.items()}
         tensors |= {f"good/{t}": value for t, value in self.good.items()}

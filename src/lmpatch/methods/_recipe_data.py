@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
-from ..data.edit import Ask, Edit
+from ..data.edit import Ask, Edit, prompt_key
 from ..errors import BadInput
-from ..patches.memory import same_prompt
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def usable(edits: Sequence[Edit], unrelated: Sequence[Ask]) -> list[Edit]:
 
 def without(edits: Sequence[Edit], held_out: Sequence[Edit]) -> list[Edit]:
     """The edits whose prompt is not asked anywhere in ``held_out``."""
-    asked = {same_prompt(p) for e in held_out for p in (e.prompt, *e.rephrases)}
-    return [e for e in edits if same_prompt(e.prompt) not in asked]
+    asked = {prompt_key(p) for e in held_out for p in (e.prompt, *e.rephrases)}
+    return [e for e in edits if prompt_key(e.prompt) not in asked]
 
 
 def sample(edit: Edit, unrelated: Sequence[Ask], draw: random.Random) -> Sample:
@@ -58,15 +58,19 @@ def sample(edit: Edit, unrelated: Sequence[Ask], draw: random.Random) -> Sample:
     return Sample(edit.prompt, edit.target, again, answer, other.prompt, other.answers[0])
 
 
-def exchanged(samples: Sequence[Sample], draw: random.Random) -> list[Sample]:
-    """The samples, half of them with the target of another: what is to be said must then be read from the text."""
-    places = [i for i in range(len(samples)) if draw.random() < 0.5]
-    targets = [samples[i].target for i in places]
-    draw.shuffle(targets)
-    found = list(samples)
-    for i, target in zip(places, targets, strict=True):
-        found[i] = replace(found[i], target=target)
-    return found
+def drawable(edits: Sequence[Edit], unrelated: Sequence[Ask]) -> list[tuple[str, str]]:
+    """Every fact and every question ("" as target) that ``sample`` may give, each once, in a fixed order."""
+    asks = [ask for e in edits for kind in (e.portability, e.locality) for _, group in kind for ask in group]
+    found = {(e.prompt, e.target): None for e in edits}
+    found |= {(text, ""): None for e in edits for text in (e.prompt, *e.rephrases)}
+    found |= {(ask.prompt, ""): None for ask in (*asks, *unrelated)}
+    return list(found)
+
+
+def words(tokenizer: Any) -> list[str]:
+    """Tokens of the model that are whole words in Latin script, a blank before them: stand-ins for targets."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return [t.strip() for t in texts if t[:1] == " " and len(t) > 3 and t.strip().isalpha() and t.isascii()]
 
 
 def batches(edits: Sequence[Edit], size: int, seed: int, start: int = 0) -> Iterator[tuple[int, list[int]]]:

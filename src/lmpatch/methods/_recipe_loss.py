@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from ..models.acting import inserted
 from ..models.lm import LM
 from ..models.run import blocks, head_loss, logits, positions
-from ..models.tokens import Row, pad, pad_id
+from ..models.team import ALONE, Team
+from ..models.tokens import Row, batches_of_tokens, pad, pad_id
 
 BATCH_TOKENS = 1024  # of one forward with gradients
 SHARP = 20.0  # of the softmax over cosines
@@ -59,7 +60,6 @@ def retrieval(
     unrelated: Tensor,
     *,
     margin: float | None = 1.2,
-    others: Tensor | None = None,
 ) -> Retrieval:
     """Contrastive losses of b facts.
 
@@ -69,19 +69,17 @@ def retrieval(
         unrelated: [b, R] queries of unrelated questions.
         margin: rows whose target is this many times likelier than every other class are left out of the two
             sentinel terms. None: no row is.
-        others: [m, R] keys of earlier batches, further wrong classes.
     Source: Chen et al. 2024 (arXiv:2405.03279) eq. 9-12, and the released code.
     """
     b, root = len(keys), keys.shape[1] ** 0.5
-    wrong = keys if others is None else torch.cat([keys, others])  # [b + m, R]
-    gate = sentinel[None]
+    classes = torch.cat([keys, sentinel[None]])  # [b + 1, R]
     at = torch.arange(b, device=keys.device)
-    own = contrast(first @ torch.cat([wrong, gate]).T / root, at)
-    scores = second @ wrong.T / root  # [b, b + m]
+    own = contrast(first @ classes.T / root, at)
+    scores = second @ keys.T / root  # [b, b]
     scores = scores.index_put((at, at), second @ sentinel / root)
     neighbour = contrast(scores, at, margin)
-    last = torch.full((len(unrelated),), len(wrong), device=keys.device)
-    far = contrast(unrelated @ torch.cat([wrong, gate]).T / root, last, margin)
+    last = torch.full((len(unrelated),), b, device=keys.device)
+    far = contrast(unrelated @ classes.T / root, last, margin)
     return Retrieval(own, neighbour, far)
 
 
@@ -123,38 +121,40 @@ def behind(lm: LM, rows: Sequence[Told], width: int, at: str) -> list[Row]:
     return [inserted(lm, t.row, tuple(-1 - t.fact * width - k for k in range(width)), at) for t in rows]
 
 
-def answers(lm: LM, rows: Sequence[Row], vectors: Tensor | None) -> list[tuple[Tensor, Tensor, list[int]]]:
+def answers(
+    lm: LM, rows: Sequence[Row], vectors: Tensor | None, team: Team = ALONE
+) -> list[tuple[Tensor, Tensor, list[int]]]:
     """Run rows in batches of near length.
 
+    Args:
+        team: each process runs its part of every batch, or the first row for nothing: the passes must be as many.
     Returns:
         for each batch: states [m, d] that predict an answer token, their labels [m], and which row each belongs to.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    batches: list[list[int]] = []
-    for i in order:
-        if not batches or (len(batches[-1]) + 1) * len(rows[i].ids) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(i)
     found = []
-    for batch in batches:
-        ids, mask = (t.to(lm.device) for t in pad([rows[i].ids for i in batch], pad_id(lm), side="right"))
+    for batch in batches_of_tokens([len(row.ids) for row in rows], BATCH_TOKENS):
+        own = team.part(batch)
+        ids, mask = (t.to(lm.device) for t in pad([rows[i].ids for i in own or batch[:1]], pad_id(lm), side="right"))
         states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors)
-        where = [(n, t) for n, i in enumerate(batch) for t in range(rows[i].target - 1, len(rows[i].ids) - 1)]
-        r, c = torch.tensor(where, device=lm.device).T
-        found.append((states[r, c], ids[r, c + 1], [batch[n] for n, _ in where]))
+        where = [(n, t) for n, i in enumerate(own) for t in range(rows[i].target - 1, len(rows[i].ids) - 1)]
+        r, c = torch.tensor(where, dtype=torch.int64, device=lm.device).reshape(-1, 2).T
+        found.append((states[r, c], ids[r, c + 1], [own[n] for n, _ in where]))
     return found
 
 
-def told(lm: LM, rows: Sequence[Row], vectors: Tensor, margin: float | None = 1.2) -> tuple[Tensor, int]:
+def told(
+    lm: LM, rows: Sequence[Row], vectors: Tensor, margin: float | None = 1.2, team: Team = ALONE
+) -> tuple[Tensor, int]:
     """-log p summed over the answer tokens that are not ``clear`` yet, backpropagated into ``vectors``.
 
     Args:
         vectors: [m, d] a leaf; its gradient is added to.
+        team: sum and gradient are over this process's rows.
     Returns:
         the sum in nats, without a graph, and how many tokens it is over.
     """
     total, count = torch.zeros(()), 0
-    for states, labels, _ in answers(lm, rows, vectors):
+    for states, labels, _ in answers(lm, rows, vectors, team):
 
         def loss(z: Tensor, part: slice, labels: Tensor = labels) -> Tensor:
             logp = z.log_softmax(-1)
@@ -168,7 +168,9 @@ def told(lm: LM, rows: Sequence[Row], vectors: Tensor, margin: float | None = 1.
     return total, count
 
 
-def kept(lm: LM, rows: Sequence[Row], vectors: Tensor, base: Sequence[Tensor]) -> tuple[Tensor, int]:
+def kept(
+    lm: LM, rows: Sequence[Row], vectors: Tensor, base: Sequence[Tensor], team: Team = ALONE
+) -> tuple[Tensor, int]:
     """KL(p_base || p_with_prompt) summed over answer tokens, backpropagated into ``vectors``.
 
     Args:
@@ -177,8 +179,9 @@ def kept(lm: LM, rows: Sequence[Row], vectors: Tensor, base: Sequence[Tensor]) -
         as ``told``.
     """
     total, count = torch.zeros(()), 0
-    for states, _, owners in answers(lm, rows, vectors):
-        before = torch.cat([base[i] for i in dict.fromkeys(owners)]).to(states)  # rows in the order of the batch
+    for states, _, owners in answers(lm, rows, vectors, team):
+        in_order = [base[i].to(states) for i in dict.fromkeys(owners)]  # as the rows of the batch
+        before = torch.cat([states.detach()[:0], *in_order])
 
         def loss(z: Tensor, part: slice, before: Tensor = before) -> Tensor:
             with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,18 +21,19 @@ from ..data.edit import Ask, Edit
 from ..errors import BadInput, Diverged
 from ..models.lm import LM
 from ..models.run import Progress, frozen, logits
-from ..models.tokens import Row, encode_all, join
+from ..models.team import team
+from ..models.tokens import Row, encode_all
 from ..patches.keys import KeyBlock
-from ..patches.retriever import Retriever
+from ..patches.retriever import Retriever, Text
 from ..record import hash_json
 from . import _recipe_loss as losses
-from ._recipe_data import Sample, batches, exchanged, sample
+from ._recipe_data import Sample, batches, drawable, sample, words
 
 if TYPE_CHECKING:
     from .recipe import Training
 
-MAP = ("mix", "out")  # the submodules that turn keys into prompt vectors
-SETTLED, SETTLING = 200, 0.01  # facts and steps, and the rate, with which the sentinel starts
+MAP = ("content", "mix", "out")  # the submodules that make prompt vectors
+TOGETHER = 2048  # texts between two reports of progress
 CROWD = 1000  # trained facts among which the held-out ones are searched
 CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.jsonl"
 
@@ -47,13 +48,22 @@ class Batch:
     other: list[losses.Told]
 
 
+@dataclass(frozen=True)
+class Known:
+    """Features that stand still."""
+
+    places: dict[Text, int]
+    features: Tensor
+    """[n, 2 F] fp16."""
+
+
 class Trainer:
     """One training run. Everything random depends on the seed and the step, so a resumed run is the same run."""
 
     def __init__(
         self, lm: LM, net: Retriever, edits: Sequence[Edit], unrelated: Sequence[Ask], cfg: Training, out: Path | None
     ) -> None:
-        self.lm, self.net, self.cfg, self.out = lm, net, cfg, out
+        self.lm, self.net, self.cfg, self.out, self.team = lm, net, cfg, out, team()
         order = list(range(len(edits)))
         random.Random(f"{cfg.seed}/held out").shuffle(order)
         held = min(cfg.validate, len(edits) // 4)
@@ -63,11 +73,9 @@ class Trainer:
         if len(self.edits) < most:
             raise BadInput(f"a batch has {most} facts, {len(self.edits)} are left to train on. Lower key_batch.")
         self.step, self.total = 0, cfg.key_steps + cfg.prompt_steps
-        rates = {"learned": cfg.encoder_lr, **dict.fromkeys(MAP, cfg.lr)}
-        self.named = [(n.partition(".")[0], p) for n, p in net.named_parameters() if p.requires_grad]
-        self.rated = [(rates.get(name, cfg.head_lr), p) for name, p in self.named]
         self.adam = self._adam()
-        self.queue = torch.zeros(0, net.shape.width)
+        self.known = Known({}, torch.zeros(0))
+        self.words = words(lm.tokenizer)
         self.base: dict[tuple[str, str], Tensor] = {}
         self.started = perf_counter()
         self.seconds = 0.0
@@ -76,23 +84,34 @@ class Trainer:
             out.mkdir(parents=True, exist_ok=True)
             self._resume(out / CHECKPOINT)
 
-    def _adam(self) -> torch.optim.Adam:
-        """An optimiser of what the next step trains: all in the first part, the map in the second."""
-        second = self.step >= self.cfg.key_steps
-        chosen = [pair for (name, _), pair in zip(self.named, self.rated, strict=True) if not second or name in MAP]
-        return torch.optim.Adam([{"params": [p], "rate": rate} for rate, p in chosen], lr=self.cfg.lr)
+    @property
+    def second(self) -> bool:
+        """Whether the next step is of the second part."""
+        return self.step >= self.cfg.key_steps
+
+    def _adam(self) -> torch.optim.AdamW:
+        """An optimiser of what the next step trains: all in the first part, what makes prompt vectors in the second."""
+        cfg, groups = self.cfg, []
+        for name, p in self.net.named_parameters():
+            part = name.partition(".")[0]
+            if p.requires_grad and (part in MAP or not self.second):
+                rate = cfg.prompt_lr if self.second else cfg.encoder_lr if part == "learned" else cfg.lr
+                groups.append({"params": [p], "rate": rate})
+        return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.decay)
 
     def run(self, progress: Progress | None = None) -> None:
         """Train to the last step. An interrupt leaves a checkpoint of the last whole step."""
         recent: dict[str, float] = {}
         try:
-            if self.step == 0:
-                self._settle()
+            if not self.net.learned or self.second:
+                self.known = self._encoded(progress)
             for step, places in self._places():
                 if step >= self.total:
                     break
                 if step == self.cfg.key_steps:
                     self.adam = self._adam()
+                    if self.net.learned:
+                        self.known = self._encoded(progress)
                 seen = self._update(step, places)
                 self.step = step + 1
                 recent = {k: 0.9 * recent.get(k, v) + 0.1 * v for k, v in seen.items()}
@@ -100,7 +119,7 @@ class Trainer:
                     self._note({"step": self.step, **_rounded(recent), **_rounded(self.validate())})
                 if self.step % self.cfg.save_every == 0:
                     self.save()
-                if progress:
+                if progress and self.team.leads:
                     progress(self.step, self.total, "training")
         finally:
             self.save()
@@ -119,68 +138,79 @@ class Trainer:
         warm = min(1.0, (step - start + 1) / max(1, cfg.warmup))
         return warm * (1 - (1 - cfg.final) * (step - start) / (end - start))
 
-    def _settle(self) -> None:
-        """Before the first step the sentinel alone learns, among keys and queries that stand still.
+    def _encoded(self, progress: Progress | None) -> Known:
+        """Features of every text that a sample may have. They change no more, so they are computed once."""
+        texts = drawable([*self.edits, *self.held], self.unrelated)
+        parts = []
+        for start in range(0, len(texts), TOGETHER):
+            parts.append(self._encode(texts[start : start + TOGETHER]).detach().half().cpu())
+            if progress and self.team.leads:
+                progress(min(start + TOGETHER, len(texts)), len(texts), "encoding texts")
+        return Known({text: i for i, text in enumerate(texts)}, torch.cat(parts))
 
-        It starts anywhere: far above all keys or below them, where its losses would first move everything else.
-        """
-        net, draw = self.net, random.Random(f"{self.cfg.seed}/settle")
-        texts = [sample(edit, self.unrelated, draw) for edit in self.edits[:SETTLED]]
-        with torch.no_grad():
-            keys, *queries = self._encoded(texts, net.encoder_weights())
-        adam = torch.optim.Adam([net.sentinel_embeddings], lr=SETTLING)
-        weights = {name: w.detach() for name, w in net.encoder_weights().items()}
-        for _ in range(SETTLED):
-            with torch.enable_grad():
-                losses.retrieval(keys, net.sentinel(weights), *queries, margin=self.cfg.margin).total.backward()
-            adam.step()
-            net.zero_grad()
+    def _encode(self, texts: Sequence[Text]) -> Tensor:
+        """Features [n, 2 F] fp32; each process encodes its part."""
+        own = self.team.part(texts)
+        learning = self.net.learned and not self.second
+        with torch.set_grad_enabled(bool(learning) and torch.is_grad_enabled()):
+            device = self.net.scale.device
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.cfg.bf16):
+                found = self.net.features(own) if own else torch.zeros(0, 2 * self.net.inputs, device=device)
+            return self.team.gathered(found.float(), len(texts))
 
-    def _encoded(self, texts: Sequence[Sample], weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Keys of the facts, queries of both wordings and of the unrelated questions: each [b, R] fp32."""
-        with torch.autocast(self.net.scale.device.type, torch.bfloat16, enabled=self.cfg.bf16):
-            keys = self.net.keys([join(s.prompt, s.target) for s in texts], weights)
-            asked = [s.prompt for s in texts] + [s.again for s in texts] + [s.other for s in texts]
-            queries = self.net.queries(asked, weights)
-        return (keys.float(), *queries.float().chunk(3))
+    def _features(self, texts: Sequence[Text]) -> Tensor:
+        """Features [n, 2 F] fp32 of texts, known or not."""
+        places = [self.known.places.get(text) for text in texts]
+        new = [i for i, place in enumerate(places) if place is None]
+        if len(new) == len(texts):
+            return self._encode(texts)
+        known = self.known.features[[place or 0 for place in places]].float().to(self.net.scale.device)
+        if new:
+            known[new] = self._encode([texts[i] for i in new])
+        return known
 
     def _update(self, step: int, places: Sequence[int]) -> dict[str, float]:
         """One step of Adam."""
         cfg, draw = self.cfg, random.Random(f"{self.cfg.seed}/{step}")
         texts = [sample(self.edits[i], self.unrelated, draw) for i in places]
         with torch.enable_grad():
-            seen = self._learn_keys(texts, draw) if step < cfg.key_steps else self._learn_prompts(texts, draw)
+            seen = self._learn_prompts(texts, draw) if self.second else self._learn_keys(texts, draw)
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * self._rate(step)
-        norm = torch.nn.utils.clip_grad_norm_([p for g in self.adam.param_groups for p in g["params"]], cfg.clip)
+        trained = [p for g in self.adam.param_groups for p in g["params"]]
+        self.team.mean([p.grad for p in trained if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
         if not norm.isfinite():
             raise Diverged(f"training left the finite numbers at step {step}. Lower lr, now {cfg.lr}.")
         self.adam.step()
         self.net.zero_grad()
         return seen
 
-    def _learn_keys(self, texts: list[Sample], draw: random.Random) -> dict[str, float]:
+    def _learn_keys(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
         """The retrieval terms and the echo, backpropagated."""
-        net, texts = self.net, exchanged(texts, draw)
-        weights = net.encoder_weights()
-        keys, rel, gen, loc = self._encoded(texts, weights)
-        swap = torch.tensor([draw.random() < 0.5 for _ in texts], device=keys.device)[:, None]
-        first, second = torch.where(swap, gen, rel), torch.where(swap, rel, gen)
-        others = self.queue.to(keys.device)
-        found = losses.retrieval(keys, net.sentinel(weights), first, second, loc, margin=self.cfg.margin, others=others)
-        echo = losses.echo(net.prompts(keys), *self._answers(texts, net.shape.prompt_tokens))
+        net, cfg = self.net, self.cfg
+        pairs = [(s.prompt, s.again) if draw.random() < 0.5 else (s.again, s.prompt) for s in samples]
+        spoken = [replace(s, target=draw.choice(self.words)) if draw.random() < cfg.words else s for s in samples]
+        asked = [text for kind in (*zip(*pairs, strict=True), [s.other for s in samples]) for text in kind]
+        texts = [(s.prompt, s.target) for s in samples + spoken] + [(text, "") for text in asked]
+        features = self._features(texts)  # [5 b, 2 F]
+        generator = torch.Generator().manual_seed(draw.getrandbits(40))
+        seen = torch.rand(features.shape, generator=generator).to(features.device) >= cfg.dropout
+        centre = net.centre  # what is not seen is as typical
+        features = torch.where(seen, centre + (features - centre) / (1 - cfg.dropout), centre)
+        told, echoing, questions = features.split([len(samples), len(samples), 3 * len(samples)])
+        first, second, other = net.queries_of(questions).chunk(3)
+        found = losses.retrieval(net.keys_of(told), net.sentinel(), first, second, other, margin=cfg.margin)
+        echo = losses.echo(net.prompts(net.keys_of(echoing)), *self._answers(spoken, net.shape.prompt_tokens))
         (found.total + echo).backward()
-        if self.cfg.queue:
-            self.queue = torch.cat([self.queue, keys.detach().cpu()])[-self.cfg.queue :]
         terms = {"own": found.own, "neighbour": found.neighbour, "unrelated": found.unrelated, "echo": echo}
         return {name: float(value.detach()) for name, value in terms.items()}
 
-    def _learn_prompts(self, texts: list[Sample], draw: random.Random) -> dict[str, float]:
-        """The language model's terms, backpropagated into the map."""
-        with torch.no_grad():
-            keys = self.net.keys([join(s.prompt, s.target) for s in texts])
+    def _learn_prompts(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
+        """The language model's terms, backpropagated into what makes the prompt vectors."""
+        keys = self.net.keys_of(self._features([(s.prompt, s.target) for s in samples]))
         prompts = self.net.prompts(keys)  # [b, P, d]
-        seen, gradient = self._language(self._batch(texts, draw), prompts.detach())
+        seen, gradient = self._language(self._batch(samples, draw), prompts.detach())
         prompts.backward(gradient)
         return seen
 
@@ -197,8 +227,9 @@ class Trainer:
             return [losses.Told(rows[3 * i + kind], i) for i in which]
 
         every = range(len(samples))
+        again = {i for i in every if draw.random() < 0.5}
         other = [i for i in every if draw.random() < self.cfg.other_share] or [0]
-        return Batch(samples, told(0, every), told(1, every), told(2, other))
+        return Batch(samples, told(0, [i for i in every if i not in again]), told(1, sorted(again)), told(2, other))
 
     def _answers(self, samples: Sequence[Sample], count: int) -> tuple[Tensor, Tensor]:
         """Embeddings [b, count, d] and ids [b, count] of the first tokens of each target; the last one repeats."""
@@ -219,12 +250,16 @@ class Trainer:
             leaf = flat.clone().requires_grad_()
             rows = losses.behind(self.lm, part, width, self.cfg.at)
             if name == "other":
-                loss, count = losses.kept(self.lm, rows, leaf, self._base(batch.samples, part))
+                found = losses.kept(self.lm, rows, leaf, self._base(batch.samples, part), self.team)
             else:
-                loss, count = losses.told(self.lm, rows, leaf, self.cfg.margin)
-            seen[name] = float(loss) / max(1, count)
-            if leaf.grad is not None and count:
-                total += leaf.grad / count
+                found = losses.told(self.lm, rows, leaf, self.cfg.margin, self.team)
+            summed, grad = torch.tensor(found, device=flat.device), leaf.grad
+            if grad is None:
+                continue
+            self.team.sum([summed, grad])
+            loss, count = summed.tolist()
+            seen[name] = loss / max(1, count)
+            total += grad / max(1, count)
         return seen, total.to(prompts.device).reshape(prompts.shape)
 
     def _base(self, samples: Sequence[Sample], part: Sequence[losses.Told]) -> list[Tensor]:
@@ -243,9 +278,9 @@ class Trainer:
         samples = [sample(edit, self.unrelated, draw) for edit in self.held]
         if not samples:
             return {}
-        net, weights = self.net, self.net.encoder_weights()
-        crowd = [join(edit.prompt, edit.target) for edit in self.edits[:CROWD]]
-        stored = net.keys([join(s.prompt, s.target) for s in samples] + crowd, weights)
+        net = self.net
+        facts = [(s.prompt, s.target) for s in samples] + [(edit.prompt, edit.target) for edit in self.edits[:CROWD]]
+        stored, sentinel = net.keys_of(self._features(facts)), net.sentinel().cpu()
         keys = stored[: len(samples)]
         block = KeyBlock(keys.shape[1])
         block.add(stored, range(len(stored)))
@@ -256,17 +291,16 @@ class Trainer:
             ("again", [s.again for s in samples]),
             ("other", [s.other for s in samples]),
         ):
-            queries = net.queries(texts, weights).cpu()
+            queries = net.queries_of(self._features([(text, "") for text in texts])).cpu()
             score, place = (t[:, 0] for t in block.search(queries))
-            fired = score > (queries @ net.sentinel(weights).cpu()).double()
+            fired = score > (queries @ sentinel).double()
             if name == "other":
                 found["false_fire"] = float(fired.float().mean())
             else:
                 found[f"recall_{name}"] = float((fired & (place == right)).float().mean())
         some = samples[: self.cfg.validate_lm]
-        if self.step < self.cfg.key_steps:
-            words, ids = self._answers(samples, net.shape.prompt_tokens)
-            found["echo_right"] = losses.echoed(net.prompts(keys), words, ids)
+        if not self.second:
+            found["echo_right"] = losses.echoed(net.prompts(keys), *self._answers(samples, net.shape.prompt_tokens))
             return found
         vectors = net.prompts(keys[: len(some)]).flatten(0, 1).to(self.lm.device)
         for name, pairs in (
@@ -286,7 +320,7 @@ class Trainer:
 
     def _note(self, line: dict[str, Any]) -> None:
         """Add a line to the curves, in place of those that a stopped run wrote after its last checkpoint."""
-        if self.out is None:
+        if self.out is None or not self.team.leads:
             return
         path = self.out / CURVES
         old = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -301,15 +335,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint: weights, Adam's moments, the queue, the step. At once or not at all."""
-        if self.out is None:
+        if self.out is None or not self.team.leads:
             return
         tensors = {f"net/{name}": p.detach() for name, p in self.net.state_dict().items()}
-        tensors |= self._moments() | {"queue": self.queue}
+        tensors |= self._moments()
         head = {"step": str(self.step), "seconds": str(self.spent()), "print": self.print}
         work = self.out / f".{CHECKPOINT}.new"
-        safetensors.torch.save_file(
-            {k: t.contiguous() for k, t in {**tensors, "queue": self.queue}.items()}, work, head
-        )
+        safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, work, head)
         os.replace(work, self.out / CHECKPOINT)
 
     def _moments(self) -> dict[str, Tensor]:
@@ -325,7 +357,7 @@ class Trainer:
             if head["print"] != self.print:
                 raise BadInput(f"{path} is of another run: other settings, data or model. Give another folder.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        self.step, self.seconds, self.queue = int(head["step"]), float(head["seconds"]), tensors["queue"]
+        self.step, self.seconds = int(head["step"]), float(head["seconds"])
         self.net.load_state_dict({n.removeprefix("net/"): t for n, t in tensors.items() if n.startswith("net/")})
         self.adam = self._adam()
         trained, params = {p for g in self.adam.param_groups for p in g["params"]}, dict(self.net.named_parameters())

@@ -20,6 +20,7 @@ from ..data.rag import RagRecord
 from ..errors import BadInput
 from ..models.lm import LM
 from ..models.run import HEAD_CHUNK, Progress, frozen
+from ..models.team import team
 from ..patches.delta import Delta, LowRank
 from ..patches.ledger import applied
 from ..patches.weight import WeightPatch, fingerprint
@@ -196,7 +197,7 @@ def _mined(
             found[name] = _read(path, stamp)
             continue
         found[name] = mine(lm, units, material.sets[name], cfg, name, progress)
-        if path:
+        if path and team().leads:
             _write(path, found[name], stamp)
     return found
 

@@ -14,18 +14,17 @@ from typing import Literal
 
 import torch
 
-from ..data.edit import Ask, Edit
+from ..data.edit import Ask, Edit, prompt_key
 from ..errors import BadInput, WrongModel
 from ..models.encoder import load_encoder, shared_encoder
 from ..models.lm import LM
 from ..models.run import Progress
-from ..models.tokens import join
 from ..patches.editor import Editor, load_editor
-from ..patches.memory import MemoryPatch, Scope, remembered, same_prompt
+from ..patches.memory import MemoryPatch, Scope, remembered
 from ..patches.patch import Base, plain
 from ..patches.retriever import Retriever, Shape
 from ..patches.weight import fingerprint
-from ..record import hardware, now, versions
+from ..record import made_now
 from ._recipe_data import usable
 from ._recipe_train import train as run_training
 
@@ -34,42 +33,40 @@ PACKAGED = Path(__file__).parent / "editors"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Scope):
     """How facts are used. Defaults: the paper's (Chen et al. 2024, arXiv:2405.03279)."""
 
-    gate: Literal["sentinel", "cosine", "always"] = "sentinel"
-    """A fact is used if it beats the knowledge sentinel, if it reaches a cosine, or always."""
     threshold: float = 0.6
     """Cosine of query and key that ``gate=cosine`` asks for."""
-    insert: Literal["vectors", "text"] = "vectors"
-    """What goes before the question: continuous prompt vectors, or the fact as a sentence (RAG)."""
-    at: Literal["front", "after_bos"] = "after_bos"
-    """Vectors go before everything, as published, or behind the start token, which keeps its place as sink."""
-    top_k: int = 1
-    """Facts used at most."""
 
 
 @dataclass(frozen=True)
 class Training:
     """How the editor is trained. Defaults for a 270M model on a CPU; the paper's numbers stand in the meanings."""
 
-    key_steps: int = 900
-    """Steps of the first part, which never asks the language model: encoder, heads and sentinel learn retrieval, and
-    prompt vectors learn to point at the embeddings of the answer's first tokens, so that a key holds what is to be
-    said. Published: one part, all losses together."""
-    key_batch: int = 32
+    key_steps: int = 1200
+    """Steps of the first part, which never asks the language model: heads and sentinel learn retrieval, and prompt
+    vectors learn to point at the embeddings of the answer's first tokens. Published: one part, all losses together."""
+    key_batch: int = 256
     """Facts of one such step."""
-    prompt_steps: int = 1200
-    """Steps of the second part: with keys that stand still, the map from keys to prompt vectors learns from the
-    language model's three losses. Published: run until stopped, chosen by the smoothed loss."""
-    prompt_batch: int = 16
-    """Facts of one such step. Published: 8."""
-    lr: float = 3e-4
-    """Adam's rate for the map. Published: 1e-5 for all, with every weight trained."""
-    head_lr: float = 5e-5
-    """Adam's rate for the two heads and the sentinel."""
+    prompt_steps: int = 1000
+    """Steps of the second part: retrieval stands still, and what makes the prompt vectors learns from the language
+    model's three losses. Published: run until stopped, chosen by the smoothed loss."""
+    prompt_batch: int = 32
+    """Facts of one such step, each told in one of its two wordings. Published: 8, in both."""
+    lr: float = 2e-3
+    """AdamW's rate in the first part. Published: 1e-5, with every weight of the encoder trained."""
+    prompt_lr: float = 3e-4
+    """AdamW's rate in the second part."""
     encoder_lr: float = 1e-4
-    """Adam's rate for the encoder's weights or their adaptation."""
+    """AdamW's rate for the encoder's weights or their adaptation, if there are any to train."""
+    decay: float = 0.1
+    """AdamW's weight decay."""
+    dropout: float = 0.3
+    """Share of the features that heads do not see in a step of the first part."""
+    words: float = 0.5
+    """Share of the facts of such a step whose prompt vectors are to point at some word of the model's vocabulary in
+    place of the fact's own target, so that words no fact has are known too."""
     warmup: int = 50
     """Steps until the full rate, in each part."""
     final: float = 0.05
@@ -77,20 +74,20 @@ class Training:
     clip: float = 1.0
     """Gradients are cut to this norm."""
     margin: float | None = None
-    """Hinge: what is this many times likelier than every rival costs nothing. none: no hinge. Published: 1.2; with it
-    the few rows that are left decide each step, and retrieval does not settle."""
-    other_share: float = 0.25
+    """Hinge: what is this many times likelier than every rival costs nothing. none: no hinge. Published: 1.2."""
+    other_share: float = 0.125
     """Share of the unrelated questions that go through the language model in a step, drawn anew. Published: 1."""
     answer_tokens: int | None = 8
     """An answer's tokens beyond these are left out of the language model's rows. none: all, as published."""
-    queue: int = 512
-    """Keys of the last batches that stand as wrong classes beside the batch's own. Published: 0."""
-    adapt: int | None = 16
-    """Rank of the encoder's adaptation; 0: none; none: all its weights are trained, as published."""
+    adapt: int | None = 0
+    """Rank of the encoder's adaptation; 0: none, and features of a text are computed once; none: all its weights are
+    trained, as published."""
     pooler: bool = False
     """Features also hold what the encoder's own pooling layer says. Published: no; released code: yes."""
     width: int = 768
     """R, the width of keys and queries. Published: 4096."""
+    content: int = 256
+    """How many of these hold what is to be said and are compared with no query. Published: 0."""
     prompt_tokens: int = 3
     """P, prompt vectors of one fact."""
     sentinel_tokens: int = 10
@@ -108,7 +105,7 @@ class Training:
     save_every: int = 50
     """Steps between checkpoints."""
     bf16: bool = True
-    """Encoder, heads and prompt map compute in bf16 while they are trained; weights and moments are fp32."""
+    """The encoder computes in bf16 while the editor is trained."""
 
 
 def train(
@@ -135,8 +132,8 @@ def train(
         BadInput: too few facts, or ``out`` holds another run.
         Diverged: a loss left the finite numbers; the last checkpoint is good.
     Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.3.
-    Differs: two parts, see ``Training``; the keys of earlier batches are further wrong classes; the encoder is adapted
-    by low rank; prompt vectors have the length of an embedding; queries are prompts alone, in training and after.
+    Differs: two parts, see ``Training``, and keys of two parts, see ``patches.retriever``; the encoder stays as it is;
+    prompt vectors have the length of an embedding; queries are prompts alone, in training and after.
     """
     edits = usable(edits, unrelated)
     found = load_encoder(encoder)
@@ -147,19 +144,19 @@ def train(
         features=found.width,
         d_model=words.shape[1],
         width=cfg.width,
+        content=cfg.content,
         prompt_tokens=cfg.prompt_tokens,
         sentinel_tokens=cfg.sentinel_tokens,
         adapt=cfg.adapt,
         pooler=cfg.pooler,
     )
     net = Retriever(shape, found)
-    net.start(cfg.seed, words, [text for e in edits[:TYPICAL] for text in (e.prompt, join(e.prompt, e.target))])
+    net.start(cfg.seed, words, [(e.prompt, e.target) for e in edits[:TYPICAL]])
     trainer = run_training(
         lm, net.to(lm.device), edits, unrelated, cfg, Path(out) if out is not None else None, progress
     )
-    made = {"steps": trainer.step, "facts": len(trainer.edits), "seconds": round(trainer.spent()), "finished": now()}
-    made |= {"versions": versions(), "hardware": hardware(), "lm_dtype": str(lm.dtype).removeprefix("torch.")}
-    return _editor(lm, net.cpu(), plain(cfg), made)
+    made = {"steps": trainer.step, "facts": len(trainer.edits), "lm_dtype": str(lm.dtype).removeprefix("torch.")}
+    return _editor(lm, net.cpu(), plain(cfg), made | made_now(trainer.spent()))
 
 
 def typical_embeddings(lm: LM) -> torch.Tensor:
@@ -211,13 +208,12 @@ def fit(
             f"the editor was trained for {editor.base.name} ({editor.base.fingerprint[:12]}), this is {lm.name} "
             f"({fingerprint(lm)[:12]}). Train one for this model."
         )
-    edits = list({same_prompt(edit.prompt): edit for edit in edits}.values())
+    edits = list({prompt_key(edit.prompt): edit for edit in edits}.values())
     base = Base(fingerprint(lm), lm.name)
     patch = replace(remembered(editor, edits, Scope(**asdict(cfg))), base=base, config=plain(cfg))
     if progress:
         progress(len(edits), len(edits), "encoding facts")
-    patch.made = {"finished": now(), "versions": versions(), "hardware": hardware()}
-    patch.made["seconds"] = round(perf_counter() - start, 3)
+    patch.made = made_now(perf_counter() - start)
     return patch
 
 
@@ -230,6 +226,6 @@ def example_editor(lm: LM) -> Editor:
     """An untrained editor for this model."""
     encoder = shared_encoder("all-MiniLM-L6-v2")
     width = typical_embeddings(lm)
-    net = Retriever(Shape(encoder.name, encoder.width, width.shape[1], width=16, adapt=0), encoder)
+    net = Retriever(Shape(encoder.name, encoder.width, width.shape[1], width=16, content=8), encoder)
     net.start(0, width)
     return _editor(lm, net, {}, {})

@@ -136,7 +136,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], lm: LM, chunk: int) -> Tensor:
         values, grads = [], []
-        for start in range(0, len(hidden), chunk):
+        for start in range(0, max(1, len(hidden)), chunk):
             rows = slice(start, start + chunk)
             with torch.enable_grad():
                 part = hidden[rows].detach().requires_grad_()

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..data.edit import Edit
+from ..data.edit import Edit, prompt_key
 from ..errors import BadInput, BadPatch, CannotMerge, WrongModel
 from ..models.acting import Actor, Insert
-from ..models.encoder import Encoder, shared_encoder
+from ..models.encoder import shared_encoder
 from ..models.lm import LM
 from ..models.tokens import join, statement
 from .editor import Editor
@@ -32,13 +32,13 @@ class Scope:
     """When a fact is used, and as what."""
 
     gate: Literal["sentinel", "cosine", "always"] = "sentinel"
-    """A fact must beat the knowledge sentinel, reach a cosine, or nothing."""
+    """A fact is used if it beats the knowledge sentinel, if it reaches a cosine, or always."""
     threshold: float = 0.0
-    """The cosine of query and key that ``cosine`` asks for."""
+    """Cosine of query and key that ``gate=cosine`` asks for."""
     insert: Literal["vectors", "text"] = "vectors"
-    """Continuous prompt vectors, or the fact as a sentence."""
+    """What goes before the question: continuous prompt vectors, or the fact as a sentence (RAG)."""
     at: Literal["front", "after_bos"] = "after_bos"
-    """Where vectors go."""
+    """Vectors go before everything, as published, or behind the start token, which keeps its place as sink."""
     top_k: int = 1
     """Facts used at most."""
 
@@ -101,13 +101,13 @@ class MemoryPatch(RunPatch):
         what = f"{self.shape.prompt_tokens} prompt vectors" if self.scope.insert == "vectors" else "the fact as text"
         return f"gate: {gate.get(self.scope.gate, 'none')}, inserts {what}; queries by {self.shape.encoder}"
 
-    def network(self, encoder: Encoder | None = None) -> Retriever:
+    def network(self) -> Retriever:
         """The retriever, ready for use.
 
         Raises:
             WrongModel: the sentence encoder of that name is another one here.
         """
-        encoder = encoder or shared_encoder(self.shape.encoder)
+        encoder = shared_encoder(self.shape.encoder)
         if encoder.fingerprint != self.encoder_fingerprint:
             raise WrongModel(
                 f"the patch was made with encoder {self.shape.encoder} ({self.encoder_fingerprint[:12]}), found "
@@ -139,14 +139,9 @@ class MemoryPatch(RunPatch):
                 )
         edits = [edit for p in (self, *others) for edit in p.edits]
         keys = torch.cat([p.keys for p in (self, *others)])
-        last = {same_prompt(edit["prompt"]): i for i, edit in enumerate(edits)}  # the later one wins
+        last = {prompt_key(edit["prompt"]): i for i, edit in enumerate(edits)}  # the later one wins
         kept = sorted(last.values())
         return replace(self, edits=tuple(edits[i] for i in kept), keys=keys[kept])
-
-
-def same_prompt(prompt: str) -> str:
-    """What two prompts of one fact have in common: case and white space do not count."""
-    return " ".join(prompt.split()).casefold()
 
 
 @dataclass(frozen=True)
@@ -204,7 +199,9 @@ def encoded(network: Retriever, edits: Sequence[Edit], weights: Mapping[str, Ten
             raise BadInput(
                 f"the fact {text[:60]!r}… has {len(ids)} tokens, {encoder.name} reads {encoder.limit}. Shorten it."
             )
-    return network.keys(texts, weights).half() if texts else torch.zeros(0, network.shape.width, dtype=torch.float16)
+    if not edits:
+        return torch.zeros(0, network.shape.width, dtype=torch.float16)
+    return network.keys([(edit.prompt, edit.target) for edit in edits], weights).half()
 
 
 class Facts(Protocol):

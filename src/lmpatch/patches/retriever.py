@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from ..errors import BadPatch
 from ..models.encoder import Encoder, pooled
+from ..models.tokens import batches_of_rows, join
 
 SLASHED = "encoder/"
 BATCH = 64  # texts of one encoder forward
 LORA = ("/lora_a", "/lora_b")
-TEXTS = ("The capital of France is Paris.", "Who wrote Hamlet?", "Water boils at 100 degrees.")
+FACTS = (("The capital of France is", "Paris"), ("Hamlet was written by", "Shakespeare"), ("Water boils at", "100 °C"))
 GAIN = 1.7  # of keys and queries at the start: a match then scores about ten above the rest
 NOTHING = "This is something that nobody has said anything about so far, and nobody asks."
 """Where the sentinel starts: its first tokens as the encoder embeds them."""
-APART = 3
-"""At the start, queries leave out one in so many components of a key, which are free for what is to be said."""
+
+Text = tuple[str, str]
+"""A fact as prompt and target; a question has the target ""."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,23 @@ class Shape:
     """Width of one encoder state."""
     d_model: int
     """Width of the language model's embeddings."""
-    width: int = 1024
+    width: int = 768
     """R, the width of keys and queries."""
+    content: int = 256
+    """The last components of a key, which no question is compared with: prompt vectors are made of them."""
     prompt_tokens: int = 3
     """P, the continuous prompt vectors of one fact."""
     sentinel_tokens: int = 10
     """Learned input embeddings behind the knowledge sentinel."""
-    adapt: int | None = None
+    adapt: int | None = 0
     """Rank of the encoder's adaptation; 0: it stays as it is; None: all its weights are learned."""
     pooler: bool = False
     """Features also hold what the encoder's own pooling layer says, as released code has it."""
+
+    @property
+    def matched(self) -> int:
+        """Components of a key that questions are compared with."""
+        return self.width - self.content
 
 
 class Head(nn.Module):
@@ -61,23 +70,26 @@ class Head(nn.Module):
 
 
 class Retriever(nn.Module):
-    """Encoder, two heads, sentinel and prompt map. The encoder itself is shared and never written.
+    """Encoder, heads, sentinel and prompt map. The encoder itself is shared and never written.
 
     Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.
+    Differs: a key has two parts. Questions are compared with the first; prompt vectors are made of the second, whose
+    head also reads the states of the target's own tokens. As one, each pulled the other away from what it was for.
     """
 
     def __init__(self, shape: Shape, encoder: Encoder) -> None:
         super().__init__()
         self.shape = shape
         self._encoder = [encoder]  # in a list: its weights are not parameters of this module
-        inputs = (3 + shape.pooler) * shape.features
-        self.key, self.query = Head(inputs, shape.width), Head(inputs, shape.width)
-        self.mix = _linear(shape.width, shape.width)
-        self.out = _linear(shape.width, shape.prompt_tokens * shape.d_model)
+        self.inputs = inputs = (3 + shape.pooler) * shape.features
+        self.key, self.query = Head(inputs, shape.matched), Head(inputs, shape.matched)
+        self.content = Head(2 * inputs, shape.content)
+        self.mix = _linear(shape.content, shape.content)
+        self.out = _linear(shape.content, shape.prompt_tokens * shape.d_model)
         self.sentinel_embeddings = nn.Parameter(torch.zeros(shape.sentinel_tokens, shape.features))
         self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
-        self.centre = nn.Parameter(torch.zeros(inputs), requires_grad=False)
-        self.spread = nn.Parameter(torch.ones(inputs), requires_grad=False)
+        self.centre = nn.Parameter(torch.zeros(2 * inputs), requires_grad=False)
+        self.spread = nn.Parameter(torch.ones(2 * inputs), requires_grad=False)
         self.learned = nn.ParameterDict()
         if shape.adapt is None:
             for name, p in encoder.module.named_parameters():
@@ -93,18 +105,19 @@ class Retriever(nn.Module):
         """The sentence encoder as it was loaded."""
         return self._encoder[0]
 
-    def start(self, seed: int, embeddings: Tensor, texts: Sequence[str] = TEXTS) -> None:
+    def start(self, seed: int, embeddings: Tensor, facts: Sequence[Text] = FACTS) -> None:
         """Draw the starting weights. Both heads start as the same map, so a question scores highest with the fact that
         the encoder finds most alike.
 
         Args:
             embeddings: [n, d_model] typical outputs of the language model's embedding module; prompt vectors have
                 their RMS.
-            texts: typical facts and questions; features are measured in their mean and spread.
+            facts: typical ones; features are measured in their mean and spread.
         """
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for module in (self.key.first, self.key.second, self.mix, self.out):
+            heads = (self.key.first, self.key.second, self.content.first, self.content.second)
+            for module in (*heads, self.mix, self.out):
                 bound = module.in_features**-0.5
                 for p in module.parameters():
                     p.uniform_(-bound, bound, generator=draw)
@@ -113,12 +126,10 @@ class Retriever(nn.Module):
                     p.normal_(0, p.shape[1] ** -0.5, generator=draw)
             self.key.first.weight.mul_(GAIN)
             self.query.load_state_dict(self.key.state_dict())
-            silent = self.shape.width - self.shape.width // APART
-            for module in (self.query.first, self.query.second):
-                module.weight[silent:], module.bias[silent:] = 0, 0
-            found = self.features(texts)
-            variance = found.var(0)
-            self.centre.copy_(found.mean(0))
+            found = self.features(facts)
+            asked = torch.cat([found[:, : self.inputs], self.features([(p, "") for p, _ in facts])[:, : self.inputs]])
+            variance = torch.cat([asked.var(0), found[:, self.inputs :].var(0)])
+            self.centre.copy_(torch.cat([asked.mean(0), found[:, self.inputs :].mean(0)]))
             self.spread.copy_((variance + variance.mean()).sqrt())  # the second term keeps a rare feature from towering
             start = self.encoder.embedded(NOTHING)
             self.sentinel_embeddings.copy_(start[torch.arange(self.shape.sentinel_tokens) % len(start)])
@@ -136,37 +147,60 @@ class Retriever(nn.Module):
                 found[_dotted(key)] = value
         return found
 
-    def features(self, texts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Features [n, 3 w] of texts (4 w with the pooler). They run in batches of near lengths, so little is padded.
+    def features(self, texts: Sequence[Text], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Features [n, 2 F] of facts and questions: pooled over all tokens, then over those of the target.
+
+        A question has no target: both halves are the same. F is 3 w, with the pooler 4 w. Texts run in batches of near
+        lengths, so little is padded.
 
         Args:
             weights: of the encoder; None: its adapted ones. A caller that asks often passes them in.
         """
         weights = self.encoder_weights() if weights is None else weights
-        rows = self.encoder.tokenise(texts)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        parts = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-        states = (self.encoder.states([rows[i] for i in part], weights) for part in parts)
-        out = torch.cat([self._pooled(*pair, weights) for pair in states])
-        return out[torch.tensor(order).argsort().to(out.device)]
+        rows = self.encoder.tokenise([join(prompt, target) for prompt, target in texts])
+        begins = [0] * len(rows)
+        facts = [i for i, (_, target) in enumerate(texts) if target]
+        prompts = self.encoder.tokenise([texts[i][0] for i in facts]) if facts else []
+        for i, prompt in zip(facts, prompts, strict=True):
+            begins[i] = _alike(rows[i], prompt)
+        parts = batches_of_rows([len(row) for row in rows], BATCH)
+        found = []
+        for part in parts:
+            states, mask = self.encoder.states([rows[i] for i in part], weights)
+            at = torch.arange(mask.shape[1], device=mask.device)
+            start = torch.tensor([begins[i] for i in part], device=mask.device)[:, None]
+            end = mask.sum(1, keepdim=True) - (start > 0).to(mask)  # the closing token is no part of a target
+            target = (at >= start) & (at < end)  # [b, T]
+            found.append(torch.cat([self._pooled(states, m, weights) for m in (mask, target)], -1))
+        order = torch.tensor([i for part in parts for i in part])
+        return torch.cat(found)[order.argsort().to(found[0].device)]
 
-    def keys(self, texts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Keys [n, R] of statements: ``prompt target``."""
-        out: Tensor = self.key(self._standard(self.features(texts, weights)))
-        return out
+    def keys(self, facts: Sequence[Text], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Keys [n, R] of facts."""
+        return self.keys_of(self.features(facts, weights))
 
-    def queries(self, texts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def queries(self, prompts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Queries [n, R] of questions: the prompt alone."""
-        out: Tensor = self.query(self._standard(self.features(texts, weights)))
-        return out
+        return self.queries_of(self.features([(prompt, "") for prompt in prompts], weights))
+
+    def keys_of(self, features: Tensor) -> Tensor:
+        """Keys [n, R] of the features of facts."""
+        x = self._standard(features)
+        return torch.cat([self.key(x[:, : self.inputs]), self.content(x)], -1)
+
+    def queries_of(self, features: Tensor) -> Tensor:
+        """Queries [n, R] of the features of questions; zero where keys have their content."""
+        found: Tensor = self.query(self._standard(features)[:, : self.inputs])
+        return nn.functional.pad(found, (0, self.shape.content))
 
     def sentinel(self, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """r_Θ [R]: the key that stands for "no fact"."""
         weights = self.encoder_weights() if weights is None else weights
         states = self.encoder.stack(self.sentinel_embeddings, weights)
         mask = torch.ones(states.shape[:2], device=states.device)
-        out: Tensor = self.key(self._standard(self._pooled(states, mask, weights)))
-        return out[0]
+        found = self._pooled(states, mask, weights)
+        x = (found - self.centre[: self.inputs]) / self.spread[: self.inputs]
+        return nn.functional.pad(self.key(x)[0], (0, self.shape.content))
 
     def _pooled(self, states: Tensor, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         found = pooled(states, mask)
@@ -181,8 +215,9 @@ class Retriever(nn.Module):
 
         Left free, they grew to fifty times that in training, where the model's norms pass no gradient back.
         """
-        keys = nn.functional.layer_norm(keys, keys.shape[-1:])  # else steps of Adam grow with the keys
-        mixed = self.mix(keys).relu() + keys
+        content = keys[:, self.shape.matched :]
+        content = nn.functional.layer_norm(content, content.shape[-1:])  # else steps of Adam grow with the keys
+        mixed = self.mix(content).relu() + content
         found: Tensor = self.out(mixed).float().reshape(len(keys), self.shape.prompt_tokens, self.shape.d_model)
         return found * (self.scale / found.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
 
@@ -211,6 +246,12 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     """Without starting weights, which would be drawn from the global random state."""
     made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
     return made
+
+
+def _alike(row: Sequence[int], prompt: Sequence[int]) -> int:
+    """Tokens that a fact and its prompt begin with alike; at least one and the closing one are left."""
+    most = min(len(row) - 2, len(prompt))
+    return next((i for i in range(most) if row[i] != prompt[i]), most)
 
 
 def _safe(name: str) -> str:
