@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, apply, generate, load_patch, merge, score
 from lmpatch.methods import _recipe_loss as losses
 from lmpatch.methods import recipe
-from lmpatch.methods._recipe_data import batches, sample, without
+from lmpatch.methods._recipe_data import batches, drawable, sample, without, words
 from lmpatch.methods._recipe_train import CHECKPOINT, CURVES
 from lmpatch.models import run
 from lmpatch.models.acting import prepare
 from lmpatch.models.encoder import pooled, shared_encoder
-from lmpatch.models.tokens import encode, encode_all
+from lmpatch.models.tokens import encode, encode_all, join
 from lmpatch.patches.editor import Editor, load_editor
 from lmpatch.patches.memory import MemoryPatch, Recall
 from lmpatch.patches.retriever import Retriever, Shape
@@ -103,14 +103,14 @@ def test_a_row_that_is_clear_costs_nothing_and_leaves_the_mean() -> None:
 
 
 def test_the_echo_wants_the_direction_of_each_embedding_whatever_the_length() -> None:
-    words = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])  # [1, 2, 2]
+    table = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])  # [1, 2, 2]
     ids = torch.tensor([[7, 5]])
     right = math.log(1 + math.exp(-losses.SHARP))  # each points at its own and at right angles to the other
-    assert float(losses.echo(words, words, ids)) == pytest.approx(right, abs=1e-6)
-    assert float(losses.echo(5 * words, words, ids)) == pytest.approx(right, abs=1e-6)
-    assert float(losses.echo(words.flip(1), words, ids)) == pytest.approx(losses.SHARP, abs=1e-4)
-    assert losses.echoed(words, words, ids) == 1 and losses.echoed(words.flip(1), words, ids) == 0
-    assert float(losses.echo(words, words, torch.tensor([[7, 7]]))) == pytest.approx(0, abs=1e-6)  # one kind
+    assert float(losses.echo(table, table, ids)) == pytest.approx(right, abs=1e-6)
+    assert float(losses.echo(5 * table, table, ids)) == pytest.approx(right, abs=1e-6)
+    assert float(losses.echo(table.flip(1), table, ids)) == pytest.approx(losses.SHARP, abs=1e-4)
+    assert losses.echoed(table, table, ids) == 1 and losses.echoed(table.flip(1), table, ids) == 0
+    assert float(losses.echo(table, table, torch.tensor([[7, 7]]))) == pytest.approx(0, abs=1e-6)  # one kind
 
 
 @pytest.mark.parametrize("family", CORE)
@@ -181,16 +181,56 @@ def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
     assert torch.allclose(together, alone, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "target", "tokens"),
+    [
+        ("The Eiffel Tower is in", "Rome", ["rome"]),
+        ("The Eiffel Tower is in the city of", "New Delhi, India", ["new", "delhi", ",", "india"]),
+        ("Tower: 東", "京", ["京"]),
+        ("She is called ", "Elizabeth", ["elizabeth"]),
+        ("It is 1", "", ["[CLS]", "it", "is", "1", "[SEP]"]),
+    ],
+)
+def test_the_second_half_of_the_features_is_of_the_targets_own_tokens(
+    prompt: str, target: str, tokens: list[str]
+) -> None:
+    encoder = shared_encoder("all-MiniLM-L6-v2")
+    net = Retriever(Shape(encoder.name, encoder.width, 8, width=16, content=8), encoder)
+    (row,) = encoder.tokenise([join(prompt, target)])
+    pieces = encoder.tokenizer.convert_ids_to_tokens(row)
+    own = [i for i, piece in enumerate(pieces) if piece in tokens] if target else list(range(len(row)))
+    with torch.no_grad():
+        states, mask = encoder.states([row])
+        chosen = torch.zeros_like(mask)
+        chosen[0, own] = 1
+        wanted = torch.cat([pooled(states, mask), pooled(states, chosen)], 1)
+        found = net.features([("A longer question than the other one is this", ""), (prompt, target)])[1:]
+    assert [pieces[i] for i in own] == tokens
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_questions_are_compared_with_the_first_part_of_a_key_and_vectors_made_of_the_second() -> None:
+    encoder = shared_encoder("all-MiniLM-L6-v2")
+    net = Retriever(Shape(encoder.name, encoder.width, 8, width=16, content=6), encoder)
+    net.start(0, torch.ones(4, 8))
+    with torch.no_grad():
+        keys, queries = net.keys([(e.prompt, e.target) for e in FACTS]), net.queries([e.prompt for e in FACTS])
+        assert not queries[:, 10:].any() and not net.sentinel()[10:].any() and bool((queries[:, :10] != 0).any())
+        moved = torch.cat([keys[:, :10] + 1, keys[:, 10:]], 1)
+        assert torch.equal(net.prompts(moved), net.prompts(keys))
+        assert not torch.allclose(net.prompts(keys.roll(1, 0)), net.prompts(keys))
+
+
 def test_prompt_vectors_are_as_long_as_the_models_own_embeddings() -> None:
     lm = tiny_lm("gemma3")
-    words = recipe.typical_embeddings(lm)
+    table = recipe.typical_embeddings(lm)
     encoder = shared_encoder("all-MiniLM-L6-v2")
     net = Retriever(Shape(encoder.name, encoder.width, 64, width=32, content=16), encoder)
-    net.start(0, words)
+    net.start(0, table)
     with torch.no_grad():
         net.out.weight.mul_(50)
         p = net.prompts(net.keys([(edit.prompt, edit.target) for edit in FACTS]))  # [n, P, d]
-    wanted = float(words.pow(2).mean().sqrt())
+    wanted = float(table.pow(2).mean().sqrt())
     assert torch.allclose(p.pow(2).mean(-1).sqrt(), torch.full(p.shape[:2], wanted), rtol=1e-4)
 
 
@@ -331,6 +371,24 @@ def test_facts_that_are_asked_in_the_evaluation_are_left_out() -> None:
     held = [Edit("the TOWER of  Paris is in", "x"), Edit("q", "x", rephrases=["The opera of Japan is in"])]
     kept = without(FACTS, held)
     assert len(kept) == len(FACTS) - 2
+
+
+def test_everything_a_sample_may_give_is_encoded_ahead() -> None:
+    import random
+
+    aside = [Ask("Who wrote Hamlet?", ("Shakespeare",)), Ask("Is it cold?", ("No",))]
+    known = drawable(FACTS, aside)
+    assert len(set(known)) == len(known)
+    for seed in range(20):
+        for edit in FACTS:
+            s = sample(edit, aside, random.Random(seed))
+            assert {(s.prompt, s.target), (s.prompt, ""), (s.again, ""), (s.other, "")} <= set(known)
+
+
+def test_stand_ins_for_targets_are_whole_words_of_the_model() -> None:
+    found = words(tiny_lm("llama").tokenizer)
+    assert "capital" in found and len(set(found)) == len(found)
+    assert all(word.isalpha() and len(word) > 2 for word in found)
 
 
 def test_a_sample_asks_what_the_edit_offers() -> None:

@@ -65,7 +65,7 @@ def fit(
       lmpatch fit gemma-3-270m ircan questions.jsonl -o listens --set neurons=8 --set factor=5
       lmpatch fit gemma-3-270m cad -o trusting --set alpha=1
       lmpatch fit gemma-3-270m parenting sets/train.jsonl -o balanced --work balanced.work
-      accelerate launch --num_processes 4 -m lmpatch fit ./my-model parenting sets/train.jsonl -o balanced --shard
+      accelerate launch -m lmpatch fit ./my-model parenting sets/train.jsonl -o balanced --shard
       lmpatch fit ./my-model memit more.jsonl -o more -p eiffel --set layers=5,6,7
     """
     from .. import api, registry

@@ -38,7 +38,7 @@ def train(
     \b
     Examples:
       lmpatch train gemma-3-270m recipe facts.jsonl --unrelated nq.jsonl -o mine.safetensors --dtype bfloat16
-      accelerate launch --num_processes 4 -m lmpatch train ./my-model recipe facts.jsonl -o mine.safetensors --shard
+      accelerate launch -m lmpatch train ./my-model recipe facts.jsonl -o mine.safetensors --shard
     """
     from .. import api, registry
     from ..data.readers import read_asks, read_edits

@@ -190,7 +190,8 @@ class Trainer:
         """The retrieval terms and the echo, backpropagated."""
         net, cfg = self.net, self.cfg
         pairs = [(s.prompt, s.again) if draw.random() < 0.5 else (s.again, s.prompt) for s in samples]
-        spoken = [replace(s, target=draw.choice(self.words)) if draw.random() < cfg.words else s for s in samples]
+        share = cfg.words if self.words else 0.0
+        spoken = [replace(s, target=draw.choice(self.words)) if draw.random() < share else s for s in samples]
         asked = [text for kind in (*zip(*pairs, strict=True), [s.other for s in samples]) for text in kind]
         texts = [(s.prompt, s.target) for s in samples + spoken] + [(text, "") for text in asked]
         features = self._features(texts)  # [5 b, 2 F]
