@@ -1,0 +1,70 @@
+"""General ability before and after 1,000 edits, editor by editor.
+
+    python benchmarks/general.py DATA [--only recipe memit]
+
+fits each editor on the same CounterFact evaluation facts, saves the patch under WORK, and asks the tasks in DATA with and
+without it: results/general/ (resumable) and results/general.html. In bf16: differences are paired, and both sides round
+alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from time import perf_counter
+
+from facts import METHODS, makers
+from rich.console import Console
+
+import lmpatch as lp
+from lmpatch.benches import general
+from lmpatch.data.readers import read_edits, read_text
+from lmpatch.methods import recipe
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = ("csqa", "anli", "mmlu", "squad", "perplexity")
+EDITORS = ("recipe", "memit_alphaedit", "memit", "ft_m")
+
+
+def patch_of(lm: lp.LM, name: str, edits: list[lp.Edit], data: Path, work: Path) -> lp.Patch:
+    """The editor's patch for these facts; one that was saved before is read."""
+    folder = work / f"{name}-{len(edits)}"
+    if folder.exists():
+        return lp.load_patch(folder)
+    start = perf_counter()
+    if name == "recipe":
+        made: lp.Patch = recipe.fit(lm, edits, recipe.Config())
+    else:
+        module, config = METHODS["commit"][name]
+        text = read_text(data / "wikitext2/raw_train_part.txt.gz")
+        made = makers(module, config, text, [])["make"](lm, edits)
+    print(f"{name}: {len(edits)} facts in {perf_counter() - start:.0f} s", flush=True)
+    made.save(folder)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--only", nargs="*", choices=EDITORS, default=list(EDITORS))
+    parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--n", type=int, default=200, help="records of a task")
+    parser.add_argument("--work", type=Path, default=Path("general-work"))
+    args = parser.parse_args()
+    lm = lp.load("gemma-3-270m", dtype="bfloat16")
+    edits = read_edits(args.data / "counterfact/eval.jsonl.gz", limit=args.edits)
+    data = general.load(args.data)
+    cfg = general.Config(n=args.n, tasks=TASKS)
+    for name in args.only:
+        report = general.run(
+            lm, data, cfg, patch=patch_of(lm, name, edits, args.data, args.work), run_id=name, data_name="public tasks",
+            out=RESULTS / "general",
+            progress=lambda done, total, what, name=name: print(f"{name}: {what} {done}/{total}", flush=True),
+        )  # fmt: skip
+        report.save_html(RESULTS / "general.html")
+        with (RESULTS / "general.md").open("w") as file:
+            Console(file=file, width=160).print(report.table())
+
+
+if __name__ == "__main__":
+    main()
