@@ -110,7 +110,7 @@ class Trainer:
                     break
                 if step == self.cfg.key_steps:
                     self.adam = self._adam()
-                    if self.net.learned:
+                    if not self.known.places:
                         self.known = self._encoded(progress)
                 seen = self._update(step, places)
                 self.step = step + 1

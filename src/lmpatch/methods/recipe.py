@@ -18,14 +18,16 @@ from ..data.edit import Ask, Edit, prompt_key
 from ..errors import BadInput, WrongModel
 from ..models.encoder import load_encoder, shared_encoder
 from ..models.lm import LM
-from ..models.run import Progress
+from ..models.run import HEAD_CHUNK, Progress
 from ..patches.editor import Editor, load_editor
 from ..patches.memory import MemoryPatch, Scope, remembered
 from ..patches.patch import Base, plain
 from ..patches.retriever import Retriever, Shape
 from ..patches.weight import fingerprint
 from ..record import made_now
-from ._recipe_data import usable
+from ..room import need_room
+from ._recipe_data import drawable, usable
+from ._recipe_loss import BATCH_TOKENS
 from ._recipe_train import train as run_training
 
 TYPICAL = 256  # facts whose mean feature is taken for the centre of all
@@ -130,6 +132,7 @@ def train(
         the editor; ``save`` writes one safetensors file.
     Raises:
         BadInput: too few facts, or ``out`` holds another run.
+        NotEnoughMemory: training would need more than is free.
         Diverged: a loss left the finite numbers; the last checkpoint is good.
     Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.3.
     Differs: two parts, see ``Training``, and keys of two parts, see ``patches.retriever``; the encoder stays as it is;
@@ -151,12 +154,22 @@ def train(
         pooler=cfg.pooler,
     )
     net = Retriever(shape, found)
+    need_room(_training_bytes(lm, net, len(drawable(edits, unrelated))), lm.device, f"training on {len(edits)} facts")
     net.start(cfg.seed, words, [(e.prompt, e.target) for e in edits[:TYPICAL]])
     trainer = run_training(
         lm, net.to(lm.device), edits, unrelated, cfg, Path(out) if out is not None else None, progress
     )
     made = {"steps": trainer.step, "facts": len(trainer.edits), "lm_dtype": str(lm.dtype).removeprefix("torch.")}
     return _editor(lm, net.cpu(), plain(cfg), made | made_now(trainer.spent()))
+
+
+def _training_bytes(lm: LM, net: Retriever, texts: int) -> int:
+    """Features of all texts, the editor with gradients and moments, what autograd keeps of a batch, one head chunk."""
+    layout = lm.layout
+    features = 2 * 2 * net.inputs * texts
+    learned = 16 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    batch = BATCH_TOKENS * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)
+    return features + learned + 4 * (batch + 3 * HEAD_CHUNK * layout.vocab)
 
 
 def typical_embeddings(lm: LM) -> torch.Tensor:
