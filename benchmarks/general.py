@@ -2,9 +2,9 @@
 
     python benchmarks/general.py DATA [--only recipe memit]
 
-fits each editor on the same CounterFact evaluation facts, saves the patch under WORK, and asks the tasks in DATA with and
-without it: results/general/ (resumable) and results/general.html. In bf16: differences are paired, and both sides round
-alike.
+fits each editor on the same CounterFact evaluation facts, saves the patch under WORK, and asks the tasks in DATA with
+and without it: results/general/ (resumable) and results/general.html. In bf16: differences are paired, and both sides
+round alike.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ EDITORS = ("recipe", "memit_alphaedit", "memit", "ft_m")
 
 def patch_of(lm: lp.LM, name: str, edits: list[lp.Edit], data: Path, work: Path) -> lp.Patch:
     """The editor's patch for these facts; one that was saved before is read."""
-    folder = work / f"{name}-{len(edits)}"
+    made_by = recipe.packaged_editor(lm).hash()[:8] if name == "recipe" else "0"
+    folder = work / f"{name}-{made_by}-{len(edits)}"
     if folder.exists():
         return lp.load_patch(folder)
     start = perf_counter()

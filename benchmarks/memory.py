@@ -3,9 +3,9 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --sizes 1000 10000 --bulk 5000 --single 200
 
-writes results/memory.json. Keys are random normal vectors, and a query is a key plus as much noise as it is long
-(cosine about 0.7), so the fact it should find is known. That is hard for an index: random keys have no clusters to go
-by.
+writes results/memory.json. Keys are random normal vectors of which queries see the first 512 components, and
+a query is a key plus as much noise as it is long (cosine about 0.7), so the fact it should find is known. That is hard
+for an index: random keys have no clusters to go by.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from lmpatch.record import hardware, now, versions
 RESULTS = Path(__file__).parent / "results"
 STAMP = {"editor": "benchmark", "base": "none"}
 CHUNK = 50_000  # facts of one commit when a store is filled
+MATCHED = 512  # components that queries are compared with, as in the packaged editor
 NEVER = 10**9  # no index is built while a store is filled; compact() builds it, and is timed
 
 
 def keys(n: int, width: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((n, width), dtype=np.float32).astype(np.float16)
+    found = np.random.default_rng(seed).standard_normal((n, width), dtype=np.float32)
+    found[:, MATCHED:] *= 2  # a trained editor's content is about that much louder
+    return found.astype(np.float16)
 
 
 def facts(n: int, start: int = 0) -> list[lp.Edit]:
@@ -48,16 +51,17 @@ def chunks(n: int, width: int) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def planted(n: int, width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries [count, width], and the number of the fact that an exact search finds for each."""
+    """Queries [count, MATCHED], and the number of the fact that an exact search finds for each."""
     draw = np.random.default_rng(1)
     wanted = np.sort(draw.choice(n, count, replace=False))
     parts = [
-        block[wanted[(wanted >= start) & (wanted < start + len(block))] - start] for start, block in chunks(n, width)
+        block[wanted[(wanted >= start) & (wanted < start + len(block))] - start, :MATCHED]
+        for start, block in chunks(n, width)
     ]
-    queries = np.concatenate(parts).astype(np.float32) + draw.standard_normal((count, width), dtype=np.float32)
+    queries = np.concatenate(parts).astype(np.float32) + draw.standard_normal((count, MATCHED), dtype=np.float32)
     best, found = np.full(count, -np.inf), np.zeros(count, np.int64)
     for start, block in chunks(n, width):
-        scores = queries @ block.astype(np.float32).T  # [count, chunk]
+        scores = queries @ block[:, :MATCHED].astype(np.float32).T  # [count, chunk]
         top = scores.argmax(1)
         better = scores[np.arange(count), top] > best
         best = np.maximum(best, scores[np.arange(count), top])
@@ -87,7 +91,7 @@ def resident() -> int:
 
 def timed_search(path: Path, n: int, width: int, count: int) -> dict[str, object]:
     """Fill a store, then search it as a process that opens it would."""
-    store = Store.create(path, width=width, stamp=STAMP, exact=NEVER)
+    store = Store.create(path, width=width, matched=MATCHED, stamp=STAMP, exact=NEVER)
     fill = 0.0
     for first, block in chunks(n, width):
         fill += timed(partial(store.add, facts(len(block), first), block))
@@ -117,10 +121,10 @@ def timed_search(path: Path, n: int, width: int, count: int) -> dict[str, object
 
 def timed_adds(path: Path, bulk: int, single: int, width: int) -> dict[str, object]:
     """Facts in one commit, and facts one at a time."""
-    store = Store.create(path / "bulk", width=width, stamp=STAMP)
+    store = Store.create(path / "bulk", width=width, matched=MATCHED, stamp=STAMP)
     edits, vectors = facts(bulk), keys(bulk, width, 0)
     seconds = timed(lambda: store.add(edits, vectors))
-    store = Store.create(path / "single", width=width, stamp=STAMP)
+    store = Store.create(path / "single", width=width, matched=MATCHED, stamp=STAMP)
     each = [timed(partial(store.add, facts(1, i), vectors[i : i + 1])) for i in range(min(single, bulk))]
     tenth = len(each) // 10
     before = on_disk(path / "single")
@@ -137,10 +141,10 @@ def timed_adds(path: Path, bulk: int, single: int, width: int) -> dict[str, obje
 
 def timed_refresh(path: Path, n: int, width: int, rounds: int) -> dict[str, object]:
     """What it costs a reader to notice that nothing, or one fact, was committed by another handle."""
-    writer = Store.create(path, width=width, stamp=STAMP)
+    writer = Store.create(path, width=width, matched=MATCHED, stamp=STAMP)
     writer.add(facts(n), keys(n, width, 0))
     reader = Store.open(path)
-    reader.search(keys(1, width, 1))
+    reader.search(keys(1, MATCHED, 1))
     idle = [timed(lambda: len(reader)) for _ in range(rounds)]
     new = []
     for i in range(rounds):
@@ -152,7 +156,7 @@ def timed_refresh(path: Path, n: int, width: int, rounds: int) -> dict[str, obje
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="*", default=[10**3, 10**4, 10**5, 10**6])
-    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--bulk", type=int, default=100_000)
     parser.add_argument("--single", type=int, default=2000)

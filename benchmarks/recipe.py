@@ -51,7 +51,7 @@ def quality(lm: lp.LM, data: Path, editor: lp.Editor, only: list[str], sizes: li
     for name in only:
         file, count, steps = SETS[name]
         for n in [size for size in steps if size in sizes or not sizes]:
-            edits = facts.load(data / file, limit=count, unrelated=data / "nq/nq_locality.jsonl.gz")
+            edits = beside(read_edits(data / file, limit=count), unseen(data))
             edits = edits if n > scored else edits[: max(n, scored)]
             cfg = facts.Config(
                 n=n, chunks=max(1, scored // n), sample=scored, max_new_tokens=16, health=False, latency=False,
@@ -67,6 +67,19 @@ def quality(lm: lp.LM, data: Path, editor: lp.Editor, only: list[str], sizes: li
                     progress=lambda done, total, what, n=n: print(f"{n}: {what} {done}/{total}", flush=True),
                 )  # fmt: skip
                 report.save_html(out.with_suffix(".html"))
+
+
+def unseen(data: Path) -> list[lp.Ask]:
+    """Unrelated questions of the half that the editor was not trained on."""
+    asks = read_asks(data / "nq/nq_locality.jsonl.gz")
+    return asks[: len(asks) // 2]
+
+
+def beside(edits: list[lp.Edit], asks: list[lp.Ask]) -> list[lp.Edit]:
+    """The edits, with an unrelated question each."""
+    return [
+        replace(edit, locality=(*edit.locality, ("unrelated", (asks[i % len(asks)],)))) for i, edit in enumerate(edits)
+    ]
 
 
 def summary() -> dict[str, Any]:
@@ -121,7 +134,7 @@ def retrieval(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
     """Found and used; used though nothing fits. Edits, rephrases, neighbours and unrelated questions apart."""
     edits = read_edits(data / "counterfact/eval.jsonl.gz")
     random.Random(0).shuffle(edits)
-    asks = [ask.prompt for ask in read_asks(data / "nq/nq_locality.jsonl.gz")[:1000]]  # the editor saw the other half
+    asks = [ask.prompt for ask in unseen(data)[:1000]]
     found: dict[str, Any] = {}
     for name in ("recipe", "recipe_cosine"):
         for n in SIZES:

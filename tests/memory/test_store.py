@@ -237,11 +237,13 @@ def best(store: Store, vectors: dict[str, np.ndarray], query: np.ndarray, k: int
 
 @pytest.mark.parametrize("exact", [10_000, 200])
 def test_search_finds_the_best_below_and_above_the_index(store: Store, tmp_path: Path, exact: int) -> None:
-    memory, vectors = Store.create(tmp_path / "wide", width=128, stamp=STAMP, exact=exact), keys(600, width=128)
-    memory.add(facts(400), vectors[:400])
+    memory = Store.create(tmp_path / "wide", width=192, matched=128, stamp=STAMP, exact=exact)
+    vectors = keys(600, width=128)
+    whole = np.concatenate([vectors, 5 * keys(600, seed=1, width=64)], 1)  # the rest of a key is louder, and no matter
+    memory.add(facts(400), whole[:400])
     assert _near.newest(memory.path) == (400 if exact < 400 else 0)
-    memory.add(facts(100, 400), vectors[400:500])  # not indexed
-    memory.add(facts(50), vectors[500:550])  # supersedes what may be indexed
+    memory.add(facts(100, 400), whole[400:500])  # not indexed
+    memory.add(facts(50), whole[500:550])  # supersedes what may be indexed
     memory.drop([f"Fact {i} is" for i in range(50, 60)])
     held = {f"Fact {i} is": vectors[i] for i in range(60, 500)} | {f"Fact {i} is": vectors[500 + i] for i in range(50)}
     queries = np.stack([*held.values()])[::7].astype(np.float32) * 3  # each near its own key

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, apply, generate, load_patch, merge, score
 from lmpatch.methods import _recipe_loss as losses
 from lmpatch.methods import recipe
-from lmpatch.methods._recipe_data import batches, drawable, sample, without, words
+from lmpatch.methods._recipe_data import batches, drawable, exchanged, sample, without, words
 from lmpatch.methods._recipe_train import CHECKPOINT, CURVES
 from lmpatch.models import run
 from lmpatch.models.acting import prepare
@@ -215,7 +215,7 @@ def test_questions_are_compared_with_the_first_part_of_a_key_and_vectors_made_of
     net.start(0, torch.ones(4, 8))
     with torch.no_grad():
         keys, queries = net.keys([(e.prompt, e.target) for e in FACTS]), net.queries([e.prompt for e in FACTS])
-        assert not queries[:, 10:].any() and not net.sentinel()[10:].any() and bool((queries[:, :10] != 0).any())
+        assert queries.shape == (len(FACTS), 10) and net.sentinel().shape == (10,)
         moved = torch.cat([keys[:, :10] + 1, keys[:, 10:]], 1)
         assert torch.equal(net.prompts(moved), net.prompts(keys))
         assert not torch.allclose(net.prompts(keys.roll(1, 0)), net.prompts(keys))
@@ -241,7 +241,7 @@ def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
     with torch.no_grad():
         keys = net.keys([(edit.prompt, edit.target) for edit in FACTS])
         queries = net.queries([edit.rephrases[0] for edit in FACTS])
-    assert (queries @ keys.T).argmax(1).tolist() == list(range(len(FACTS)))
+    assert (queries @ keys[:, :240].T).argmax(1).tolist() == list(range(len(FACTS)))
 
 
 @pytest.mark.parametrize("adapt", [0, None])
@@ -284,18 +284,20 @@ def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | N
 # training
 
 
-def test_training_resumed_is_training_never_stopped(tmp_path: Path) -> None:
-    lm = tiny_lm("llama")
-    whole = recipe.train(lm, FACTS, QUICK, out=tmp_path / "whole")
+@pytest.mark.parametrize(("stop", "adapt"), [(1, 0), (2, 2), (3, 0), (3, 2)])
+def test_training_resumed_is_training_never_stopped(tmp_path: Path, stop: int, adapt: int) -> None:
+    """In either part, at the border, with an encoder that learns and one that does not."""
+    lm, cfg = tiny_lm("llama"), replace(QUICK, adapt=adapt)
+    whole = recipe.train(lm, FACTS, cfg, out=tmp_path / "whole")
 
     def interrupt(done: int, total: int, what: str) -> None:
-        if done == 2:
+        if (done, what) == (stop, "training"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recipe.train(lm, FACTS, QUICK, out=tmp_path / "cut", progress=interrupt)
+        recipe.train(lm, FACTS, cfg, out=tmp_path / "cut", progress=interrupt)
     assert (tmp_path / "cut" / CHECKPOINT).exists()
-    resumed = recipe.train(lm, FACTS, QUICK, out=tmp_path / "cut")
+    resumed = recipe.train(lm, FACTS, cfg, out=tmp_path / "cut")
     assert resumed.hash() == whole.hash()
     assert len((tmp_path / "whole" / CURVES).read_text().splitlines()) == 2
 
@@ -331,6 +333,37 @@ def test_training_killed_in_the_middle_of_a_checkpoint_goes_on_from_the_one_befo
     assert [[json.loads(line)["step"] for line in lines] for lines in curves] == [[2, 4], [2, 4]]
 
 
+def test_a_step_that_was_cut_in_half_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, step = tiny_lm("llama"), torch.optim.AdamW.step
+    whole = recipe.train(lm, FACTS, QUICK, out=tmp_path / "whole")
+    done = []
+
+    def cut(adam: torch.optim.AdamW) -> None:
+        step(adam)
+        done.append(1)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train(lm, FACTS, QUICK, out=tmp_path / "cut")
+    assert recipe.train(lm, FACTS, QUICK, out=tmp_path / "cut").hash() == whole.hash()
+    assert len(done) == 5  # the fourth one again
+
+
+def test_texts_longer_than_the_encoder_reads_are_refused_before_anything_is_learned() -> None:
+    long = replace(FACTS[0], prompt="word " * 600)
+    with pytest.raises(BadInput, match="longer than the 512 tokens"):
+        recipe.train(tiny_lm("llama"), [*FACTS, long], QUICK)
+
+
+def test_a_folder_of_other_facts_is_refused(tmp_path: Path) -> None:
+    lm, cfg = tiny_lm("llama"), replace(QUICK, prompt_steps=1)
+    recipe.train(lm, FACTS, cfg, out=tmp_path)
+    with pytest.raises(BadInput, match="another run"):
+        recipe.train(lm, [replace(FACTS[0], target="Lima"), *FACTS[1:]], cfg, out=tmp_path)
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     recipe.train(lm, FACTS, replace(QUICK, prompt_steps=1), out=tmp_path)
@@ -339,11 +372,11 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_training_lowers_its_loss_and_teaches_retrieval() -> None:
-    """Forty steps on a dozen facts: their questions find them, the rivers find the sentinel."""
+    """A few dozen steps on a dozen facts: their questions find them, the rivers find the sentinel."""
     lm = tiny_lm("llama")
     cfg = replace(
-        QUICK, key_steps=10, prompt_steps=30, key_batch=12, prompt_batch=12, width=64, content=32, adapt=0, lr=3e-3,
-        prompt_lr=3e-3, warmup=5, validate=0,
+        QUICK, key_steps=10, prompt_steps=45, key_batch=12, prompt_batch=12, width=64, content=32, adapt=0, lr=3e-3,
+        prompt_lr=3e-3, warmup=5, validate=0, exchanged=0.0,
     )  # fmt: skip
     editor = recipe.train(lm, FACTS, cfg)
     recall = Recall(recipe.fit(lm, FACTS, recipe.Config(), editor=editor))
@@ -369,8 +402,32 @@ def test_the_order_of_batches_depends_on_the_seed_and_the_step_alone() -> None:
 
 def test_facts_that_are_asked_in_the_evaluation_are_left_out() -> None:
     held = [Edit("the TOWER of  Paris is in", "x"), Edit("q", "x", rephrases=["The opera of Japan is in"])]
+    held.append(Edit("r", "x", locality={"near": [Ask("The river of Cairo is the", ("Nile",))]}))
     kept = without(FACTS, held)
     assert len(kept) == len(FACTS) - 2
+    rivers = {ask.prompt for e in kept for _, asks in e.locality for ask in asks}
+    assert rivers == {f"The river of {place} is the" for place in ("Paris", "Italy", "Japan")}
+
+
+def test_no_fact_stands_twice_and_none_is_taught_to_be_left_alone() -> None:
+    again = replace(FACTS[0], prompt=FACTS[0].prompt.upper(), target="Lima")
+    clash = replace(FACTS[1], prompt="Another one is", locality={"near": [Ask(FACTS[2].prompt, ("Seattle",))]})
+    kept = without([*FACTS, again, clash], [])
+    assert len(kept) == len(FACTS) + 1 and kept[0].target == "Lima"  # the later one stays
+    assert not any(asks for e in kept if e.prompt == clash.prompt for _, asks in e.locality)
+
+
+def test_exchanged_samples_say_their_new_target_in_both_wordings() -> None:
+    import random
+
+    samples = [sample(edit, [], random.Random(0)) for edit in FACTS]
+    odd = replace(samples[0], answer="Besançon")  # a question that the fact answers in another way
+    found = exchanged([*samples, odd], ["Lima"], 1.0, random.Random(0))
+    assert {(s.target, s.answer) for s in found[:-1]} == {("Lima", "Lima")} and found[-1] == odd
+    assert [(s.prompt, s.again, s.other) for s in found[:-1]] == [(s.prompt, s.again, s.other) for s in samples]
+    assert (
+        exchanged(samples, ["Lima"], 0.0, random.Random(0)) == exchanged(samples, [], 1.0, random.Random(0)) == samples
+    )
 
 
 def test_everything_a_sample_may_give_is_encoded_ahead() -> None:

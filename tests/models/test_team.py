@@ -105,7 +105,11 @@ def test_two_processes_train_what_one_trains(sharded: bool, tmp_path: Path) -> N
     recipe.train(tiny_lm("llama"), FACTS, replace(settings()[0], key_steps=0, prompt_steps=0), out=tmp_path / "start")
     start, one, two = (weights(tmp_path / name) for name in ("start", "one/work", "two/work"))
     assert (two - one).norm() <= 0.02 * (one - start).norm() and (one - start).norm() > 0
-    assert load_editor(tmp_path / "two/editor.safetensors").made["steps"] == settings()[0].key_steps * 2
+    editor = load_editor(tmp_path / "two/editor.safetensors")
+    assert editor.made["steps"] == settings()[0].key_steps * 2
+    assert (
+        recipe.fit(tiny_lm("llama"), FACTS, recipe.Config(), editor=editor).base.fingerprint == editor.base.fingerprint
+    )
 
     a, b = (load_patch(tmp_path / name / "patch") for name in ("one", "two"))
     for key, delta in a.deltas.items():  # type: ignore[attr-defined]

@@ -41,10 +41,11 @@ class Log:
         if meta.get("format") != FORMAT:
             raise BadInput(f"{path} has format {meta.get('format')!r}, this lmpatch reads {FORMAT}. Update lmpatch.")
         self.width: int = meta["width"]
+        self.matched: int = meta["matched"]
         self.stamp: dict[str, str] = meta["stamp"]
 
     @classmethod
-    def create(cls, path: Path, width: int, stamp: dict[str, str]) -> Log:
+    def create(cls, path: Path, width: int, matched: int, stamp: dict[str, str]) -> Log:
         """Make the folder. What a killed creation left there is written over.
 
         Raises:
@@ -61,7 +62,9 @@ class Log:
         with writing(path):
             if _made(path):
                 raise BadInput(f"there is a memory at {path} already. Open it, or give another path.")
-            meta = {b"lmpatch": json.dumps({"format": FORMAT, "width": width, "stamp": stamp}).encode()}
+            meta = {
+                b"lmpatch": json.dumps({"format": FORMAT, "width": width, "matched": matched, "stamp": stamp}).encode()
+            }
             mode = "overwrite" if (path / f"{TABLE}.lance").exists() else "create"  # over what a kill left
             start = time.time_ns()
             with lance(f"cannot make a memory at {path}", full="Nothing was made."):

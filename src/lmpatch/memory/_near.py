@@ -36,7 +36,7 @@ class Near:
             self._lists = _lists(self._table.count_rows())
 
     def search(self, query: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers [c] and vectors [c, width] float32 of the ``count`` best keys for a query [width], best first."""
+        """Numbers [c] and vectors [c, M] float32 of the ``count`` best keys for a query [M], best first."""
         with lance("cannot read the index of the memory"):
             asked = self._table.search(query, vector_column_name="vector").distance_type("dot").fast_search()
             asked = asked.nprobes(max(1, round(self._lists * PROBED))).refine_factor(1)
@@ -83,7 +83,7 @@ def _write(log: Log, alive: np.ndarray) -> None:
     import pyarrow as pa
     from lancedb.index import IvfRq
 
-    schema = pa.schema([("seq", pa.int64()), ("vector", pa.list_(pa.float32(), log.width))])
+    schema = pa.schema([("seq", pa.int64()), ("vector", pa.list_(pa.float32(), log.matched))])
     rows = pa.RecordBatchReader.from_batches(schema, _batches(log, alive, schema))
     table: Any = _lancedb().connect(str(log.path)).create_table(BUILT, data=rows)
     lists = _lists(table.count_rows())
@@ -97,8 +97,10 @@ def _batches(log: Log, alive: np.ndarray, schema: pa.Schema) -> Iterator[pa.Reco
 
     for seqs, vectors in log.batches(0, len(alive)):
         keep = alive[seqs]
-        flat = pa.array(vectors[keep].astype(np.float32).reshape(-1))  # LanceDB clusters float16 five times slower
-        yield pa.record_batch([seqs[keep], pa.FixedSizeListArray.from_arrays(flat, log.width)], schema=schema)
+        flat = pa.array(
+            vectors[keep, : log.matched].astype(np.float32).reshape(-1)
+        )  # LanceDB clusters float16 five times slower
+        yield pa.record_batch([seqs[keep], pa.FixedSizeListArray.from_arrays(flat, log.matched)], schema=schema)
 
 
 def _lists(rows: int) -> int:

@@ -83,7 +83,7 @@ class Search:
         covered = _near.newest(self._log.path) if len(state.live) > self._exact else 0
         if self._block is None or covered != self._covered:
             self._index = _near.Near(self._log.path, covered) if covered else None
-            self._block = KeyBlock(self._log.width)
+            self._block = KeyBlock(self._log.matched)
             self._covered = self._loaded = covered
             self._ended = len(state.ended)
         for seq in state.ended[self._ended :]:
@@ -99,5 +99,6 @@ class Search:
 
         alive = self._state.alive()
         for seqs, vectors in self._log.batches(self._loaded, self._state.count):
-            block.add(torch.from_numpy(vectors[alive[seqs]]), seqs[alive[seqs]].tolist())
+            keep = alive[seqs]
+            block.add(torch.from_numpy(vectors[keep, : self._log.matched]), seqs[keep].tolist())
         self._loaded = self._state.count

@@ -23,9 +23,9 @@ from ..models.lm import LM
 from ..models.run import Progress
 from ..patches.editor import Editor, load_editor
 from ..patches.file import new_folder
-from ..patches.memory import MemoryPatch, Recall, Scope, encoded, remembered
+from ..patches.memory import MemoryPatch, Recall, Scope, encoded, remembered, settled
 from ..patches.patch import plain_edits
-from ..patches.retriever import Retriever
+from ..patches.retriever import Retriever, Shape
 from .entry import Entry
 from .store import Store
 
@@ -49,7 +49,8 @@ class Memory:
         """
         path = Path(path)
         with new_folder(path) as folder:
-            Store.create(folder, width=int(editor.parts["shape"]["width"]), stamp=_stamp(editor))
+            shape = Shape(**editor.parts["shape"])
+            Store.create(folder, width=shape.width, matched=shape.matched, stamp=_stamp(editor))
             editor.save(folder / EDITOR)
         return cls.open(path)
 
@@ -111,7 +112,7 @@ class Memory:
         Raises:
             BadInput: ``scope`` has a cosine gate; the store compares inner products. Take a snapshot.
         """
-        scope = scope or Scope()
+        scope = settled(scope or Scope(), self.editor)
         if scope.gate == "cosine":
             raise BadInput("a cosine gate needs all keys at hand. Use gate='sentinel', or snapshot() of this memory.")
         common = {f.name: getattr(self._empty, f.name) for f in fields(self._empty)}
@@ -124,7 +125,7 @@ class Memory:
             self._empty,
             edits=plain_edits([fact.edit for fact in facts]),
             keys=torch.from_numpy(self.store.vectors(facts)),
-            scope=scope or Scope(),
+            scope=settled(scope or Scope(), self.editor),
         )
 
     @cached_property

@@ -48,13 +48,16 @@ class Store:
         self._search = Search(log, self._state, exact)
 
     @classmethod
-    def create(cls, path: str | Path, *, width: int, stamp: Mapping[str, str], exact: int = EXACT) -> Store:
+    def create(
+        cls, path: str | Path, *, width: int, stamp: Mapping[str, str], matched: int | None = None, exact: int = EXACT
+    ) -> Store:
         """Make an empty memory.
 
         Args:
             width: of the keys, a multiple of 8.
             stamp: ``editor`` and ``base``, the hashes of what makes the keys and of the model they are for; with
                 ``editor_name`` and ``base_name`` messages say them by name.
+            matched: M, how many of a key's first components a query is compared with. None: all.
             exact: up to this many live keys a search looks at each; above, it asks an approximate index.
         Raises:
             BadInput: something is there already, or the width or the stamp cannot be used.
@@ -64,7 +67,12 @@ class Store:
             raise BadInput(f"keys of width {width} cannot be stored. Make the width a multiple of 8.")
         if not stamp.get("editor") or not stamp.get("base"):
             raise BadInput(f"the stamp of a memory needs 'editor' and 'base', found {sorted(stamp)}.")
-        return cls(Log.create(Path(path), width, dict(stamp)), exact)
+        matched = width if matched is None else matched
+        if not 0 < matched <= width or matched % 8:
+            raise BadInput(
+                f"{matched} of {width} components cannot be compared. Give a multiple of 8, the width at most."
+            )
+        return cls(Log.create(Path(path), width, matched, dict(stamp)), exact)
 
     @classmethod
     def open(cls, path: str | Path, *, stamp: Mapping[str, str] | None = None, exact: int = EXACT) -> Store:
@@ -257,7 +265,7 @@ class Store:
         """The facts whose keys have the largest inner product with each query.
 
         Args:
-            queries: [m, width].
+            queries: [m, M].
         Returns:
             scores [m, k'] float32 and the facts in the same order, best first, the older of equals first;
             k' = min(k, facts that hold), exactly so up to ``exact`` of them.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.edit import Ask, Edit, prompt_key
 from ..errors import BadInput
+
+Groups = tuple[tuple[str, tuple[Ask, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,45 @@ def usable(edits: Sequence[Edit], unrelated: Sequence[Ask]) -> list[Edit]:
 
 
 def without(edits: Sequence[Edit], held_out: Sequence[Edit]) -> list[Edit]:
-    """The edits whose prompt is not asked anywhere in ``held_out``."""
-    asked = {prompt_key(p) for e in held_out for p in (e.prompt, *e.rephrases)}
-    return [e for e in edits if prompt_key(e.prompt) not in asked]
+    """The edits, each prompt once, as far as ``held_out`` asks nothing of them in any place.
+
+    Edits whose prompt is asked there are left out; of the others, every question that is. So are questions that a fact
+    of the edits answers: they would be taught both to find it and to find nothing.
+    """
+    asked = {prompt_key(text) for e in held_out for text in _questions(e)}
+    kept = {prompt_key(e.prompt): e for e in edits if prompt_key(e.prompt) not in asked}
+    taken = asked | set(kept)
+
+    def free(groups: Groups) -> Groups:
+        return tuple((kind, tuple(ask for ask in asks if prompt_key(ask.prompt) not in taken)) for kind, asks in groups)
+
+    return [
+        replace(
+            e,
+            rephrases=tuple(text for text in e.rephrases if prompt_key(text) not in asked),
+            portability=free(e.portability),
+            locality=free(e.locality),
+        )
+        for e in kept.values()
+    ]
+
+
+def _questions(edit: Edit) -> list[str]:
+    """Every prompt of an edit."""
+    asks = [ask.prompt for groups in (edit.portability, edit.locality) for _, group in groups for ask in group]
+    return [edit.prompt, *edit.rephrases, *asks]
+
+
+def exchanged(samples: Sequence[Sample], targets: Sequence[str], share: float, draw: random.Random) -> list[Sample]:
+    """The samples, a share of them with another target: what is to be said must be read from the target.
+
+    A sample whose two wordings have different answers stays as it is.
+    """
+    found = []
+    for s in samples:
+        new = draw.choice(targets) if targets and draw.random() < share else s.target
+        found.append(replace(s, target=new, answer=new) if s.answer == s.target else s)
+    return found
 
 
 def sample(edit: Edit, unrelated: Sequence[Ask], draw: random.Random) -> Sample:

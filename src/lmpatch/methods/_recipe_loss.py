@@ -64,9 +64,9 @@ def retrieval(
     """Contrastive losses of b facts.
 
     Args:
-        keys: [b, R]; sentinel: [R].
-        first, second: [b, R] queries of the two wordings of each fact; first is matched, second is warned off.
-        unrelated: [b, R] queries of unrelated questions.
+        keys: [b, M]; sentinel: [M].
+        first, second: [b, M] queries of the two wordings of each fact; first is matched, second is warned off.
+        unrelated: [b, M] queries of unrelated questions.
         margin: rows whose target is this many times likelier than every other class are left out of the two
             sentinel terms. None: no row is.
     Source: Chen et al. 2024 (arXiv:2405.03279) eq. 9-12, and the released code.
@@ -164,7 +164,7 @@ def told(
         each = head_loss(lm, states, loss)
         each.sum().backward()
         total = total + each.detach().sum().cpu()
-        count += int((each > 0).sum())
+        count += len(each) if margin is None else int((each > 0).sum())
     return total, count
 
 

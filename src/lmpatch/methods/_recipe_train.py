@@ -27,7 +27,7 @@ from ..patches.keys import KeyBlock
 from ..patches.retriever import Retriever, Text
 from ..record import hash_json
 from . import _recipe_loss as losses
-from ._recipe_data import Sample, batches, drawable, sample, words
+from ._recipe_data import Sample, batches, drawable, exchanged, sample, words
 
 if TYPE_CHECKING:
     from .recipe import Training
@@ -44,7 +44,6 @@ class Batch:
 
     samples: list[Sample]
     told: list[losses.Told]
-    again: list[losses.Told]
     other: list[losses.Told]
 
 
@@ -75,11 +74,13 @@ class Trainer:
         self.step, self.total = 0, cfg.key_steps + cfg.prompt_steps
         self.adam = self._adam()
         self.known = Known({}, torch.zeros(0))
-        self.words = words(lm.tokenizer)
+        self.words, self.targets = words(lm.tokenizer), [edit.target for edit in self.edits]
         self.base: dict[tuple[str, str], Tensor] = {}
         self.started = perf_counter()
         self.seconds = 0.0
-        self.print = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), len(edits)])
+        self.whole = True  # no step is half done
+        texts = [*drawable(edits, unrelated), [(e.rephrases, e.locality, e.portability) for e in edits]]
+        self.print = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), texts])
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             self._resume(out / CHECKPOINT)
@@ -113,7 +114,7 @@ class Trainer:
                     if not self.known.places:
                         self.known = self._encoded(progress)
                 seen = self._update(step, places)
-                self.step = step + 1
+                self.step, self.whole = step + 1, True
                 recent = {k: 0.9 * recent.get(k, v) + 0.1 * v for k, v in seen.items()}
                 if self.step % self.cfg.validate_every == 0 or self.step == self.total:
                     self._note({"step": self.step, **_rounded(recent), **_rounded(self.validate())})
@@ -122,7 +123,8 @@ class Trainer:
                 if progress and self.team.leads:
                     progress(self.step, self.total, "training")
         finally:
-            self.save()
+            if self.whole:
+                self.save()
 
     def _places(self) -> Iterator[tuple[int, list[int]]]:
         """(step, places of its facts) from the next step on."""
@@ -182,6 +184,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
         if not norm.isfinite():
             raise Diverged(f"training left the finite numbers at step {step}. Lower lr, now {cfg.lr}.")
+        self.whole = False  # until the step is counted
         self.adam.step()
         self.net.zero_grad()
         return seen
@@ -190,8 +193,7 @@ class Trainer:
         """The retrieval terms and the echo, backpropagated."""
         net, cfg = self.net, self.cfg
         pairs = [(s.prompt, s.again) if draw.random() < 0.5 else (s.again, s.prompt) for s in samples]
-        share = cfg.words if self.words else 0.0
-        spoken = [replace(s, target=draw.choice(self.words)) if draw.random() < share else s for s in samples]
+        spoken = exchanged(samples, self.words, cfg.words, draw)
         asked = [text for kind in (*zip(*pairs, strict=True), [s.other for s in samples]) for text in kind]
         texts = [(s.prompt, s.target) for s in samples + spoken] + [(text, "") for text in asked]
         features = self._features(texts)  # [5 b, 2 F]
@@ -201,16 +203,17 @@ class Trainer:
         features = torch.where(seen, centre + (features - centre) / (1 - cfg.dropout), centre)
         told, echoing, questions = features.split([len(samples), len(samples), 3 * len(samples)])
         first, second, other = net.queries_of(questions).chunk(3)
-        found = losses.retrieval(net.keys_of(told), net.sentinel(), first, second, other, margin=cfg.margin)
-        echo = losses.echo(net.prompts(net.keys_of(echoing)), *self._answers(spoken, net.shape.prompt_tokens))
+        found = losses.retrieval(net.matched_of(told), net.sentinel(), first, second, other, margin=cfg.margin)
+        echo = losses.echo(net.prompts_of(net.content_of(echoing)), *self._answers(spoken, net.shape.prompt_tokens))
         (found.total + echo).backward()
         terms = {"own": found.own, "neighbour": found.neighbour, "unrelated": found.unrelated, "echo": echo}
         return {name: float(value.detach()) for name, value in terms.items()}
 
     def _learn_prompts(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
         """The language model's terms, backpropagated into what makes the prompt vectors."""
-        keys = self.net.keys_of(self._features([(s.prompt, s.target) for s in samples]))
-        prompts = self.net.prompts(keys)  # [b, P, d]
+        samples = exchanged(samples, self.targets, self.cfg.exchanged, draw)
+        content = self.net.content_of(self._features([(s.prompt, s.target) for s in samples]))
+        prompts = self.net.prompts_of(content)  # [b, P, d]
         seen, gradient = self._language(self._batch(samples, draw), prompts.detach())
         prompts.backward(gradient)
         return seen
@@ -228,9 +231,9 @@ class Trainer:
             return [losses.Told(rows[3 * i + kind], i) for i in which]
 
         every = range(len(samples))
-        again = {i for i in every if draw.random() < 0.5}
+        said = [t for i in every for t in told(int(draw.random() < 0.5), [i])]  # one of its two wordings
         other = [i for i in every if draw.random() < self.cfg.other_share] or [0]
-        return Batch(samples, told(0, [i for i in every if i not in again]), told(1, sorted(again)), told(2, other))
+        return Batch(samples, said, told(2, other))
 
     def _answers(self, samples: Sequence[Sample], count: int) -> tuple[Tensor, Tensor]:
         """Embeddings [b, count, d] and ids [b, count] of the first tokens of each target; the last one repeats."""
@@ -243,11 +246,12 @@ class Trainer:
         return found.to(device), ids.to(device)
 
     def _language(self, batch: Batch, prompts: Tensor) -> tuple[dict[str, float], Tensor]:
-        """The language model's three losses, and the gradient [b, P, d] of their sum."""
+        """The language model's losses (told in one wording or the other; other questions left alone), and the gradient
+        [b, P, d] of their sum."""
         width, flat = prompts.shape[1], prompts.flatten(0, 1).to(self.lm.device)
         total = torch.zeros_like(flat)
         seen = {}
-        for name, part in (("told", batch.told), ("again", batch.again), ("other", batch.other)):
+        for name, part in (("told", batch.told), ("other", batch.other)):
             leaf = flat.clone().requires_grad_()
             rows = losses.behind(self.lm, part, width, self.cfg.at)
             if name == "other":
@@ -283,8 +287,8 @@ class Trainer:
         facts = [(s.prompt, s.target) for s in samples] + [(edit.prompt, edit.target) for edit in self.edits[:CROWD]]
         stored, sentinel = net.keys_of(self._features(facts)), net.sentinel().cpu()
         keys = stored[: len(samples)]
-        block = KeyBlock(keys.shape[1])
-        block.add(stored, range(len(stored)))
+        block = KeyBlock(net.shape.matched)
+        block.add(stored[:, : net.shape.matched], range(len(stored)))
         found = {}
         right = torch.arange(len(samples))
         for name, texts in (
@@ -335,7 +339,7 @@ class Trainer:
         return self.seconds + perf_counter() - self.started
 
     def save(self) -> None:
-        """Write the checkpoint: weights, Adam's moments, the queue, the step. At once or not at all."""
+        """Write the checkpoint: weights, Adam's moments, the step. At once or not at all."""
         if self.out is None or not self.team.leads:
             return
         tensors = {f"net/{name}": p.detach() for name, p in self.net.state_dict().items()}
@@ -366,7 +370,7 @@ class Trainer:
             if name.startswith("adam/"):
                 _, key, owner = name.split("/", 2)
                 if params[owner] in trained:  # at the border of the two parts the file still has the first one's
-                    self.adam.state[params[owner]][key] = t
+                    self.adam.state[params[owner]][key] = t if key == "step" else t.to(params[owner].device)
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

@@ -16,9 +16,10 @@ import torch
 
 from ..data.edit import Ask, Edit, prompt_key
 from ..errors import BadInput, WrongModel
-from ..models.encoder import load_encoder, shared_encoder
+from ..models.encoder import Encoder, load_encoder, shared_encoder
 from ..models.lm import LM
 from ..models.run import HEAD_CHUNK, Progress
+from ..models.tokens import join
 from ..patches.editor import Editor, load_editor
 from ..patches.memory import MemoryPatch, Scope, remembered
 from ..patches.patch import Base, plain
@@ -26,7 +27,7 @@ from ..patches.retriever import Retriever, Shape
 from ..patches.weight import fingerprint
 from ..record import made_now
 from ..room import need_room
-from ._recipe_data import drawable, usable
+from ._recipe_data import drawable, usable, without
 from ._recipe_loss import BATCH_TOKENS
 from ._recipe_train import train as run_training
 
@@ -51,7 +52,7 @@ class Training:
     vectors learn to point at the embeddings of the answer's first tokens. Published: one part, all losses together."""
     key_batch: int = 256
     """Facts of one such step."""
-    prompt_steps: int = 1000
+    prompt_steps: int = 800
     """Steps of the second part: retrieval stands still, and what makes the prompt vectors learns from the language
     model's three losses. Published: run until stopped, chosen by the smoothed loss."""
     prompt_batch: int = 32
@@ -69,6 +70,9 @@ class Training:
     words: float = 0.5
     """Share of the facts of such a step whose prompt vectors are to point at some word of the model's vocabulary in
     place of the fact's own target, so that words no fact has are known too."""
+    exchanged: float = 0.5
+    """Share of the facts of a step of the second part that get another fact's target: what is said must come from the
+    target, not from what the rest suggests."""
     warmup: int = 50
     """Steps until the full rate, in each part."""
     final: float = 0.05
@@ -86,9 +90,9 @@ class Training:
     trained, as published."""
     pooler: bool = False
     """Features also hold what the encoder's own pooling layer says. Published: no; released code: yes."""
-    width: int = 768
-    """R, the width of keys and queries. Published: 4096."""
-    content: int = 256
+    width: int = 1024
+    """R, the width of keys. Published: 4096."""
+    content: int = 512
     """How many of these hold what is to be said and are compared with no query. Published: 0."""
     prompt_tokens: int = 3
     """P, prompt vectors of one fact."""
@@ -138,9 +142,10 @@ def train(
     Differs: two parts, see ``Training``, and keys of two parts, see ``patches.retriever``; the encoder stays as it is;
     prompt vectors have the length of an embedding; queries are prompts alone, in training and after.
     """
-    edits = usable(edits, unrelated)
+    edits = usable(without(edits, ()), unrelated)
     found = load_encoder(encoder)
     found.module.to(lm.device)
+    _readable(found, edits, unrelated)
     words = typical_embeddings(lm)
     shape = Shape(
         encoder=encoder,
@@ -161,6 +166,17 @@ def train(
     )
     made = {"steps": trainer.step, "facts": len(trainer.edits), "lm_dtype": str(lm.dtype).removeprefix("torch.")}
     return _editor(lm, net.cpu(), plain(cfg), made | made_now(trainer.spent()))
+
+
+def _readable(encoder: Encoder, edits: Sequence[Edit], unrelated: Sequence[Ask]) -> None:
+    """Raise ``BadInput`` if a text of the training is longer than the encoder reads."""
+    texts = [join(prompt, target) for prompt, target in drawable(edits, unrelated)]
+    long = [t for t, ids in zip(texts, encoder.tokenise(texts), strict=True) if len(ids) > encoder.limit]
+    if long:
+        raise BadInput(
+            f"{len(long)} of {len(texts)} texts are longer than the {encoder.limit} tokens {encoder.name} reads: "
+            f"{long[0][:60]!r}…. Leave them out or shorten them."
+        )
 
 
 def _training_bytes(lm: LM, net: Retriever, texts: int) -> int:

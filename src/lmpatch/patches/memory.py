@@ -37,8 +37,9 @@ class Scope:
     """Cosine of query and key that ``gate=cosine`` asks for."""
     insert: Literal["vectors", "text"] = "vectors"
     """What goes before the question: continuous prompt vectors, or the fact as a sentence (RAG)."""
-    at: Literal["front", "after_bos"] = "after_bos"
-    """Vectors go before everything, as published, or behind the start token, which keeps its place as sink."""
+    at: Literal["front", "after_bos"] | None = None
+    """Vectors go before everything, as published, or behind the start token, which keeps its place as sink. none: where
+    they were when the editor was trained."""
     top_k: int = 1
     """Facts used at most."""
 
@@ -160,6 +161,11 @@ class Found:
         return self.score > self.gate
 
 
+def settled(scope: Scope, editor: Editor) -> Scope:
+    """The scope with nothing left open."""
+    return scope if scope.at else replace(scope, at=editor.config.get("at", "after_bos"))
+
+
 def remembered(editor: Editor, edits: Sequence[Edit], scope: Scope, **common: Any) -> MemoryPatch:
     """A patch with these facts, of which none supersedes another.
 
@@ -178,7 +184,7 @@ def remembered(editor: Editor, edits: Sequence[Edit], scope: Scope, **common: An
         editor=editor.tensors,
         editor_hash=editor.hash(),
         keys=torch.zeros(0, shape.width, dtype=torch.float16),
-        scope=scope,
+        scope=settled(scope, editor),
         **{"config": {}, **common},
     )
     if edits:
@@ -224,8 +230,9 @@ class Held:
 
     def __init__(self, patch: MemoryPatch) -> None:
         self.patch = patch
-        self.block = KeyBlock(patch.shape.width)
-        self.block.add(comparable(patch.keys.float(), patch.scope), range(len(patch.keys)))
+        keys = patch.keys[:, : patch.shape.matched].float()
+        self.block = KeyBlock(patch.shape.matched)
+        self.block.add(comparable(keys, patch.scope), range(len(keys)))
 
     def __len__(self) -> int:
         return len(self.block)
@@ -272,9 +279,9 @@ class Recall(Actor):
         found: list[list[Found]] = [[] for _ in prompts]
         if not short:
             return found
-        queries = self.network.queries([prompts[i] for i in short], self.weights)  # [m, R]
+        queries = self.network.queries([prompts[i] for i in short], self.weights)  # [m, M]
         scores, places = self.facts.search(comparable(queries, self.scope), self.scope.top_k)
-        root = self.patch.shape.width**0.5
+        root = self.patch.shape.matched**0.5
         if self.scope.gate == "sentinel":
             gates = (queries.double() @ self.sentinel.double()).tolist()
         else:
@@ -299,7 +306,7 @@ class Recall(Actor):
     def _insert(self, places: tuple[int, ...]) -> Insert:
         if self.scope.insert == "text":
             return Insert(text="".join(f"{statement(*self.facts.fact(place))} " for place in places))
-        return Insert(vectors=torch.cat([self._ready[place] for place in places]), at=self.scope.at)
+        return Insert(vectors=torch.cat([self._ready[place] for place in places]), at=self.scope.at or "after_bos")
 
     @torch.no_grad()
     def _prepare(self, places: set[int]) -> None:

@@ -37,9 +37,9 @@ class Shape:
     """Width of one encoder state."""
     d_model: int
     """Width of the language model's embeddings."""
-    width: int = 768
-    """R, the width of keys and queries."""
-    content: int = 256
+    width: int = 1024
+    """R, the width of keys."""
+    content: int = 512
     """The last components of a key, which no question is compared with: prompt vectors are made of them."""
     prompt_tokens: int = 3
     """P, the continuous prompt vectors of one fact."""
@@ -52,7 +52,7 @@ class Shape:
 
     @property
     def matched(self) -> int:
-        """Components of a key that questions are compared with."""
+        """M, the width of queries: the components of a key that questions are compared with."""
         return self.width - self.content
 
 
@@ -180,27 +180,36 @@ class Retriever(nn.Module):
         return self.keys_of(self.features(facts, weights))
 
     def queries(self, prompts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Queries [n, R] of questions: the prompt alone."""
+        """Queries [n, M] of questions: the prompt alone."""
         return self.queries_of(self.features([(prompt, "") for prompt in prompts], weights))
 
     def keys_of(self, features: Tensor) -> Tensor:
-        """Keys [n, R] of the features of facts."""
-        x = self._standard(features)
-        return torch.cat([self.key(x[:, : self.inputs]), self.content(x)], -1)
+        """Keys [n, R] of the features of facts: what questions are compared with [n, M], then the content."""
+        return torch.cat([self.matched_of(features), self.content_of(features)], -1)
+
+    def matched_of(self, features: Tensor) -> Tensor:
+        """The first part of keys, [n, M]."""
+        found: Tensor = self.key(self._standard(features)[:, : self.inputs])
+        return found
+
+    def content_of(self, features: Tensor) -> Tensor:
+        """The second part of keys, [n, R - M]."""
+        found: Tensor = self.content(self._standard(features))
+        return found
 
     def queries_of(self, features: Tensor) -> Tensor:
-        """Queries [n, R] of the features of questions; zero where keys have their content."""
+        """Queries [n, M] of the features of questions."""
         found: Tensor = self.query(self._standard(features)[:, : self.inputs])
-        return nn.functional.pad(found, (0, self.shape.content))
+        return found
 
     def sentinel(self, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """r_Θ [R]: the key that stands for "no fact"."""
+        """r_Θ [M]: the key that stands for "no fact"."""
         weights = self.encoder_weights() if weights is None else weights
         states = self.encoder.stack(self.sentinel_embeddings, weights)
         mask = torch.ones(states.shape[:2], device=states.device)
         found = self._pooled(states, mask, weights)
-        x = (found - self.centre[: self.inputs]) / self.spread[: self.inputs]
-        return nn.functional.pad(self.key(x)[0], (0, self.shape.content))
+        out: Tensor = self.key((found - self.centre[: self.inputs]) / self.spread[: self.inputs])
+        return out[0]
 
     def _pooled(self, states: Tensor, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         found = pooled(states, mask)
@@ -211,14 +220,17 @@ class Retriever(nn.Module):
         return (features - self.centre) / self.spread
 
     def prompts(self, keys: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model] of keys [n, R], each as long as a typical output of the embedding module.
+        """Prompt vectors [n, P, d_model] of keys [n, R]."""
+        return self.prompts_of(keys[:, self.shape.matched :])
+
+    def prompts_of(self, content: Tensor) -> Tensor:
+        """Prompt vectors [n, P, d_model] of content [n, R - M], each as long as a typical embedding.
 
         Left free, they grew to fifty times that in training, where the model's norms pass no gradient back.
         """
-        content = keys[:, self.shape.matched :]
         content = nn.functional.layer_norm(content, content.shape[-1:])  # else steps of Adam grow with the keys
         mixed = self.mix(content).relu() + content
-        found: Tensor = self.out(mixed).float().reshape(len(keys), self.shape.prompt_tokens, self.shape.d_model)
+        found: Tensor = self.out(mixed).float().reshape(len(content), self.shape.prompt_tokens, self.shape.d_model)
         return found * (self.scale / found.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -249,8 +249,8 @@ def hash_of(weight: Tensor) -> str:
 
 
 def fingerprint(lm: LM) -> str:
-    """``LM.fingerprint``; empty if some weights are offloaded or quantised."""
-    return lm.fingerprint() if all(map(has_values, lm.model.parameters())) else ""
+    """``LM.fingerprint``; empty if some weights are offloaded or quantised and it is not known from before."""
+    return lm.fingerprint() if lm.fingerprinted or all(map(has_values, lm.model.parameters())) else ""
 
 
 def _by(shape: Sequence[int]) -> str:
