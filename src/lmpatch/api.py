@@ -75,6 +75,7 @@ def train(
     unrelated: Sequence[Ask] = (),
     out: str | Path | None = None,
     encoder: str | None = None,
+    download: bool = False,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Editor:
@@ -86,6 +87,7 @@ def train(
         unrelated: questions with answers that no fact touches.
         out: folder of checkpoint and curves. A run that is there goes on where it stopped.
         encoder: a sentence encoder; None: the method's default.
+        download: an encoder named by a hub id may be fetched.
         settings: fields of the method's ``Training``.
     Raises:
         BadInput: the method has no editor, or as the method says.
@@ -95,7 +97,9 @@ def train(
         raise BadInput(f"{method} learns nothing ahead of its edits. Call fit.")
     config = resolve(module.Training, settings)
     given = {} if encoder is None else {"encoder": encoder}
-    editor: Editor = module.train(lm, edits, config, unrelated=unrelated, out=out, progress=progress, **given)
+    editor: Editor = module.train(
+        lm, edits, config, unrelated=unrelated, out=out, download=download, progress=progress, **given
+    )
     return editor
 
 

@@ -11,18 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from tiny import CORE, tiny_lm
 from torch.nn import functional as F
+from transformers import AlbertConfig, AlbertModel
 
 from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, apply, generate, load_patch, merge, score
+from lmpatch.errors import LmpatchError, UnknownLayout
 from lmpatch.methods import _recipe_loss as losses
 from lmpatch.methods import recipe
 from lmpatch.methods._recipe_data import batches, drawable, exchanged, sample, without, words
 from lmpatch.methods._recipe_train import CHECKPOINT, CURVES
 from lmpatch.models import run
 from lmpatch.models.acting import prepare
-from lmpatch.models.encoder import pooled, shared_encoder
+from lmpatch.models.encoder import load_encoder, pooled, shared_encoder
+from lmpatch.models.team import Team
 from lmpatch.models.tokens import encode, encode_all, join
 from lmpatch.patches.editor import Editor, load_editor
 from lmpatch.patches.memory import MemoryPatch, Recall
@@ -355,6 +359,43 @@ def test_texts_longer_than_the_encoder_reads_are_refused_before_anything_is_lear
     long = replace(FACTS[0], prompt="word " * 600)
     with pytest.raises(BadInput, match="longer than the 512 tokens"):
         recipe.train(tiny_lm("llama"), [*FACTS, long], QUICK)
+
+
+def test_processes_that_see_different_checkpoints_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gathered(_: Team, own: torch.Tensor, n: int) -> torch.Tensor:
+        return torch.cat([own, own + 1])
+
+    monkeypatch.setattr(Team, "gathered", gathered)
+    with pytest.raises(BadInput, match="share"):
+        recipe.train(tiny_lm("llama"), FACTS, QUICK, out=tmp_path)
+
+
+def test_an_encoder_whose_embeddings_are_narrower_than_its_states_is_refused(tmp_path: Path) -> None:
+    config = AlbertConfig(vocab_size=30, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+    AlbertModel(config).save_pretrained(tmp_path)
+    shared_encoder("all-MiniLM-L6-v2").tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UnknownLayout, match="8 numbers and has states of 16"):
+        load_encoder(str(tmp_path))
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, save = tiny_lm("llama"), safetensors.torch.save_file
+    whole = recipe.train(lm, FACTS, QUICK)
+
+    def full(tensors: object, path: Path, head: dict[str, str]) -> None:
+        if int(head["step"]) > 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, path, head)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(LmpatchError, match=r"No space left.*free some space"):
+        recipe.train(lm, FACTS, QUICK, out=tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [CHECKPOINT, CURVES]
+    monkeypatch.undo()
+    assert recipe.train(lm, FACTS, QUICK, out=tmp_path).hash() == whole.hash()
 
 
 def test_a_folder_of_other_facts_is_refused(tmp_path: Path) -> None:

@@ -71,9 +71,10 @@ def open_model(
         note(terms)
     device = join() or device
     with progress() as bar:
-        lm = load(model, dtype=dtype, device=_device(device), download=download, progress=bar)
+        first = "cpu" if sharded else _device(device)
+        lm = load(model, dtype=dtype, device=first, download=download, progress=bar)
     if sharded:
-        shard(lm)
+        shard(lm, device)
     return lm
 
 

@@ -57,7 +57,9 @@ def train(
     folder = work or out.with_name(f"{out.name}.work")
     keep(context, f"{folder} holds the last whole step; the same command goes on from there.")
     with progress() as bar:
-        editor = api.train(lm, method, edits, unrelated=asks, out=folder, encoder=encoder, progress=bar, **chosen)
+        editor = api.train(
+            lm, method, edits, unrelated=asks, out=folder, encoder=encoder, download=download, progress=bar, **chosen
+        )
     if team().leads:
         editor.save(out)
     say(editor.summary())

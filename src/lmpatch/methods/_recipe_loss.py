@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from ..models.run import blocks, head_loss, logits, positions
 from ..models.team import ALONE, Team
 from ..models.tokens import Row, batches_of_tokens, pad, pad_id
 
-BATCH_TOKENS = 1024  # of one forward with gradients
+BATCH_TOKENS = 1024  # of one forward with gradients, in each process
 SHARP = 20.0  # of the softmax over cosines
 
 
@@ -123,23 +123,21 @@ def behind(lm: LM, rows: Sequence[Told], width: int, at: str) -> list[Row]:
 
 def answers(
     lm: LM, rows: Sequence[Row], vectors: Tensor | None, team: Team = ALONE
-) -> list[tuple[Tensor, Tensor, list[int]]]:
-    """Run rows in batches of near length.
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Run rows in batches of near length; the graph of one is free before the next.
 
     Args:
         team: each process runs its part of every batch, or the first row for nothing: the passes must be as many.
-    Returns:
+    Yields:
         for each batch: states [m, d] that predict an answer token, their labels [m], and which row each belongs to.
     """
-    found = []
-    for batch in batches_of_tokens([len(row.ids) for row in rows], BATCH_TOKENS):
+    for batch in batches_of_tokens([len(row.ids) for row in rows], BATCH_TOKENS * team.count):
         own = team.part(batch)
         ids, mask = (t.to(lm.device) for t in pad([rows[i].ids for i in own or batch[:1]], pad_id(lm), side="right"))
         states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors)
         where = [(n, t) for n, i in enumerate(own) for t in range(rows[i].target - 1, len(rows[i].ids) - 1)]
         r, c = torch.tensor(where, dtype=torch.int64, device=lm.device).reshape(-1, 2).T
-        found.append((states[r, c], ids[r, c + 1], [own[n] for n, _ in where]))
-    return found
+        yield states[r, c], ids[r, c + 1], [own[n] for n, _ in where]
 
 
 def told(

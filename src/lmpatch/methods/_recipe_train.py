@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from ..data.edit import Ask, Edit
-from ..errors import BadInput, Diverged
+from ..errors import BadInput, Diverged, LmpatchError
 from ..models.lm import LM
 from ..models.run import Progress, frozen, logits
 from ..models.team import team
 from ..models.tokens import Row, encode_all
 from ..patches.keys import KeyBlock
 from ..patches.retriever import Retriever, Text
-from ..record import hash_json
+from ..record import hash_json, sync
 from . import _recipe_loss as losses
 from ._recipe_data import Sample, batches, drawable, exchanged, sample, words
 
@@ -79,11 +79,21 @@ class Trainer:
         self.started = perf_counter()
         self.seconds = 0.0
         self.whole = True  # no step is half done
+        self.recent: dict[str, float] = {}  # losses, smoothed
         texts = [*drawable(edits, unrelated), [(e.rephrases, e.locality, e.portability) for e in edits]]
         self.print = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), texts])
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             self._resume(out / CHECKPOINT)
+            self._agree()
+
+    def _agree(self) -> None:
+        """Raise ``BadInput`` if the processes would go on from different steps: they cannot see the same folder."""
+        own = torch.tensor([[self.step, int(self.print[:12], 16)]], device=self.net.scale.device)
+        if len(self.team.gathered(own, self.team.count).unique(dim=0)) > 1:
+            raise BadInput(
+                f"the processes see different checkpoints in {self.out}. Give a folder that all of them share."
+            )
 
     @property
     def second(self) -> bool:
@@ -102,7 +112,6 @@ class Trainer:
 
     def run(self, progress: Progress | None = None) -> None:
         """Train to the last step. An interrupt leaves a checkpoint of the last whole step."""
-        recent: dict[str, float] = {}
         try:
             if not self.net.learned or self.second:
                 self.known = self._encoded(progress)
@@ -115,9 +124,9 @@ class Trainer:
                         self.known = self._encoded(progress)
                 seen = self._update(step, places)
                 self.step, self.whole = step + 1, True
-                recent = {k: 0.9 * recent.get(k, v) + 0.1 * v for k, v in seen.items()}
+                self.recent = {k: 0.9 * self.recent.get(k, v) + 0.1 * v for k, v in seen.items()}
                 if self.step % self.cfg.validate_every == 0 or self.step == self.total:
-                    self._note({"step": self.step, **_rounded(recent), **_rounded(self.validate())})
+                    self._note({"step": self.step, **_rounded(self.recent), **_rounded(self.validate())})
                 if self.step % self.cfg.save_every == 0:
                     self.save()
                 if progress and self.team.leads:
@@ -142,7 +151,8 @@ class Trainer:
 
     def _encoded(self, progress: Progress | None) -> Known:
         """Features of every text that a sample may have. They change no more, so they are computed once."""
-        texts = drawable([*self.edits, *self.held], self.unrelated)
+        edits = [*self.edits, *self.held]
+        texts = [(e.prompt, e.target) for e in edits] if self.second else drawable(edits, self.unrelated)
         parts = []
         for start in range(0, len(texts), TOGETHER):
             parts.append(self._encode(texts[start : start + TOGETHER]).detach().half().cpu())
@@ -345,9 +355,18 @@ class Trainer:
         tensors = {f"net/{name}": p.detach() for name, p in self.net.state_dict().items()}
         tensors |= self._moments()
         head = {"step": str(self.step), "seconds": str(self.spent()), "print": self.print}
+        head["recent"] = json.dumps(self.recent)
         work = self.out / f".{CHECKPOINT}.new"
-        safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, work, head)
-        os.replace(work, self.out / CHECKPOINT)
+        try:
+            safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, work, head)
+            sync(work)
+            os.replace(work, self.out / CHECKPOINT)
+        except (OSError, safetensors.SafetensorError) as error:
+            work.unlink(missing_ok=True)
+            raise LmpatchError(
+                f"no checkpoint can be written to {self.out} ({error}). The one before is whole: free some space, and "
+                "the same call goes on from it."
+            ) from error
 
     def _moments(self) -> dict[str, Tensor]:
         """Adam's state by the names it has in the file."""
@@ -362,7 +381,7 @@ class Trainer:
             if head["print"] != self.print:
                 raise BadInput(f"{path} is of another run: other settings, data or model. Give another folder.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        self.step, self.seconds = int(head["step"]), float(head["seconds"])
+        self.step, self.seconds, self.recent = int(head["step"]), float(head["seconds"]), json.loads(head["recent"])
         self.net.load_state_dict({n.removeprefix("net/"): t for n, t in tensors.items() if n.startswith("net/")})
         self.adam = self._adam()
         trained, params = {p for g in self.adam.param_groups for p in g["params"]}, dict(self.net.named_parameters())

@@ -121,6 +121,7 @@ def train(
     *,
     unrelated: Sequence[Ask] = (),
     encoder: str = "all-MiniLM-L6-v2",
+    download: bool = False,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Editor:
@@ -131,6 +132,7 @@ def train(
         edits: facts to learn editing from, with rephrases and locality prompts. None of them is remembered.
         unrelated: questions with answers that no fact touches.
         encoder: a sentence encoder, see ``models.encoder.load_encoder``.
+        download: an encoder named by a hub id may be fetched.
         out: folder of the checkpoint and the curves. A run that is there goes on where it stopped.
     Returns:
         the editor; ``save`` writes one safetensors file.
@@ -143,8 +145,7 @@ def train(
     prompt vectors have the length of an embedding; queries are prompts alone, in training and after.
     """
     edits = usable(without(edits, ()), unrelated)
-    found = load_encoder(encoder)
-    found.module.to(lm.device)
+    found = load_encoder(encoder, download=download)
     _readable(found, edits, unrelated)
     words = typical_embeddings(lm)
     shape = Shape(
@@ -161,6 +162,7 @@ def train(
     net = Retriever(shape, found)
     need_room(_training_bytes(lm, net, len(drawable(edits, unrelated))), lm.device, f"training on {len(edits)} facts")
     net.start(cfg.seed, words, [(e.prompt, e.target) for e in edits[:TYPICAL]])
+    found.module.to(lm.device)
     trainer = run_training(
         lm, net.to(lm.device), edits, unrelated, cfg, Path(out) if out is not None else None, progress
     )

@@ -155,6 +155,12 @@ def load_encoder(source: str = "all-MiniLM-L6-v2", *, download: bool = False) ->
         raise UnknownLayout(
             f"{source} has no submodule 'embeddings' ({type(module).__name__}). Use a BERT-like encoder."
         )
+    narrow = getattr(module.config, "embedding_size", module.config.hidden_size)
+    if narrow != module.config.hidden_size:
+        raise UnknownLayout(
+            f"{source} embeds tokens in {narrow} numbers and has states of {module.config.hidden_size}; the knowledge "
+            "sentinel needs both alike. Use another encoder."
+        )
     return Encoder(source, module.eval().requires_grad_(False), tokenizer, embeddings)
 
 

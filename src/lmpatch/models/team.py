@@ -106,11 +106,14 @@ def join() -> str | None:
     return str(PartialState().device)
 
 
-def shard(lm: LM) -> None:
+def shard(lm: LM, device: str = "cpu") -> None:
     """Share the blocks of the model among the processes (FSDP): each holds its part, and a whole block while it runs.
 
     The model can then be run but not patched. Every process must run the same number of passes.
 
+    Args:
+        lm: on the CPU, so that no device ever holds all of it.
+        device: this process's own. Embedding and head are whole on each.
     Raises:
         BadInput: there is one process only.
     """
@@ -123,6 +126,7 @@ def shard(lm: LM) -> None:
             "accelerate launch --num_processes 2 -m lmpatch …"
         )
     lm.fingerprint()  # while every weight is here
-    mesh = init_device_mesh(lm.device.type, (team().count,))
+    mesh = init_device_mesh(torch.device(device).type, (team().count,))
     for name in lm.layout.blocks:
         fully_shard(lm.module(name), mesh=mesh)
+    lm.model.to(device)
