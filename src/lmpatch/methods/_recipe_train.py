@@ -24,16 +24,16 @@ from ..models.run import Progress, frozen, logits
 from ..models.team import team
 from ..models.tokens import Row, encode_all
 from ..patches.keys import KeyBlock
-from ..patches.retriever import Retriever, Text
+from ..patches.retriever import Retriever
 from ..record import hash_json, sync
 from . import _recipe_loss as losses
 from ._recipe_data import Sample, batches, drawable, exchanged, sample, words
+from ._recipe_texts import Features
 
 if TYPE_CHECKING:
     from .recipe import Training
 
 MAP = ("content", "mix", "out")  # the submodules that make prompt vectors
-TOGETHER = 2048  # texts between two reports of progress
 CROWD = 1000  # trained facts among which the held-out ones are searched
 CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.jsonl"
 
@@ -45,15 +45,6 @@ class Batch:
     samples: list[Sample]
     told: list[losses.Told]
     other: list[losses.Told]
-
-
-@dataclass(frozen=True)
-class Known:
-    """Features that stand still."""
-
-    places: dict[Text, int]
-    features: Tensor
-    """[n, 2 F] fp16."""
 
 
 class Trainer:
@@ -73,7 +64,7 @@ class Trainer:
             raise BadInput(f"a batch has {most} facts, {len(self.edits)} are left to train on. Lower key_batch.")
         self.step, self.total = 0, cfg.key_steps + cfg.prompt_steps
         self.adam = self._adam()
-        self.known = Known({}, torch.zeros(0))
+        self.features = Features(net, self.team, cfg.bf16, learning=bool(net.learned))
         self.words, self.targets = words(lm.tokenizer), [edit.target for edit in self.edits]
         self.base: dict[tuple[str, str], Tensor] = {}
         self.started = perf_counter()
@@ -113,15 +104,13 @@ class Trainer:
     def run(self, progress: Progress | None = None) -> None:
         """Train to the last step. An interrupt leaves a checkpoint of the last whole step."""
         try:
-            if not self.net.learned or self.second:
-                self.known = self._encoded(progress)
+            self._keep(progress)
             for step, places in self._places():
                 if step >= self.total:
                     break
                 if step == self.cfg.key_steps:
                     self.adam = self._adam()
-                    if not self.known.places:
-                        self.known = self._encoded(progress)
+                    self._keep(progress)
                 seen = self._update(step, places)
                 self.step, self.whole = step + 1, True
                 self.recent = {k: 0.9 * self.recent.get(k, v) + 0.1 * v for k, v in seen.items()}
@@ -149,37 +138,13 @@ class Trainer:
         warm = min(1.0, (step - start + 1) / max(1, cfg.warmup))
         return warm * (1 - (1 - cfg.final) * (step - start) / (end - start))
 
-    def _encoded(self, progress: Progress | None) -> Known:
-        """Features of every text that a sample may have. They change no more, so they are computed once."""
+    def _keep(self, progress: Progress | None) -> None:
+        """Features of every text that a sample may have from here on, once they change no more."""
         edits = [*self.edits, *self.held]
-        texts = [(e.prompt, e.target) for e in edits] if self.second else drawable(edits, self.unrelated)
-        parts = []
-        for start in range(0, len(texts), TOGETHER):
-            parts.append(self._encode(texts[start : start + TOGETHER]).detach().half().cpu())
-            if progress and self.team.leads:
-                progress(min(start + TOGETHER, len(texts)), len(texts), "encoding texts")
-        return Known({text: i for i, text in enumerate(texts)}, torch.cat(parts))
-
-    def _encode(self, texts: Sequence[Text]) -> Tensor:
-        """Features [n, 2 F] fp32; each process encodes its part."""
-        own = self.team.part(texts)
-        learning = self.net.learned and not self.second
-        with torch.set_grad_enabled(bool(learning) and torch.is_grad_enabled()):
-            device = self.net.scale.device
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.cfg.bf16):
-                found = self.net.features(own) if own else torch.zeros(0, 2 * self.net.inputs, device=device)
-            return self.team.gathered(found.float(), len(texts))
-
-    def _features(self, texts: Sequence[Text]) -> Tensor:
-        """Features [n, 2 F] fp32 of texts, known or not."""
-        places = [self.known.places.get(text) for text in texts]
-        new = [i for i, place in enumerate(places) if place is None]
-        if len(new) == len(texts):
-            return self._encode(texts)
-        known = self.known.features[[place or 0 for place in places]].float().to(self.net.scale.device)
-        if new:
-            known[new] = self._encode([texts[i] for i in new])
-        return known
+        self.features.learning = bool(self.net.learned) and not self.second
+        if not self.features.learning and not self.features.places:
+            texts = [(e.prompt, e.target) for e in edits] if self.second else drawable(edits, self.unrelated)
+            self.features.keep(texts, progress)
 
     def _update(self, step: int, places: Sequence[int]) -> dict[str, float]:
         """One step of Adam."""
@@ -206,7 +171,7 @@ class Trainer:
         spoken = exchanged(samples, self.words, cfg.words, draw)
         asked = [text for kind in (*zip(*pairs, strict=True), [s.other for s in samples]) for text in kind]
         texts = [(s.prompt, s.target) for s in samples + spoken] + [(text, "") for text in asked]
-        features = self._features(texts)  # [5 b, 2 F]
+        features = self.features(texts)  # [5 b, 2 F]
         generator = torch.Generator().manual_seed(draw.getrandbits(40))
         seen = torch.rand(features.shape, generator=generator).to(features.device) >= cfg.dropout
         centre = net.centre  # what is not seen is as typical
@@ -222,7 +187,7 @@ class Trainer:
     def _learn_prompts(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
         """The language model's terms, backpropagated into what makes the prompt vectors."""
         samples = exchanged(samples, self.targets, self.cfg.exchanged, draw)
-        content = self.net.content_of(self._features([(s.prompt, s.target) for s in samples]))
+        content = self.net.content_of(self.features([(s.prompt, s.target) for s in samples]))
         prompts = self.net.prompts_of(content)  # [b, P, d]
         seen, gradient = self._language(self._batch(samples, draw), prompts.detach())
         prompts.backward(gradient)
@@ -295,7 +260,7 @@ class Trainer:
             return {}
         net = self.net
         facts = [(s.prompt, s.target) for s in samples] + [(edit.prompt, edit.target) for edit in self.edits[:CROWD]]
-        stored, sentinel = net.keys_of(self._features(facts)), net.sentinel().cpu()
+        stored, sentinel = net.keys_of(self.features(facts)), net.sentinel().cpu()
         keys = stored[: len(samples)]
         block = KeyBlock(net.shape.matched)
         block.add(stored[:, : net.shape.matched], range(len(stored)))
@@ -306,7 +271,7 @@ class Trainer:
             ("again", [s.again for s in samples]),
             ("other", [s.other for s in samples]),
         ):
-            queries = net.queries_of(self._features([(text, "") for text in texts])).cpu()
+            queries = net.queries_of(self.features([(text, "") for text in texts])).cpu()
             score, place = (t[:, 0] for t in block.search(queries))
             fired = score > (queries @ sentinel).double()
             if name == "other":

@@ -45,11 +45,6 @@ class LM:
         parameter: nn.Parameter = self.model.get_parameter(name)
         return parameter
 
-    @property
-    def fingerprinted(self) -> bool:
-        """Whether the fingerprint has been computed."""
-        return self._fingerprint is not None
-
     def fingerprint(self) -> str:
         """SHA-256 over every weight rounded to bf16, of the model *without* patches.
 

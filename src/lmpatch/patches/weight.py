@@ -249,8 +249,9 @@ def hash_of(weight: Tensor) -> str:
 
 
 def fingerprint(lm: LM) -> str:
-    """``LM.fingerprint``; empty if some weights are offloaded or quantised and it is not known from before."""
-    return lm.fingerprint() if lm.fingerprinted or all(map(has_values, lm.model.parameters())) else ""
+    """``LM.fingerprint``; empty if some weights are offloaded or quantised."""
+    here = all(has_values(p) or hasattr(p, "to_local") for p in lm.model.parameters())  # sharded ones: hashed before
+    return lm.fingerprint() if here else ""
 
 
 def _by(shape: Sequence[int]) -> str:
