@@ -3,7 +3,8 @@
     python benchmarks/decoding.py
 
 writes results/decoding.json. fp32, Gemma-3-270M. Two streams are two rows of every block and of the head, so the fair
-measure is plain generation of a batch of two rows per question: what the rules add to it is the claim. The other side
+measure is plain generation of a batch of two rows per question: what the rules add to it is the claim. So is what a
+change of weights adds, IRCAN's edit of eight columns. The other side
 is what released code does (IRCAN's loop): for each token two whole calls of one row, without a cache, logits
 everywhere. All sides make every step: no answer ends early.
 """
@@ -21,10 +22,11 @@ import torch
 
 import lmpatch as lp
 from lmpatch.data.context import InContext, render
+from lmpatch.methods._neurons import drawn, scaling
 from lmpatch.models.acting import Prompt, Rule, streams
 from lmpatch.models.choice import Choice
 from lmpatch.models.lm import LM
-from lmpatch.models.run import _Ends, _steps
+from lmpatch.models.run import Ends, _steps
 from lmpatch.models.tokens import encode
 from lmpatch.patches.decode import DecodePatch
 from lmpatch.patches.rules import AdaCAD, Arr, Coiecd, Grd, Power
@@ -51,12 +53,12 @@ def questions(count: int) -> list[InContext]:
 def answers(lm: LM, prompts: list[Prompt], tokens: int) -> list[list[int]]:
     """``generate`` in one batch, without any end."""
     told = streams(lm, prompts)
-    ends = _Ends(lm, ())
+    ends = Ends(lm, ())
     ends.known.clear()
     choice = Choice()
     new: list[list[int]] = [[] for _ in prompts]
     batch = [tuple(row.ids for row in rows) for rows in told.rows]
-    for step in _steps(lm, told, batch, ends, choice, choice.numbers(len(batch), tokens)):
+    for step in _steps(lm, told, batch, ends, choice, choice.numbers(len(batch), tokens), [False] * len(batch)):
         for i, token in step:
             new[i].append(token)
     return new
@@ -88,9 +90,12 @@ def timed(lm: LM, count: int, tokens: int, repeats: int) -> dict[str, object]:
     texts: list[Prompt] = [text for one in questions(count) for text in (one.prompt, one.bare)]
     patches = {name: DecodePatch.make(lm, rule, method=name) for name, rule in RULES.items()}
     answers(lm, texts, 2)  # the first call of anything is slow
-    times: dict[str, list[float]] = {"plain": [], **{name: [] for name in RULES}}
+    edit = scaling(lm, drawn(lm, 8, 0), 2.0, method="ircan")
+    times: dict[str, list[float]] = {"plain": [], "ircan": [], **{name: [] for name in RULES}}
     for _ in range(repeats):
         times["plain"] += seconds(lambda: answers(lm, texts, tokens), 1)
+        with lp.apply(lm, edit):
+            times["ircan"] += seconds(lambda: answers(lm, texts, tokens), 1)
         for name, patch in patches.items():
             with lp.apply(lm, patch):
                 times[name] += seconds(lambda: answers(lm, asked, tokens), 1)

@@ -4,12 +4,14 @@
     python benchmarks/ircan.py DATA --task cose
 
 DATA holds memotrap/completion_dev and _test, or kre/cose_dev and _test (.jsonl or .jsonl.gz). Everything is chosen on
-the dev half: neurons and (h, beta) of IRCAN, neurons and factor of SCoNE, heads and strength of ITI, layers and factor
-of ParamMute. Then each is measured once on the test half by the bench ``memotrap`` or ``kre``. fp32.
+the same records of the dev half, by the share of them answered as their context says (ACC; robustness takes no part):
+neurons and (h, beta) of IRCAN, alone and under CAD, neurons and factor of SCoNE, heads and strength of ITI, layers and
+factor of ParamMute, the strength of each decoding rule, and for questions with options the prompt's ending. Then each
+is measured once on the test half by the bench ``memotrap`` or ``kre``. fp32.
 
-Writes into benchmarks/results/ircan-TASK: the bench's rows, scores.jsonl (attribution), dev.json (what was tried on
-dev), results.json, report.html and plots. The same command goes on where it stopped; Ctrl-C loses what is under way:
-a few records of attribution, one setting on dev (of IRCAN's grid 64 records), or 64 records of one run on test.
+Writes into benchmarks/results/ircan-TASK: the bench's rows, dev.json (what was tried on dev), results.json, report.html
+and plots. The same command goes on where it stopped; Ctrl-C loses what is under way: 25 records of attribution, one
+setting on dev (of a grid of neurons 64 records), or 64 records of one run on test.
 """
 
 from __future__ import annotations
@@ -17,25 +19,31 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import random
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 import lmpatch as lp
 from lmpatch.benches import kre, memotrap
+from lmpatch.benches._context_prompts import worded
 from lmpatch.data.context import ContextRecord, read_context
 from lmpatch.methods import iti, param_mute, scone
 from lmpatch.methods._ircan_grid import accuracies
 from lmpatch.methods._neurons import drawn, ranked, scaling
+from lmpatch.methods.ircan import best_of, grid
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.patch import Patch
 from lmpatch.probes import integrated_gradients
-from lmpatch.probes._scores import Scores
+from lmpatch.probes.integrated_gradients import attributions_of, cases, kept
 from lmpatch.record import hardware, hash_json, now, versions
 from lmpatch.units.address import Neuron
 
@@ -44,18 +52,30 @@ FILES = {"memotrap": "memotrap/completion", "cose": "kre/cose", "ecare": "kre/ec
 H, BETA = (1, 2, 4, 8, 12, 16), (2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0)
 SCONE = ((3, 5, 10), (3.0, 5.0, 7.0))
 HEADS, PUSH = (2, 4, 8, 16), (1.0, 3.0, 5.0, 10.0, 15.0)
-MUTED, QUIET = (2, 3, 5), (0.0, 0.25, 0.5, 0.75)
-SEEDS = range(10)
-BLOCK = 64  # dev records of the grid that are kept as one
+MUTED, QUIET = (2, 3, 5), (0.75, 0.5, 0.25, 0.0)
+RULES: dict[str, tuple[str, tuple[float, ...]]] = {  # method -> its setting, and what is tried
+    "cad": ("alpha", (0.25, 0.5, 1.0)),
+    "adacad": ("floor", (0.0, 0.3)),
+    "coiecd": ("alpha", (0.5, 1.0)),
+    "power": ("tau", (0.75, 0.5, 0.25)),
+    "grd": ("lam", (0.5, 0.75)),
+    "arr": ("", (0.0,)),
+}
+SUFFIXES = ("Answer: ", "Answer: \n", "The correct answer is ", "Answer: \nThe correct option is \n**")
+TRIED = [H, BETA, SCONE, HEADS, PUSH, MUTED, QUIET, RULES, SUFFIXES]
+SEEDS, FEW = range(10), range(3)
+PART, BLOCK = 25, 64  # dev records of attribution, and of a grid, that are kept as one
 WORDINGS = ("base", "attr", "instr", "opin", "instr+opin", "based_on", "based_on_formatted", "utilizing_formatted")
-Settings = list[tuple[int, float]]
+OBJECTIVE = "the share of {n} dev records answered as their own context says; the same records for every method"
+Setting = tuple[int, float]
 
 
 class Dev:
     """What was tried on dev, kept as it comes."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path, self.kept = path, {"identity": identity}
+        self.path = path
+        self.kept: dict[str, Any] = {"identity": identity}
         if path.exists():
             self.kept = json.loads(path.read_text())
             if self.kept["identity"] != identity:
@@ -79,159 +99,234 @@ def told(done: int, total: int, what: str) -> None:
     print(f"\r{now()[11:19]}  {what}: {done} of {total}   ", end="\n" if done == total else "", flush=True)
 
 
-def table_of(
-    lm: LM, records: Sequence[ContextRecord], neurons: Sequence[Neuron], settings: Settings
-) -> list[list[float]]:
-    """[h, beta, accuracy] of every setting; one pass, states below the lowest scaled block computed once."""
-    found = accuracies(lm, records, neurons, settings, progress=told).tolist()
-    return [[h, beta, round(a, 5)] for (h, beta), a in zip(settings, found, strict=True)]
+def right(
+    lm: LM,
+    records: Sequence[ContextRecord],
+    neurons: Sequence[Neuron],
+    settings: Sequence[Setting],
+    on: Sequence[Patch],
+) -> list[int]:
+    """How many records each setting answers right, with these patches on the model."""
+    with ExitStack() as stack:
+        for patch in on:
+            stack.enter_context(apply(lm, patch))
+        found = accuracies(lm, records, neurons, settings, progress=told).tolist()
+    return [round(share * len(records)) for share in found]
 
 
-def alone(lm: LM, records: Sequence[ContextRecord], patch: Patch) -> float:
-    """Accuracy of one patch by the same measure."""
-    with apply(lm, patch, mount="side"):
-        return round(float(accuracies(lm, records, [], [(0, 1.0)])[0]), 5)
-
-
-def best_of(table: Sequence[Sequence[float]]) -> tuple[int, float]:
-    """The setting with the highest accuracy; of equal ones the first, which is the gentlest."""
-    h, beta, _ = max(table, key=lambda row: row[2])
-    return int(h), beta
+def right_one(lm: LM, records: Sequence[ContextRecord], *on: Patch) -> int:
+    """The same of the model with these patches as it is."""
+    return right(lm, records, [], [(0, 1.0)], on)[0]
 
 
 class Study:
     """Everything that is chosen on dev, and the patches that follow."""
 
-    def __init__(self, lm: LM, dev: list[ContextRecord], kept: Dev, scores: Scores, args: argparse.Namespace) -> None:
-        self.lm, self.dev, self.kept, self.scores = lm, dev, kept, scores
-        self.gridded, self.tuned = dev[: args.grid], dev[: args.tune]
-        self.neurons = [neuron for neuron, _ in ranked(credit.neurons for credit in scores.records)]
-        if not self.neurons:
-            raise SystemExit("no record names a neuron: the contexts raise no answer.")
+    def __init__(self, lm: LM, dev: list[ContextRecord], kept: Dev, args: argparse.Namespace, folder: Path) -> None:
+        self.lm, self.dev, self.kept, self.folder = lm, dev, kept, folder
+        self.options: dict[str, Any] = {}
+        """Of the bench, chosen on dev."""
+        if dev[0].options:
+            self.options = {"suffix": self.suffix()}
+            self.dev = [worded(record, "plain", **self.options) for record in dev]
+        self.bench: Any = kre if dev[0].options else memotrap
+        self.tables: dict[str, list[list[float]]] = {}
+        """Of each method every setting with its accuracy."""
+        self.named = self.credited(args.examples)
 
-    def grid(self) -> list[list[float]]:
-        """IRCAN's grid on dev; its first row is the model as it is. Kept 64 records at a time."""
-        settings = [(0, 1.0), *((h, beta) for h in H if h <= len(self.neurons) for beta in BETA)]
-        total = [0.0] * len(settings)
-        for start in range(0, len(self.gridded), BLOCK):
-            block = self.gridded[start : start + BLOCK]
-            part = self.kept.once(
-                f"ircan {start}", lambda block=block: table_of(self.lm, block, self.neurons[: max(H)], settings)
-            )
-            total = [t + row[2] * len(block) for t, row in zip(total, part, strict=True)]
-        shares = [round(t / len(self.gridded), 5) for t in total]
-        return [[h, beta, share] for (h, beta), share in zip(settings, shares, strict=True)]
+    def suffix(self) -> str:
+        """The ending of the prompt with which the unpatched model follows most contexts."""
+        found = []
+        for suffix in SUFFIXES:
+            ended = [worded(record, "plain", suffix=suffix) for record in self.dev]
+            found.append(self.kept.once(f"suffix {suffix!r}", partial(right_one, self.lm, ended)))
+        return SUFFIXES[found.index(max(found))]
 
-    def of_ircan(self, factor: float | None = None, seed: int | None = None) -> Patch:
+    def credited(self, count: int) -> dict[str, list[list[tuple[int, int, float]]]]:
+        """The neurons that each record names for IRCAN and for SCoNE, which share their passes."""
+        whole: dict[str, list[list[tuple[int, int, float]]]] = {"ircan": [], "scone": []}
+        used = self.dev[:count]
+        for start in range(0, len(used), PART):
+            found = self.kept.once(f"credits {start}", partial(self.credits, used, start))
+            for name, part in found.items():
+                whole[name] += part
+            told(min(start + PART, len(used)), len(used), "crediting neurons")
+        return whole
+
+    def credits(self, used: Sequence[ContextRecord], start: int) -> dict[str, Any]:
+        """The same of one part."""
+        own, theirs = integrated_gradients.Config(), scone.Config()
+        first = max(0, start - theirs.window)  # SCoNE compares a record with those before it
+        parts = list(attributions_of(self.lm, cases(self.lm, used[first : start + PART]), [own, theirs]))
+        lists: dict[str, list[Any]] = {
+            "ircan": [credit.neurons for part, _ in parts for credit in kept(part, own)],
+            "scone": list(scone.named((credit for _, part in parts for credit in part.scores), theirs)),
+        }
+        return {name: found[start - first :] for name, found in lists.items()}
+
+    def gridded(
+        self, name: str, named: str, settings: list[Setting], on: Sequence[Patch] = ()
+    ) -> tuple[list[Neuron], float]:
+        """The best neurons and their factor. Kept 64 records at a time."""
+        neurons = [neuron for neuron, _ in ranked(self.named[named])]
+        settings = [(h, factor) for h, factor in settings if h <= len(neurons)]
+        if len(settings) < 2:
+            raise SystemExit(f"the records name {len(neurons)} neurons for {named}: too few to choose from.")
+        total = [0] * len(settings)
+        for start in range(0, len(self.dev), BLOCK):
+            block = self.dev[start : start + BLOCK]
+            part = self.kept.once(f"{name} {start}", partial(right, self.lm, block, neurons, settings, on))
+            total = [t + n for t, n in zip(total, part, strict=True)]
+        self.tables[name] = self.table(settings, total)
+        h, factor = best_of(settings[1:], total[1:])
+        return neurons[:h], factor
+
+    def table(self, settings: Sequence[Setting], total: Sequence[int]) -> list[list[float]]:
+        return [[*setting, round(n / len(self.dev), 5)] for setting, n in zip(settings, total, strict=True)]
+
+    def best(self, name: str, settings: list[Setting], make: Callable[[int, float], Patch]) -> Setting:
+        """The setting whose patch answers most records right; of equal ones the first, which is the gentlest."""
+
+        def count(k: int, x: float) -> int:
+            return right_one(self.lm, self.dev, make(k, x))
+
+        total = [self.kept.once(f"{name} {k} {x}", partial(count, k, x)) for k, x in settings]
+        self.tables[name] = self.table(settings, total)
+        return best_of(settings, total)
+
+    def scaled(self, method: str, neurons: list[Neuron], factor: float, **more: Any) -> Patch:
+        notes = {"neurons": [[n.layer, n.index] for n in neurons], "factor": factor, **more}
+        return scaling(self.lm, neurons, factor, method=method, config=notes, notes=notes)
+
+    @cached_property
+    def ircan(self) -> tuple[list[Neuron], float]:
+        return self.gridded("ircan", "ircan", grid(H, BETA))
+
+    def of_ircan(self, factor: float | None = None, seed: int | None = None) -> list[Patch]:
         """The best setting; with a seed random neurons instead, with a factor another one."""
-        h, beta = best_of(self.grid()[1:])
-        beta = beta if factor is None else factor
-        chosen = self.neurons[:h] if seed is None else drawn(self.lm, h, seed)
-        notes = {"neurons": [[n.layer, n.index] for n in chosen], "h": h, "beta": beta, "seed": seed}
-        return scaling(self.lm, chosen, beta, method="ircan", config=notes, notes=notes)
+        neurons, beta = self.ircan
+        chosen = neurons if seed is None else drawn(self.lm, len(neurons), seed)
+        return [self.scaled("ircan", chosen, beta if factor is None else factor, seed=seed)]
 
-    def of_scone(self) -> Patch:
-        """Neurons and factor chosen on dev."""
-        most = max(SCONE[0])
+    def of_ircan_cad(self) -> list[Patch]:
+        """IRCAN chosen under the best CAD."""
+        (cad,) = self.of_rule("cad")
+        return [self.scaled("ircan", *self.gridded("ircan + cad", "ircan", grid(H, BETA), [cad])), cad]
 
-        def find() -> Any:
-            patch = scone.fit(self.lm, self.dev, scone.Config(neurons=most), progress=told)
-            return [[layer, index] for layer, index, _ in patch.notes["neurons"]]
+    def of_scone(self) -> list[Patch]:
+        return [self.scaled("scone", *self.gridded("scone", "scone", grid(*SCONE)))]
 
-        found = [Neuron(*pair) for pair in self.kept.once("scone neurons", find)]
-        settings = [(k, factor) for k in SCONE[0] for factor in SCONE[1]]
-        k, factor = best_of(self.kept.once("scone", lambda: table_of(self.lm, self.tuned, found, settings)))
-        notes = {"neurons": [[n.layer, n.index] for n in found[:k]], "factor": factor}
-        return scaling(self.lm, found[:k], factor, method="scone", config=notes, notes=notes)
+    def of_rule(self, method: str) -> list[Patch]:
+        """A decoding rule with its best setting."""
+        name, values = RULES[method]
+
+        def make(_: int, value: float) -> Patch:
+            settings: dict[str, Any] = {name: value} if name else {}
+            return lp.fit(self.lm, method, self.dev[:1], **settings)
+
+        return [make(*self.best(method, [(0, value) for value in values], make))]
 
     @cached_property
     def heads(self) -> iti.Found:
         """What every head tells about dev's answers."""
-        found = iti.observe(self.lm, self.dev, iti.Config(), progress=told)
-        self.kept.once("iti heads", found.accuracy.tolist)
-        return found
+        path = self.folder / f"heads-{hash_json(self.kept.kept['identity'])[:12]}.safetensors"
+        if not path.exists():
+            found = iti.observe(self.lm, self.dev, iti.Config(examples=len(self.dev)), progress=told)
+            whole = {"accuracy": found.accuracy, "loss": found.loss}
+            whole |= {f"{kind} direction": x.contiguous() for kind, x in found.directions.items()}
+            whole |= {f"{kind} spread": x.contiguous() for kind, x in found.spreads.items()}
+            partial_ = path.with_suffix(".partial")
+            save_file(whole, partial_)
+            partial_.replace(path)
+        have = load_file(path)
+        kinds: tuple[iti.Direction, ...] = ("probe", "mass_mean")
+        directions, spreads = ({kind: have[f"{kind} {what}"] for kind in kinds} for what in ("direction", "spread"))
+        return iti.Found(have["accuracy"], have["loss"], directions, spreads)
 
-    def of_iti(self, direction: iti.Direction) -> Patch:
-        """Heads and strength chosen on dev."""
-        cfg = iti.Config(direction=direction)
-        found = self.heads
-        most = found.accuracy.numel()
-        rows = [
-            [k, push, self.kept.once(
-                f"iti {direction} {k} {push}",
-                lambda k=k, push=push: alone(
-                    self.lm, self.tuned, iti.fit(self.lm, self.dev, replace(cfg, heads=k, strength=push), found=found)
-                ),
-            )]
-            for k in HEADS if k <= most for push in PUSH
-        ]  # fmt: skip
-        k, push = best_of(rows)
-        return iti.fit(self.lm, self.dev, replace(cfg, heads=k, strength=push), found=found)
+    def of_iti(self, direction: iti.Direction, seed: int | None = None) -> list[Patch]:
+        """Heads and strength chosen on dev; with a seed as many random heads instead."""
 
-    def of_param_mute(self) -> Patch:
-        """Layers and factor chosen on dev. Those that work harder over memory's answers come first."""
+        def make(k: int, push: float, seed: int | None = None) -> Patch:
+            cfg = iti.Config(heads=k, strength=push, direction=direction, control_seed=seed)
+            return iti.fit(self.lm, self.dev, cfg, found=self.heads)
+
+        settings = [(k, push) for k in HEADS if k <= self.heads.accuracy.numel() for push in PUSH]
+        return [make(*self.best(f"iti {direction}", settings, make), seed)]
+
+    def of_param_mute(self, seed: int | None = None) -> list[Patch]:
+        """Layers and factor chosen on dev, those first that work harder over memory's answers; or random layers."""
         cfg = param_mute.Config(responses="given")
 
         def order() -> list[int]:
-            notes = param_mute.fit(self.lm, self.dev[:200], cfg, progress=told).notes
+            notes = param_mute.fit(self.lm, self.dev, cfg, progress=told).notes
             more = [u - f for u, f in zip(notes["unfaithful"], notes["faithful"], strict=True)]
             return sorted(range(len(more)), key=lambda layer: -more[layer])
 
         layers = self.kept.once("param_mute layers", order)
 
-        def fit(k: int, factor: float) -> Patch:
+        def make(k: int, factor: float) -> Patch:
             return param_mute.fit(self.lm, self.dev[:1], replace(cfg, layers=tuple(layers[:k]), factor=factor))
 
-        rows = [
-            [k, factor, self.kept.once(
-                f"param_mute {k} {factor}", lambda k=k, factor=factor: alone(self.lm, self.tuned, fit(k, factor))
-            )]
-            for k in MUTED if k <= len(layers) for factor in QUIET
-        ]  # fmt: skip
-        return fit(*best_of(rows))
+        settings = [(k, factor) for k in MUTED if k <= len(layers) for factor in QUIET]
+        k, factor = self.best("param_mute", settings, make)
+        if seed is not None:
+            layers = random.Random(seed).sample(layers, k)
+        return [make(k, factor)]
+
+    def asked(self, name: str, patches: list[Patch]) -> None:
+        """What the bench itself says of a winner on dev, its weights edited: the grid only counts what it can tell."""
+        cfg = self.bench.Config(baselines=(), irrelevant=False, **self.options)
+
+        def ask() -> float:
+            report = self.bench.run(
+                self.lm, self.dev, cfg, patch=patches, run_id=name, out=self.folder / "dev", progress=told
+            )
+            return float(report.metrics(name)["acc"].value)
+
+        self.kept.once(f"{name} asked", ask)
 
 
 def rows(study: Study) -> list[tuple[str, Callable[[], list[Patch]], dict[str, Any]]]:
     """(name, how its patches are made, settings of the bench) of every row, the cheap and the telling ones first."""
-    lm, one = study.lm, study.dev[:1]
-
-    def decode(method: str, **settings: Any) -> Patch:
-        return lp.fit(lm, method, one, **settings)
-
+    alone = {"irrelevant": False}
     found: list[tuple[str, Callable[[], list[Patch]], dict[str, Any]]] = [
-        ("ircan", lambda: [study.of_ircan()], {}),
-        ("cad", lambda: [decode("cad", alpha=0.5)], {}),
-        ("ircan + cad", lambda: [study.of_ircan(), decode("cad", alpha=0.5)], {}),
-        ("adacad", lambda: [decode("adacad")], {}),
-        ("coiecd", lambda: [decode("coiecd")], {}),
-        ("scone", lambda: [study.of_scone()], {}),
-        ("param_mute", lambda: [study.of_param_mute()], {}),
-        ("iti mass_mean", lambda: [study.of_iti("mass_mean")], {}),
-        ("iti probe", lambda: [study.of_iti("probe")], {}),
-        ("ErCAN", lambda: [study.of_ircan(factor=0.0)], {"irrelevant": False}),
+        ("ircan", study.of_ircan, {}),
+        ("cad", partial(study.of_rule, "cad"), {}),
+        ("ircan + cad", study.of_ircan_cad, {}),
+        *((method, partial(study.of_rule, method), {}) for method in RULES if method != "cad"),
+        ("scone", study.of_scone, {}),
+        ("param_mute", study.of_param_mute, {}),
+        ("iti mass_mean", partial(study.of_iti, "mass_mean"), {}),
+        ("iti probe", partial(study.of_iti, "probe"), {}),
+        ("ErCAN", partial(study.of_ircan, 0.0), alone),
     ]
     for seed in SEEDS:
-        found.append((f"ERN {seed}", lambda seed=seed: [study.of_ircan(seed=seed)], {"irrelevant": False}))
-        found.append((f"ErRN {seed}", lambda seed=seed: [study.of_ircan(0.0, seed)], {"irrelevant": False}))
+        found.append((f"ERN {seed}", partial(study.of_ircan, None, seed), alone))
+        found.append((f"ErRN {seed}", partial(study.of_ircan, 0.0, seed), alone))
+    for seed in FEW:
+        found.append((f"iti random {seed}", partial(study.of_iti, "mass_mean", seed), alone))
+        found.append((f"param_mute random {seed}", partial(study.of_param_mute, seed), alone))
     return found
 
 
 def measure(lm: LM, test: list[ContextRecord], study: Study, args: argparse.Namespace, folder: Path) -> Any:
     """Every row on test. The unpatched model and the wordings are asked once for all of them."""
-    bench: Any = memotrap if args.task == "memotrap" else kre
+    config = partial(study.bench.Config, n=args.n, batch_size=args.batch, **study.options)
     wordings = WORDINGS[1:] if args.task == "memotrap" else WORDINGS  # of a completion, base is the plain wording
-    config = bench.Config(baselines=wordings, n=args.n, batch_size=args.batch)
-    report = bench.run(lm, test, config, data_name=args.task, out=folder, progress=told)
-    for name, make, settings in rows(study):
-        have = {run.name: len(run.parts) == run.record["planned"] for run in report.runs}
-        if have.get(name):
-            continue
+    ask = partial(study.bench.run, lm, test, data_name=args.task, out=folder, progress=told)
+    report = ask(config(baselines=wordings))
+    for number, (name, make, settings) in enumerate(rows(study), 1):
         start = perf_counter()
-        config = bench.Config(baselines=(), n=args.n, batch_size=args.batch, **settings)
-        report = bench.run(lm, test, config, patch=make(), run_id=name, data_name=args.task, out=folder, progress=told)
-        numbers = {key: round(metric.value, 4) for key, metric in report.metrics(name).items()}
+        patches = make()  # also of a row that is there: its tables belong to the report
+        if name in ("ircan", "ircan + cad", "scone"):
+            study.asked(name, patches)
+        if any(run.name == name and len(run.parts) == run.record["planned"] for run in report.runs):
+            continue
+        report = ask(config(baselines=(), **settings), patch=patches, run_id=name)
+        numbers = {key: round(metric.value, 4) for key, metric in report.run(name).numbers.items()}
         print(f"{name}: {numbers} in {perf_counter() - start:.0f} s", flush=True)
-        write(report, study, args, folder)  # whole at any time
+        if number % 10 == 0:
+            write(report, study, args, folder)
     return report
 
 
@@ -250,12 +345,15 @@ def write(report: Any, study: Study, args: argparse.Namespace, folder: Path) -> 
         | {"differences": {name: vars(metric) for name, metric in report.differences(run.name).items()}}
         for run in report.runs
     }
-    controls = {p: mean_of(report, p) for p in ("ERN", "ErRN") if any(r.name.startswith(f"{p} ") for r in report.runs)}
-    h, beta = best_of(study.grid()[1:])
+    prefixes = ("ERN", "ErRN", "iti random", "param_mute random")
+    controls = {p: mean_of(report, p) for p in prefixes if any(r.name.startswith(f"{p} ") for r in report.runs)}
+    neurons, beta = study.ircan
+    objective = OBJECTIVE.format(n=len(study.dev))
     whole = {
         "made": now(), "model": study.lm.name, "dtype": "float32", "task": args.task, "versions": versions(),
-        "hardware": hardware(), "ircan": {"h": h, "beta": beta}, "dev": study.kept.kept, "controls": controls,
-        "runs": numbers,
+        "hardware": hardware(), "objective": objective, "dev_records": len(study.dev), "bench": study.options,
+        "ircan": {"h": len(neurons), "beta": beta}, "tables": study.tables, "dev": study.kept.kept,
+        "controls": controls, "runs": numbers,
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
     plots = draw(report, study, controls, folder)
@@ -265,7 +363,14 @@ def write(report: Any, study: Study, args: argparse.Namespace, folder: Path) -> 
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></figure>'
         for path in plots
     )
-    page = page.replace("</body>", f'<h2>Neurons, settings, ablations</h2><div class="plots">{pictures}</div></body>')
+    said = f"<p>Every setting was chosen by {escape(objective)}.</p>"
+    asked = [(name, study.kept.kept.get(f"{name} asked")) for name in ("ircan", "ircan + cad", "scone")]
+    said += "".join(
+        f"<p>{name}, asked by the bench on dev: {100 * one['value']:.1f} %.</p>" for name, one in asked if one
+    )
+    page = page.replace(
+        "</body>", f'<h2>Neurons, settings, ablations</h2>{said}<div class="plots">{pictures}</div></body>'
+    )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -281,24 +386,38 @@ def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folde
 
     layers = range(study.lm.layout.n_layers)
     named, mass = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0.0)
-    for credit in study.scores.records:
-        for layer, _, score in credit.neurons:
+    for neurons in study.named["ircan"]:
+        for layer, _, score in neurons:
             named[layer] += 1
             mass[layer] += score
     axes = figure("neurons-by-layer")
     for shift, counts, label in ((-0.2, named, "candidates named"), (0.2, mass, "score mass")):
         total = sum(counts.values()) or 1
         axes.bar([layer + 1 + shift for layer in layers], [counts[i] / total for i in layers], 0.4, label=label)
-    axes.set(xlabel="layer", ylabel="share", title=f"context-aware neurons, {len(study.scores.records)} dev records")
+    axes.set(xlabel="layer", ylabel="share", title=f"context-aware neurons, {len(study.named['ircan'])} dev records")
     axes.legend()
 
-    grid = study.grid()
-    h, beta = best_of(grid[1:])
-    for name, label, of, fixed in (("accuracy-by-beta", "beta", 1, h), ("accuracy-by-h", "h", 0, beta)):
+    (_, _, before), *table = study.tables["ircan"]
+    h, beta = len(study.ircan[0]), study.ircan[1]
+    tables = {
+        "accuracy-by-beta": ("beta", {f"h = {h}": [(b, a) for k, b, a in table if k == h]}),
+        "accuracy-by-h": ("h", {f"beta = {beta:g}": [(k, a) for k, b, a in table if b == beta]}),
+        "accuracy-by-tau": ("tau", {"fixed tau": sorted(
+            [(1.0, before)] + [(x, a) for _, x, a in study.tables.get("power", [])]
+            + [(1 + x, a) for _, x, a in study.tables.get("cad", [])]
+        )}),
+    }  # fmt: skip
+    for direction in ("mass_mean", "probe"):
+        heads = study.tables.get(f"iti {direction}", [])
+        by_k = {
+            f"K = {k:g}": [(x, a) for other, x, a in heads if other == k] for k in sorted({row[0] for row in heads})
+        }
+        tables[f"iti-{direction}"] = ("alpha", by_k)
+    for name, (label, lines) in tables.items():
         axes = figure(name)
-        line = [(row[of], row[2]) for row in grid[1:] if row[1 - of] == fixed]
-        axes.plot(*zip(*line, strict=True), marker="o", label=f"{'beta' if of == 0 else 'h'} = {fixed:g}")
-        axes.axhline(grid[0][2], ls="--", color="grey", label="unpatched")
+        for title, line in lines.items():
+            axes.plot(*zip(*line, strict=True), marker="o", label=title)
+        axes.axhline(before, ls="--", color="grey", label="unpatched")
         axes.set(xlabel=label, ylabel="accuracy on dev")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -309,9 +428,7 @@ def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folde
     drawn_bars += [(f"{name}, {c['seeds']} seeds", c["acc"], c["sd_over_seeds"]) for name, c in controls.items()]
     axes = figure("ablations")
     labels, values, errors = zip(*drawn_bars, strict=True)
-    axes.bar(
-        labels, values, yerr=errors, color=["grey", "tab:blue", "tab:red", "tab:orange", "tab:purple"][: len(labels)]
-    )
+    axes.bar(labels, values, yerr=errors, color=[f"C{i}" for i in range(len(labels))])
     axes.set(ylabel="ACC on test", title="error bars: s.e. over records; of controls, s.d. over seeds")
     axes.tick_params(axis="x", labelsize=8)
 
@@ -336,8 +453,7 @@ def main() -> None:
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--examples", type=int, default=100, help="dev records on which neurons are found")
-    parser.add_argument("--grid", type=int, help="dev records on which ircan's grid is tried; default: every one")
-    parser.add_argument("--tune", type=int, default=100, help="dev records on which iti, scone, param_mute are tuned")
+    parser.add_argument("--dev", type=int, help="dev records on which every method is tuned; default: every one")
     parser.add_argument("--n", type=int, help="test records, chosen by hash; default: every one")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, help="folder; default: results/ircan-TASK beside this file")
@@ -346,13 +462,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     dev, test = (read_context(_file(args.data, f"{FILES[args.task]}_{half}")) for half in ("dev", "test"))
     lm = lp.load(args.model, device=args.device)
-    cfg = integrated_gradients.Config()
-    start = perf_counter()
-    scores = integrated_gradients.run(lm, dev[: args.examples], cfg, progress=told, out=folder / "scores.jsonl")
-    print(f"attribution of {len(scores.records)} records: {perf_counter() - start:.0f} s", flush=True)
+    dev = dev[: args.dev]
     identity = {"model": lm.fingerprint(), "dev": hash_json([[r.prompt, r.answer, r.memory] for r in dev])}
-    identity |= {"examples": args.examples, "grid": args.grid, "tune": args.tune}
-    study = Study(lm, dev, Dev(folder / "dev.json", identity), scores, args)
+    identity |= {"examples": args.examples, "tried": hash_json(TRIED)}
+    study = Study(lm, dev, Dev(folder / "dev.json", identity), args, folder)
     report = measure(lm, test, study, args, folder)
     write(report, study, args, folder)
     print(f"results in {folder}: report.html, results.json and plots")

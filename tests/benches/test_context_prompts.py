@@ -73,10 +73,19 @@ def test_the_ending_of_the_plain_prompt_can_be_chosen() -> None:
     found = worded(ASKED, "plain", suffix="The correct answer is ")
     assert found.prompt == GOLDEN["plain"].removesuffix("Answer:") + "The correct answer is"
     assert found.bare == f"{HEAD}Where is food kept?\n{LISTED}\nThe correct answer is"
+    kept = worded(ASKED, "plain", suffix="Answer: ", official=True)
+    assert (kept.prompt, kept.bare) == (f"{GOLDEN['plain']} ", f"{HEAD}Where is food kept?\n{LISTED}\nAnswer: ")
+    own = replace(ASKED, prompt="Which one?", bare="Which?")
+    assert worded(own, "plain", suffix="The correct answer is") == own
 
 
 def test_without_its_context_a_question_is_base_without_it() -> None:
     assert worded(ASKED, "opin").bare == GOLDEN["base"].removeprefix(f"{C}\n")
+
+
+@pytest.mark.parametrize("wording", ["based_on", "based_on_formatted", "utilizing_formatted"])
+def test_both_streams_of_a_wording_after_the_plain_one_have_its_template(wording: Wording) -> None:
+    assert worded(ASKED, wording).bare == f"{HEAD}Where is food kept?\n{LISTED}\nAnswer:"
 
 
 def asked(context: str, answer: str, memory: str) -> ContextRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from tiny import tiny_lm
 
 import lmpatch as lp
 from lmpatch.benches import _context_ask, kre
-from lmpatch.benches._context_ask import WHOLE, choose
+from lmpatch.benches._context_ask import WHOLE, Letters, Said, choose
+from lmpatch.benches._context_prompts import worded
 from lmpatch.benches.kre import Config
 from lmpatch.data.context import ContextRecord
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput
 from lmpatch.models.lm import LM
 from lmpatch.models.run import score
+from lmpatch.models.tokens import encode
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.weight import WeightPatch
 
@@ -56,10 +59,33 @@ def test_letters_that_share_their_first_token_are_scored_whole_and_flagged(lm: L
 
 
 def test_as_released_a_blank_stands_at_the_end_and_letters_are_bare(lm: LM) -> None:
-    for record, said in zip(RECORDS, choose(lm, RECORDS, batch_size=4, official=True), strict=True):
-        z = next_token(lm, f"{record.prompt} ")
-        wanted = [float(z[lm.tokenizer(letter, add_special_tokens=False)["input_ids"][0]]) for letter in "ABC"]
-        assert said.scores == pytest.approx(wanted, abs=1e-4) and said.flag == ""
+    report = kre.run(lm, RECORDS, replace(QUICK, official=True))
+    rows = {run.name: [row for row in run.rows if row.when == "context"] for run in report.runs}
+    for i, record in enumerate(RECORDS):
+        opinion = worded(record, "opin").prompt  # ends as it is, without a blank
+        for name, prompt in (("none", f"{record.prompt} "), ("none, opin", opinion)):
+            z = next_token(lm, prompt)
+            wanted = [float(z[token]) for token in bare(lm)]
+            assert rows[name][i].scores == pytest.approx(wanted, abs=1e-4) and rows[name][i].flag == ""
+
+
+def bare(lm: LM) -> list[int]:
+    """Tokens of the letters A, B, C alone."""
+    return [lm.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABC"]
+
+
+def test_the_token_of_a_letter_is_the_likelier_of_two(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tokenizer that knew " A", letters would have a token behind a blank too."""
+    behind = (7, 30, 31)
+    monkeypatch.setattr(_context_ask, "option_tokens", lambda lm, prompt, _: (encode(lm, prompt), behind))
+    kinds: dict[Letters, list[Said]] = {k: choose(lm, RECORDS, batch_size=4, letters=k) for k in get_args(Letters)}
+    mass = [[torch.tensor(said.scores).logsumexp(0) for said in kinds[k]] for k in ("blank", "bare")]
+    for i, record in enumerate(RECORDS):
+        z = next_token(lm, record.prompt)
+        assert kinds["blank"][i].scores == pytest.approx(z[list(behind)].tolist(), abs=1e-4)
+        assert kinds["bare"][i].scores == pytest.approx(z[bare(lm)].tolist(), abs=1e-4)
+        likelier = kinds["blank" if mass[0][i] > mass[1][i] else "bare"][i]
+        assert kinds["auto"][i].scores == pytest.approx(likelier.scores, abs=1e-4)
 
 
 def test_what_is_counted_is_what_was_chosen(edits: list[Edit], make: Maker) -> None:
@@ -105,4 +131,3 @@ def test_records_without_options_are_refused() -> None:
 
 def test_the_default_wordings_are_those_published_for_options() -> None:
     assert Config().baselines == ("base", "attr", "instr", "opin", "instr+opin")
-    assert _context_ask.FIRST < 10

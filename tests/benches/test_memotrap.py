@@ -18,9 +18,9 @@ from tiny import tiny_lm
 from typer.testing import CliRunner
 
 import lmpatch as lp
-from lmpatch.benches import _context_ask, _context_run, memotrap
+from lmpatch.benches import _context_ask, _context_report, _context_run, memotrap
 from lmpatch.benches._context_ask import WORD, complete, cut, settled, word
-from lmpatch.benches._context_rows import mean
+from lmpatch.benches._context_rows import Metric, Row, mean, metrics
 from lmpatch.benches.memotrap import Config, Report
 from lmpatch.cli.app import build
 from lmpatch.data.context import ContextRecord, InContext
@@ -140,25 +140,15 @@ def test_an_early_verdict_is_the_verdict_on_the_whole_text() -> None:
     assert settled("early b", ["early"]) and not settled("early ", ["early"]) and not settled("ear", ["early"])
 
 
-def test_stopping_early_changes_no_verdict_on_a_model(lm: LM) -> None:
+def test_stopping_early_changes_no_verdict_on_a_model(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = generate(lm, [r.prompt for r in RECORDS], max_new_tokens=6, stop=())
     wanted = [[cut(text) or "x", "Paris"] for text in texts]
-    early, whole = (complete(lm, RECORDS, wanted, limit=6, batch_size=4, first=n) for n in (2, 6))
+    early = complete(lm, RECORDS, wanted, limit=6, batch_size=4)
+    monkeypatch.setattr(_context_ask, "settled", lambda *_: False)
+    whole = complete(lm, RECORDS, wanted, limit=6, batch_size=4)
     for answers, one, two in zip(wanted, early, whole, strict=True):
         assert [one.text == a for a in answers] == [two.text == a for a in answers]
     assert all(two.text == answers[0] for answers, two in zip(wanted, whole, strict=True) if answers[0] != "x")
-
-
-def test_only_what_is_not_settled_is_generated_to_the_end(tiny: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-
-    def say(lm: LM, prompts: Sequence[InContext], *, max_new_tokens: int, **_: Any) -> list[str]:
-        asked.append((len(prompts), max_new_tokens))
-        return [" early" if "late" in prompt.prompt else " nothing of this" for prompt in prompts]
-
-    monkeypatch.setattr(_context_ask, "generate", say)
-    complete(tiny, RECORDS, [[r.answer, r.memory] for r in RECORDS], limit=9, batch_size=4)
-    assert asked == [(4, 3), (1, 9)]
 
 
 # Runs
@@ -204,6 +194,22 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(whole.rows)
     with pytest.raises(BadInput, match="other settings|holds the run"):
         memotrap.run(tiny, RECORDS, replace(QUICK, seed=1), patch=patch, out=tmp_path)
+
+
+def test_only_a_run_with_new_rows_is_resampled(
+    tiny: LM, patch: WeightPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = memotrap.run(tiny, RECORDS, QUICK, out=tmp_path).run("none").record["metrics"]
+    counted: list[int] = []
+
+    def count(rows: Sequence[Row], **how: Any) -> dict[str, Metric]:
+        counted.append(len(rows))
+        return metrics(rows, **how)
+
+    monkeypatch.setattr(_context_report, "metrics", count)
+    report = memotrap.run(tiny, RECORDS, replace(QUICK, irrelevant=False), patch=patch, out=tmp_path)
+    assert counted == [4]
+    assert report.run("none").record["metrics"] == first
 
 
 def test_a_part_is_chosen_by_hash_and_keeps_its_order(tiny: LM) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lmpatch.data.context import ContextRecord, halves, read_context, render
+from lmpatch.data.context import ContextRecord, halves, read_context
 from lmpatch.errors import BadInput, BadRecord
 
 OWN = {"context": "The tower is in Rome.", "question": "Where is it?", "answer": "Rome", "memory": "Paris"}
@@ -52,11 +52,6 @@ def test_options_are_lettered_and_answers_may_be_their_texts() -> None:
     assert (record.answer, record.memory, record.letters) == ("B", "A", ("A", "B"))
 
 
-def test_no_prompt_ends_in_a_blank_that_the_answer_would_swallow() -> None:
-    assert render("C.", "Q?", ("x", "y"), suffix="Answer: ").endswith("\nAnswer:")
-    assert render("C.", "Q?", ("x", "y"), suffix="Answer: \n").endswith("\nAnswer: \n")
-
-
 def test_memotrap_is_cut_behind_its_instruction_and_its_classes_are_a_literal(tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", MEMOTRAP)
     (record,) = read_context(path)
@@ -64,9 +59,6 @@ def test_memotrap_is_cut_behind_its_instruction_and_its_classes_are_a_literal(tm
     assert record.bare == record.question == "Joy shared, joy doubled: sorrow shared, sorrow"
     assert record.prompt == MEMOTRAP["prompt"]
     assert (record.answer, record.memory) == ("can't, no", "halved")
-    (released,) = read_context(path, official=True)
-    assert released.bare == "sorrow shared, sorrow"
-    assert released.prompt == record.prompt
 
 
 def test_kre_asks_for_the_letter_that_the_context_supports(tmp_path: Path) -> None:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from tiny import tiny_lm
+import torch
+from tiny import TEXT, tiny_lm
+from torch import Tensor
 
-from lmpatch.data.context import ContextRecord
+from lmpatch.benches._context_ask import choose, complete, cut
+from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.errors import BadInput
 from lmpatch.methods import _ircan_grid, ircan
 from lmpatch.methods._ircan_grid import accuracies, scaled_states
 from lmpatch.methods._neurons import drawn, ranked, scaling
+from lmpatch.models.acting import Rule
 from lmpatch.models.lm import LM
-from lmpatch.models.replay import record
-from lmpatch.models.run import generate, score
-from lmpatch.models.tokens import encode_all
-from lmpatch.patches.ledger import apply
+from lmpatch.models.replay import Recording, record
+from lmpatch.models.run import generate, hooked
+from lmpatch.models.tokens import encode, encode_all
+from lmpatch.patches.decode import DecodePatch
+from lmpatch.patches.ledger import Applied, applied, apply
+from lmpatch.patches.rules import AdaCAD, Grd, Power
 from lmpatch.patches.weight import WeightPatch
 from lmpatch.probes import integrated_gradients
+from lmpatch.probes._scores import Credit
 from lmpatch.units.address import Neuron
 
 RECORDS, CFG = ircan.example(tiny_lm("llama"))
 NEURONS = [Neuron(1 + i % 3, 3 * i) for i in range(40)]
-SETTINGS = [(0, 1.0), (1, 0.0), (20, 20.0), (40, -50.0)]
+FACTORS = [0.0, 20.0, -50.0]
+SETTINGS = [(0, 1.0), (1, 0.0), (20, 2.0), (20, 0.0), (40, 1.5)]
 
 
 def columns(patch: WeightPatch) -> dict[str, dict[int, float]]:
@@ -34,18 +45,46 @@ def columns(patch: WeightPatch) -> dict[str, dict[int, float]]:
     }
 
 
-def likely(lm: LM) -> list[ContextRecord]:
-    """Records some of which the random model answers as wanted: the answers are what it says anyway."""
-    prompts = ["The Eiffel Tower is in", "Steve Jobs founded", "The capital of Japan is", "Danielle speaks", "It is in"]
+@pytest.fixture(params=["llama", "gpt2"])
+def talker(request: pytest.FixtureRequest) -> Iterator[LM]:
+    """A random model that says letters, and periods in place of some, so that its answers end."""
+    lm = tiny_lm(request.param)
+    (period,) = lm.tokenizer(".", add_special_tokens=False)["input_ids"]
+    ids = torch.arange(lm.layout.vocab)
+    silent = torch.tensor([not text.isalpha() for text in lm.tokenizer.batch_decode(ids[:, None])])
+
+    def say(_: Any, __: Any, z: Tensor) -> Tensor:
+        z = z.masked_fill(silent, -1e4)
+        ends = z.argmax(-1, keepdim=True) % 4 == 0
+        return torch.where(ends & (ids == period), z.amax(-1, keepdim=True) + 1, z)
+
+    with hooked(lm.module(lm.layout.head).register_forward_hook(say)):
+        yield lm
+
+
+def told(lm: LM) -> list[ContextRecord]:
+    """Records some of which the model answers as wanted: the answers are what it says anyway, or half of that. Each
+    character of an answer is a token, so that no other tokens say the same."""
+    words = " ".join(TEXT).split()
     made = []
-    for i, prompt in enumerate(prompts):
-        texts = [generate(lm, prompt, max_new_tokens=n, stop=()) for n in (2, 1)]
-        answer = next((t.strip() for t in texts if t.strip() and t.isascii() and t.isprintable()), "Rome")
-        made.append(ContextRecord("c", "q", answer if i % 2 else "Rome", prompt=prompt, bare="q"))
+    pairs = [
+        InContext(*(" ".join(words[k : i + 4]) + "\n" for k in (i, i + 2))) for i in range(40)
+    ]  # no blank behind \n
+    for pair, said in zip(pairs, generate(lm, pairs, max_new_tokens=9, stop=()), strict=True):
+        text, prompt, bare = cut(said), pair.prompt, pair.bare
+        for answer in (text, text[: len(text) // 2]):
+            row = encode(lm, prompt, answer or "x")
+            if answer.isascii() and len(row.ids) - row.target == len(answer):
+                made.append(ContextRecord("c", "q", answer, prompt=prompt, bare=bare))
+    return made
+
+
+def lettered() -> list[ContextRecord]:
+    made = []
     for i, thing in enumerate(["sky", "tower", "capital of Japan", "needle", "tongue of Paris", "apple"]):
         question, options = f"What colour is the {thing}?", ("blue", "green", "red")
         made.append(ContextRecord(f"The {thing} is old.", question, "ABC"[i % 3], "ABC"[i % 2], options=options))
-    return made
+    return made + [replace(r, prompt=f"{r.prompt}\n", bare=f"{r.bare}\n") for r in made]
 
 
 def test_the_columns_of_the_most_named_neurons_are_scaled(lm: LM) -> None:
@@ -75,8 +114,13 @@ def test_neurons_are_found_on_the_first_examples_only(lm: LM) -> None:
 def test_scores_that_are_there_already_give_the_same_patch(lm: LM) -> None:
     scores = integrated_gradients.run(lm, RECORDS, CFG)
     assert ircan.fit(lm, RECORDS, CFG, scores=scores).hash() == ircan.fit(lm, RECORDS, CFG).hash()
-    with pytest.raises(BadInput, match="scores of 2 records for 1"):
-        ircan.fit(lm, RECORDS[:1], CFG, scores=scores)
+    ircan.fit(lm, RECORDS, replace(CFG, neurons=2, factor=9.0, budget=3), scores=scores)  # these move no score
+    with pytest.raises(BadInput, match="another run: records differ"):
+        ircan.fit(lm, RECORDS[::-1], CFG, scores=scores)
+    with pytest.raises(BadInput, match="another run: config differ"):
+        ircan.fit(lm, RECORDS, replace(CFG, grid="left"), scores=scores)
+    with pytest.raises(BadInput, match="another run: model differ"):
+        ircan.fit(tiny_lm(lm.name.removeprefix("tiny-"), seed=1), RECORDS, CFG, scores=scores)
 
 
 def test_the_random_control_draws_as_many_neurons_each_once(lm: LM) -> None:
@@ -91,38 +135,90 @@ def test_the_random_control_draws_as_many_neurons_each_once(lm: LM) -> None:
 def test_factors_on_rows_give_the_states_of_the_edited_weights(any_lm: LM) -> None:
     lm = any_lm
     rows = [row.ids for row in encode_all(lm, [r.prompt for r in RECORDS])]
-    found = scaled_states(record(lm, rows, [0, 0], lowest=1), 1, NEURONS, SETTINGS)
-    for (count, factor), states in zip(SETTINGS, found, strict=True):
-        with apply(lm, scaling(lm, NEURONS[: max(count, 1)], factor if count else 1.0, method="edit")):
-            want = record(lm, rows, [0, 0]).hidden[lm.layout.n_layers]
-        assert (states - want).abs().max() <= 1e-5 * want.abs().max()
+    recording = record(lm, rows, [0, 0], lowest=1)
+    for count in (0, 1, 20, 40):
+        found = scaled_states(recording, NEURONS[:count], FACTORS)
+        for factor, states in zip(FACTORS, found, strict=True):
+            with edited(lm, count, factor):
+                want = record(lm, rows, [0, 0]).hidden[lm.layout.n_layers]
+            assert (states - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("tokens", [4096, 40])
-def test_the_table_of_a_search_equals_editing_one_by_one(lm: LM, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def edited(lm: LM, count: int, factor: float) -> Applied:
+    return apply(lm, scaling(lm, NEURONS[: max(count, 1)], factor if count else 1.0, method="edit"))
+
+
+def asked(lm: LM, records: list[ContextRecord]) -> float:
+    """Share of right records, by the benches."""
+    free, choices = ([r for r in records if bool(r.options) is o] for o in (False, True))
+    said = complete(lm, free, [[r.answer] for r in free], limit=20, batch_size=64) if free else []
+    said += choose(lm, choices, batch_size=64)
+    return sum(one.text == r.answer for one, r in zip(said, free + choices, strict=True)) / len(records)
+
+
+@pytest.mark.parametrize(
+    ("rule", "tokens"), [(None, 40), (None, 4096), (Power(1.5), 4096), (AdaCAD(0.0), 40), (Grd(0.75), 4096)], ids=repr
+)
+def test_the_table_of_a_search_is_what_the_bench_says_of_each_edit(
+    talker: LM, rule: Rule | None, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_ircan_grid, "TOKENS", tokens)  # everything in one forward, and one setting at a time
-    records = likely(lm)
-    table = accuracies(lm, records, NEURONS, SETTINGS)
-    for (count, factor), found in zip(SETTINGS, table.tolist(), strict=True):
-        with apply(lm, scaling(lm, NEURONS[: max(count, 1)], factor if count else 1.0, method="edit")):
-            assert found == pytest.approx(answered(lm, records))
-    assert len(set(table.tolist())) > 1
+    lm = talker
+    with apply(lm, DecodePatch.make(lm, rule, method="cad")) if rule else nullcontext():
+        records = told(lm)
+        table = accuracies(lm, records, NEURONS, SETTINGS)
+        for (count, factor), found in zip(SETTINGS, table.tolist(), strict=True):
+            with edited(lm, count, factor):
+                assert found == pytest.approx(asked(lm, records))
+    assert len(set(table.tolist())) > 1 and table[0] > 0
 
 
-def answered(lm: LM, records: list[ContextRecord]) -> float:
-    """Share of right records, one at a time, by the library's own scoring."""
-    right = []
-    for r in records:
-        if r.options:
-            by_letter = {letter: score(lm, [r.prompt], [letter])[0].total for letter in r.letters}
-            right.append(max(by_letter, key=by_letter.__getitem__) == r.answer)
-        else:
-            right.append(score(lm, [r.prompt], [r.answer])[0].accuracy == 1)
-    return sum(right) / len(right)
+@pytest.mark.parametrize("rule", [None, Power(1.5), AdaCAD(0.0)], ids=repr)
+def test_letters_are_chosen_as_the_bench_chooses(lm: LM, rule: Rule | None) -> None:
+    with apply(lm, DecodePatch.make(lm, rule, method="cad")) if rule else nullcontext():
+        table = accuracies(lm, lettered(), NEURONS, SETTINGS)
+        for (count, factor), found in zip(SETTINGS, table.tolist(), strict=True):
+            with edited(lm, count, factor):
+                assert found == pytest.approx(asked(lm, lettered()))
 
 
-def test_a_search_takes_the_best_setting_and_of_equal_ones_the_gentlest(lm: LM) -> None:
-    records = likely(lm)
+@pytest.mark.parametrize("talker", ["llama"], indirect=True)
+def test_an_answer_that_goes_on_is_not_right(talker: LM) -> None:
+    """Its tokens are said, and more of the word behind them."""
+    whole = [r for r in told(talker) if len(r.answer) > 1 and accuracies(talker, [r], [], [(0, 1.0)])[0] == 1]
+    assert whole
+    for record_ in whole:
+        begun = replace(record_, answer=record_.answer[:-1])
+        assert accuracies(talker, [begun], [], [(0, 1.0)])[0] == 0
+
+
+def test_letters_need_no_full_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm("llama")
+    monkeypatch.setattr(lm.module(lm.layout.head), "forward", lambda *_: pytest.fail("the whole head ran"))
+    accuracies(lm, lettered(), NEURONS, SETTINGS)
+
+
+def test_each_count_starts_at_its_own_lowest_block(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    forward = Recording.forward
+
+    def watch(self: Recording, hidden: Tensor, layer: int, **more: Any) -> Tensor:
+        seen.append(layer)
+        return forward(self, hidden, layer, **more)
+
+    monkeypatch.setattr(Recording, "forward", watch)
+    settings = [(0, 1.0), (1, 2.0), (1, 3.0), (2, 2.0), (3, 2.0)]
+    accuracies(lm, RECORDS, [Neuron(3, 1), Neuron(2, 7), Neuron(2, 1)], settings)
+    assert seen == [4, 3, 2, 2]
+
+
+def test_a_record_beyond_the_window_is_refused(lm: LM) -> None:
+    with pytest.raises(BadInput, match="reads 512. Shorten its context"):
+        accuracies(lm, [replace(RECORDS[0], prompt="The capital of Japan. " * 200 + "It")], NEURONS, SETTINGS)
+
+
+def test_a_search_takes_the_best_setting_and_of_equal_ones_the_gentlest(talker: LM) -> None:
+    lm, records = talker, told(talker)
     cfg = replace(CFG, search_neurons=(4, 1, 2), search_factors=(30.0, 2.0), examples=2)
     patch = ircan.fit(lm, records, cfg)
     table = patch.notes["search"]
@@ -131,8 +227,30 @@ def test_a_search_takes_the_best_setting_and_of_equal_ones_the_gentlest(lm: LM) 
     count, factor, _ = next(row for row in table if row[2] == best)
     assert {f for by_column in columns(patch).values() for f in by_column.values()} == {factor}
     assert len(patch.notes["neurons"]) == count
-    assert patch.notes["accuracy"] == pytest.approx(best, abs=1e-5)
-    assert patch.notes["accuracy_before"] == pytest.approx(answered(lm, records))
+    with apply(lm, patch):
+        assert patch.notes["accuracy"] == pytest.approx(asked(lm, records))
+    assert patch.notes["accuracy_before"] == pytest.approx(asked(lm, records))
+
+
+def test_the_winner_is_measured_with_its_weights_edited(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts: list[Any] = []
+
+    def found(lm: LM, records: Any, neurons: Any, settings: Any, **_: Any) -> Tensor:
+        mounts.append([on.mount for on in applied(lm)])
+        return torch.zeros(len(settings))
+
+    monkeypatch.setattr(ircan, "accuracies", found)
+    ircan.fit(lm, RECORDS, replace(CFG, search_neurons=(2,), search_factors=(3.0,)))
+    assert mounts == [[], ["bake"]]
+
+
+def test_records_that_name_no_neuron_are_counted_and_too_few_neurons_are_refused(lm: LM) -> None:
+    scores = integrated_gradients.run(lm, RECORDS, CFG)
+    assert ircan.fit(lm, RECORDS, CFG, scores=scores).notes["records_without_neurons"] == 0
+    scores = replace(scores, records=(scores.records[0], Credit((), -0.1)))
+    assert ircan.fit(lm, RECORDS, CFG, scores=scores).notes["records_without_neurons"] == 1
+    with pytest.raises(BadInput, match="1 records name 5 neurons, and 6 are to be scaled"):
+        ircan.fit(lm, RECORDS[:1], replace(CFG, top=5, threshold=0.0, neurons=6))
 
 
 @pytest.mark.parametrize(

@@ -175,3 +175,9 @@ def test_records_need_an_answer_of_memory_that_is_another() -> None:
     same = [replace(r, memory=r.answer) for r in RECORDS[:3]] + [replace(RECORDS[3], memory=""), RECORDS[4]]
     with pytest.raises(BadInput, match="1 of 5 records have an answer of memory"):
         iti.fit(tiny_lm("llama"), same, CFG)
+
+
+def test_a_record_beyond_the_window_is_refused(lm: LM) -> None:
+    long = ContextRecord("The capital of Japan. " * 200, "Where?", "Rome", "Paris")
+    with pytest.raises(BadInput, match="reads 512"):
+        observe(lm, [*RECORDS, long], CFG)

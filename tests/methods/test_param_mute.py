@@ -111,6 +111,20 @@ def test_the_layers_with_the_largest_difference_are_taken(lm: LM) -> None:
     assert touched == set(patch.deltas)
 
 
+def test_layers_are_found_token_by_token_unless_as_released(lm: LM) -> None:
+    rows = encode_all(lm, [r.prompt for r in RECORDS], [r.answer for r in RECORDS])
+    for cfg, count in ((CFG, "per_token"), (replace(CFG, count="summed"), "summed")):
+        found = param_mute.fit(lm, RECORDS, cfg).notes["faithful"]
+        assert found == pytest.approx(active_shares(lm, rows, count).mean(0).tolist())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("responses", ["own", "given"])
+def test_a_record_beyond_the_window_is_refused(lm: LM, responses: Any) -> None:
+    long = ContextRecord("The capital of Japan. " * 200, "Where?", "Rome", "Paris")
+    with pytest.raises(BadInput, match="reads 512"):
+        param_mute.fit(lm, [long], replace(CFG, responses=responses))
+
+
 def test_own_responses_are_sorted_by_which_answer_they_hold(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [" It is in rome.", " Tokyo, not Romeo", " Seattle or Tokyo", " neither"]
     records = [*RECORDS, *RECORDS[1:], RECORDS[0]]

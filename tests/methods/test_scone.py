@@ -103,6 +103,8 @@ def test_settings_and_records_that_make_no_sense_are_refused(lm: LM) -> None:
         scone.fit(lm, RECORDS, replace(CFG, neurons=0))
     with pytest.raises(BadInput, match="none of 1 records names a neuron"):
         scone.fit(lm, RECORDS[:1], CFG)  # nothing to compare the first one with
+    with pytest.raises(BadInput, match="name .* neurons, and 500 are to be scaled"):
+        scone.fit(lm, RECORDS, replace(CFG, neurons=500))
 
 
 def test_its_memory_holds_the_window() -> None:

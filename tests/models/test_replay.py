@@ -7,7 +7,7 @@ import torch
 from tiny import FAMILIES, tiny_lm
 
 from lmpatch.models.lm import LM
-from lmpatch.models.replay import Join, record
+from lmpatch.models.replay import record
 from lmpatch.models.run import blocks, hooked, logits, nll, positions
 from lmpatch.models.tokens import encode_all, pad
 
@@ -66,21 +66,6 @@ def test_a_change_at_t_reaches_the_same_states_as_in_a_plain_forward(any_lm: LM)
 
     for i, want in enumerate(plain(lm, rows, add_plain, lm.layout.downs[layer])):
         same(out[i, : len(rows[i]) - AT[i]], want[AT[i] :])
-
-
-def test_rows_joining_at_their_own_blocks_equal_separate_replays(lm: LM) -> None:
-    rows = [row.ids for row in encode_all(lm, PROMPTS)]
-    recording = record(lm, rows, AT)
-    noise = torch.Generator().manual_seed(0)
-    joins = [
-        Join(layer, torch.tensor(pick), recording.hidden[layer][pick] + torch.randn(1, generator=noise))
-        for layer, pick in ((2, [0, 1]), (0, [2]), (4, [1]), (1, [2, 2, 0]))
-    ]
-    with torch.no_grad():
-        together = recording.forward_joined(joins)
-        for join, got in zip(joins, together, strict=True):
-            alone = recording.forward(join.hidden, join.layer, rows=join.rows)
-            same(got, alone)
 
 
 def test_selected_rows_replay_as_before(lm: LM) -> None:

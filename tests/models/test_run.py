@@ -9,7 +9,7 @@ from tiny import tiny_lm
 from lmpatch.errors import BadInput
 from lmpatch.models.choice import Choice
 from lmpatch.models.lm import LM
-from lmpatch.models.run import frozen, generate, hidden, kl, logits, next_kl, score, stream
+from lmpatch.models.run import frozen, generate, hidden, hooked, kl, logits, next_kl, score, stream
 from lmpatch.models.tokens import encode
 
 PROMPTS = ["The Eiffel Tower is in", "Apple", "The mother tongue of Danielle Darrieux is", "Apple"]
@@ -47,6 +47,18 @@ def test_a_row_that_ends_early_does_not_disturb_the_others(lm: LM) -> None:
     mark = texts[1][2]
     mixed = generate(lm, PROMPTS, max_new_tokens=12, stop=[mark])
     assert mixed == [generate(lm, p, max_new_tokens=12, stop=[mark]) for p in PROMPTS]
+
+
+def test_an_answer_ends_with_the_token_that_is_enough_for_all_who_asked(lm: LM) -> None:
+    prompts = ["The Eiffel Tower is in", "Steve Jobs founded", "Steve Jobs founded"]
+    whole = generate(lm, prompts, max_new_tokens=6, stop=())
+    short = generate(lm, prompts[0], max_new_tokens=1, stop=())
+    said = generate(lm, prompts, max_new_tokens=6, stop=(), enough=lambda i, text: i < 2)
+    assert said == [short, *whole[1:]]  # the third wants more, and is asked together with the second
+    steps: list[int] = []
+    with hooked(lm.module(lm.layout.blocks[0]).register_forward_hook(lambda *_: steps.append(1))):
+        generate(lm, prompts, max_new_tokens=6, stop=(), enough=lambda i, text: True)
+    assert len(steps) == 1
 
 
 def test_scores_equal_a_plain_forward_with_all_logits(any_lm: LM) -> None:

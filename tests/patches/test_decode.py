@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.errors import BadInput, BadPatch, CannotMerge
-from lmpatch.models.acting import Actor, Insert, Rule
+from lmpatch.models.acting import Actor, Insert, Rule, streams
 from lmpatch.models.lm import LM
 from lmpatch.models.options import next_logits, option_logits
 from lmpatch.models.run import generate, hidden, score, stream
@@ -187,12 +187,36 @@ def test_a_plain_text_is_refused_while_a_decode_patch_is_on(lm: LM) -> None:
     generate(lm, "Apple", max_new_tokens=1)
 
 
-def test_the_model_itself_does_not_see_a_decode_patch(lm: LM) -> None:
+def test_a_call_of_the_model_itself_is_told_once_that_a_decode_patch_is_missed(
+    lm: LM, caplog: pytest.LogCaptureFixture
+) -> None:
     ids = torch.tensor([encode(lm, ASKED[0].prompt).ids])
     with torch.no_grad():
         clean = lm.model(ids).logits
         with apply(lm, patch(lm, Power(3.0))):
+            generate(lm, ASKED, max_new_tokens=2)
+            score(lm, ASKED, TARGETS)
+            next_logits(lm, ASKED, [3])
+            assert not caplog.messages
             assert torch.equal(lm.model(ids).logits, clean)
+            lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+            (message,) = caplog.messages
+            assert "does not see the test patch" in message
+        assert not lm.model._forward_hooks
+        with apply(lm, patch(lm, Power(3.0))):
+            pass
+        lm.model(ids)
+    assert caplog.messages == [message]
+
+
+@every_rule
+def test_equal_streams_stay_as_they_are_under_every_rule_and_run_once(name: str, lm: LM) -> None:
+    z, memory = 3 * torch.randn(5, 40), torch.zeros(5, dtype=torch.int64)
+    same = RULES[name].combine(z.clone(), z.clone(), memory)
+    torch.testing.assert_close(same.log_softmax(-1), z.log_softmax(-1))
+    with apply(lm, patch(lm, RULES[name])):
+        assert streams(lm, [InContext("Apple", "Apple")] * 2, ["is", "was"]).width == 1
+        assert streams(lm, [InContext("Apple", "Apple"), ASKED[0]]).width == 2
 
 
 # With other patches

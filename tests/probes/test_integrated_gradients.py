@@ -16,7 +16,7 @@ from lmpatch.models.lm import LM
 from lmpatch.models.run import hooked
 from lmpatch.patches.ledger import apply
 from lmpatch.probes import integrated_gradients as ig
-from lmpatch.probes.integrated_gradients import Config, attributions, cases
+from lmpatch.probes.integrated_gradients import Config, attributions, attributions_of, cases
 
 
 def told(question: str, context: str, answer: str) -> ContextRecord:
@@ -92,6 +92,21 @@ def test_scores_do_not_depend_on_the_batch_or_the_padding_it_brings(lm: LM) -> N
     together = credits(lm, CFG)
     alone = torch.cat([credits(lm, CFG, [record]) for record in RECORDS])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
+
+
+def test_settings_that_share_a_pass_have_the_credits_of_each_alone(lm: LM) -> None:
+    both = [replace(CFG, weighting=weighting, grid=grid) for weighting, grid in WAYS]
+    parts = list(attributions_of(lm, cases(lm, RECORDS), both))
+    for i, cfg in enumerate(both):
+        want = list(attributions(lm, cases(lm, RECORDS), cfg))
+        scores, gap = torch.cat([p[i].scores for p in parts]), [p[i].gap for p in parts]
+        wanted = torch.cat([p.scores for p in want])
+        torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+        assert (gap[0] is None) == (cfg.weighting == "endpoint")
+        if gap[0] is not None:
+            torch.testing.assert_close(gap[0], want[0].gap, rtol=1e-3, atol=1e-6)
+    with pytest.raises(BadInput, match="the same steps"):
+        next(attributions_of(lm, cases(lm, RECORDS), [CFG, replace(CFG, steps=3)]))
 
 
 def test_a_small_budget_splits_the_work_and_moves_no_score(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +214,7 @@ def test_scores_of_another_run_are_not_gone_on_with(lm: LM, tmp_path: Path) -> N
 
 
 def test_bad_input_is_refused_and_nothing_is_cut(lm: LM) -> None:
-    with pytest.raises(BadInput, match="record 2 has .* tokens with its context and .* reads 512"):
+    with pytest.raises(BadInput, match="begins '<bos>The capital of Japan.* takes .* tokens, and .* reads 512"):
         ig.run(lm, [RECORDS[0], replace(RECORDS[1], prompt="The capital of Japan. " * 200 + "It")], CFG)
     with pytest.raises(BadInput, match="shares a token with the end of its prompt"):
         ig.run(lm, [replace(RECORDS[0], prompt="The Eiffel Tower is in ", answer="Paris")], CFG)

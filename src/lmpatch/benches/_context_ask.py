@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from ..data.context import ContextRecord
 from ..models.lm import LM
+from ..models.options import option_tokens
 from ..models.run import generate, score
 from ..models.tokens import encode_all
 from ._asking import mark_logits
 
+Letters = Literal["blank", "bare", "auto"]
+"""Which token of a letter counts: the one it gets behind the prompt and a blank, that of the letter alone, or, for each
+prompt, those of the two that hold more probability. Where the prompt ends in white space no blank is added."""
 Wanted = Sequence[str] | None
 """The answers that are looked for in a text; None: all of it is wanted."""
 WORD: Wanted = ()
 """Only its first word is."""
-FIRST = 3  # tokens that most answers are judged by; those they do not settle are asked again, for all tokens
 WHOLE = "options share a first token: each letter scored whole"
 
 
@@ -36,26 +42,22 @@ def complete(
     limit: int,
     batch_size: int,
     official: bool = False,
-    first: int = FIRST,
 ) -> list[Said]:
     """Continue each prompt greedily, and cut the text at its first period.
 
-    Most answers are wrong or done after a few tokens. Those that ``first`` tokens settle are not continued: no further
-    token could make them another one of the wanted answers, nor another first word.
+    An answer is not continued once it is settled: no further token could make it another one of the wanted answers, nor
+    another first word.
 
     Args:
         wanted: for each prompt what is looked for in its answer.
         limit: new tokens at most.
-        first: tokens of the first round; with ``limit`` or more there is one round.
     """
+
+    def enough(i: int, text: str) -> bool:
+        return settled(text, wanted[i])
+
     prompts = [record.asked for record in asked]
-    texts: list[str] = generate(lm, prompts, max_new_tokens=min(first, limit), stop=(), batch_size=batch_size)
-    left = [i for i, text in enumerate(texts) if first < limit and not settled(text, wanted[i])]
-    again = (
-        generate(lm, [prompts[i] for i in left], max_new_tokens=limit, stop=(), batch_size=batch_size) if left else []
-    )
-    for i, text in zip(left, again, strict=True):
-        texts[i] = text
+    texts = generate(lm, prompts, max_new_tokens=limit, stop=(), batch_size=batch_size, enough=enough)
     return [Said(cut(text, official)) for text in texts]
 
 
@@ -83,26 +85,29 @@ def settled(text: str, wanted: Wanted) -> bool:
     return not any(answer.startswith(sure) for answer in wanted)
 
 
-def choose(lm: LM, asked: Sequence[ContextRecord], *, batch_size: int, official: bool = False) -> list[Said]:
+def choose(lm: LM, asked: Sequence[ContextRecord], *, batch_size: int, letters: Letters = "blank") -> list[Said]:
     """The option whose letter has the highest logit behind the prompt.
 
     Where letters begin with the same token there, each is scored as a whole, by its log probability.
-
-    Args:
-        official: as released: a blank stands at the prompt's end and the letter's token has none.
     """
-    if official:
-        asked = [_with_blank(record) for record in asked]
-    marks = [_marks(lm, record, official) for record in asked]
-    single = [i for i, ids in enumerate(marks) if ids]
-    found = mark_logits(lm, [asked[i].asked for i in single], [marks[i] for i in single], batch_size)
-    made = {i: _best(asked[i], scores, "") for i, scores in zip(single, found, strict=True)}
+    marks = [_marks(lm, record, letters) for record in asked]  # for each record one token a letter, or both variants
+    single = [i for i, variants in enumerate(marks) if variants]
+    flat = [[token for ids in marks[i] for token in ids] for i in single]
+    found = mark_logits(lm, [asked[i].asked for i in single], flat, batch_size)
+    made = {i: _best(asked[i], _likelier(scores, len(marks[i])), "") for i, scores in zip(single, found, strict=True)}
     for i in range(len(asked)):
         if i not in made:
-            letters = asked[i].letters
-            whole = score(lm, [asked[i].asked] * len(letters), letters, batch_size=batch_size)
+            names = asked[i].letters
+            whole = score(lm, [asked[i].asked] * len(names), names, batch_size=batch_size)
             made[i] = _best(asked[i], [each.total for each in whole], WHOLE)
     return [made[i] for i in range(len(asked))]
+
+
+def _likelier(scores: Sequence[float], variants: int) -> Sequence[float]:
+    """Those of the variant that holds more probability."""
+    size = len(scores) // variants
+    parts = [scores[start : start + size] for start in range(0, len(scores), size)]
+    return max(parts, key=lambda part: float(torch.tensor(part).logsumexp(0)))
 
 
 def _best(record: ContextRecord, scores: Sequence[float], flag: str) -> Said:
@@ -110,17 +115,14 @@ def _best(record: ContextRecord, scores: Sequence[float], flag: str) -> Said:
     return Said(record.letters[best], tuple(scores), flag)
 
 
-def _with_blank(record: ContextRecord) -> ContextRecord:
-    return replace(record, prompt=f"{record.prompt} ", bare=f"{record.bare} ")
-
-
-def _marks(lm: LM, record: ContextRecord, official: bool) -> tuple[int, ...]:
-    """The token of each letter behind the prompt; none where letters share it, or it takes in the prompt's end."""
-    if official:
+def _marks(lm: LM, record: ContextRecord, letters: Letters) -> list[tuple[int, ...]]:
+    """The token of each letter, in one variant or both. None where letters share it or it holds the prompt's end."""
+    found = []
+    if letters != "blank":
         rows = lm.tokenizer(list(record.letters), add_special_tokens=False)["input_ids"]
-        ids = tuple(row[0] for row in rows)
-    else:
+        found.append(tuple(row[0] for row in rows))
+    if letters != "bare":
         (alone,) = encode_all(lm, [record.prompt])
-        told = encode_all(lm, [record.prompt] * len(record.options), record.letters)
-        ids = tuple(row.ids[row.target] for row in told if row.ids[: row.target] == alone.ids)
-    return ids if len(set(ids)) == len(record.options) else ()
+        before, ids = option_tokens(lm, record.prompt, record.letters)
+        found += [ids] if before.ids == alone.ids else []
+    return [ids for ids in found if len(set(ids)) == len(record.options)]

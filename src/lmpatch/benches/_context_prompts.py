@@ -11,37 +11,43 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from ..data.context import LETTERS, ContextRecord, render
+from ..data.context import LETTERS, ContextRecord
 from ..record import hash_json
 from ._text import first, normalise
 
 Wording = Literal[
     "plain", "base", "attr", "instr", "opin", "instr+opin", "based_on", "based_on_formatted", "utilizing_formatted"
 ]  # fmt: skip
+OWN: tuple[Wording, ...] = ("based_on", "based_on_formatted", "utilizing_formatted")
 READ = "Instruction: read the given information and answer the corresponding question.\n\n"
 GO_ON = "Instruction: read the given instruction and continue the text accordingly.\n\n"
+ENDING = "Answer:"
 CHOOSE = "choose the correct option to answer the following question: \n"
 
 
-def worded(
-    record: ContextRecord, wording: Wording, *, suffix: str = "Answer:", official: bool = False
-) -> ContextRecord:
+def worded(record: ContextRecord, wording: Wording, *, suffix: str = ENDING, official: bool = False) -> ContextRecord:
     """The record with its prompts in other words; its context and answers stay.
 
     Args:
-        suffix: what the plain prompt of a question with options ends in.
-        official: the released typo of ``attr``.
+        suffix: what stands in place of ``Answer:`` at the end of a question with options, plainly worded. Blanks at its
+            end belong to the answer and are dropped.
+        official: the released typo of ``attr``, and the suffix as it is.
     """
-    if wording == "plain":
-        if not record.options or suffix == "Answer:":
-            return record
-        prompt, bare = (render(c, record.question, record.options, suffix) for c in (record.context, ""))
-        return replace(record, prompt=prompt, bare=bare)
     if not record.options:
-        return replace(record, prompt=_completion(record, wording))
+        return record if wording == "plain" else replace(record, prompt=_completion(record, wording))
+    end = suffix if official else suffix.rstrip(" ")
+    plain = replace(record, prompt=_ending(record.prompt, end), bare=_ending(record.bare, end))
+    if wording == "plain":
+        return plain
     listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, record.options, strict=False))
     prompt = _question(record.context.strip(), record.question.strip(), listed, wording, official)
+    if wording in OWN:  # their template is the plain one's
+        return replace(plain, prompt=prompt)
     return replace(record, prompt=prompt, bare=f"Q:{record.question.strip()}\nChoices: {listed}\nA:")
+
+
+def _ending(prompt: str, suffix: str) -> str:
+    return f"{prompt.removesuffix(ENDING)}{suffix}" if prompt.endswith(ENDING) else prompt
 
 
 def _question(context: str, question: str, listed: str, wording: Wording, official: bool) -> str:

@@ -21,7 +21,7 @@ from ..record import hash_json
 from ..room import need_room
 from ._asking import BLOCK, beyond_window, finished, in_parts, split
 from ._context_ask import WORD, Said, Wanted, word
-from ._context_prompts import Wording, others, swapped, worded
+from ._context_prompts import ENDING, Wording, others, swapped, worded
 from ._context_report import Report, Run
 from ._context_rows import Row, When
 from ._health import working_memory
@@ -69,7 +69,7 @@ class Task:
     ask: Ask
     new_tokens: int
     """Behind each prompt."""
-    suffix: str = "Answer:"
+    suffix: str = ENDING
     by_word: bool = False
     """Two answers are the same if their first words are."""
 
@@ -242,4 +242,7 @@ def _of(
 
 
 def _numbers(report: Report, run: Run) -> dict[str, Any]:
+    if run.record.get("seconds") == sum(part["seconds"] for part in run.parts):  # no part is new: no need to resample
+        kept: dict[str, Any] = run.record["metrics"]
+        return kept
     return {name: asdict(metric) for name, metric in report.metrics(run.name).items()}

@@ -7,7 +7,7 @@ has the highest logit is the answer. What is measured, and how, stands in docs/b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..models.lm import LM
 from ..models.run import Progress
 from ..patches.patch import Mount, Patch
 from . import _context_run
-from ._context_ask import Said, Wanted, choose
+from ._context_ask import Letters, Said, Wanted, choose
 from ._context_prompts import Wording
 from ._context_report import Report, Run
 from ._context_rows import Metric, Row
@@ -36,9 +36,13 @@ class Config(_context_run.Config):
 
     baselines: tuple[Wording, ...] = ("base", "attr", "instr", "opin", "instr+opin")
     """Wordings in which the unpatched model is asked as well, beside the plain one."""
-    suffix: str = "Answer:"
-    """What the plain prompt ends in. IRCAN chooses by model: ``Answer:``, ``Answer: \\n``,
-    ``The correct answer is``."""
+    suffix: str | None = None
+    """What the plain prompt ends in. IRCAN chooses by model: ``Answer: ``, ``Answer: \\n``, ``The correct answer is ``,
+    ``Answer: \\nThe correct option is \\n**``. A blank at its end is dropped unless ``official``. None: ``Answer:``, or
+    as released ``Answer: ``."""
+    letters: Letters | None = None
+    """Which token of a letter counts: behind the prompt and a ``blank``, ``bare``, or ``auto``, whichever of the two
+    holds more probability behind that prompt. IRCAN chooses by model. None: ``blank``, or as released ``bare``."""
 
 
 def load(path: str | Path, *, limit: int | None = None) -> list[ContextRecord]:
@@ -79,17 +83,23 @@ def run(
     token they are scored whole. ``official`` does as released.
     """
     cfg = cfg or Config()
+    suffix, letters = cfg.suffix, cfg.letters
+    if letters is None:
+        letters = "bare" if cfg.official else "blank"
+    if suffix is None:
+        suffix = "Answer: " if cfg.official else "Answer:"
+    cfg = replace(cfg, suffix=suffix, letters=letters)
     for i, record in enumerate(records):
         if len(record.options) < 2:
             raise BadInput(
                 f"record {record.id or i} has {len(record.options)} options, and kre asks for one of several."
             )
-    task = Task("kre", partial(_ask, cfg), 0, suffix=cfg.suffix)
+    task = Task("kre", partial(_ask, cfg.batch_size, letters), 0, suffix=suffix)
     return _context_run.run(
         lm, records, cfg, task,
         patch=patch, mount=mount, run_id=run_id, data_name=data_name, out=out, progress=progress,
     )  # fmt: skip
 
 
-def _ask(cfg: Config, lm: LM, told: Sequence[ContextRecord], wanted: Sequence[Wanted]) -> list[Said]:
-    return choose(lm, told, batch_size=cfg.batch_size, official=cfg.official)
+def _ask(size: int, letters: Letters, lm: LM, told: Sequence[ContextRecord], wanted: Sequence[Wanted]) -> list[Said]:
+    return choose(lm, told, batch_size=size, letters=letters)

@@ -86,13 +86,11 @@ class ContextRecord:
         return InContext(self.prompt, self.bare)
 
 
-def render(context: str, question: str, options: Sequence[str] = (), suffix: str = "Answer:") -> str:
+def render(context: str, question: str, options: Sequence[str] = ()) -> str:
     """The prompt, without a trailing blank; an empty context leaves its line out.
 
     Questions with options read as in IRCAN, others as the base prompt of Zhou et al.
 
-    Args:
-        suffix: what stands behind the options.
     Source: Shi et al. 2024 (arXiv:2406.18406), app.; Zhou et al. 2023 (arXiv:2303.11315).
     """
     before = f"{context.strip()}\n" if context.strip() else ""
@@ -100,7 +98,7 @@ def render(context: str, question: str, options: Sequence[str] = (), suffix: str
         return f"{before}Q:{question.strip()}\nA:"
     listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     head = "Choose the correct option to answer the following question: \n"
-    return f"{head}{before}{question.strip()}\n{listed}\n{suffix}".rstrip(" ")
+    return f"{head}{before}{question.strip()}\n{listed}\nAnswer:"
 
 
 def halves(records: Sequence[T]) -> tuple[list[T], list[T]]:
@@ -121,7 +119,6 @@ def read_context(
     limit: int | None = None,
     seed: int | None = None,
     format: str | None = None,
-    official: bool = False,
 ) -> list[ContextRecord]:
     """Read a file of questions with contexts.
 
@@ -129,14 +126,13 @@ def read_context(
         limit: at most this many records, the first ones.
         seed: shuffle the file with this seed before ``limit`` cuts it; None keeps the order.
         format: ``lmpatch``, ``memotrap`` or ``kre``; None tells it from the first record.
-        official: cut MemoTrap's prompts at their last ``": "``, as released. 18 of 937 items lose part of their text.
     Raises:
         BadInput: no such file, an empty one, or an unknown shape.
         BadRecord: lines that cannot be read; names the file and the first ten of them.
     """
     shapes: dict[str, Callable[[Record, str], ContextRecord]] = {
         "lmpatch": _own,
-        "memotrap": lambda record, place: _memotrap(record, place, official),
+        "memotrap": _memotrap,
         "kre": _kre,
     }
     if format is not None and format not in shapes:
@@ -177,10 +173,10 @@ def _own(record: Record, place: str) -> ContextRecord:
     )
 
 
-def _memotrap(record: Record, place: str, official: bool) -> ContextRecord:
+def _memotrap(record: Record, place: str) -> ContextRecord:
     """``Write a quote that ends in the word "early": Better late than``: an instruction, and what it is about."""
     prompt = text_of(record, "prompt")
-    instruction, colon, rest = prompt.rpartition(": ") if official else prompt.partition(": ")
+    instruction, colon, rest = prompt.partition(": ")
     if not colon:
         raise BadRecord(f"prompt has no instruction that ends in a colon: {prompt!r}")
     wanted = record.get("answer_index")

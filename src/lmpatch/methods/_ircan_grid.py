@@ -1,27 +1,45 @@
 """Accuracy of many (count, factor) settings at once, without editing a weight.
 
 Multiplying a down-projection's column is multiplying its input. So settings travel as rows of one batch, each with its
-own factors, and start at the lowest scaled block, from states that were computed once. The edit acts on every token,
-so every token above that block is computed again.
+own factor, and those of one count start at its lowest scaled block, from states that were computed once. The edit acts
+on every token, so every token above that block is computed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.context import ContextRecord
+from ..errors import BadInput
+from ..models.acting import Rule, need_window, streams
 from ..models.lm import LM
+from ..models.options import combined_options, option_tokens
 from ..models.replay import Recording, record
-from ..models.run import HEAD_CHUNK, Progress, hooked, logits
-from ..models.tokens import Row, batches_of_tokens, encode_all
-from ..probes.integrated_gradients import first_visible
+from ..models.run import HEAD_CHUNK, Ends, Progress, combined, hooked, memories
+from ..models.tokens import batches_of_tokens
 from ..units.address import Neuron
 
 TOKENS = 4096  # per forward; more gains nothing on a CPU
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A record as token ids."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """With context; with a rule on the model also without. Both end in ``answer``."""
+    answer: tuple[int, ...]
+    """Empty where there are options: then the row ends where their letters part."""
+    letters: tuple[int, ...]
+    """Each letter's token there."""
+    right: int
+    """Which letter is the answer."""
 
 
 @torch.no_grad()
@@ -33,48 +51,84 @@ def accuracies(
     *,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Share of records answered as their context says, for each setting.
+    """Share of records answered as their context says, for each setting, under the rules that are on the model.
 
     With options: the letter with the highest logit is the answer's. Without: each token of the answer is the argmax
-    behind the right ones, which is when greedy generation begins with the answer.
+    behind the right ones, and behind the last one comes an end or a period. Then the greedy text up to its first
+    period is the answer, as the bench ``memotrap`` asks. An answer said with other tokens counts there and not here.
 
     Args:
         neurons: ranked; a setting (h, factor) scales the first h of them.
     Returns:
         [settings], in 0..1.
+    Raises:
+        BadInput: a record longer than the model's window, letters that begin alike, or a patch on the model that puts
+            vectors before prompts.
     """
-    told = encode_all(lm, [r.prompt for r in records], [r.answer for r in records])
-    letters = [_letters(lm, r) for r in records]
-    lowest = min((n.layer for n in neurons), default=lm.layout.n_layers)
-    right = torch.zeros(len(settings), device=lm.device)
+    rules, cases = _cases(lm, records)
+    ends = Ends(lm, ())
+    lowest = _lowest(lm, neurons)
+    right = torch.zeros(len(settings))
     done = 0
-    for batch in batches_of_tokens([len(row.ids) for row in told], TOKENS // 4):  # four settings or more a forward
-        rows = [told[i] for i in batch]
-        recording = record(lm, [row.ids[:-1] for row in rows], [0] * len(rows), lowest=lowest)
-        each = max(1, TOKENS // (len(rows) * recording.suffix))
-        for start in range(0, len(settings), each):
-            part = slice(start, start + each)
-            states = scaled_states(recording, lowest, neurons, settings[part])
-            right[part] += _right(lm, states, rows, [letters[i] for i in batch])
-        done += len(batch)
-        if progress:
-            progress(done, len(records), "trying settings")
+    for lettered in (True, False):
+        found = [case for case in cases if bool(case.letters) is lettered]
+        lengths = [sum(map(len, case.rows)) for case in found]
+        for batch in batches_of_tokens(lengths, TOKENS // 4):  # four settings or more a forward
+            part = [found[i] for i in batch]
+            width = len(part[0].rows)
+            rows = [case.rows[s] for s in range(width) for case in part]  # stream after stream
+            recording = record(lm, rows, [0] * len(rows), lowest=lowest)
+            each = max(1, TOKENS // (len(rows) * recording.suffix))
+            for count, group in groupby(range(len(settings)), lambda i: settings[i][0]):
+                same = list(group)
+                for some in (same[start : start + each] for start in range(0, len(same), each)):
+                    states = scaled_states(recording, neurons[:count], [settings[i][1] for i in some])
+                    states = states.unflatten(1, (width, len(part)))  # [c, streams, n, S, d]
+                    right[some] += (
+                        _chosen(lm, states, part, rules) if lettered else _said(lm, states, part, rules, ends)
+                    )
+            done += len(part)
+            if progress:
+                progress(done, len(records), "trying settings")
     return right / len(records)
 
 
-def scaled_states(
-    recording: Recording, lowest: int, neurons: Sequence[Neuron], settings: Sequence[tuple[int, float]]
-) -> Tensor:
-    """States after the last block under each setting, [settings, n, S, d]."""
-    lm, n, c = recording.lm, recording.n, len(settings)
-    hidden = recording.hidden[lowest].repeat(c, 1, 1)  # [c * n, S, d], setting after setting
+def _cases(lm: LM, records: Sequence[ContextRecord]) -> tuple[tuple[Rule, ...], list[_Case]]:
+    told = streams(lm, [r.asked for r in records], [r.answer for r in records])
+    if told.vectors is not None:
+        raise BadInput("a patch on the model puts vectors before prompts, and settings are not tried behind them.")
+    cases: list[_Case] = []
+    for r, pair in zip(records, told.rows, strict=True):
+        if r.options:
+            before, letters = option_tokens(lm, r.prompt, r.letters)
+            if len(set(letters)) < len(letters):
+                raise BadInput(
+                    f"letters of {r.prompt[-60:]!r} begin with the same token, so one logit cannot tell them."
+                )
+            shared = len(before.ids) - before.target
+            rows = tuple(row.ids[: row.target + shared] for row in pair)
+            cases.append(_Case(rows, (), letters, r.letters.index(r.answer)))
+        else:
+            cases.append(_Case(tuple(row.ids for row in pair), pair[0].ids[pair[0].target :], (), 0))
+        need_window(lm, cases[-1].rows)
+    return told.rules, cases
+
+
+def _lowest(lm: LM, neurons: Sequence[Neuron]) -> int:
+    return min((n.layer for n in neurons), default=lm.layout.n_layers)
+
+
+def scaled_states(recording: Recording, neurons: Sequence[Neuron], factors: Sequence[float]) -> Tensor:
+    """States after the last block with these neurons scaled by each factor, [factors, n, S, d]."""
+    lm, n, c = recording.lm, recording.n, len(factors)
+    lowest = _lowest(lm, neurons)
+    hidden = recording.hidden[lowest].repeat(c, 1, 1)  # [c * n, S, d], factor after factor
     rows = torch.arange(n, device=hidden.device).repeat(c)
     handles = []
     for layer in sorted({neuron.layer for neuron in neurons}):
-        factors = torch.ones(c, lm.layout.d_ff)
-        for row, (count, factor) in zip(factors, settings, strict=True):
-            row[[neuron.index for neuron in neurons[:count] if neuron.layer == layer]] = factor
-        by_row = factors.to(hidden).repeat_interleave(n, 0)[:, None]  # [c * n, 1, f]
+        scale = torch.ones(c, lm.layout.d_ff)
+        scale[:, [neuron.index for neuron in neurons if neuron.layer == layer]] = torch.tensor(factors)[:, None]
+        by_row = scale.to(hidden).repeat_interleave(n, 0)[:, None]  # [c * n, 1, f]
         handles.append(lm.module(lm.layout.downs[layer]).register_forward_pre_hook(_times(by_row)))
     with hooked(*handles):
         return recording.forward(hidden, lowest, rows=rows).reshape(c, n, *hidden.shape[1:])
@@ -89,38 +143,56 @@ def _times(factors: Tensor) -> Any:
     return scale
 
 
-def _letters(lm: LM, record: ContextRecord) -> list[int]:
-    """Token of each option's letter behind the prompt."""
-    rows = encode_all(lm, [record.prompt] * len(record.options), record.letters)
-    return [row.ids[first_visible(lm, row)] for row in rows]
+def _at(states: Tensor, cases: Sequence[_Case], setting: Tensor, row: Tensor, k: int) -> Tensor:
+    """The states that say token k of the answers, [streams, r, d], for r pairs of a setting and a row."""
+    width = states.shape[1]
+    place = torch.tensor([[len(case.rows[s]) - len(case.answer) - 1 for case in cases] for s in range(width)])
+    stream = torch.arange(width, device=states.device)[:, None]
+    return states[setting, stream, row, place.to(states.device)[:, row] + k]
 
 
-def _right(lm: LM, states: Tensor, rows: Sequence[Row], letters: Sequence[Sequence[int]]) -> Tensor:
-    """How many rows are answered right, [settings]; ``states`` are [settings, n, S, d]."""
-    spots = [
-        (i, t - 1, row.ids[t])
-        for i, row in enumerate(rows)
-        for t in ([first_visible(lm, row)] if letters[i] else range(row.target, len(row.ids)))
-    ]
-    row, column, label = (torch.tensor(x, device=states.device) for x in zip(*spots, strict=True))
-    picked = states[:, row, column]  # [settings, spots, d]
-    allowed = [letters[i] for i, _, _ in spots] * len(states)
-    best = []
-    for start, part in zip(range(0, len(allowed), HEAD_CHUNK), picked.flatten(0, 1).split(HEAD_CHUNK), strict=True):
-        best.append(_argmax(logits(lm, part), allowed[start : start + HEAD_CHUNK]))
-    missed = torch.cat(best).reshape(len(states), -1) != label  # [settings, spots]
-    misses = torch.zeros(len(states), len(rows), device=states.device).index_add(1, row, missed.float())
-    return (misses == 0).sum(1)
+def _chosen(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule]) -> Tensor:
+    """How many records have the highest logit at the right letter, [settings]; ``states`` [c, streams, n, S, d]."""
+    c, n = len(states), len(cases)
+    setting, row = (x.flatten() for x in torch.meshgrid(torch.arange(c), torch.arange(n), indexing="ij"))
+    columns = sorted({token for case in cases for token in case.letters})
+    device = states.device
+    z = combined_options(lm, _at(states, cases, setting.to(device), row.to(device), 0), rules, columns)  # [c * n, k]
+    hits = torch.zeros(c, n)
+    for i, (case, own) in enumerate(zip(cases, z.cpu().unflatten(0, (c, n)).unbind(1), strict=True)):
+        best = own[:, [columns.index(token) for token in case.letters]].argmax(-1)
+        hits[:, i] = (best == case.right).float()
+    return hits.sum(1)
 
 
-def _argmax(z: Tensor, allowed: Sequence[Sequence[int]]) -> Tensor:
-    """The best token of each row of the logits [r, V], among the allowed ones where there are any."""
-    best = z.argmax(-1)
-    for i, tokens in enumerate(allowed):
-        if tokens:
-            choices = torch.tensor(tokens, device=z.device)
-            best[i] = choices[z[i, choices].argmax()]
-    return best
+def _said(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule], ends: Ends) -> Tensor:
+    """How many records are answered with the answer and nothing more, [settings]; ``states`` as in ``_chosen``.
+
+    Token after token: what missed one needs no more of the head, and a rule may remember.
+    """
+    c, n = len(states), len(cases)
+    right = torch.ones(c, n, dtype=torch.bool)
+    memory = memories(lm, rules, c * n)
+    for k in range(max(len(case.answer) for case in cases) + 1):
+        going = torch.tensor([k <= len(case.answer) for case in cases])
+        setting, row = (right & going).nonzero(as_tuple=True)
+        if not len(row):
+            break
+        at = (setting * n + row).to(states.device)
+        known = memory[:, at]
+        picked = _at(states, cases, setting.to(states.device), row.to(states.device), k)
+        best = torch.cat([z.argmax(-1) for _, z in combined(lm, picked, rules, known)]).tolist()
+        memory[:, at] = known
+        answers = [cases[i].answer for i in row.tolist()]
+        right[setting, row] = torch.tensor(
+            [token == a[k] if k < len(a) else _closes(lm, token, ends) for token, a in zip(best, answers, strict=True)]
+        )
+    return right.sum(1).float()
+
+
+def _closes(lm: LM, token: int, ends: Ends) -> bool:
+    """Nothing that follows this token belongs to the answer."""
+    return token in ends or bool(lm.tokenizer.decode([token]).strip().startswith("."))
 
 
 def memory(lm: LM) -> int:

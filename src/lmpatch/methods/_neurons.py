@@ -53,12 +53,17 @@ def check(neurons: int, factor: float) -> None:
         raise BadInput(f"factor is {factor}. Give a finite number; 0 mutes the neurons.")
 
 
-def need_some(found: Sequence[object], records: int) -> None:
-    """Raise ``BadInput`` if no record names a neuron."""
+def need(count: int, found: Sequence[object], records: int) -> None:
+    """Raise ``BadInput`` if the records name fewer neurons than that."""
     if not found:
         raise BadInput(
             f"none of {records} records names a neuron: with their contexts no neuron raises p(answer). Check that "
             "the contexts state the answers."
+        )
+    if len(found) < count:
+        raise BadInput(
+            f"{records} records name {len(found)} neurons, and {count} are to be scaled. Scale fewer, or give more "
+            "records."
         )
 
 

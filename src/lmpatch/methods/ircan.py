@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.context import ContextRecord
-from ..errors import BadInput
+from ..errors import BadInput, CannotMount
 from ..models.lm import LM
 from ..models.run import Progress
-from ..patches.ledger import apply
+from ..patches.ledger import Applied, apply
 from ..patches.weight import WeightPatch
 from ..probes import integrated_gradients
-from ..probes._scores import Scores
+from ..probes._scores import Scores, differing
 from ..units.address import Neuron
 from . import _neurons
 from ._ircan_grid import accuracies
@@ -38,7 +38,8 @@ class Config(integrated_gradients.Config):
     factor: float = 5.0
     """β, what the columns are multiplied by. 0 erases the neurons (the paper's ErCAN)."""
     search_neurons: tuple[int, ...] = ()
-    """Counts to choose from, each with every one of ``search_factors``, by accuracy on the records. Empty: none."""
+    """Counts to choose from, each with every one of ``search_factors``, by accuracy on the records, under the decode
+    patches that are on the model. Empty: none."""
     search_factors: tuple[float, ...] = ()
     """Factors to choose from."""
     examples: int = 100
@@ -61,34 +62,44 @@ def fit(
 
     Args:
         records: the half on which everything is chosen. Keep the other half for the bench (``data.context.halves``).
-        scores: what ``integrated_gradients`` found on the first ``examples`` of these records, if it is there already.
+        scores: what ``integrated_gradients`` found on the first ``examples`` of these records with these settings, if
+            it is there already.
     Returns:
-        one Scale per layer that holds such a neuron. Notes: the neurons and how many records name each; with a search,
-        the accuracy before, of the best setting, and of the finished patch mounted on the side.
+        one Scale per layer that holds such a neuron. Notes: the neurons and how many records name each, and how many
+        records name none; with a search, the accuracy before, of every setting, and of the finished patch on the model.
     Raises:
-        BadInput: no record names a neuron, or one of the two lists of a search without the other.
+        BadInput: the records name fewer neurons than are to be scaled, other scores, or one of the two lists of a
+            search without the other.
     Source: Shi et al. 2024 (arXiv:2406.18406), sec. 3.
     Differs: neurons are found on the records given, where released code also uses the half it reports on; the random
     control draws each neuron once.
     """
     _check(cfg)
     start = time.perf_counter()
-    counted = _found(lm, records, cfg, scores, progress)
+    counted, notes = _found(lm, records, cfg, scores, progress)
     neurons = [neuron for neuron, _ in counted]
     count, factor = cfg.neurons, cfg.factor
-    notes: dict[str, Any] = {}
     if cfg.search_neurons:
-        count, factor, notes = _searched(lm, records, neurons, cfg, progress)
+        count, factor, tried = _searched(lm, records, neurons, cfg, progress)
+        notes |= tried
     chosen = counted[:count]
     notes["neurons"] = [[neuron.layer, neuron.index, named] for neuron, named in chosen]
     patch = _neurons.scaling(
         lm, [neuron for neuron, _ in chosen], factor, method="ircan", config=cfg, edits=records, notes=notes
     )
     if cfg.search_neurons:
-        with apply(lm, patch, mount="side"):
+        with _mounted(lm, patch):
             patch.notes["accuracy"] = float(accuracies(lm, records, [], [(0, 1.0)])[0])
     patch.made["seconds"] = round(time.perf_counter() - start, 3)
     return patch
+
+
+def _mounted(lm: LM, patch: WeightPatch) -> Applied:
+    """The weights edited; on the side where they cannot be written."""
+    try:
+        return apply(lm, patch)
+    except CannotMount:  # offloaded or quantised
+        return apply(lm, patch, mount="side")
 
 
 def _check(cfg: Config) -> None:
@@ -100,29 +111,41 @@ def _check(cfg: Config) -> None:
 
 def _found(
     lm: LM, records: Sequence[ContextRecord], cfg: Config, scores: Scores | None, progress: Progress | None
-) -> list[tuple[Neuron, int]]:
-    """Neurons, the most named first, and how many records name each."""
+) -> tuple[list[tuple[Neuron, int]], dict[str, Any]]:
+    """Neurons, the most named first, and how many records name each; and notes."""
+    count = max(cfg.search_neurons, default=cfg.neurons)
     if cfg.control_seed is not None:
-        count = max(cfg.neurons, *cfg.search_neurons) if cfg.search_neurons else cfg.neurons
-        return [(neuron, 0) for neuron in _neurons.drawn(lm, count, cfg.control_seed)]
+        return [(neuron, 0) for neuron in _neurons.drawn(lm, count, cfg.control_seed)], {}
     used = records[: cfg.examples]
     found = scores or integrated_gradients.run(lm, used, cfg, progress=progress)
-    if len(found.records) != len(used):
-        raise BadInput(f"scores of {len(found.records)} records for {len(used)}. Score the first {len(used)} of these.")
+    if differ := differing(found.header, integrated_gradients.asked(lm, used, cfg)):
+        raise BadInput(
+            f"these scores are of another run: {', '.join(differ)} differ. Score the first {len(used)} of these "
+            "records with these settings."
+        )
     counted = _neurons.ranked((credit.neurons for credit in found.records), cfg.ties)
-    _neurons.need_some(counted, len(used))
-    return counted
+    _neurons.need(count, counted, len(used))
+    return counted, {"records_without_neurons": sum(not credit.neurons for credit in found.records)}
 
 
 def _searched(
     lm: LM, records: Sequence[ContextRecord], neurons: Sequence[Neuron], cfg: Config, progress: Progress | None
 ) -> tuple[int, float, dict[str, Any]]:
     """The setting with the highest accuracy; of equal ones the fewest neurons, then the smallest factor."""
-    settings = [(0, 1.0), *((h, b) for h in sorted(cfg.search_neurons) for b in sorted(cfg.search_factors))]
-    found = accuracies(lm, records, neurons, settings, progress=progress).tolist()
-    best = max(range(1, len(settings)), key=lambda i: (found[i], -i))
-    table = [[h, b, round(a, 5)] for (h, b), a in zip(settings[1:], found[1:], strict=True)]
-    return *settings[best], {"accuracy_before": found[0], "search": table}
+    settings = grid(cfg.search_neurons, cfg.search_factors)
+    before, *found = accuracies(lm, records, neurons, settings, progress=progress).tolist()
+    table = [[h, b, round(a, 5)] for (h, b), a in zip(settings[1:], found, strict=True)]
+    return *best_of(settings[1:], found), {"accuracy_before": before, "search": table}
+
+
+def grid(counts: Sequence[int], factors: Sequence[float]) -> list[tuple[int, float]]:
+    """The model as it is, then every pair, the gentlest first."""
+    return [(0, 1.0), *((h, b) for h in sorted(counts) for b in sorted(factors))]
+
+
+def best_of(settings: Sequence[tuple[int, float]], found: Sequence[float]) -> tuple[int, float]:
+    """The setting with the highest number; of equal ones the first."""
+    return settings[max(range(len(settings)), key=lambda i: (found[i], -i))]
 
 
 def estimate(lm: LM, count: int, cfg: Config) -> int:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..data.context import ContextRecord
 from ..errors import BadInput, UnknownLayout
+from ..models.acting import need_window
 from ..models.lm import LM
 from ..models.run import Progress, blocks, hooked, positions
 from ..models.tokens import batches_of_rows, encode_all, pad, pad_id
@@ -90,7 +91,8 @@ def fit(
         one vector per layer that holds such a head, in front of the attention's output projection. Notes: the heads
         and their probes' accuracy.
     Raises:
-        BadInput: fewer records with two answers than folds, or more heads than the model has.
+        BadInput: fewer records with two answers than folds, more heads than the model has, or a record longer than its
+            window.
         UnknownLayout: the attention's output is no whole number of heads.
     Source: Li et al. 2023 (arXiv:2306.03341), sec. 3.
     Differs: acts at every token unless ``positions="newest"``; heads whose probes are equally often right are ordered
@@ -165,6 +167,7 @@ def head_outputs(lm: LM, records: Sequence[ContextRecord], progress: Progress | 
     heads = int(lm.model.config.get_text_config().num_attention_heads)
     prompts = [r.prompt for r in records] * 2
     rows = encode_all(lm, prompts, [r.answer for r in records] + [r.memory for r in records])
+    need_window(lm, [row.ids for row in rows])
     made: dict[int, Tensor] = {}
     seen: list[Tensor] = []
 

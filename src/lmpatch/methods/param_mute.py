@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.context import ContextRecord
 from ..errors import BadInput, UnknownLayout
 from ..models._probe import probe_ids, trace
+from ..models.acting import need_window
 from ..models.lm import LM
 from ..models.run import Progress, generate
 from ..models.tokens import Row, encode_all
@@ -41,9 +42,9 @@ class Config:
     responses: Literal["own", "given"] = "own"
     """``own``: what the model generates with the context, faithful where it holds the answer, unfaithful where it holds
     the memory answer. ``given``: each record's answer and memory answer themselves."""
-    count: Literal["summed", "per_token"] = "summed"
-    """A neuron is on in a response if its activations, summed over the tokens, are positive (as released); or the share
-    of neurons with a positive activation is taken token by token."""
+    count: Literal["per_token", "summed"] = "per_token"
+    """The share of neurons with a positive activation is taken token by token; or, as released, a neuron is on in a
+    response if its activations, summed over the tokens, are positive."""
     max_new_tokens: int = 32
     """Length of a generated response at most."""
 
@@ -59,10 +60,11 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
         per layer one Scale of the down-projection, and one of its bias if it has one; or of the norm behind it. Notes:
         the layers, and the share of neurons that are on in faithful and unfaithful responses by layer.
     Raises:
-        BadInput: no response of one of the two sorts.
+        BadInput: no response of one of the two sorts, or a prompt longer than the model's window.
         UnknownLayout: the MLP's activation, or the norm behind it, cannot be found.
     Source: arXiv:2502.15543, sec. 3.
-    Differs: responses need not be labelled beforehand, and no adaptation is trained on top (see ``finetune``).
+    Differs: neurons are counted token by token unless ``count="summed"``; responses need not be labelled beforehand,
+    and no adaptation is trained on top (see ``finetune``).
     """
     if not math.isfinite(cfg.factor) or not 0 < cfg.share <= 1:
         raise BadInput(f"factor is {cfg.factor} and share {cfg.share}. The first must be finite, the second in 0..1.")
@@ -101,6 +103,7 @@ def _responses(
         pairs += [(r.prompt, r.memory, False) for r in records if r.memory]
     else:
         prompts = [r.prompt for r in records]
+        need_window(lm, [row.ids for row in encode_all(lm, prompts)], cfg.max_new_tokens)
         texts = generate(lm, prompts, max_new_tokens=cfg.max_new_tokens, progress=progress)
         pairs = []
         for record, text in zip(records, texts, strict=True):
@@ -113,7 +116,9 @@ def _responses(
             f"{len(sorts[0])} faithful and {len(sorts[1])} unfaithful responses of {len(records)} records; both are "
             "needed. Give records with memory answers that the model sometimes prefers, or responses='given'."
         )
-    return tuple(encode_all(lm, *zip(*pairs, strict=True)) for pairs in sorts)  # type: ignore[return-value]
+    faithful, unfaithful = (encode_all(lm, *zip(*pairs, strict=True)) for pairs in sorts)
+    need_window(lm, [row.ids for row in faithful + unfaithful])
+    return faithful, unfaithful
 
 
 def _holds(text: str, answer: str) -> bool:

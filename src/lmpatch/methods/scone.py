@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +57,7 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
     Returns:
         one Scale per layer that holds such a neuron. Notes: the neurons and how many records name each.
     Raises:
-        BadInput: no neuron is a candidate of any record.
+        BadInput: fewer neurons are candidates than are to be scaled.
     Source: HYU-ARK-Lab/SCoNE.
     Differs: the first record has nothing to be compared with and is skipped; neurons that equally many records name
     are ordered by their summed credit.
@@ -68,7 +68,7 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
     start = time.perf_counter()
     used = records[: cfg.examples]
     counted = _neurons.ranked(_named(lm, used, cfg, progress))
-    _neurons.need_some(counted, len(used))
+    _neurons.need(cfg.neurons, counted, len(used))
     chosen = counted[: cfg.neurons]
     return _neurons.scaling(
         lm,
@@ -85,17 +85,27 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
 def _named(
     lm: LM, records: Sequence[ContextRecord], cfg: Config, progress: Progress | None
 ) -> list[list[tuple[int, int, float]]]:
-    """The candidates of each record. Credits of the last ``window`` records are all that is kept."""
-    found: list[list[tuple[int, int, float]]] = []
-    before: deque[Tensor] = deque(maxlen=cfg.window)
-    for part in integrated_gradients.attributions(lm, integrated_gradients.cases(lm, records), cfg):
-        for credit in part.scores:  # [layers, f]
-            varied = (credit - torch.stack(list(before)).mean(0)).abs() if before else None
-            found.append(candidates(credit, varied, cfg))
-            before.append(credit)
+    cases = integrated_gradients.cases(lm, records)
+    credits = (credit for part in integrated_gradients.attributions(lm, cases, cfg) for credit in part.scores)
+    found = []
+    for one in named(credits, cfg):
+        found.append(one)
         if progress:
             progress(len(found), len(records), "crediting neurons")
     return found
+
+
+def named(credits: Iterable[Tensor], cfg: Config) -> Iterator[list[tuple[int, int, float]]]:
+    """The candidates of each record. Credits of the last ``window`` records are all that is kept.
+
+    Args:
+        credits: [layers, f] of each record in turn, with ``path`` weighting.
+    """
+    before: deque[Tensor] = deque(maxlen=cfg.window)
+    for credit in credits:
+        varied = (credit - torch.stack(list(before)).mean(0)).abs() if before else None
+        yield candidates(credit, varied, cfg)
+        before.append(credit)
 
 
 def candidates(credit: Tensor, varied: Tensor | None, cfg: Config) -> list[tuple[int, int, float]]:

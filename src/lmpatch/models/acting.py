@@ -91,15 +91,17 @@ class Streams:
 def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = None) -> Streams:
     """Tokenise prompts and targets for everything that acts on the model.
 
+    Where every prompt is the same without its context there is one stream: each rule leaves two equal ones as they are.
+
     Raises:
         BadInput: a rule is on, and a prompt does not say what it is without its context.
     """
     rules = tuple(rule for actor in actors(lm) for rule in actor.rules)
     full = [prompt.prompt if isinstance(prompt, InContext) else prompt for prompt in prompts]
-    if not rules:
+    bare = [_bare(prompt) for prompt in prompts] if rules else full
+    if bare == full:
         rows, vectors = prepare(lm, full, targets)
         return Streams((), [(row,) for row in rows], vectors)
-    bare = [_bare(prompt) for prompt in prompts]
     rows, vectors = prepare(lm, full + bare, None if targets is None else [*targets, *targets])
     pairs = zip(rows[: len(full)], rows[len(full) :], strict=True)
     # the tokens at the border may depend on what stands before it: the stream with context says what the target is
@@ -143,6 +145,21 @@ def prepare(lm: LM, prompts: Sequence[str], targets: Sequence[str] | None = None
                     table += insert.vectors
                 rows[i] = inserted(lm, rows[i], known[key], insert.at)
     return rows, torch.stack(table).to(lm.device) if table else None
+
+
+def need_window(lm: LM, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
+    """Check that the model can read every row of token ids, and so many tokens behind it.
+
+    Raises:
+        BadInput: one is longer than the model's window.
+    """
+    window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    for row in rows:
+        if window and len(row) + new_tokens > window:
+            raise BadInput(
+                f"the text that begins {lm.tokenizer.decode(row[:20])!r} takes {len(row) + new_tokens} tokens, and "
+                f"{lm.name} reads {window}. Shorten its context: it is not cut for you."
+            )
 
 
 def inserted(lm: LM, row: Row, ids: tuple[int, ...], at: str) -> Row:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .acting import Prompt, streams
+from ..errors import BadInput
+from .acting import Prompt, Rule, streams
 from .lm import LM
 from .run import HEAD_CHUNK, Progress, combined, last_states, logits, memories
+from .tokens import Row, encode_all
 
 
 @torch.no_grad()
@@ -34,12 +36,23 @@ def next_logits(
     """
     told, wanted = streams(lm, prompts), list(token_ids)
     states = last_states(lm, told, batch_size=batch_size, progress=progress)  # [streams, n, d]
-    memory = memories(lm, told.rules, len(told.rows))
-    if not all(rule.pointwise for rule in told.rules):  # the rule looks at all tokens
-        return torch.cat([z[:, wanted] for _, z in combined(lm, states.to(lm.dtype), told.rules, memory)])
-    out = option_logits(lm, states.flatten(0, 1), wanted).view(told.width, len(told.rows), -1)  # [streams, n, k]
+    return combined_options(lm, states, told.rules, wanted)
+
+
+def combined_options(lm: LM, states: Tensor, rules: Sequence[Rule], token_ids: Sequence[int]) -> Tensor:
+    """Logits of a few first tokens under the rules.
+
+    Args:
+        states: [streams, n, d] after the last block; one stream without rules, two with.
+    Returns:
+        [n, k] fp32.
+    """
+    wanted, memory = list(token_ids), memories(lm, rules, states.shape[1])
+    if not all(rule.pointwise for rule in rules):  # the rule looks at all tokens
+        return torch.cat([z[:, wanted] for _, z in combined(lm, states.to(lm.dtype), rules, memory)])
+    out = option_logits(lm, states.flatten(0, 1), wanted).view(*states.shape[:2], -1)  # [streams, n, k]
     full = out[0]
-    for rule, known in zip(told.rules, memory, strict=True):
+    for rule, known in zip(rules, memory, strict=True):
         full = rule.combine(full, out[-1], known)
     return full
 
@@ -65,3 +78,20 @@ def option_logits(lm: LM, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
     out = F.linear(out.float(), head.weight[wanted].float(), bias)  # [n, k]
     cap = lm.layout.softcap
     return cap * torch.tanh(out / cap) if cap else out
+
+
+def option_tokens(lm: LM, prompt: str, options: Sequence[str]) -> tuple[Row, tuple[int, ...]]:
+    """Where options part behind a prompt.
+
+    Returns:
+        the tokens before that place, the prompt's and those that all options share; and each option's token there.
+        Two options may still share theirs. ``target`` says where the options begin.
+    Raises:
+        BadInput: an option tokenises to nothing, or two are the same.
+    """
+    told = encode_all(lm, [prompt] * len(options), options)
+    columns = zip(*(row.ids for row in told), strict=False)
+    at = next((k for k, tokens in enumerate(columns) if len(set(tokens)) > 1), None)
+    if at is None:
+        raise BadInput(f"the options {', '.join(options)} cannot be told apart behind a prompt. Give different ones.")
+    return Row(told[0].ids[:at], told[0].target), tuple(row.ids[at] for row in told)

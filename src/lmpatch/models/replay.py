@@ -47,17 +47,6 @@ class _Prefix(DynamicLayer):
 
 
 @dataclass(frozen=True)
-class Join:
-    """Rows that enter the replay at a block of their own."""
-
-    layer: int
-    rows: Tensor
-    """[r] rows of the recording."""
-    hidden: Tensor
-    """[r, S, d] what enters block ``layer``."""
-
-
-@dataclass(frozen=True)
 class Recording:
     """What one clean pass leaves behind. Made by ``record``."""
 
@@ -108,28 +97,6 @@ class Recording:
         for i in range(layer, self.lm.layout.n_layers if end is None else end):
             hidden = self._block(i, hidden, rows)
         return hidden
-
-    def forward_joined(self, joins: Sequence[Join]) -> list[Tensor]:
-        """Run rows that start at different blocks in one wavefront: a row for block l joins at l.
-
-        Returns:
-            for each join, in the order given, [r, S, d] leaving the last block.
-        """
-        order = sorted(range(len(joins)), key=lambda j: joins[j].layer)
-        rows = hidden = None
-        waiting = list(order)
-        for layer in range(joins[order[0]].layer, self.lm.layout.n_layers):
-            while waiting and joins[waiting[0]].layer == layer:
-                new = joins[waiting.pop(0)]
-                rows = new.rows if rows is None else torch.cat([rows, new.rows])
-                hidden = new.hidden if hidden is None else torch.cat([hidden, new.hidden])
-            assert hidden is not None
-            hidden = self._block(layer, hidden, rows)
-        for j in waiting:  # joins behind the last block have nothing left to run
-            hidden = joins[j].hidden if hidden is None else torch.cat([hidden, joins[j].hidden])
-        assert hidden is not None
-        parts = hidden.split([len(joins[j].rows) for j in order])
-        return [part for _, part in sorted(zip(order, parts, strict=True), key=lambda pair: pair[0])]
 
     def fan(self, hidden: Tensor, layer: int, *, end: int | None = None) -> Tensor:
         """Run blocks ``layer`` .. ``end``-1 on many versions of token t at once. The suffix must be that token alone.

@@ -208,6 +208,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    enough: Callable[[int, str], bool] | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Continue each prompt, greedily unless a temperature is given.
@@ -221,6 +222,7 @@ def generate(
         temperature: what logits are divided by before a token is drawn; 0 takes the likeliest one.
         top_p: draw from the likeliest tokens that together reach this probability.
         seed: of the draws. They depend on it and on a prompt's place in the list, not on the batch it is in.
+        enough: called after each token with a prompt's place in the list and its answer so far; True ends the answer.
     Returns:
         the new text only; a list if a list was given.
     Raises:
@@ -233,15 +235,22 @@ def generate(
     numbers = choice.numbers(len(pairs), max_new_tokens).to(lm.device)
     asked = [(pair, i if temperature else 0) for i, pair in enumerate(pairs)]  # draws differ between equal prompts
     queue = sorted(set(asked), key=lambda key: (_longest(key[0]), key[1]))
-    ends, size = _Ends(lm, stop), max(1, batch_size // told.width)
+    places: dict[tuple[Pair, int], list[int]] = {}
+    for i, key in enumerate(asked):
+        places.setdefault(key, []).append(i)
+    ends, size = Ends(lm, stop), max(1, batch_size // told.width)
     done: dict[tuple[Pair, int], str] = {}
     for start in range(0, len(queue), size):
         batch = queue[start : start + size]
         drawn = numbers[[place for _, place in batch]]
         new: list[list[int]] = [[] for _ in batch]
-        for tokens in _steps(lm, told, [pair for pair, _ in batch], ends, choice, drawn):
+        ended = [False] * len(batch)
+        for tokens in _steps(lm, told, [pair for pair, _ in batch], ends, choice, drawn, ended):
             for i, token in tokens:
                 new[i].append(token)
+                if enough:
+                    text = lm.tokenizer.decode(new[i], skip_special_tokens=True)
+                    ended[i] = all(enough(place, text) for place in places[batch[i]])
         for key, ids in zip(batch, new, strict=True):
             done[key] = lm.tokenizer.decode(ids, skip_special_tokens=True)
         if progress:
@@ -270,7 +279,7 @@ def stream(
     new: list[int] = []
     said = text = ""
     numbers = choice.numbers(1, max_new_tokens).to(lm.device)
-    for tokens in _steps(lm, told, _pairs(told), _Ends(lm, stop), choice, numbers):
+    for tokens in _steps(lm, told, _pairs(told), Ends(lm, stop), choice, numbers, [False]):
         new += [token for _, token in tokens]
         text = lm.tokenizer.decode(new, skip_special_tokens=True)
         whole = text.rstrip(" \ufffd")  # a character may come in several tokens, and a blank may go before a point
@@ -288,7 +297,7 @@ def _pairs(told: Streams) -> list[Pair]:
     return pairs
 
 
-class _Ends:
+class Ends:
     """Which token ids end an answer. Ids are decoded once each, when they first come up."""
 
     def __init__(self, lm: LM, stop: Sequence[str]) -> None:
@@ -305,7 +314,13 @@ class _Ends:
 
 
 def _steps(
-    lm: LM, told: Streams, batch: Sequence[Pair], ends: _Ends, choice: Choice, numbers: Tensor
+    lm: LM,
+    told: Streams,
+    batch: Sequence[Pair],
+    ends: Ends,
+    choice: Choice,
+    numbers: Tensor,
+    ended: list[bool],
 ) -> Iterator[list[tuple[int, int]]]:
     """Step after step, (row of ``batch``, its new token) for those that go on.
 
@@ -313,12 +328,13 @@ def _steps(
 
     Args:
         numbers: [n, steps] for ``choice``.
+        ended: which rows ended. The caller may end more of them between two steps.
     """
     width, n, limit = told.width, len(batch), numbers.shape[1]
     ids, mask = pad([pair[s] for s in range(width) for pair in batch], pad_id(lm), side="left")  # stream after stream
     ids, mask = ids.to(lm.device), mask.to(lm.device)
     cache = DynamicCache(config=lm.model.config)
-    alive, ended = list(range(n)), [False] * n  # batch row -> row of `batch`
+    alive = list(range(n))  # batch row -> row of `batch`
     memory = memories(lm, told.rules, n)
     for step in range(limit):
         at = positions(mask)[:, -ids.shape[1] :]

@@ -26,7 +26,8 @@ class DecodePatch(RunPatch):
     """One rule, or several in the order they act. It holds numbers and no tensor.
 
     It acts in lmpatch's ``generate``, ``stream``, ``score`` and ``next_logits``, which read every prompt twice, with
-    its context and without (``InContext``). A plain ``model.generate`` reads one prompt and does not see it.
+    its context and without (``InContext``). A plain ``model.generate`` reads one prompt and does not see it: the first
+    such call is logged as a warning.
     """
 
     kind: ClassVar[str] = "decode"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from .patch import Mount, Patch, RunPatch
 from .side import Side
 from .steer import SteerPatch, forget_compiled
 from .weight import Target, WeightPatch, find_targets, fingerprint, hash_of, original
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -188,6 +191,8 @@ class Ledger:
     def act(self, on: Applied, actor: Actor) -> None:
         """Add a patch that touches no weight."""
         self.actors[on] = actor
+        if actor.rules:
+            self.handles[on] = [_missed(on)]
         self.applied.append(on)
         self._tidy()
 
@@ -257,6 +262,21 @@ class Ledger:
                 f"cannot mount {mount!r} on {target.name}: a scale on the side would also scale what is baked in. "
                 f"Mount both the same way: mount={'side' if mount == 'bake' else 'bake'!r} here."
             )
+
+
+def _missed(on: Applied) -> Any:
+    """A hook that says once that a decode patch is passed by. Our own calls stop at the last block, before it."""
+
+    def say(*_: Any) -> None:
+        handle.remove()
+        log.warning(
+            "this call of the model does not see the %s patch that is on it: the patch acts in lmpatch's generate, "
+            "stream, score and next_logits.",
+            on.patch.method,
+        )
+
+    handle = on.lm.model.register_forward_hook(say)
+    return handle
 
 
 def _ledger(model: Any) -> Ledger:

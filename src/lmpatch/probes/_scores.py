@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,17 @@ class Scores:
         return cls(header, tuple(credits))
 
 
-def header(lm: LM, data: Sequence[Any], cfg: Any) -> dict[str, Any]:
+def differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """What scores that are there were made of otherwise."""
+    return [key for key in asked if there.get(key) != asked[key]]
+
+
+def header(lm: LM, data: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the scores depend on: settings, model, patches on it, prompts and answers."""
-    settings = {name: value for name, value in asdict(cfg).items() if name != "budget"}
     return {
         "schema": SCHEMA,
         "probe": "integrated_gradients",
-        "config": settings,
+        "config": dict(settings),
         "model": fingerprint(lm),
         "dtype": str(lm.dtype),
         "patches": [on.patch.hash() for on in applied(lm)],
@@ -81,7 +85,7 @@ class Log:
             return
         if path.exists():
             there, self.credits, whole = _read(path)
-            if differ := [key for key in header if there.get(key) != header[key]]:
+            if differ := differing(there, header):
                 raise BadInput(
                     f"{path} holds scores of another run: {', '.join(differ)} differ. Give another file, or remove it."
                 )

@@ -10,7 +10,7 @@ Transformers" (arXiv:2104.08696), and Sundararajan et al. 2017 (arXiv:1703.01365
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.context import ContextRecord
 from ..errors import BadInput
+from ..models.acting import need_window
 from ..models.lm import LM
 from ..models.replay import Recording, record
 from ..models.run import HEAD_CHUNK, Progress, frozen, hooked, logits
@@ -109,13 +110,18 @@ def run(
     if cfg.top < 1:
         raise BadInput(f"top is {cfg.top}. Keep at least 1 neuron per record.")
     found = cases(lm, data)
-    log = Log(Path(out) if out else None, header(lm, data, cfg))
+    log = Log(Path(out) if out else None, asked(lm, data, cfg))
     done = len(log.credits)
     for part in attributions(lm, found[done:], cfg):
-        log.add(_kept(part, cfg))
+        log.add(kept(part, cfg))
         if progress:
             progress(len(log.credits), len(found), "crediting neurons")
     return Scores(log.header, tuple(log.credits))
+
+
+def asked(lm: LM, data: Sequence[ContextRecord], cfg: Config) -> dict[str, Any]:
+    """The header of scores with these settings. What a method adds to them, and the budget, moves no score."""
+    return header(lm, data, {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name != "budget"})
 
 
 def cases(lm: LM, records: Sequence[ContextRecord]) -> list[Case]:
@@ -127,7 +133,6 @@ def cases(lm: LM, records: Sequence[ContextRecord]) -> list[Case]:
     texts = [r.prompt for r in records]
     told, alone = encode_all(lm, texts, [r.answer for r in records]), encode_all(lm, texts)
     bare = encode_all(lm, [r.bare for r in records])
-    window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     made = []
     for i, (row, prompt, short) in enumerate(zip(told, alone, bare, strict=True), 1):
         if row.ids[: row.target] != prompt.ids or not prompt.ids or not short.ids:
@@ -137,11 +142,7 @@ def cases(lm: LM, records: Sequence[ContextRecord]) -> list[Case]:
             )
         at = first_visible(lm, row)
         full, blank = row.ids[:at], row.ids[row.target : at]
-        if window and len(full) > window:
-            raise BadInput(
-                f"record {i} has {len(full)} tokens with its context and {lm.name} reads {window}. Shorten the "
-                "context: it is not cut for you."
-            )
+        need_window(lm, [full])
         made.append(Case(full, short.ids + blank, row.ids[at]))
     return made
 
@@ -160,13 +161,25 @@ def first_visible(lm: LM, row: Row) -> int:
 
 def attributions(lm: LM, found: Sequence[Case], cfg: Steps) -> Iterator[Credits]:
     """Credits of all neurons, a batch of records at a time, in the order given."""
-    nodes, weights = _points(cfg)
+    return (credits for (credits,) in attributions_of(lm, found, [cfg]))
+
+
+def attributions_of(lm: LM, found: Sequence[Case], cfgs: Sequence[Steps]) -> Iterator[list[Credits]]:
+    """The same for several settings with as many steps each, which share their passes: one ``Credits`` for each.
+
+    Raises:
+        BadInput: their ``steps`` or ``budget`` differ.
+    """
+    if len({(cfg.steps, cfg.budget) for cfg in cfgs}) != 1:
+        raise BadInput("settings that share their passes need the same steps and budget.")
+    points = [_points(cfg) for cfg in cfgs]
+    nodes = sorted({a for one in points for a in one})
+    weights = torch.tensor([[one.get(a, 0.0) for a in nodes] for one in points])  # [settings, points]
     each = sum(_layer_bytes(lm, layer, len(nodes)) for layer in range(lm.layout.n_layers))
-    size = max(1, cfg.budget * MIB // each)
+    size = max(1, cfgs[0].budget * MIB // each)
     with frozen(lm):
         for start in range(0, len(found), size):
-            batch = found[start : start + size]
-            yield _credit(lm, batch, cfg, torch.tensor(nodes), torch.tensor(weights))
+            yield _credit(lm, found[start : start + size], cfgs, torch.tensor(nodes), weights)
 
 
 def memory(lm: LM, cfg: Steps) -> int:
@@ -175,8 +188,8 @@ def memory(lm: LM, cfg: Steps) -> int:
     return max(cfg.budget * MIB, least) + 4 * 2 * (HEAD_CHUNK // 2) * lm.layout.vocab
 
 
-def _points(cfg: Steps) -> tuple[list[float], list[float]]:
-    """Points a on the way, and the weight of each one's gradient. Points of weight 0 serve the gap alone."""
+def _points(cfg: Steps) -> dict[float, float]:
+    """Points on the way, and the weight of each one's gradient. Points of weight 0 serve the gap alone."""
     m = cfg.steps
     if m < 1 or cfg.budget < 1:
         raise BadInput(f"steps is {m} and budget {cfg.budget}. Both must be at least 1.")
@@ -184,7 +197,7 @@ def _points(cfg: Steps) -> tuple[list[float], list[float]]:
     pairs = [(k / m, float(k in counted) * (k / m if cfg.weighting == "endpoint" else 1.0)) for k in range(m + 1)]
     if cfg.weighting == "endpoint":
         pairs = [pair for pair in pairs if pair[1]] or pairs[:1]  # a left grid of one step has the weight 0 alone
-    return [a for a, _ in pairs], [w for _, w in pairs]
+    return dict(pairs)
 
 
 def _layer_bytes(lm: LM, layer: int, points: int) -> int:
@@ -193,19 +206,25 @@ def _layer_bytes(lm: LM, layer: int, points: int) -> int:
     return 4 * points * (layout.n_layers - layer) * (12 * layout.d_model + 4 * layout.d_ff)
 
 
-def _credit(lm: LM, batch: Sequence[Case], cfg: Steps, nodes: Tensor, weights: Tensor) -> Credits:
+def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor, weights: Tensor) -> list[Credits]:
     full, bare = (
         record(lm, rows, [len(row) - 1 for row in rows]) for rows in ([c.full for c in batch], [c.bare for c in batch])
     )
     labels = torch.tensor([case.label for case in batch], device=lm.device)
-    scores, gaps = [], []
-    for layers in _groups(lm, len(batch) * len(nodes), cfg.budget * MIB):
+    scores: list[list[Tensor]] = [[] for _ in cfgs]
+    moved = []  # by each layer, p(answer) from the first point to the last
+    for layers in _groups(lm, len(batch) * len(nodes), cfgs[0].budget * MIB):
         p, grads = _wavefront(lm, full, bare, labels, layers, nodes.to(lm.device), weights.to(lm.device))
         for i, layer in enumerate(layers):
-            step = (full.keys[layer] - bare.keys[layer]).float() / cfg.steps  # [n, f]
-            scores.append(step * _pulled_back(lm, layer, full.keys[layer], grads[i]))
-            gaps.append(p[:, i, -1] - p[:, i, 0] - scores[-1].sum(-1))
-    return Credits(torch.stack(scores, 1), torch.stack(gaps, 1) if cfg.weighting == "path" else None)
+            step = (full.keys[layer] - bare.keys[layer]).float() / cfgs[0].steps  # [n, f]
+            for found, grad in zip(scores, grads[i].unbind(1), strict=True):
+                found.append(step * _pulled_back(lm, layer, full.keys[layer], grad))
+            moved.append(p[:, i, -1] - p[:, i, 0])
+    made = []
+    for cfg, found in zip(cfgs, scores, strict=True):
+        whole = torch.stack(found, 1)  # [n, layers, f]
+        made.append(Credits(whole, torch.stack(moved, 1) - whole.sum(-1) if cfg.weighting == "path" else None))
+    return made
 
 
 def _groups(lm: LM, points: int, budget: int) -> list[range]:
@@ -228,11 +247,11 @@ def _wavefront(
     """Send every point of these layers to the top, and p(answer)'s gradients back.
 
     Returns:
-        p [n, layers, points], and per layer the weighted sum of the gradients at the down-projection's output, before
-        any norm that follows it, [n, d].
+        p [n, layers, points], and per layer the weighted sums of the gradients at the down-projection's output, before
+        any norm that follows it, [n, settings, d].
     """
     n, m = full.n, len(nodes)
-    a, w = nodes[:, None], weights[:, None]  # [m, 1]
+    a, w = nodes[:, None], weights.T  # [m, 1], [m, settings]
     leaves: list[Tensor] = []
     hidden = full.hidden[layers.start][:, :0]  # [n, 0, d]
     with torch.enable_grad():
@@ -241,8 +260,8 @@ def _wavefront(
             if layer in layers:
                 start, end = (r.values[layer].float()[:, None] for r in (bare, full))  # [n, 1, d]
                 # a leaf that moves each point by its weight receives the weighted sum of their gradients
-                leaves.append(torch.zeros_like(start).requires_grad_())
-                values = torch.lerp(start, end, a) + w * leaves[-1]  # [n, m, d]
+                leaves.append(start.new_zeros(n, w.shape[1], start.shape[-1]).requires_grad_())
+                values = torch.lerp(start, end, a) + w @ leaves[-1]  # [n, m, d]
                 hidden = torch.cat([hidden, full.hidden[layer].expand(-1, m, -1)], 1)
                 handles.append(lm.module(lm.layout.downs[layer]).register_forward_hook(_newest(values)))
             with hooked(*handles):
@@ -250,7 +269,7 @@ def _wavefront(
         top = hidden.reshape(-1, hidden.shape[-1])  # [n * layers * m, d]
         p, grad = _answer(lm, top.detach(), labels.repeat_interleave(len(top) // n))
         grads = torch.autograd.grad(top, leaves, grad)
-    return p.reshape(n, len(layers), m), [g[:, 0] for g in grads]
+    return p.reshape(n, len(layers), m), list(grads)
 
 
 def _newest(values: Tensor) -> Any:
@@ -290,7 +309,7 @@ def _pulled_back(lm: LM, layer: int, key: Tensor, grad: Tensor) -> Tensor:
         return torch.autograd.grad(value, leaf, grad.to(value.dtype))[0].float()
 
 
-def _kept(found: Credits, cfg: Config) -> list[Credit]:
+def kept(found: Credits, cfg: Config) -> list[Credit]:
     """The neurons that pass the threshold, the highest first. One transfer a batch."""
     d_ff = found.scores.shape[-1]
     flat = found.scores.flatten(1)  # [n, layers * f]
