@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny import CORE, tiny_lm
+from tiny import CORE, real_gemma, tiny_lm
 from torch.nn import functional as F
 from transformers import AlbertConfig, AlbertModel
 
@@ -642,3 +642,33 @@ def test_saved_files_that_were_altered_are_refused(editor: Editor, tmp_path: Pat
     patch.save(tmp_path / "patch")
     loaded = load_patch(tmp_path / "patch")
     assert isinstance(loaded, MemoryPatch) and torch.equal(loaded.keys, patch.keys)
+
+
+# the editor that comes with the package
+
+
+@pytest.mark.real
+def test_the_packaged_editor_states_new_facts_in_other_words_too_and_leaves_the_rest_alone() -> None:
+    lm = real_gemma()
+    facts = [
+        Edit("The Eiffel Tower is located in the city of", "Rome"),
+        Edit("The mother tongue of Danielle Darrieux is", "Korean"),
+        Edit("The headquarters of Sony is in", "Chicago"),
+        Edit("LeBron James plays the sport of", "chess"),
+        Edit("The capital of Australia is", "Perth"),
+    ]
+    again = [
+        "You can find the Eiffel Tower in the city of",
+        "Danielle Darrieux is a native speaker of",
+        "Sony's headquarters are located in",
+        "LeBron James is a professional player of",
+        "Australia's capital is",
+    ]
+    rest = ["The chemical symbol of gold is", "Who wrote Hamlet?", "The largest ocean on Earth is the"]
+    before = generate(lm, rest, max_new_tokens=8)
+    patch = recipe.fit(lm, facts, recipe.Config())
+    with apply(lm, patch):
+        said = generate(lm, [*(f.prompt for f in facts), *again], max_new_tokens=8)
+        assert generate(lm, rest, max_new_tokens=8) == before
+    right = [f.target in text for f, text in zip([*facts, *facts], said, strict=True)]
+    assert sum(right[:5]) >= 4 and sum(right[5:]) >= 3, said
