@@ -1,16 +1,25 @@
-"""Parenting from raw SQuAD to report: base, plain mixed fine-tuning, parenting, its ablations, IRCAN, CAD.
+"""Parenting from raw SQuAD to report: base, parenting, plain mixed fine-tuning, IRCAN, CAD, ablations.
 
+    python benchmarks/parenting.py tune ../shared/data/squad/squad_v2_dev.jsonl.gz
     python benchmarks/parenting.py ../shared/data/squad/squad_v2_dev.jsonl.gz
 
-writes results/parenting: the sets, a folder per patch, rows and page of the bench, parenting.json, and two PNGs. The
-same command goes on where it stopped. The runs that matter most come first.
+``tune`` chooses the rates of parenting and of mixed fine-tuning, CAD's alpha and IRCAN's (neurons, factor) on the dev
+articles, by R_Ad + R_Ro on the same items, with half the steps, and writes results/parenting-dev.json. The second
+command reads that file and measures everything once on the held-out articles; it is meant to take less than an hour on
+two cores, and with the tuning inside would not. Where the file is missing it takes the methods' defaults and says so.
+
+results/parenting gets the sets, a folder per patch, rows and page of the bench, parenting.json with the verdict, and
+two PNGs. Either command goes on where it stopped. The runs that matter most come first.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from shutil import copy
 from time import perf_counter
@@ -20,148 +29,274 @@ import lmpatch as lp
 from lmpatch.benches import general, rag
 from lmpatch.data.rag import Build, RagRecord, build, read_questions, read_rag, write
 from lmpatch.methods import cad, ircan, parenting
-from lmpatch.methods._parenting_plot import plots
 from lmpatch.models.closed_book import closed_book_answers
-from lmpatch.record import hardware, now, versions
+from lmpatch.probes import integrated_gradients
+from lmpatch.record import hardware, now, replacing, versions
 from lmpatch.settings import parse, resolve
 
-TUNED: dict[str, dict[str, Any]] = {
+RESULTS = Path(__file__).parent / "results"
+RUNS: dict[str, dict[str, Any]] = {
     "parenting": {},
+    "mixed_same_units": {"boundary": False},
     "mixed": {"mode": "mixed"},
-    "no_boundary": {"boundary": False},
+    "ircan": {},
+    "cad": {},
     "no_layer_cue": {"cue": "none"},
     "no_extraction": {"delta": 1.0},
 }
-"""Runs of the method, the first two before the baselines without training."""
-ABLATIONS = ("no_boundary", "no_layer_cue", "no_extraction")
-SHORT = ("conflict", "irrelevant")
+"""Run → what it changes of its method's settings. ``mixed_same_units`` trains what parenting trains, and is its
+ablation without boundary control; ``mixed`` trains all units."""
+ABLATIONS = ("mixed_same_units", "no_layer_cue", "no_extraction")
+TRIED: dict[str, list[dict[str, Any]]] = {
+    "parenting": [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3)],
+    "mixed": [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3)],
+    "cad": [{"alpha": alpha} for alpha in (0.25, 0.5, 1.0)],
+    "ircan": [{"neurons": h, "factor": b} for h in (2, 8) for b in (2.0, 5.0)],
+}
+"""What is chosen from on dev. The ablations take parenting's rate."""
+SKILLS = ("R_Ad", "R_Ro", "R_Ad+R_Ro")
+NOTES = (
+    "types", "correlation", "gamma", "parameters", "own_answers", "rows", "mining", "validation", "stopped",
+    "tuning_seconds",
+)  # fmt: skip
 
 
-def main() -> None:
-    args = _arguments()
-    began = perf_counter()
-    out: Path = args.out
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        start = perf_counter()
-        made = work()
-        seconds[name] = round(perf_counter() - start, 1)
-        print(f"{name}: {seconds[name]} s, {perf_counter() - began:.0f} s in all", flush=True)
-        return made
-
-    builder = resolve(Build, parse(Build, args.build))
-    if not (out / "sets").exists():
-        timed(
-            "data",
-            lambda: write(build(read_questions(args.squad), builder), out / "sets", source=args.squad, cfg=builder),
-        )
-    train = read_rag(out / "sets/train.jsonl")
-    held = read_rag(out / "sets/held_out.jsonl", part="held_out")
-    lm = timed("load", lambda: lp.load(args.model, dtype=args.dtype))
-    asked = [r.question for r in train if r.kind == "robustness"] + [r.question for r in held]
-    timed("own answers", lambda: closed_book_answers(lm, asked, progress=_told))
-    bench = rag.Config(n=args.n)
-    for name in ("base", "parenting", "mixed", "ircan", "cad", *ABLATIONS):
-        patch = None if name == "base" else timed(name, lambda n=name: _patch(lm, train, n, out, args))
-        timed(f"bench {name}", lambda n=name, p=patch: _benched(lm, held, n, p, bench, out))
-        _report(out, seconds, args)
-    if args.general:
-        patch = lp.load_patch(out / "patches/parenting")
-        cfg = general.Config(n=args.general_n, windows=16, protocols=("cloze-v1", "perplexity-v1"))
-        found = timed(
-            "general", lambda: general.run(lm, general.load(args.general), cfg, patch=patch, out=out / "general")
-        )
-        found.save_html(out / "general.html")
-        _report(out, seconds, args)
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    tuning = words[:1] == ["tune"]
+    args = _arguments(words[tuning:])
+    chosen = json.loads(args.chosen.read_text())["chosen"] if args.chosen.exists() and not tuning else {}
+    bench = Bench(args, args.out / "dev" if tuning else args.out, chosen)
+    tune(bench) if tuning else measure(bench)
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("squad", type=Path)
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "parenting")
+    parser.add_argument("--out", type=Path, default=RESULTS / "parenting")
+    parser.add_argument("--chosen", type=Path, default=RESULTS / "parenting-dev.json", help="what tune writes")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of parenting, for all runs")
     parser.add_argument("--build", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the data builder")
-    parser.add_argument("--n", type=int, default=120, help="items of each condition at most")
+    parser.add_argument("--n", type=int, default=120, help="items of each condition at most; tune asks 48")
     parser.add_argument("--ircan-examples", type=int, default=24)
-    parser.add_argument("--general", type=Path, help="folder of general tasks: ability before and after")
+    parser.add_argument(
+        "--general", type=Path, help="folder of general tasks; left out: general, beside SQuAD's folder"
+    )
     parser.add_argument("--general-n", type=int, default=40, help="records of each general task")
-    return parser.parse_args()
+    args = parser.parse_args(words)
+    beside = args.squad.resolve().parent.parent / "general"
+    args.general = args.general or (beside if beside.is_dir() else None)
+    return args
 
 
-def _patch(lm: lp.LM, train: Sequence[RagRecord], name: str, out: Path, args: argparse.Namespace) -> lp.Patch:
-    """The patch of one run; one that is there is read."""
-    path = out / "patches" / name
-    if path.exists():
-        return lp.load_patch(path)
-    conflicts = [r for r in train if r.variant == "substituted"][: args.ircan_examples]
-    records = [
-        lp.ContextRecord(r.documents[0], r.question, r.answer, prompt=r.prompt, bare=r.bare, id=r.id) for r in conflicts
-    ]
-    if name == "cad":
-        made: lp.Patch = cad.fit(lm, records, cad.Config())
-    elif name == "ircan":
-        made = ircan.fit(lm, records, ircan.Config(), progress=_told)
-    else:
-        work = out / "work" / name
-        if name in ABLATIONS:  # the scores of units are the same: the layer cue is multiplied in later
-            work.mkdir(parents=True, exist_ok=True)
-            for file in (out / "work/parenting").glob("mined-*.safetensors"):
-                copy(file, work / file.name)
-        settings = parse(parenting.Config, args.set) | TUNED[name]
-        made = parenting.fit(lm, train, resolve(parenting.Config, settings), out=work, progress=_told)
-    made.save(path)
-    return made
+class Bench:
+    """One folder of results: its sets, its model, its patches, its clock."""
 
-
-def _benched(lm: lp.LM, held: Sequence[RagRecord], name: str, patch: Any, cfg: rag.Config, out: Path) -> None:
-    """All conditions for the runs of the main table; the ablations are asked two, in a folder of their own."""
-    short = name in ABLATIONS
-    chosen = rag.Config(n=cfg.n, conditions=SHORT) if short else cfg
-    run_id = "" if patch is None else name
-    rag.run(lm, held, chosen, patch=patch, run_id=run_id, out=out / ("ablations" if short else "bench"), progress=_told)
-
-
-def _report(out: Path, seconds: dict[str, float], args: argparse.Namespace) -> None:
-    """parenting.json, pages and pictures of what is there so far."""
-    path = out / "parenting.json"
-    before = json.loads(path.read_text())["seconds"] if path.exists() else {}
-    record: dict[str, Any] = {"made": now(), "versions": versions(), "hardware": hardware(), "model": args.model}
-    record |= {"seconds": {**seconds, **{k: max(v, seconds.get(k, 0)) for k, v in before.items()}}, "runs": {}}
-    record["minutes"] = round(sum(record["seconds"].values()) / 60, 1)
-    for folder in ("bench", "ablations"):
-        if (out / folder / "runs.jsonl").exists():
-            report = rag.read_report(out / folder)
-            report.save_html(out / f"{folder}.html")
-            for run in report.runs:
-                record["runs"][f"{folder}/{run.name}"] = {m["name"]: m for m in run.record["metrics"]}
-    for patch in sorted((out / "patches").glob("*")):
-        if patch.name in TUNED:
-            loaded = lp.load_patch(patch)
-            kept = (
-                "types",
-                "gamma",
-                "parameters",
-                "own_answers",
-                "rows",
-                "mining",
-                "validation",
-                "stopped",
-                "tuning_seconds",
+    def __init__(self, args: argparse.Namespace, out: Path, chosen: dict[str, dict[str, Any]]) -> None:
+        self.args, self.out, self.chosen = args, out, chosen
+        self.began, self.seconds = perf_counter(), dict[str, float]()
+        builder = resolve(Build, parse(Build, args.build))
+        self.resumed = _claim(out / "run.json", self._identity(builder))
+        if not (out / "sets").exists():
+            self.timed(
+                "data",
+                lambda: write(build(read_questions(args.squad), builder), out / "sets", source=args.squad, cfg=builder),
             )
-            record.setdefault("patches", {})[patch.name] = {k: loaded.notes[k] for k in kept} | {"bytes": loaded.nbytes}
-            if patch.name == "parenting":
-                plots(loaded, out)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    for name, found in record["runs"].items():
-        shown = [
-            f"{m} {100 * found[m]['value']:.1f} ± {100 * (found[m]['stderr'] or 0):.1f}"
-            for m in ("R_Ad", "R_Ro")
-            if m in found
+        self.train = read_rag(out / "sets/train.jsonl")
+        self.lm = self.timed("load", lambda: lp.load(args.model, dtype=args.dtype))
+
+    def _identity(self, builder: Build) -> dict[str, Any]:
+        """What decides the numbers."""
+        same = ("model", "dtype", "set", "n", "ircan_examples", "general_n")
+        found = {name: getattr(self.args, name) for name in same}
+        found |= {"build": asdict(builder), "chosen": self.chosen, "runs": RUNS}
+        return found | {"squad": hashlib.sha256(self.args.squad.read_bytes()).hexdigest()}
+
+    def timed(self, name: str, work: Callable[[], Any]) -> Any:
+        start = perf_counter()
+        made = work()
+        self.seconds[name] = round(perf_counter() - start, 1)
+        print(f"{name}: {self.seconds[name]} s, {perf_counter() - self.began:.0f} s in all", flush=True)
+        return made
+
+    def ask(self, records: Sequence[RagRecord]) -> None:
+        """Everything the model is asked without documents, at once."""
+        asked = [r.question for r in self.train if r.kind == "robustness"] + [r.question for r in records]
+        self.timed("own answers", lambda: closed_book_answers(self.lm, asked, progress=_told))
+
+    def patch(self, name: str, run: str, settings: dict[str, Any]) -> lp.Patch:
+        """The patch of that name; one that is there is read."""
+        path = self.out / "patches" / name
+        if path.exists():
+            return lp.load_patch(path)
+        if run in ("cad", "ircan"):
+            made = self._decoded(settings) if run == "cad" else self._scaled(settings)
+        else:
+            made = self._tuned(name, settings)
+        made.save(path)
+        return made
+
+    def _conflicts(self) -> list[lp.ContextRecord]:
+        found = [r for r in self.train if r.variant == "substituted"][: self.args.ircan_examples]
+        return [
+            lp.ContextRecord(r.documents[0], r.question, r.answer, prompt=r.prompt, bare=r.bare, id=r.id) for r in found
         ]
-        print(f"  {name}: {', '.join(shown)}", flush=True)
+
+    def _decoded(self, settings: dict[str, Any]) -> lp.Patch:
+        return cad.fit(self.lm, self._conflicts(), resolve(cad.Config, settings))
+
+    def _scaled(self, settings: dict[str, Any]) -> lp.Patch:
+        records, kept = self._conflicts(), self.out / "work/ircan.jsonl"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        scores = integrated_gradients.run(self.lm, records, integrated_gradients.Config(), out=kept, progress=_told)
+        return ircan.fit(self.lm, records, resolve(ircan.Config, settings), scores=scores)
+
+    def _tuned(self, name: str, settings: dict[str, Any]) -> lp.Patch:
+        work = self.out / "work" / name
+        work.mkdir(parents=True, exist_ok=True)
+        for file in self.out.glob("work/*/mined-*.safetensors"):  # the same for all: what differs comes after
+            if not (work / file.name).exists():
+                copy(file, work / file.name)
+        cfg = resolve(parenting.Config, {"validate_every": 40} | parse(parenting.Config, self.args.set) | settings)
+        return parenting.fit(self.lm, self.train, cfg, out=work, progress=_told)
+
+
+def _claim(path: Path, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds a run of this identity already.
+
+    Raises:
+        SystemExit: it holds another one.
+    """
+    identity = json.loads(json.dumps(identity))
+    if path.exists():
+        known = json.loads(path.read_text())
+        if differ := [key for key in identity if identity[key] != known.get(key)]:
+            raise SystemExit(f"{path.parent} was made with other values of {', '.join(differ)}. Use another --out.")
+        return True
+    with replacing(path) as work:
+        work.write_text(json.dumps(identity, indent=1) + "\n")
+    return False
+
+
+def tune(bench: Bench) -> None:
+    """Choose every setting on the dev articles, by the same number on the same items."""
+    dev = read_rag(bench.out / "sets/dev.jsonl", part="dev")
+    bench.ask(dev)
+    cfg = rag.Config(n=min(48, bench.args.n), conditions=("conflict", "irrelevant"))
+    steps = resolve(parenting.Config, parse(parenting.Config, bench.args.set)).steps
+    tried: dict[str, dict[str, Any]] = {run: {} for run in TRIED}
+    for run, settings in TRIED.items():
+        for own in settings:
+            name = "-".join([run, *(f"{key}={value}" for key, value in own.items())])
+            half = {"steps": max(1, steps // 2)} if run in ("parenting", "mixed") else {}
+            try:
+                patch = bench.timed(name, lambda r=run, n=name, s=RUNS[run] | half | own: bench.patch(n, r, s))
+            except lp.Diverged as error:
+                tried[run][name] = {"settings": own, "diverged": str(error)}
+                continue
+            report = rag.run(bench.lm, dev, cfg, patch=patch, run_id=name, out=bench.out / "bench", progress=_told)
+            if (found := report.run(name).metric("R_Ad+R_Ro")) is None:
+                raise SystemExit(f"{bench.args.model} knows no answer of dev, so nothing can be chosen on it.")
+            tried[run][name] = {"settings": own, **asdict(found)}
+            print(f"  {name}: R_Ad + R_Ro {100 * found.value:.1f}", flush=True)
+    best = {run: max(found.values(), key=lambda one: one.get("value", -1.0)) for run, found in tried.items()}
+    record: dict[str, Any] = {
+        "chosen": {run: one["settings"] for run, one in best.items()},
+        "tried": tried,
+        "seconds": bench.seconds,
+    }
+    record |= {"made": now(), "model": bench.args.model, "dtype": bench.args.dtype, "set": bench.args.set}
+    with replacing(bench.args.chosen) as work:
+        work.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"chosen: {record['chosen']}, in {bench.args.chosen}")
+
+
+def measure(bench: Bench) -> None:
+    """Every run on the held-out articles, and the report after each."""
+    if not bench.chosen:
+        print(f"{bench.args.chosen} is missing: the methods' defaults are measured, nothing was chosen on dev.")
+    held = read_rag(bench.out / "sets/held_out.jsonl", part="held_out")
+    bench.ask(held)
+    cfg = rag.Config(n=bench.args.n, conditions=("context", "conflict", "mixed", "irrelevant"))
+    for run in ("base", *RUNS):
+        patch = None
+        if run != "base":
+            rates = bench.chosen.get(run, bench.chosen.get("parenting", {}))
+            patch = bench.timed(run, lambda r=run, s=rates | RUNS[run]: bench.patch(r, r, s))
+        bench.timed(
+            f"bench {run}",
+            lambda r=run, p=patch: rag.run(
+                bench.lm, held, cfg, patch=p, run_id=r if p else "", out=bench.out / "bench", progress=_told
+            ),
+        )
+        _report(bench)
+    if bench.args.general:
+        _general(bench)
+        _report(bench)
+
+
+def _general(bench: Bench) -> None:
+    patch = lp.load_patch(bench.out / "patches/parenting")
+    cfg = general.Config(n=bench.args.general_n, windows=16, protocols=("cloze-v1", "perplexity-v1"))
+    data = general.load(bench.args.general)
+    found = bench.timed("general", lambda: general.run(bench.lm, data, cfg, patch=patch, out=bench.out / "general"))
+    found.save_html(bench.out / "general.html")
+
+
+def _report(bench: Bench) -> None:
+    """parenting.json, page and pictures of what is there so far."""
+    path = bench.out / "parenting.json"
+    before = json.loads(path.read_text())["seconds"] if path.exists() else {}
+    seconds = {**bench.seconds, **{name: max(s, bench.seconds.get(name, 0)) for name, s in before.items()}}
+    report = rag.read_report(bench.out / "bench")
+    report.save_html(bench.out / "bench.html")
+    patches: dict[str, Any] = {}
+    for run in RUNS:
+        if not (bench.out / "patches" / run).exists():
+            continue
+        patch = lp.load_patch(bench.out / "patches" / run)
+        patches[run] = {key: patch.notes[key] for key in NOTES if key in patch.notes} | {"bytes": patch.nbytes}
+        if run == "parenting":
+            parenting.plots(patch, bench.out)
+    minutes = round(sum(seconds.values()) / 60, 1)
+    record = {
+        "made": now(), "versions": versions(), "hardware": hardware(), "model": bench.args.model,
+        "chosen": bench.chosen or "nothing: the methods' defaults", "seconds": seconds, "minutes": minutes,
+        "resumed": bench.resumed, "within_an_hour": None if bench.resumed else minutes <= 60,
+        "runs": {run.name: {m["name"]: m for m in run.record["metrics"]} for run in report.runs},
+        "verdict": verdict(report), "patches": patches,
+    }  # fmt: skip
+    with replacing(path) as work:
+        work.write_text(json.dumps(record, indent=1) + "\n")
+    for each in report.runs:
+        found = [(m, each.metric(m)) for m in ("R_Ad", "R_Ro")]
+        told = [f"{m} {100 * x.value:.1f} ± {100 * (x.clustered or x.stderr or 0):.1f}" for m, x in found if x]
+        size = patches.get(each.name, {}).get("parameters")
+        print(f"  {each.name}: {', '.join(told)}{f', {size} parameters' if size else ''}", flush=True)
+
+
+def verdict(report: rag.Report) -> dict[str, Any]:
+    """The paper's claims, as differences on the same items."""
+    names = [run.name for run in report.runs[1:]]
+    others = [name for name in names if name in ("mixed_same_units", "mixed", "ircan", "cad")]
+    found = {"against the base": {name: _moved(report, name, report.runs[0].name) for name in names}}
+    if "parenting" in names:
+        found["parenting minus"] = {name: _moved(report, "parenting", name) for name in others}
+        found["minus parenting"] = {name: _moved(report, name, "parenting") for name in names if name in ABLATIONS}
+    return found
+
+
+def _moved(report: rag.Report, name: str, to: str) -> dict[str, Any]:
+    """Each number's difference, in points and in the larger of its two standard errors."""
+    made: dict[str, Any] = {}
+    for metric in SKILLS:
+        if found := report.difference(name, metric, to):
+            error = max(found.stderr or 0.0, found.clustered or 0.0)
+            made[metric] = {"points": round(100 * found.value, 2), "error": round(100 * error, 2), "n": found.n}
+            made[metric]["in_errors"] = round(found.value / error, 2) if error else None
+    return made
 
 
 def _told(done: int, total: int, what: str) -> None:

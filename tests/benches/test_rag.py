@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from typer.testing import CliRunner
 
 import lmpatch as lp
 from lmpatch.benches import rag
-from lmpatch.benches._rag_rows import Row, Sample, chosen, difference, judged, mean, metrics, samples
+from lmpatch.benches._rag_rows import ALL, Row, Sample, chosen, difference, judged, mean, metric, samples
 from lmpatch.benches.rag import Config
 from lmpatch.cli.app import build
 from lmpatch.data.context import InContext
-from lmpatch.data.rag import RagRecord, closed_book
+from lmpatch.data.rag import Build, RagRecord, closed_book, read_questions, write
+from lmpatch.data.rag import build as built
 from lmpatch.errors import BadInput
+from lmpatch.models.closed_book import Own
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
 from lmpatch.models.run import generate
@@ -60,7 +63,7 @@ def patch(tiny: LM) -> WeightPatch:
 
 
 def sample(condition: Any, wanted: Sequence[str], own: str = "", known: bool = False) -> Sample:
-    return Sample("x", condition, InContext("p", "b"), "Who?", tuple(wanted), own, known)
+    return Sample("x", "Towns", condition, InContext("p", "b"), "Who?", tuple(wanted), own, known)
 
 
 # When an answer counts
@@ -80,6 +83,8 @@ def sample(condition: Any, wanted: Sequence[str], own: str = "", known: bool = F
         ("irrelevant", ["Rome", "Roma"], "Paris", "roma!", True),
         ("irrelevant", ["Rome"], "Rome", "I do not know", False),
         ("conflict", ["Rome"], "", "Rome", True),
+        ("context", ["Rome", "Roma"], "Paris", "Roma", True),
+        ("irrelevant", ["10th century"], "x", "the 10th-century", True),
     ],
 )
 def test_a_hit_has_the_wanted_answer_and_under_conflict_not_its_own(
@@ -93,6 +98,27 @@ def test_exact_and_kept_answers() -> None:
     assert row.exact and not row.kept
     assert judged(sample("irrelevant", ["Rome"], "old Paris"), "Paris").kept
     assert not judged(sample("irrelevant", ["Rome"], ""), "").kept
+
+
+@pytest.mark.parametrize("own", ["9th century", "10th century", "William", "William the Conqueror, 1066", "", "the"])
+@pytest.mark.parametrize("gold", ["10th century", "William the Conqueror"])
+def test_an_item_is_known_if_and_only_if_its_own_answer_repeated_is_a_hit(own: str, gold: str) -> None:
+    record = RagRecord("When?", ("It rains.",), "robustness", "foreign", gold=(gold,), id="1:foreign")
+    for s in samples([record], {"When?": own}):
+        assert judged(s, own).hit is s.known
+
+
+def test_under_context_any_true_answer_counts_and_under_conflict_only_the_documents() -> None:
+    values: dict[str, Any] = {"kind": "adherence", "gold": ("Rome", "city of Rome"), "id": "1"}
+    told = RagRecord("Where?", ("In the city of Rome.",), variant="original", answer="Rome", **values)
+    changed = RagRecord("Where?", ("In the city of Oslo.",), variant="substituted", answer="Oslo", **values)
+    found = {s.condition: s.wanted for s in samples([told, changed], {"Where?": ""})}
+    assert found == {"context": ("Rome", "city of Rome"), "conflict": ("Oslo",)}
+
+
+def test_memory_that_holds_the_documents_answer_is_no_conflict() -> None:
+    record = RagRecord("Where?", ("In Oslo.",), "adherence", "substituted", "Oslo", ("Rome",), id="1")
+    assert not samples([record], {"Where?": "it is in Rome or Oslo or Bergen"})  # token F1 is below one half
 
 
 def test_questions_without_a_conflict_or_a_true_answer_are_not_asked() -> None:
@@ -115,17 +141,17 @@ def test_questions_without_a_conflict_or_a_true_answer_are_not_asked() -> None:
 # Numbers
 
 
-def row(id: str, condition: Any, hit: bool, known: bool = False, own: str = "x") -> Row:
-    return Row("r", 0, id, condition, "Who?", ("Rome",), own, known, "t", hit, hit, hit)
+def row(id: str, condition: Any, hit: bool, known: bool = False, own: str = "x", article: str = "") -> Row:
+    return Row("r", 0, id, article or id, condition, "Who?", ("Rome",), own, known, "t", hit, hit, hit)
 
 
 def test_the_numbers_are_shares_of_the_rows_they_name() -> None:
     rows = [
-        row("a", "conflict", True), row("b", "conflict", False), row("c", "mixed", True),
+        row("a", "conflict", True), row("b", "conflict", False, known=True), row("c", "mixed", True),
         row("d", "irrelevant", True, known=True), row("e", "irrelevant", False), row("f", "empty", True, known=True),
     ]  # fmt: skip
-    found = {m.name: (m.value, m.n) for m in metrics(rows)}
-    assert found["R_Ad"] == (0.5, 2) and found["R_Ad/mixed"] == (1.0, 1)
+    found = {m.name: (m.value, m.n) for name in ALL if (m := metric(rows, name))}
+    assert found["R_Ad"] == (0.5, 2) and found["R_Ad/mixed"] == (1.0, 1) and found["R_Ad/known"] == (0.0, 1)
     assert found["R_Ro"] == (1.0, 1) and found["R_Ro/empty"] == (1.0, 1)
     assert found["kept"] == (0.5, 2) and found["accuracy/irrelevant"] == (0.5, 2) and "accuracy/context" not in found
     assert chosen([row("a", "irrelevant", True, own="")], "kept") == []
@@ -141,6 +167,42 @@ def test_a_difference_is_taken_item_by_item() -> None:
     assert mean("x", []) is None
 
 
+def test_the_clustered_error_is_that_of_whole_articles() -> None:
+    """Copies of an item in its article add nothing, which the plain error does not see."""
+    once = [row(str(i), "conflict", i % 2 == 0) for i in range(8)]
+    copies = [row(f"{i}{k}", "conflict", i % 2 == 0, article=str(i)) for i in range(8) for k in range(9)]
+    few, many = metric(once, "R_Ad"), metric(copies, "R_Ad")
+    assert few and many and few.stderr and many.stderr
+    assert few.clustered == pytest.approx(few.stderr)  # one item an article: they agree
+    assert many.clustered == pytest.approx(few.clustered) and many.stderr < few.stderr / 2
+    assert metric([row("1", "conflict", True)], "R_Ad") == mean("R_Ad", [("1", "1", 1.0)])
+    assert mean("x", [("1", "a", 1.0), ("2", "a", 0.0)]).clustered is None  # type: ignore[union-attr]
+
+
+def test_a_report_compares_any_two_runs() -> None:
+    hits = {"none": [False] * 4, "a": [True, False, False, False], "b": [True, True, True, False]}
+    report = rag.Report(
+        tuple(
+            rag.Run({"run_id": name}, [row(str(i), "conflict", hit) for i, hit in enumerate(own)], ())
+            for name, own in hits.items()
+        )
+    )
+    moved = {to: report.difference("b", "R_Ad", to).value for to in hits}  # type: ignore[union-attr]
+    assert moved == {"none": 0.75, "a": 0.5, "b": 0.0} and report.difference("b", "R_Ad").value == 0.75  # type: ignore[union-attr]
+
+
+def test_a_sum_of_two_numbers_has_the_error_of_both_and_articles_tie_them() -> None:
+    ad = [row(f"a{i}", "conflict", i % 2 == 0, article=str(i)) for i in range(6)]
+    ro = [row(f"r{i}", "irrelevant", i % 2 == 0, known=True, article=str(i)) for i in range(6)]
+    parts = [metric(ad + ro, name) for name in ("R_Ad", "R_Ro")]
+    both = metric(ad + ro, "R_Ad+R_Ro")
+    assert both and all(parts) and both.value == 1.0 and both.n == 12
+    assert both.stderr == pytest.approx(math.hypot(*(p.stderr for p in parts)))  # type: ignore[union-attr]
+    assert both.clustered == pytest.approx(sum(p.clustered for p in parts))  # type: ignore[union-attr]
+    assert metric(ad, "R_Ad+R_Ro") is None
+    assert difference("R_Ad+R_Ro", ad + ro, ad + ro).value == 0.0  # type: ignore[union-attr]
+
+
 # Runs
 
 
@@ -148,6 +210,8 @@ def test_the_unpatched_answers_are_those_of_the_plain_call(tiny: LM, records: li
     report = rag.run(tiny, records, QUICK)
     items = rag.prepare(tiny, records, QUICK)
     assert {s.condition for s in items} == {"context", "conflict", "mixed", "irrelevant", "empty"}
+    conflicts, mixed = ([s.id.partition(":")[0] for s in items if s.condition == c] for c in ("conflict", "mixed"))
+    assert mixed == conflicts[: len(mixed)] and len(mixed) == 2  # half as many, of the same questions
     for s, r in zip(items, report.run("none").rows, strict=True):
         assert r.text == generate(tiny, s.asked.prompt, max_new_tokens=4).strip()
         assert s.own == generate(tiny, closed_book(s.question), max_new_tokens=16).strip()
@@ -172,6 +236,42 @@ def test_a_run_leaves_no_trace_and_its_rows_are_the_patched_models(
     assert "Robustness against adherence" in page and "<script" not in page
 
 
+def test_parenting_ircan_cad_and_a_memory_are_on_at_once_and_leave_every_bit(records: list[RagRecord]) -> None:
+    from lmpatch.methods import cad, ircan, parenting, recipe
+    from lmpatch.patches.patch import Patch
+
+    lm = wrap(tiny_model("llama", max_position_embeddings=4096), tiny_tokenizer(), name="tiny")
+    before = hash_tensors(sorted(lm.model.state_dict().items()), exact=True)
+    told, facts = ircan.example(lm), [lp.Edit(s, "Rome") for s in ("The tower is in", "The mayor lives in")]
+    patches: list[Patch] = [
+        parenting.fit(lm, *parenting.example(lm)), ircan.fit(lm, *told), cad.fit(lm, told[0], cad.Config(alpha=1.0)),
+        recipe.fit(lm, facts, recipe.Config(gate="always"), editor=recipe.example_editor(lm)),
+    ]  # fmt: skip
+    report = rag.run(lm, records, QUICK, patch=patches)
+    assert hash_tensors(sorted(lm.model.state_dict().items()), exact=True) == before and not applied(lm)
+    (base, run) = report.runs
+    assert run.name == "parenting + ircan + cad + recipe"
+    assert [p["mount"] for p in run.record["patches"]] == ["bake", "bake", "run", "run"]
+    items = rag.prepare(lm, records, QUICK)
+    texts = []
+    for some in (patches, patches[1:], patches[:1] + patches[2:], patches[:2] + patches[3:], patches[:3]):
+        with ExitStack() as stack:
+            for patch in some:
+                stack.enter_context(apply(lm, patch))
+            texts.append([r.text for r in rag.score(lm, items, QUICK)])
+    assert [r.text for r in run.rows] == texts[0] != [r.text for r in base.rows]
+    assert all(texts[0] != without for without in texts[1:])  # each of the four has its part
+
+
+def test_a_built_file_of_dev_articles_can_be_asked_and_one_of_training_articles_cannot(tmp_path: Path) -> None:
+    source, cfg = squad(tmp_path / "s.jsonl"), Build()
+    write(built(read_questions(source), cfg), tmp_path / "sets", source=source, cfg=cfg)
+    for part in ("dev", "held_out"):
+        assert {r.part for r in rag.load(tmp_path / f"sets/{part}.jsonl")} == {part}
+    with pytest.raises(BadInput, match="no records of the part held_out"):
+        rag.load(tmp_path / "sets/train.jsonl")
+
+
 def test_a_stopped_run_goes_on_and_the_base_is_asked_once(
     tiny: LM, records: list[RagRecord], patch: WeightPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +291,7 @@ def test_a_stopped_run_goes_on_and_the_base_is_asked_once(
     assert sum(asked) == len(whole.run("none").rows) - 8
     for name in ("none", "rank_one"):
         assert [r.text for r in report.run(name).rows] == [r.text for r in whole.run(name).rows]
-    assert [m.value for m in metrics(rag.read_report(tmp_path / "out").run("rank_one").rows)]
+    assert rag.read_report(tmp_path / "out").run("rank_one").metric("kept")
 
 
 def test_items_the_model_knows_come_first_among_irrelevant_ones(
@@ -199,7 +299,8 @@ def test_items_the_model_knows_come_first_among_irrelevant_ones(
 ) -> None:
     foreign = [r for r in records if r.variant == "foreign"]
     right = {r.question: r.gold[0] for r in foreign[-2:]}
-    monkeypatch.setattr(rag, "closed_book_answers", lambda _, asked, **__: [right.get(q, "nothing") for q in asked])
+    own = {q: Own(right.get(q, "nothing"), True) for q in (r.question for r in records)}
+    monkeypatch.setattr(rag, "closed_book_answers", lambda _, asked, **__: [own[q] for q in asked])
     items = rag.prepare(tiny, records, Config(n=3, conditions=("irrelevant",)))
     assert [s.known for s in items] == [True, True, False]
 

@@ -25,8 +25,9 @@ def test_rag_writes_both_sides_and_a_manifest(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "substituted" in done.stdout
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["settings"]["words"] == 8 and sum(manifest["counts"].values()) == sum(
-        len(read_built(out / name)) for name in ("train.jsonl", "held_out.jsonl")
+        len(read_built(out / name)) for name in ("train.jsonl", "dev.jsonl", "held_out.jsonl")
     )
+    assert "train/adherence: asked for 300, built" in done.stdout
     again = run("rag", source, "-o", out)
     assert again.exit_code == 2 and "exists" in again.output
 

@@ -14,9 +14,21 @@ import pytest
 from rag_files import official, records, squad
 
 from lmpatch.data._rag_build import cut
-from lmpatch.data._rag_source import has_words
-from lmpatch.data._rag_types import answer_type, replaced, shape
-from lmpatch.data.rag import Build, Sets, build, f1, known, read_built, read_questions, read_rag, refused, write
+from lmpatch.data._rag_types import answer_type, has_words, replaced, shape
+from lmpatch.data.rag import (
+    Build,
+    Sets,
+    build,
+    f1,
+    holds,
+    known,
+    normalise,
+    read_built,
+    read_questions,
+    read_rag,
+    refused,
+    write,
+)
 from lmpatch.errors import BadInput, BadRecord
 
 SMALL = Build(held_out=0.5)
@@ -46,7 +58,10 @@ def test_two_runs_and_two_hash_seeds_write_the_same_bytes(tmp_path: Path) -> Non
             [sys.executable, "-c", code, source, out], check=True, env={**os.environ, "PYTHONHASHSEED": seed}
         )
         found.append(
-            [hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("train.jsonl", "held_out.jsonl")]
+            [
+                hashlib.sha256((out / name).read_bytes()).hexdigest()
+                for name in ("train.jsonl", "dev.jsonl", "held_out.jsonl")
+            ]
         )
     assert found[0] == found[1]
     manifest = json.loads((tmp_path / "out1/manifest.json").read_text())
@@ -68,8 +83,13 @@ def test_both_layouts_of_squad_give_the_same_sets(tmp_path: Path, sets: Sets) ->
 
 
 def test_no_article_stands_on_both_sides(sets: Sets) -> None:
-    sides = {part: {r.title for r in sets.records if r.part == part} for part in ("train", "held_out")}
-    assert all(sides.values()) and not sides["train"] & sides["held_out"]
+    sides = {part: {r.title for r in sets.records if r.part == part} for part in ("train", "dev", "held_out")}
+    assert all(sides.values()) and sum(map(len, sides.values())) == len(set().union(*sides.values()))
+
+
+def test_few_articles_are_split_without_dev(tmp_path: Path) -> None:
+    made = build(read_questions(lines(tmp_path / "s.jsonl", *records()[: 4 * 7])), SMALL)
+    assert {r.part for r in made.records} == {"train", "held_out"}
 
 
 def test_every_pair_is_whole_and_its_answer_is_replaced_everywhere(sets: Sets) -> None:
@@ -111,7 +131,7 @@ def test_documents_are_whole_sentences_within_the_limit(tmp_path: Path) -> None:
 
 
 def test_mixed_records_are_held_out_only_unless_distractors_are_asked_for(tmp_path: Path, sets: Sets) -> None:
-    assert {r.part for r in sets.records if r.variant == "mixed"} == {"held_out"}
+    assert {r.part for r in sets.records if r.variant == "mixed"} == {"dev", "held_out"}
     more = build(read_questions(squad(tmp_path / "s.jsonl")), Build(held_out=0.5, distractors=True))
     assert {len(r.documents) for r in more.records if r.variant == "original" and r.part == "train"} == {3}
 
@@ -119,10 +139,70 @@ def test_mixed_records_are_held_out_only_unless_distractors_are_asked_for(tmp_pa
 def test_a_raw_file_and_its_built_files_give_the_same_records(tmp_path: Path) -> None:
     source, cfg = squad(tmp_path / "s.jsonl"), Build()
     write(build(read_questions(source), cfg), tmp_path / "sets", source=source, cfg=cfg)
-    for part in ("train", "held_out"):
+    for part in ("train", "dev", "held_out"):
         assert read_rag(source, part=part) == read_rag(tmp_path / f"sets/{part}.jsonl", part=part)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="no records of the part held_out"):
         read_rag(tmp_path / "sets/train.jsonl", part="held_out")
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cfg = squad(tmp_path / "s.jsonl"), Build()
+    sets = build(read_questions(source), cfg)
+    real = Path.write_text
+
+    def stop(path: Path, *args: Any, **settings: Any) -> int:
+        if path.name == "held_out.jsonl":
+            raise KeyboardInterrupt
+        return real(path, *args, **settings)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "write_text", stop)
+        write(sets, tmp_path / "sets", source=source, cfg=cfg)
+    assert not (tmp_path / "sets").exists()
+    write(sets, tmp_path / "sets", source=source, cfg=cfg)
+    assert {p.name for p in tmp_path.iterdir()} == {"s.jsonl", "sets"}
+    with pytest.raises(BadInput, match="exists already"):
+        write(sets, tmp_path / "sets", source=source, cfg=cfg)
+
+
+def test_what_was_asked_and_built_is_counted_and_every_skip_has_its_reason(sets: Sets) -> None:
+    train = [r for r in sets.records if r.part == "train"]
+    for name, variant in (("adherence", "substituted"), ("foreign", "foreign"), ("unanswerable", "unanswerable")):
+        assert sets.built[f"train/{name}"][1] == sum(r.variant == variant for r in train)
+    assert sets.built["train/adherence"][0] == 300 and sets.built["held_out/foreign"][0] == 1500
+    answered = 5 * len({r.title for r in train})  # all were tried, since fewer were built than asked
+    for name in ("adherence", "foreign", "extraction"):
+        assert sets.built[f"train/{name}"][1] <= answered
+    parts = {r.title: r.part for r in sets.records}.values()
+    tried = sum(5 * 3 + 2 if part == "train" else 5 * 2 for part in parts)
+    assert sum(built for _, built in sets.built.values()) + sum(sets.skipped.values()) == tried
+
+
+def test_a_question_that_no_foreign_document_fits_is_counted(tmp_path: Path) -> None:
+    every = "Arun, Belmar, Corvo, Dunmore, Elgin, Fargo, Gothem and Hadley grow wheat, rye, hops and oats."
+    told = [r | {"context": f"{r['context']} {every}"} for r in records()]  # each holds the crops' answers
+    made = build(read_questions(lines(tmp_path / "s.jsonl", *told)), SMALL)
+    crops = sum(r["question"].startswith("What do people") for r in told)
+    assert made.skipped["no document of another article is free of its answers"] == crops
+
+
+def test_training_pairs_look_for_no_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmpatch.data import _rag_build
+
+    asked: list[str] = []
+    real = _rag_build._Part._noise
+    monkeypatch.setattr(_rag_build._Part, "_noise", lambda self, *rest: asked.append(self.part) or real(self, *rest))
+    build(read_questions(squad(tmp_path / "s.jsonl")), Build(held_out=0.5, extraction=0))
+    assert "train" not in asked and "held_out" in asked
+
+
+def test_three_documents_are_shorter_than_one(tmp_path: Path) -> None:
+    made = build(read_questions(squad(tmp_path / "s.jsonl")), Build(held_out=0.5, extraction_words=9)).records
+    longest = {
+        kind: max(len(text.split()) for r in made if r.kind == kind for text in r.documents)
+        for kind in ("extraction", "robustness")
+    }
+    assert longest["extraction"] <= 9 < longest["robustness"]
 
 
 def test_logs_that_share_a_document_stay_on_one_side(tmp_path: Path) -> None:
@@ -140,6 +220,26 @@ def test_logs_that_share_a_document_stay_on_one_side(tmp_path: Path) -> None:
     assert build(read_questions(tmp_path / "l.jsonl"), SMALL).records
 
 
+def test_logs_with_several_documents_give_every_set(tmp_path: Path) -> None:
+    """What was retrieved beside the answer is noise on the same topic."""
+    logs = [
+        {
+            "question": f"When was house {i} built?",
+            "documents": [f"House {i} has {3 + i} doors.", f"House {i} was built in {1900 + i}."],
+            "answer": str(1900 + i),
+        }
+        for i in range(12)
+    ]
+    made = build(read_questions(lines(tmp_path / "l.jsonl", *logs)), SMALL)
+    three = [r for r in made.records if r.kind == "extraction"]
+    assert three and all(f"House {r.id[:-6]}" for r in three)
+    for r in three:
+        labels = dict(zip(r.documents, (line.partition(": ")[2] for line in r.answer.split("\n")), strict=False))
+        own = [text for text in r.documents if labels[text] == "same-topic noise"]
+        assert own[0].endswith("doors.") and own[0].split()[1] == r.question.split()[3]
+    assert {r.variant for r in made.records if r.part == "held_out"} >= {"original", "mixed", "foreign"}
+
+
 def test_a_log_whose_documents_do_not_answer_is_unanswerable_and_keeps_its_answer(tmp_path: Path) -> None:
     log = {"question": "Who?", "documents": ["It rains."], "answer": "Anna"}
     (question,) = read_questions(lines(tmp_path / "l.jsonl", log))
@@ -155,6 +255,8 @@ def test_a_log_whose_documents_do_not_answer_is_unanswerable_and_keeps_its_answe
         ({"question": "Who?", "documents": ["It rains."]}, "answer is missing"),
         ({"question": "Who?", "documents": ["It rains."], "answer": " "}, "answer is missing"),
         ({"title": "T", "context": "It rains.", "question": "Who?"}, "no answers, and is_impossible"),
+        ({"title": "T", "context": "It rains.", "question": "Who?", "answers": [" "]}, "no answers, and is_impossible"),
+        ({"title": "T", "context": "It rains.", "question": "Who?", "answers": ["Anna"]}, "'Anna' does not stand in"),
         ({"documents": ["It rains."], "answer": "Anna"}, "question is missing"),
     ],
 )
@@ -162,6 +264,15 @@ def test_a_bad_line_is_named(tmp_path: Path, bad: Any, complaint: str) -> None:
     good = {"question": "Who?", "documents": ["Anna came."], "answer": "Anna"}
     with pytest.raises(BadRecord, match=f"(?s)line 2: .*{complaint}"):
         read_questions(lines(tmp_path / "l.jsonl", good, bad, good))
+
+
+def test_in_the_official_layout_the_question_is_named(tmp_path: Path) -> None:
+    source = json.loads(official(tmp_path / "o.json").read_text())
+    qa = source["data"][2]["paragraphs"][1]["qas"][0]
+    qa["answers"] = [{"text": "  "}]
+    (tmp_path / "o.json").write_text(json.dumps(source))
+    with pytest.raises(BadRecord, match=f"question {qa['id']}: no answers"):
+        read_questions(tmp_path / "o.json")
 
 
 def test_one_article_cannot_be_split(tmp_path: Path) -> None:
@@ -198,8 +309,44 @@ def test_the_shape_of_an_answer(answer: str, wanted: str) -> None:
     assert answer_type(answer, "In what year, and how many?") == (wanted, "what")
 
 
-def test_refusals_and_known_answers() -> None:
-    assert all(map(refused, ("", " . ", "I do not know.", "I don't know who", "Unknown")))
-    assert not any(map(refused, ("Paris", "Not sureties", "Unknown Pleasures")))
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "", " . ", "I do not know.", "I don't know who", "Unknown", "N/A", "No answer", "I cannot answer", "None.",
+        "I have no idea", "I'm sorry, I don't know", "Not mentioned", "It is unknown", "The answer is unknown",
+        "I am not sure", "It is not known who did", "Sorry, but I can't say.",
+    ],
+)  # fmt: skip
+def test_a_refusal_says_nothing(answer: str) -> None:
+    assert refused(answer)
+
+
+@pytest.mark.parametrize("answer", ["Paris", "Not sureties", "Unknown Pleasures", "Nonesuch", "I know: Rome", "Noah"])
+def test_an_answer_is_no_refusal(answer: str) -> None:
+    assert not refused(answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "held"),
+    [
+        ("It is Rome.", "rome", True), ("Rome's hall", "Rome", True), ("Romeo", "Rome", False), ("", "", False),
+        ("the 10th-century hall", "10th century", True), ("2,000 men", "2000", True), ("2,000 men", "2", False),
+        ("2.5 km", "2", False), ("2.5 km", "25", False), ("the U.S. army", "US", True), ("Paris", "the", False),
+    ],
+)  # fmt: skip
+def test_an_answer_is_held_as_whole_words_once_normalised(text: str, answer: str, held: bool) -> None:
+    assert holds(text, [answer]) is held
+
+
+def test_known_is_stricter_than_close() -> None:
     assert f1("the Eiffel Tower", "Eiffel tower!") == 1 and f1("a b", "c") == 0
-    assert known("in Paris", ["Paris"]) and not known("Rome", ["Paris"]) and not known("", ["Paris"])
+    assert f1("9th century", "10th century") == 0.5 and not known("9th century", ["10th century"])
+    assert f1("William", "William the Conqueror") > 0.5 and not known("William", ["William the Conqueror"])
+    assert known("in Paris", ["Paris"]) and known("in May 1953", ["1953", "May 1953"]) and not known("", ["Paris"])
+    assert holds("1953 or 1954", ["1953"]) and not known("1953 or 1954", ["1953"])  # another number is a guess
+
+
+def test_a_number_is_not_replaced_inside_another() -> None:
+    assert replaced("2,000 men and 2 dogs", "2", "7") is None  # shorter than two characters
+    assert replaced("12,000 men and 12 dogs", "12", "77") == "12,000 men and 77 dogs"
+    assert normalise("2.5 and 2,500.") == "2.5 and 2500"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import tiny_lm
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from lmpatch.methods._parenting_mine import (
     Tracker,
     active_tokens,
     balance,
+    correlation,
     layer_weights,
     mine,
     typed,
@@ -28,9 +30,11 @@ from lmpatch.methods._parenting_mine import (
 from lmpatch.methods._parenting_tune import Tuner, gradients, mixes
 from lmpatch.methods._parenting_units import TYPES, Adapter, Type, Unit, cut
 from lmpatch.methods.parenting import Config, fit
+from lmpatch.models.closed_book import Own
 from lmpatch.models.lm import LM
 from lmpatch.patches.delta import LowRank
 from lmpatch.patches.export import export
+from lmpatch.patches.ledger import apply
 from lmpatch.record import hash_tensors
 
 
@@ -180,6 +184,22 @@ def test_the_balance_of_entangled_units_is_the_ratio_of_their_mean_z() -> None:
     za, zr = float(z_scores(a)[0]), float(z_scores(r)[0])
     assert balance(a, r, types) == pytest.approx(za / (za + zr))
     assert balance(a, r, ["others"] * 4) == 0.5
+
+
+def test_the_correlation_of_two_skills_is_that_of_their_scores() -> None:
+    source = torch.Generator().manual_seed(0)
+    a, r = (torch.rand(40, generator=source, dtype=torch.float64) for _ in range(2))
+    assert correlation(a, r) == pytest.approx(float(torch.corrcoef(torch.stack([a, r]))[0, 1]))
+    assert correlation(a, 3 * a + 1) == pytest.approx(1) and correlation(a, -a) == pytest.approx(-1)
+
+
+def test_the_scores_are_reduced_without_a_copy_of_all_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(torch.ones(90, requires_grad=True), None, 0.85, 0.85)
+    tracker.update(torch.ones(90))
+    real, copied = Tensor.double, []
+    monkeypatch.setattr(Tensor, "double", lambda t: copied.append(t.numel()) or real(t))
+    tracker.reduced([30, 60])
+    assert max(copied) == 60
 
 
 # Units
@@ -339,6 +359,33 @@ def test_merged_in_the_space_of_products_it_is_the_weighted_mean_of_the_three_ch
     assert {d.rank for d in official.deltas.values() if isinstance(d, LowRank)} == {cfg.rank}
 
 
+def test_merged_factor_by_factor_a_and_b_are_the_released_weighted_means(llama: LM) -> None:
+    cfg, units, _ = ready(llama)
+    made = [lively(Adapter(llama, units, 2.0, seed)) for seed in range(3)]
+    types = spread(units)
+    wanted = []
+    for i, (unit, t) in enumerate(zip(units, types, strict=True)):
+        released = {
+            "entangled": (0.4, 0.4, 0.2), "adherence": (0.8, 0.0, 0.2), "robustness": (0.0, 0.8, 0.2),
+            "others": (0.1, 0.1, 0.8),
+        }[t]  # fmt: skip
+        parts = [adapter.flat["entangled"].detach().split([u.size for u in units])[i] for adapter in made]
+        flat = sum(w * part for w, part in zip(released, parts, strict=True))
+        a, b = flat.split([piece.size for piece in unit.pieces])  # type: ignore[union-attr]
+        a, b = (x.view(piece.shape) for x, piece in zip((a, b), unit.pieces, strict=True))
+        wanted.append((f"{unit.name}.weight", 2.0 * b @ a))
+    merged = parenting._averaged(llama, made, types, replace(cfg, mode="merge", merge_space="factors"))
+    for name, change in wanted:
+        assert torch.allclose(merged[name].dense(), change, atol=1e-6), name  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("settings", [{"mode": "merge"}, {"mode": "masked"}, {"mode": "mixed"}])
+def test_with_delta_1_every_mode_does_without_extraction_records(llama: LM, settings: dict[str, Any]) -> None:
+    records, cfg = example(llama)
+    patch = fit(llama, [r for r in records if r.kind != "extraction"], replace(cfg, delta=1.0, **settings))
+    assert all("extraction" not in point for curve in patch.notes["validation"].values() for point in curve)
+
+
 # Rows
 
 
@@ -353,7 +400,8 @@ def test_known_rows_get_their_share_and_all_rows_come_once_before_any_comes_agai
 def test_refusals_are_kept_apart_and_counted(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     records, cfg = example(llama)
     own = [r for r in records if r.kind == "robustness"]
-    said = ["", "I do not know.", own[2].documents[0].split()[4], *[r.gold[0] for r in own[3:]]]
+    texts = ["", "I do not know.", own[2].documents[0].split()[4], *[r.gold[0] for r in own[3:]]]
+    said = [Own(text, True) for text in texts]
     monkeypatch.setattr(_parenting_data, "closed_book_answers", lambda *_, **__: said)
     kept = prepare(llama, records, replace(cfg, refusals=False), 16, None)
     assert kept.notes["own_answers"]["refused"] == 2 and kept.notes["own_answers"]["known"] > 0
@@ -361,6 +409,39 @@ def test_refusals_are_kept_apart_and_counted(llama: LM, monkeypatch: pytest.Monk
     ends = [llama.tokenizer.decode(row.ids[row.target : -1]) for row in told.sets["robustness"].train]
     more = told.notes["rows"]["robustness"] - kept.notes["rows"]["robustness"]
     assert more in (1, 2) and ends.count("I do not know.") <= 2  # an eighth of the rows validates
+
+
+def test_an_answer_that_was_cut_off_is_no_target(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end token behind it would teach the model to stop in the middle."""
+    records, cfg = example(llama)
+    own = [r for r in records if r.kind == "robustness"]
+    said = [Own("the town of", i % 2 == 1) if i < 4 else Own(r.gold[0], i > 4) for i, r in enumerate(own)]
+    monkeypatch.setattr(_parenting_data, "closed_book_answers", lambda *_, **__: said)
+    kept = prepare(llama, records, replace(cfg, refusals=False), 16, None)
+    assert kept.notes["own_answers"]["cut_off"] == 3
+    rows = kept.sets["robustness"]
+    assert len(rows.train) + len(rows.validate) == len(own) - 3
+    told = prepare(llama, records, cfg, 16, None).sets["robustness"]
+    ends = [llama.tokenizer.decode(row.ids[row.target : -1]) for row in (*told.train, *told.validate)]
+    assert ends.count("I do not know.") == 2 and len(ends) == len(own) - 1  # what it knows is not unlearned
+
+
+def test_validation_holds_out_whole_questions(llama: LM) -> None:
+    """The original and the substituted record of a question differ by a word: one must not give the other away."""
+    made = [
+        RagRecord(
+            f"Where is tower {i}?", (f"Tower {i} is in {town}.",), "adherence", variant, town, id=f"{i}:{variant}"
+        )  # type: ignore[arg-type]
+        for i in range(60)
+        for variant, town in (("original", "Paris"), ("substituted", "Rome"))
+    ]
+    records, cfg = example(llama)
+    sets = prepare(llama, made + [r for r in records if r.kind != "adherence"], cfg, 16, None).sets["adherence"]
+    sides = [
+        {llama.tokenizer.decode(row.ids[: row.target]).partition("[Question]")[2] for row in rows}
+        for rows in (sets.train, sets.validate)
+    ]
+    assert len(sets.validate) == 12 and len(sides[1]) == 6 and not sides[0] & sides[1]
 
 
 def test_rows_end_with_the_end_token_and_only_the_answer_is_scored(llama: LM) -> None:
@@ -371,6 +452,22 @@ def test_rows_end_with_the_end_token_and_only_the_answer_is_scored(llama: LM) ->
 
 
 # Bad input, stops, resumes
+
+
+def test_full_weights_of_a_model_that_is_shared_out_are_refused(llama: LM, tmp_path: Path) -> None:
+    from torch import distributed as dist
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        module = llama.module(llama.layout.downs[0])
+        whole = distribute_tensor(module.weight.detach(), init_device_mesh("cpu", (1,)))
+        module.weight = torch.nn.Parameter(whole, requires_grad=False)
+        records, cfg = example(llama)
+        with pytest.raises(BadInput, match="shared among processes. Leave --shard out"):
+            fit(llama, records, replace(cfg, units="full_matrix"))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -453,6 +550,26 @@ def test_an_interrupted_run_goes_on_to_the_same_patch(tmp_path: Path) -> None:
         fit(lm, records, replace(cfg, lr=0.04), out=tmp_path)
 
 
+def test_an_interrupt_inside_a_step_leaves_the_last_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the optimiser's step and its count, weights have moved that would be kept under the old count."""
+    records, cfg = example(tiny_lm("llama"))
+    cfg = replace(cfg, mode="mixed", steps=5, validate_every=2)
+    whole = fit(tiny_lm("llama"), records, cfg)
+    real, steps = torch.optim.AdamW.step, 0
+
+    def torn(self: Any, *rest: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        real(self, *rest)
+        if steps == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch.optim.AdamW, "step", torn)
+        fit(tiny_lm("llama"), records, cfg, out=tmp_path)
+    assert fit(tiny_lm("llama"), records, cfg, out=tmp_path).hash() == whole.hash()
+
+
 def test_scores_are_shared_by_runs_that_differ_only_after_mining(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,11 +589,21 @@ def test_scores_are_shared_by_runs_that_differ_only_after_mining(
 # What comes of it
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's, not ours
 def test_the_patch_is_a_lora_adapter(llama: LM, tmp_path: Path) -> None:
     records, cfg = example(llama)
     patch = fit(llama, records, cfg)
+    llama.model.save_pretrained(tmp_path / "base")
     made = export(llama, patch, "peft", tmp_path / "adapter")
     assert set(made.ranks) == set(patch.deltas) and set(made.ranks.values()) == {cfg.rank}
+    peft = pytest.importorskip("peft")
+    ids = torch.arange(3, 27).reshape(2, 12)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad(), apply(llama, patch, "side"):
+        assert torch.allclose(loaded(input_ids=ids).logits, llama.model(input_ids=ids).logits, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(loaded(input_ids=ids).logits, llama.model(input_ids=ids).logits, atol=1e-3)
 
 
 def test_units_that_score_high_are_those_the_loss_misses() -> None:
@@ -516,6 +643,66 @@ def test_mining_tells_units_apart_and_says_what_it_cost(llama: LM) -> None:
     assert torch.allclose(found.importance(units, "none") * 4, found.scores)
 
 
+@pytest.mark.parametrize("point", ["before_step", "after_step"])
+def test_mining_is_a_plain_loop_over_units(llama: LM, point: Any) -> None:
+    """Losses, rate, clipping, moments and scores, each written out."""
+    cfg, units, sets = ready(
+        llama, update_point=point, mine_steps=4, mine_warmup=2, mine_lr=0.02, clip=0.05, decay=0.1, beta1=0.7, beta2=0.6
+    )
+    rows = sets["robustness"]
+    found = mine(llama, units, rows, cfg, "robustness")
+    adapter = Adapter(llama, units, cfg.alpha / cfg.rank, cfg.seed)
+    theta = adapter.flat["entangled"]
+    s, u, m, v = (torch.zeros_like(theta) for _ in range(4))
+    for step in range(4):
+        picked = draws(rows, cfg.mine_rows, step, f"{cfg.seed}/mine/robustness", cfg.known_share)
+        (g,) = torch.autograd.grad(loss(llama, picked, lambda: adapter.hooks(llama)), theta)
+        clipped = g * min(1.0, cfg.clip / (float(g.norm()) + 1e-6))
+        assert float(g.norm()) > cfg.clip  # or both modes would take the same gradient
+        was = theta.detach().clone()
+        rate = cfg.mine_lr * min(1.0, (step + 1) / 2)
+        m, v = 0.9 * m + 0.1 * clipped, 0.999 * v + 0.001 * clipped**2
+        with torch.no_grad():
+            theta.mul_(1 - rate * cfg.decay)
+            theta -= rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        now = ((was * g) if point == "before_step" else (theta.detach() * clipped)).abs()
+        s = 0.7 * s + 0.3 * now
+        u = 0.6 * u + 0.4 * (now - s).abs()
+    wanted = [float(part.mean()) for part in (s.double() * u.double()).split([unit.size for unit in units])]
+    assert found.scores.tolist() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_divergent_mining_is_an_error_even_if_its_scores_stay_finite(
+    llama: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries that are not finite count as 0, so the scores alone do not show it."""
+    cfg, units, sets = ready(llama, mine_steps=3)
+    real, steps = torch.optim.AdamW.step, 0
+
+    def blown(self: Any, *rest: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        real(self, *rest)
+        if steps == 3:
+            self.param_groups[0]["params"][0].data[0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", blown)
+    with pytest.raises(Diverged, match="Lower mine_lr"):
+        mine(llama, units, sets["adherence"], cfg, "adherence")
+
+
+def test_how_alike_the_skills_are_is_said_right_after_mining(llama: LM) -> None:
+    records, cfg = example(llama)
+    told: list[str] = []
+    patch = fit(llama, records, cfg, progress=lambda done, total, what: told.append(what))
+    (said,) = [what for what in told if what.startswith("units: ")]
+    types = patch.notes["types"]
+    assert said.startswith(f"units: {types['entangled']} entangled, {types['adherence']} adherence")
+    assert f"correlate {patch.notes['correlation']:.2f}, gamma {patch.notes['gamma']:.2f}" in said
+    after = told[told.index(said) + 1 :]
+    assert not any(what.startswith("mining") for what in after) and after[0] == "tuning"
+
+
 def test_plain_mixed_tuning_trains_every_unit_without_mining(llama: LM) -> None:
     records, cfg = example(llama)
     patch = fit(llama, records, replace(cfg, mode="mixed"))
@@ -526,14 +713,12 @@ def test_plain_mixed_tuning_trains_every_unit_without_mining(llama: LM) -> None:
 
 def test_plots_show_units_by_layer_and_projection(llama: LM, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from lmpatch.methods._parenting_plot import plots
-
     records, cfg = example(llama)
-    found = plots(fit(llama, records, cfg), tmp_path)
+    found = parenting.plots(fit(llama, records, cfg), tmp_path)
     assert [path.name for path in found] == ["types.png", "importance.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in found)
     with pytest.raises(BadInput, match="holds no units"):
-        plots(fit(llama, records, replace(cfg, mode="mixed")), tmp_path)
+        parenting.plots(fit(llama, records, replace(cfg, mode="mixed")), tmp_path)
 
 
 def test_records_are_checked(llama: LM) -> None:

@@ -32,11 +32,21 @@ def refuse(*_: Any, **__: Any) -> Any:
 def test_answers_are_those_of_the_plain_call_and_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("llama")
     first = closed_book_answers(lm, ASKED)
-    assert first == [text.strip() for text in generate(lm, list(map(closed_book, ASKED)), max_new_tokens=16)]
+    texts = generate(lm, list(map(closed_book, ASKED)), max_new_tokens=16)
+    assert [own.text for own in first] == [text.strip() for text in texts]
     monkeypatch.setattr(module, "generate", refuse)
     assert closed_book_answers(tiny_lm("llama"), ASKED) == first
     with pytest.raises(AssertionError):
         closed_book_answers(tiny_lm("llama", seed=1), ASKED)
+
+
+def test_an_answer_that_ended_by_itself_is_told_from_one_that_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, asked = tiny_lm("llama"), [*ASKED, "Why not?", "What is it?", "How many?"]
+    shorter, whole = (generate(lm, list(map(closed_book, asked)), max_new_tokens=limit) for limit in (15, 16))
+    wanted = [a == b for a, b in zip(shorter, whole, strict=True)]  # the 16th token added nothing
+    assert [own.ended for own in closed_book_answers(lm, asked)] == wanted and {*wanted} == {True, False}
+    monkeypatch.setattr(module, "generate", refuse)
+    assert [own.ended for own in closed_book_answers(lm, asked)] == wanted  # as it was kept
 
 
 def test_half_a_line_that_a_kill_left_is_asked_again(tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ from html import escape
 from . import _runs
 from ._grid import NONE, Cell, Grid
 from ._page import after, before, cards, examples, heading, plots, table
-from ._rag_rows import CONDITIONS, NAMES, Metric, Row, difference, metrics
+from ._rag_rows import CONDITIONS, NAMES, Metric, Row, difference, metric
 from ._runs import BASE
 from ._svg import bars, scatter
 
-ERRORS = "Shares in %, ± one standard error over items. Below: the difference to the unpatched model, item by item."
+ERRORS = (
+    "Shares in %, ± one standard error over items. Below: the difference to the unpatched model, item by item. In "
+    "brackets the standard error if only articles are independent."
+)
 SHOWN = 6  # answers of each condition on the page
 
 
@@ -21,7 +24,7 @@ class Run(_runs.Run[Row]):
 
     def metric(self, name: str) -> Metric | None:
         """One of its numbers; None if nothing was asked for it."""
-        return next((m for m in metrics(self.rows) if m.name == name), None)
+        return metric(self.rows, name)
 
 
 class Report(_runs.Report[Run, Row]):
@@ -29,9 +32,14 @@ class Report(_runs.Report[Run, Row]):
 
     kinds = Run, Row
 
-    def difference(self, name: str, metric: str) -> Metric | None:
-        """That run minus the unpatched model, item by item."""
-        return difference(metric, self.run(BASE).rows, self.run(name).rows)
+    def difference(self, name: str, metric: str, to: str = BASE) -> Metric | None:
+        """That run minus another, item by item.
+
+        Args:
+            metric: one of ``metrics``, or a sum: ``R_Ad+R_Ro``.
+            to: the other; left out, the unpatched model.
+        """
+        return difference(metric, self.run(to).rows, self.run(name).rows)
 
     def _grids(self) -> list[Grid]:
         note = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
@@ -63,16 +71,17 @@ def _grid(report: Report, title: str, names: Sequence[str], note: str, folded: b
 
 
 def _cell(report: Report, run: Run, name: str) -> Cell:
-    metric = run.metric(name)
-    if metric is None:
+    found = run.metric(name)
+    if found is None:
         return Cell(NONE)
-    error = "" if metric.stderr is None else f" ±{100 * metric.stderr:.1f}"
     moved = report.difference(run.name, name) if run.name != BASE else None
-    below = f"n {metric.n}"
-    if moved is not None:
-        spread = "" if moved.stderr is None else f" ±{100 * moved.stderr:.1f}"
-        below = f"{100 * moved.value:+.1f}{spread}"
-    return Cell(f"{100 * metric.value:.1f}{error}", below, metric.value)
+    below = f"{100 * moved.value:+.1f}{_errors(moved)}" if moved else f"n {found.n}"
+    return Cell(f"{100 * found.value:.1f}{_errors(found)}", below, found.value)
+
+
+def _errors(found: Metric) -> str:
+    plain = "" if found.stderr is None else f" ±{100 * found.stderr:.1f}"
+    return plain + ("" if found.clustered is None else f" ({100 * found.clustered:.1f})")
 
 
 def _figures(report: Report) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.rag import RagRecord, read_rag
+from ..data.rag import RagRecord, is_built, read_built, read_rag
 from ..errors import BadInput
 from ..models.closed_book import closed_book_answers
 from ..models.lm import LM
@@ -22,8 +22,8 @@ from ..room import need_room
 from ._asking import BLOCK, finished, in_parts, split
 from ._health import working_memory
 from ._rag_report import Report, Run
-from ._rag_rows import CONDITIONS, Metric, Row, Sample, judged, metrics, samples
-from ._record import of_patch, shared
+from ._rag_rows import ALL, CONDITIONS, Metric, Row, Sample, judged, samples
+from ._record import shared
 from ._runs import BASE
 from ._store import Store
 from ._writer import mounted, refuse_patched
@@ -31,12 +31,17 @@ from ._writer import mounted, refuse_patched
 __all__ = ["Config", "Metric", "Report", "Row", "Run", "Sample", "load", "prepare", "read_report", "run", "score"]
 
 
+stacks = True
+"""``run`` takes several patches and puts them on in order."""
+
+
 @dataclass(frozen=True)
 class Config:
     """The RAG bench. What each number means: docs/benches.md."""
 
     n: int = 200
-    """Items of each condition at most, chosen by hash; among irrelevant ones those the model knows come first."""
+    """Items of each condition at most, half as many of ``mixed``, whose prompts are three times as long. They are
+    chosen by the hash of their question; among irrelevant ones those the model knows come first."""
     conditions: tuple[str, ...] = tuple(CONDITIONS)
     """Conditions to ask: context, conflict, mixed, irrelevant, empty."""
     max_new_tokens: int = 16
@@ -48,14 +53,15 @@ class Config:
 
 
 def load(path: str | Path, *, limit: int | None = None) -> list[RagRecord]:
-    """The held-out records of a file of ``lmpatch data rag``, of a SQuAD-format file, or of logs.
+    """The held-out records of a file of ``lmpatch data rag``, of a SQuAD-format file, or of logs; ``dev.jsonl`` too.
 
     Args:
         limit: at most this many records of each variant.
     Raises:
         BadInput, BadRecord: as ``data.rag.read_rag``.
     """
-    return read_rag(path, part="held_out", limit=limit)
+    dev = is_built(path) and {r.part for r in read_built(path)} == {"dev"}
+    return read_rag(path, part="dev" if dev else "held_out", limit=limit)
 
 
 def prepare(
@@ -73,14 +79,15 @@ def prepare(
         raise BadInput(f"n is {cfg.n}; give 1 or more.")
     refuse_patched(lm)
     questions = [r.question for r in records]
-    own = dict(zip(questions, closed_book_answers(lm, questions, progress=progress), strict=True))
+    said = closed_book_answers(lm, questions, progress=progress)
+    own = {question: answer.text for question, answer in zip(questions, said, strict=True)}
     found: list[Sample] = []
     everything = samples(records, own)
     for condition in cfg.conditions:
         group = [s for s in everything if s.condition == condition]
         first = condition in ("irrelevant", "empty")
-        group.sort(key=lambda s: (first and not s.known, hash_json([cfg.seed, s.id])))
-        found += group[: cfg.n]
+        group.sort(key=lambda s: (first and not s.known, hash_json([cfg.seed, s.id.partition(":")[0]])))
+        found += group[: (cfg.n + 1) // 2 if condition == "mixed" else cfg.n]
     if not found:
         raise BadInput("nothing is left to ask: no record conflicts with the model's memory or has a true answer.")
     return found
@@ -106,7 +113,7 @@ def run(
     records: Sequence[RagRecord],
     cfg: Config | None = None,
     *,
-    patch: Patch | None = None,
+    patch: Patch | Sequence[Patch] | None = None,
     mount: Mount | None = None,
     run_id: str = "",
     data_name: str = "",
@@ -117,8 +124,8 @@ def run(
 
     Args:
         records: held-out ones, as ``load`` gives them.
-        patch: None asks the unpatched model alone.
-        run_id: the name in tables; empty: the patch's method.
+        patch: one, or several that are put on in this order. None asks the unpatched model alone.
+        run_id: the name in tables; empty: the patches' methods.
         out: folder for rows and records. A run that is there already goes on where it stopped, and the unpatched
             model is not asked again for another patch.
     Raises:
@@ -137,9 +144,10 @@ def run(
         in_parts(lm, store, record, split(items, BLOCK), lambda part: score(lm, part, cfg), progress)
 
     ask(base | {"run_id": BASE, "baseline": True})
-    if patch is not None:
-        with mounted(lm, [patch], mount):
-            ask(of_patch(base, run_id, patch, mount) | {"bytes": patch.nbytes})
+    patches = [patch] if isinstance(patch, Patch) else list(patch or ())
+    if patches:
+        with mounted(lm, patches, mount):
+            ask(_of(base, run_id, patches, mount))
     return finished(store, Report, _numbers)
 
 
@@ -153,9 +161,17 @@ def _shared(lm: LM, items: Sequence[Sample], cfg: Config) -> dict[str, Any]:
     return shared(lm, "rag", settings) | {"items": counts}
 
 
+def _of(base: dict[str, Any], run_id: str, patches: Sequence[Patch], mount: Mount | None) -> dict[str, Any]:
+    """The record of a patched model's run before it starts."""
+    on = [{"method": p.method, "hash": p.hash(), "mount": mount or p.mounts[0]} for p in patches]
+    name = run_id or " + ".join(p.method for p in patches)
+    made = {"run_id": name, "baseline": False, "settings": base["settings"] | {"patches": on}, "patches": on}
+    return base | made | {"bytes": sum(p.nbytes for p in patches)}
+
+
 def _numbers(report: Report, run: Run) -> list[dict[str, Any]]:
     found = []
-    for metric in metrics(run.rows):
+    for metric in filter(None, map(run.metric, ALL)):
         moved = report.difference(run.name, metric.name)
         found.append(asdict(metric) | {"difference": asdict(moved) if moved else None})
     return found

@@ -53,9 +53,12 @@ def rag(
     sets = build(read_questions(source), cfg)
     manifest = write(sets, out, source=source, cfg=cfg)
     table(["part", "kind", "variant", "records"], [(*name.split("/"), n) for name, n in manifest["counts"].items()])
+    for name, found in manifest["built"].items():
+        if found["built"] < found["asked"]:
+            say(f"{name}: asked for {found['asked']}, built {found['built']}")
     for why, count in manifest["skipped"].items():
         say(f"skipped {count}: {why}")
-    say(f"train.jsonl, held_out.jsonl and manifest.json in {out}")
+    say(f"train.jsonl, dev.jsonl, held_out.jsonl and manifest.json in {out}")
 
 
 def show(

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from ..errors import BadInput
 from ._rag_record import LABELS, Part, RagRecord
-from ._rag_source import Question, has_words
-from ._rag_types import SPAN, Type, answer_type, normalise, replaced
+from ._rag_source import Question
+from ._rag_types import SPAN, Type, answer_type, has_words, holds, normalise, replaced
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,28 @@ class Build:
     seed: int = 0
     """Decides every choice."""
     held_out: float = 0.25
-    """Share of the articles that is not trained on."""
+    """Share of the articles that is measured on."""
+    dev: float = 0.12
+    """Share of the articles on which settings are chosen: 4 of SQuAD's 35, at least two where enough are left. The rest
+    is trained on."""
     adherence: int = 600
     """Records with an answering document for training: half with the original, half with a substituted answer."""
-    robustness: int = 1200
-    """Records whose documents do not answer: half foreign, half unanswerable. More than are trained on, since those
-    whose answer the model knows are preferred and few."""
+    foreign: int = 600
+    """Records for training whose document is of another article. More than are trained on, since those whose answer the
+    model knows are preferred and few."""
+    unanswerable: int = 150
+    """Records for training whose document is of this article and does not answer."""
     extraction: int = 300
     """Records that tell three documents apart."""
     held_adherence: int = 300
-    """Pairs held out."""
-    held_robustness: int = 1500
-    """Foreign records held out: of a small model's answers few are right, and only those can be kept."""
+    """Pairs in ``dev`` and ``held_out`` each."""
+    held_foreign: int = 1500
+    """Foreign records in ``dev`` and ``held_out`` each: of a small model's answers few are right, and only those
+    can be kept."""
     words: int = 45
     """Longest document; about 60 tokens. Documents are cut to whole sentences."""
+    extraction_words: int = 25
+    """Longest document of three that are told apart: the answer copies one."""
     distractors: bool = False
     """Put a same-article and an other-article document beside the answering one in training, too."""
 
@@ -50,33 +58,44 @@ class Sets:
     """Sorted by id."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Why questions were not used."""
+    built: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """``part/set`` → for how many questions records were asked, and for how many they were built."""
 
 
 def build(questions: Sequence[Question], cfg: Build | None = None) -> Sets:
-    """The three sets, for training and held out.
+    """The sets of the three parts.
 
     Raises:
-        BadInput: fewer than two articles, or nothing can be built for a part.
+        BadInput: fewer than two articles, or nothing can be built for training or held out.
     """
     cfg = cfg or Build()
-    if not 0 < cfg.held_out < 1 or cfg.words < 8:
-        raise BadInput(f"held_out is {cfg.held_out} and words {cfg.words}. Give a share in 0..1, and 8 words or more.")
-    skipped: Counter[str] = Counter()
-    kept = _alone(questions, skipped)
+    if not 0 < cfg.held_out < 1 or not 0 <= cfg.dev < 1 or min(cfg.words, cfg.extraction_words) < 8:
+        raise BadInput(
+            f"held_out is {cfg.held_out}, dev {cfg.dev}, words {cfg.words} and extraction_words "
+            f"{cfg.extraction_words}. Give shares in 0..1, and 8 words or more."
+        )
+    sets = Sets([])
+    kept = _alone(questions, sets.skipped)
     articles = sorted({q.article for q in kept}, key=lambda title: chance(cfg.seed, title))
-    if len(articles) < 2:
-        raise BadInput(f"{len(articles)} article cannot be split. Give questions of two or more, or title in the logs.")
-    held = set(articles[: max(1, round(cfg.held_out * len(articles)))])
-    records: list[RagRecord] = []
-    for part in ("held_out", "train"):
-        own = [q for q in kept if (q.article in held) == (part == "held_out")]
-        made = _Part(own, part, cfg, skipped).records()
-        if not made:
+    n = len(articles)
+    if n < 2:
+        raise BadInput(f"{n} article cannot be split. Give questions of two or more, or title in the logs.")
+    held = min(max(1, round(cfg.held_out * n)), n - 1)
+    dev = max(2, round(cfg.dev * n)) if cfg.dev else 0  # of one alone nothing is built: noise and answers are others'
+    if n - held - dev < 2:
+        dev = 0
+    parts: dict[Part, set[str]] = {
+        "held_out": {*articles[:held]}, "dev": {*articles[held : held + dev]}, "train": {*articles[held + dev :]},
+    }  # fmt: skip
+    for part, own in parts.items():
+        made = _Part([q for q in kept if q.article in own], part, cfg, sets).records()
+        if not made and part != "dev":
             raise BadInput(
-                f"no record could be built for {part}: {dict(skipped)}. Give more questions, or raise words."
+                f"no record could be built for {part}: {dict(sets.skipped)}. Give more questions, or raise words."
             )
-        records += made
-    return Sets(sorted(records, key=lambda r: (r.part, r.id)), skipped)
+        sets.records.extend(made)
+    sets.records.sort(key=lambda r: (r.part, r.id))
+    return sets
 
 
 def chance(seed: int, text: str) -> int:
@@ -119,8 +138,8 @@ def _alone(questions: Sequence[Question], skipped: Counter[str]) -> list[Questio
 class _Part:
     """One side of the split."""
 
-    def __init__(self, questions: Sequence[Question], part: Part, cfg: Build, skipped: Counter[str]) -> None:
-        self.questions, self.part, self.cfg, self.skipped = questions, part, cfg, skipped
+    def __init__(self, questions: Sequence[Question], part: Part, cfg: Build, sets: Sets) -> None:
+        self.questions, self.part, self.cfg, self.sets = questions, part, cfg, sets
         self.paragraphs: dict[str, list[str]] = defaultdict(list)  # article -> texts in order
         for q in questions:
             if q.context not in self.paragraphs[q.article]:
@@ -135,25 +154,30 @@ class _Part:
 
     def records(self) -> list[RagRecord]:
         cfg, train = self.cfg, self.part == "train"
-        pairs = (cfg.adherence + 1) // 2 if train else cfg.held_adherence
-        foreign = (cfg.robustness + 1) // 2 if train else cfg.held_robustness
+        answered = [q for q in self.questions if q.answers]
+        true = [q for q in self.questions if q.gold]
+        bare = [q for q in self.questions if not q.answers]
         return [
-            *self._take("adherence", pairs, self._pair),
-            *self._take("foreign", foreign, self._foreign),
-            *self._take("unanswerable", cfg.robustness // 2 if train else 0, self._unanswerable),
-            *self._take("extraction", cfg.extraction if train else 0, self._three),
+            *self._take("adherence", answered, (cfg.adherence + 1) // 2 if train else cfg.held_adherence, self._pair),
+            *self._take("foreign", true, cfg.foreign if train else cfg.held_foreign, self._foreign),
+            *self._take("unanswerable", bare, cfg.unanswerable if train else 0, self._unanswerable),
+            *self._take("extraction", answered, cfg.extraction if train else 0, self._three),
         ]
 
-    def _take(self, what: str, count: int, make: Callable[[Question], list[RagRecord]]) -> list[RagRecord]:
+    def _take(
+        self, what: str, questions: Sequence[Question], count: int, make: Callable[[Question], list[RagRecord]]
+    ) -> list[RagRecord]:
         """Records of the first ``count`` questions, in their order by chance, that make some."""
         made: list[RagRecord] = []
         taken = 0
-        for q in sorted(self.questions, key=lambda q: chance(self.cfg.seed, f"{what} {q.id}")):
+        for q in sorted(questions, key=lambda q: chance(self.cfg.seed, f"{what} {q.id}")):
             if taken == count:
                 break
             found = make(q)
             made += found
             taken += bool(found)
+        if count:
+            self.sets.built[f"{self.part}/{what}"] = (count, taken)
         return made
 
     def _record(self, q: Question, documents: Sequence[str], **values: str) -> RagRecord:
@@ -161,14 +185,12 @@ class _Part:
         return RagRecord(q.question, tuple(documents), gold=q.gold, **values)  # type: ignore[arg-type]
 
     def _skip(self, why: str) -> list[RagRecord]:
-        self.skipped[why] += 1
+        self.sets.skipped[why] += 1
         return []
 
     def _pair(self, q: Question) -> list[RagRecord]:
         """The same question on its paragraph, and on it with another answer."""
-        if not q.answers:
-            return []
-        answer = q.answers[0]
+        answer, train = q.answers[0], self.part == "train"
         text = cut(q.context, self.cfg.words, answer)
         if text is None:
             return self._skip("no sentence with the answer is short enough")
@@ -178,18 +200,16 @@ class _Part:
         if new is None:
             return self._skip("no other answer of its type")
         changed = replaced(text, answer, new)
-        if changed is None or any(has_words(changed, old) for old in q.answers):
+        if changed is None or holds(changed, q.answers):
             return self._skip("the answer cannot be replaced everywhere")
-        noise = self._noise(q, (*q.gold, new))
-        original, other = [[text], [changed]], noise
-        if self.cfg.distractors and self.part == "train" and other:
-            original = [self._shuffled(q, [document, *other]) for (document,) in original]
+        noise = [] if train and not self.cfg.distractors else self._noise(q, (*q.gold, new), self.cfg.words)
+        documents = [self._shuffled(q, [document, *(noise if train else ())]) for document in (text, changed)]
         made = [
-            self._record(q, original[0], kind="adherence", variant="original", answer=answer),
-            self._record(q, original[1], kind="adherence", variant="substituted", answer=new),
+            self._record(q, documents[0], kind="adherence", variant="original", answer=answer),
+            self._record(q, documents[1], kind="adherence", variant="substituted", answer=new),
         ]
-        if self.part == "held_out" and other:
-            mixed = self._shuffled(q, [changed, *other])
+        if noise and not train:
+            mixed = self._shuffled(q, [changed, *noise])
             made.append(self._record(q, mixed, kind="adherence", variant="mixed", answer=new))
         return made
 
@@ -211,22 +231,25 @@ class _Part:
         return None
 
     def _foreign(self, q: Question) -> list[RagRecord]:
-        text = self._elsewhere(q, q.gold) if q.gold else None
-        return [self._record(q, [text], kind="robustness", variant="foreign")] if text else []
+        text = self._elsewhere(q, q.gold, self.cfg.words)
+        if text is None:
+            return self._skip("no document of another article is free of its answers")
+        return [self._record(q, [text], kind="robustness", variant="foreign")]
 
     def _unanswerable(self, q: Question) -> list[RagRecord]:
-        if q.answers:
-            return []
-        text = cut(q.context, self.cfg.words)
-        if text is None or any(has_words(text, gold) for gold in q.gold):
+        text = next(self._clean([q.context, *q.others], q.gold, self.cfg.words), None)
+        if text is None:
             return self._skip("no sentence is short enough")
         return [self._record(q, [text], kind="robustness", variant="unanswerable")]
 
     def _three(self, q: Question) -> list[RagRecord]:
-        text = cut(q.context, self.cfg.words, q.answers[0]) if q.answers else None
-        noise = self._noise(q, q.gold)
-        if text is None or len(noise) < 2:
-            return []
+        words = min(self.cfg.words, self.cfg.extraction_words)
+        text = cut(q.context, words, q.answers[0])
+        if text is None:
+            return self._skip("no sentence with the answer is short enough")
+        noise = self._noise(q, q.gold, words)
+        if len(noise) < 2:
+            return self._skip("no document of its topic without its answers")
         labels = dict(zip((text, *noise), LABELS, strict=True))
         documents = self._shuffled(q, labels)
         lines = [f"Doc {i}: {labels[document]}" for i, document in enumerate(documents, 1)]
@@ -235,27 +258,30 @@ class _Part:
     def _shuffled(self, q: Question, documents: Sequence[str] | dict[str, str]) -> list[str]:
         return sorted(documents, key=lambda document: chance(self.cfg.seed, f"{q.id} {document}"))
 
-    def _noise(self, q: Question, without: Sequence[str]) -> list[str]:
-        """A document of the same article, and one of another; fewer where there is none. Neither holds an answer."""
+    def _noise(self, q: Question, without: Sequence[str], words: int) -> list[str]:
+        """A document on the same topic, and one of another article; fewer where there is none. Neither holds an answer.
+
+        Of the same topic are what was retrieved beside the context, then the article's paragraphs, the nearest first.
+        """
         own = self.paragraphs[q.article]
         place = own.index(q.context)
         near = sorted((text for text in own if text != q.context), key=lambda text: abs(own.index(text) - place))
-        same = next(self._clean(near, without), None)
-        return [text for text in (same, self._elsewhere(q, without)) if text]
+        same = next(self._clean([*q.others, *near], without, words), None)
+        return [text for text in (same, self._elsewhere(q, without, words)) if text]
 
-    def _elsewhere(self, q: Question, without: Sequence[str]) -> str | None:
+    def _elsewhere(self, q: Question, without: Sequence[str], words: int) -> str | None:
         others = sorted(
             (title for title in self.paragraphs if title != q.article),
             key=lambda title: chance(self.cfg.seed, f"{q.id} {title}"),
         )
         for title in others:
             texts = sorted(self.paragraphs[title], key=lambda text: chance(self.cfg.seed, f"{q.id} {text}"))
-            for found in self._clean(texts, without):
+            for found in self._clean(texts, without, words):
                 return found
         return None
 
-    def _clean(self, texts: Sequence[str], without: Sequence[str]) -> Iterator[str]:
+    def _clean(self, texts: Sequence[str], without: Sequence[str], words: int) -> Iterator[str]:
         for text in texts:
-            short = cut(text, self.cfg.words)
-            if short and not any(has_words(short, answer) for answer in without):
+            short = cut(text, words)
+            if short and not holds(short, without):
                 yield short

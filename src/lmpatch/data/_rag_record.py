@@ -11,7 +11,7 @@ from .context import InContext
 
 Kind = Literal["adherence", "robustness", "extraction"]
 Variant = Literal["original", "substituted", "mixed", "foreign", "unanswerable", "three"]
-Part = Literal["train", "held_out"]
+Part = Literal["train", "dev", "held_out"]
 LABELS = ("relevant", "same-topic noise", "off-topic noise")
 """What a document can be to a question."""
 EXTRACT = (
@@ -33,7 +33,7 @@ class RagRecord:
         gold: true answers, if known.
         title: of the article.
         id: the question's id and the variant; pairs share what stands before the colon.
-        part: articles that are trained on, or held out.
+        part: articles that are trained on, on which settings are chosen, or which are held out.
         prompt: everything the model reads before its answer. Left out, it is made of the parts above.
         bare: the same without documents.
     Raises:

@@ -11,13 +11,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, BadRecord
+from ._rag_types import has_words
 from .readers import Record, read_records, text_of
 
 
@@ -35,13 +35,8 @@ class Question:
     gold: tuple[str, ...]
     """True answers, whether the context holds them or not."""
     title: str = ""
-
-
-def has_words(text: str, words: str) -> bool:
-    """The words occur in the text as whole words, whatever their case."""
-    if not words or words.casefold() not in text.casefold():  # most are ruled out here, at a tenth of the time
-        return False
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE) is not None
+    others: tuple[str, ...] = ()
+    """What else was retrieved and holds no answer."""
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -83,7 +78,11 @@ def _official(record: Record) -> Iterable[Question]:
             for paragraph in article["paragraphs"]:
                 for number, qa in enumerate(paragraph["qas"]):
                     whole = {"title": article["title"], "context": paragraph["context"], **qa}
-                    yield _flat(whole, str(qa.get("id", number)))
+                    id = str(qa.get("id", number))
+                    try:
+                        yield _flat(whole, id)
+                    except BadRecord as error:  # the whole file is one line
+                        raise BadRecord(f"question {id}: {error}") from None
     except (KeyError, TypeError) as error:
         raise BadRecord(f"not the official SQuAD layout: {error!r}") from None
 
@@ -97,9 +96,11 @@ def _flat(record: Record, id: str) -> Question:
         raise BadRecord(f"answers must be a list of texts, or of objects with text, found {given!r}")
     if not context.strip():
         raise BadRecord("the context is empty")
-    if not texts and record.get("is_impossible") is not True:
-        raise BadRecord("no answers, and is_impossible is not true")
     answers = tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    if not answers and record.get("is_impossible") is not True:
+        raise BadRecord("no answers, and is_impossible is not true")
+    if absent := [answer for answer in answers if answer not in context]:
+        raise BadRecord(f"the answer {absent[0]!r} does not stand in its context")
     return Question(id, title, context, question, answers, answers, title)
 
 
@@ -121,7 +122,8 @@ def _log(record: Record, documents: Sequence[str], id: str) -> Question:
     context = (holding or documents)[0]
     found = tuple(answer for answer in gold if has_words(context, answer))
     title = text_of(record, "title", "")
-    return Question(id, title, context, text_of(record, "question"), found, gold, title)
+    others = tuple(d for d in documents if d != context and d not in holding)
+    return Question(id, title, context, text_of(record, "question"), found, gold, title, others)
 
 
 def _grouped(questions: Sequence[Question], documents: Sequence[Sequence[str]]) -> list[Question]:

@@ -1,46 +1,52 @@
 """Records for retrieval-augmented answers: read, built from SQuAD-format files or logs, written.
 
 A built file is JSON lines of ``RagRecord``s (``kind`` is among the keys). A raw one (see ``_rag_source``) is built on
-the way in, always in the same way: training takes the articles of one side of the split, the bench the others.
+the way in, always in the same way: training takes the articles of one part, settings are chosen on another, the bench
+asks the third.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..errors import BadInput, BadRecord
 from ._rag_build import Build, Sets, build
 from ._rag_record import Part, RagRecord, render
-from ._rag_source import Question, has_words, read_questions
-from ._rag_types import f1, normalise
+from ._rag_source import Question, read_questions
+from ._rag_types import f1, holds, known, normalise, whole
 from .readers import Record, only, read_records, text_of
 
 __all__ = [
-    "Build", "Question", "RagRecord", "Sets", "build", "closed_book", "counts", "f1", "has_words", "is_built", "known",
-    "normalise", "read_built", "read_questions", "read_rag", "refused", "render", "write",
+    "Build", "Question", "RagRecord", "Sets", "build", "closed_book", "counts", "f1", "holds", "is_built", "known",
+    "normalise", "read_built", "read_questions", "read_rag", "refused", "render", "whole", "write",
 ]  # fmt: skip
 
 STORED = [f.name for f in fields(RagRecord) if f.name not in ("prompt", "bare")]
-KNOWN = 0.5
-"""Token F1 with a true answer from which an answer counts as known."""
-REFUSALS = ("i do not know", "i dont know", "i am not sure", "im not sure", "not sure")
-"""An answer that begins so says nothing."""
+REFUSAL = re.compile(
+    r"((i ?a?m )?sorry |but |unfortunately )*"
+    r"(i (do not|dont|did not|didnt) know|(i ?a?m )?not sure|(i have )?no (idea|answer)"
+    r"|i (can ?not|cant) (answer|say|tell)"
+    r"|not (mentioned|given|stated|known)|it is (unknown|not (mentioned|known))|(answer is )?(unknown|none|na)$)\b"
+)
+"""An answer that begins so, normalised, says nothing."""
 
 
 def read_rag(path: str | Path, *, part: Part = "train", limit: int | None = None) -> list[RagRecord]:
-    """The records of one side, from a built file or a raw one, built with the default ``Build``.
+    """The records of one part, from a built file or a raw one, built with the default ``Build``.
 
     Args:
         limit: at most this many records of each kind, the first ones.
     Raises:
-        BadInput: no such file, an unknown shape, or no records of that side.
+        BadInput: no such file, an unknown shape, or no records of that part.
         BadRecord: lines that cannot be read; names the file and the first ten of them.
     """
     if limit is not None and limit < 1:
@@ -95,30 +101,39 @@ def read_built(path: str | Path) -> list[RagRecord]:
 
 
 def write(sets: Sets, folder: str | Path, *, source: str | Path, cfg: Build) -> dict[str, Any]:
-    """Write ``train.jsonl``, ``held_out.jsonl`` and ``manifest.json`` into a new folder.
+    """Write ``train.jsonl``, ``dev.jsonl``, ``held_out.jsonl`` and ``manifest.json`` into a new folder, all or none.
 
     Returns:
-        the manifest: settings, counts, what was skipped and why, SHA-256 of source and files.
+        the manifest: settings, counts, asked and built of each set, what was skipped and why, SHA-256 of source and
+        files.
+    Raises:
+        BadInput: the folder is there.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True)
+    if folder.exists():
+        raise BadInput(f"{folder} exists already. Give another folder, or remove it first.")
+    work = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    work.mkdir(parents=True)
     files = {}
-    for part in ("train", "held_out"):
+    for part in get_args(Part):
         lines = [
             json.dumps({n: getattr(r, n) for n in STORED}, ensure_ascii=False) for r in sets.records if r.part == part
         ]
-        path = folder / f"{part}.jsonl"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path = work / f"{part}.jsonl"
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = {
         "source": Path(source).name,
         "source_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest(),
         "settings": asdict(cfg),
         "counts": counts(sets.records),
+        "built": {name: {"asked": asked, "built": built} for name, (asked, built) in sets.built.items()},
         "skipped": dict(sets.skipped),
         "files": files,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    work.rename(folder)
     return manifest
 
 
@@ -142,9 +157,4 @@ def closed_book(question: str) -> str:
 def refused(answer: str) -> bool:
     """The answer is empty or says that there is none."""
     said = normalise(answer)
-    return not said or said in ("unknown", "none") or any(f"{said} ".startswith(f"{text} ") for text in REFUSALS)
-
-
-def known(answer: str, gold: Sequence[str]) -> bool:
-    """The answer agrees with a true one."""
-    return any(f1(answer, text) >= KNOWN for text in gold)
+    return not said or REFUSAL.match(said) is not None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data.rag import RagRecord, has_words, known, refused
+from ..data.rag import RagRecord, holds, known, refused
 from ..errors import BadInput
 from ..models.closed_book import closed_book_answers
 from ..models.lm import LM
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SETS = ("adherence", "robustness", "extraction")
 UNKNOWN = "I do not know."
-HELD = 4  # rows of each set that only validate; at most an eighth of it
+HELD = 12  # rows of each set that only validate, or a few more: whole questions; at most an eighth of it
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,25 @@ def prepare(lm: LM, records: Sequence[RagRecord], cfg: Config, units: int, progr
     sets = {}
     for kind in SETS:
         order.shuffle(pairs[kind])
-        held = min(HELD, len(pairs[kind]) // 8)
+        apart = _apart([r for r, _, _ in pairs[kind]])
         rows = _encode(lm, [r.prompt for r, _, _ in pairs[kind]], [target for _, target, _ in pairs[kind]])
-        sets[kind] = Rows(rows[held:], rows[:held], [flag for _, _, flag in pairs[kind][held:]])
+        train, held = ([i for i, flag in enumerate(apart) if flag is side] for side in (False, True))
+        sets[kind] = Rows([rows[i] for i in train], [rows[i] for i in held], [pairs[kind][i][2] for i in train])
     return Material(sets, notes | {"rows": {kind: len(rows.train) for kind, rows in sets.items()}})
+
+
+def _apart(records: Sequence[RagRecord]) -> list[bool]:
+    """Which of the shuffled records only validate: all of a question or none, since a pair differs by a word."""
+    held: set[str] = set()
+    for record in records:
+        if sum(_question(r) in held for r in records) >= min(HELD, len(records) // 8):
+            break
+        held.add(_question(record))
+    return [_question(r) in held for r in records]
+
+
+def _question(record: RagRecord) -> str:
+    return record.id.partition(":")[0] or record.question
 
 
 def _enough(found: dict[str, int], cfg: Config, units: int) -> None:
@@ -83,25 +98,27 @@ def _enough(found: dict[str, int], cfg: Config, units: int) -> None:
 def _own_answers(
     lm: LM, records: Sequence[RagRecord], cfg: Config, progress: Progress | None
 ) -> tuple[tuple[list[RagRecord], list[str]], list[bool], dict[str, Any]]:
-    """Robustness records with the model's own answers; refusals, and answers the documents give, are kept apart."""
+    """Robustness records with the model's own answers. Refusals, answers that were cut off, and those the documents
+    give are left out and counted."""
     answers = closed_book_answers(lm, [r.question for r in records], progress=progress)
     kept: tuple[list[RagRecord], list[str]] = ([], [])
     sure: list[bool] = []
-    empty = told = 0
-    for record, answer in zip(records, answers, strict=True):
-        if refused(answer):
-            empty += 1
-            if not cfg.refusals:
+    empty = cut = told = 0
+    for record, own in zip(records, answers, strict=True):
+        answer = own.text
+        if refused(answer) or not own.ended:
+            empty, cut = empty + refused(answer), cut + (not refused(answer))
+            if not cfg.refusals or known(answer, record.gold):
                 continue
             answer = UNKNOWN
-        elif any(has_words(document, answer) for document in record.documents):
+        elif any(holds(document, [answer]) for document in record.documents):
             told += 1
             continue
         kept[0].append(record)
         kept[1].append(answer)
         sure.append(known(answer, record.gold))
-    notes = {"own_answers": {"known": sum(sure), "refused": empty, "in_documents": told, "asked": len(records)}}
-    return kept, sure, notes
+    counts = {"known": sum(sure), "refused": empty, "cut_off": cut, "in_documents": told, "asked": len(records)}
+    return kept, sure, {"own_answers": counts}
 
 
 def _encode(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]:

@@ -54,7 +54,7 @@ def mine(lm: LM, units: Sequence[Unit], rows: Rows, cfg: Config, name: str, prog
     """Tune an adapter on one set for a while, and score its units by what the tuning would miss.
 
     Raises:
-        Diverged: scores left the finite numbers.
+        Diverged: scores or parameters left the finite numbers.
     """
     counts, tokens = active_tokens(lm, rows.train[: cfg.cue_rows])
     adapter = Adapter(lm, units, cfg.alpha / cfg.rank if cfg.units != "full_matrix" else 1.0, cfg.seed)
@@ -78,7 +78,8 @@ def mine(lm: LM, units: Sequence[Unit], rows: Rows, cfg: Config, name: str, prog
             progress(step + 1, cfg.mine_steps, f"mining {name}")
     seconds = perf_counter() - start
     scores, odd = tracker.reduced([unit.size for unit in units])
-    if not bool(scores.isfinite().all()) or odd * 2 > leaf.numel() * cfg.mine_steps:
+    finite = bool(scores.isfinite().all()) and bool(leaf.isfinite().all())  # entries that are not count as 0 above
+    if not finite or odd * 2 > leaf.numel() * cfg.mine_steps:
         raise Diverged(f"mining {name} left the finite numbers. Lower mine_lr, now {cfg.mine_lr}.")
     notes = {
         "seconds": round(seconds, 3),
@@ -118,13 +119,12 @@ class Tracker:
 
     def reduced(self, sizes: Sequence[int]) -> tuple[Tensor, int]:
         """Mean of S · U of each unit, [units] fp64 on the CPU, and how many entries were not finite."""
-        product = self.s[0].double() * self.u[0].double()
-        which = torch.arange(len(sizes), device=product.device).repeat_interleave(
-            torch.tensor(sizes, device=product.device)
-        )
-        total = torch.zeros(len(sizes), dtype=torch.float64, device=product.device).index_add_(0, which, product)
-        packed = torch.cat([total, self.odd.double()[None]]).cpu()  # one transfer
-        return packed[:-1] / torch.tensor(sizes, dtype=torch.float64), int(packed[-1])
+        parts = zip(self.s[0].split(list(sizes)), self.u[0].split(list(sizes)), strict=True)
+        means = [
+            (s.double() * u.double()).mean() for s, u in parts
+        ]  # a unit at a time: fp64 of all would be 16 bytes more
+        packed = torch.stack([*means, self.odd.double()]).cpu()  # one transfer
+        return packed[:-1], int(packed[-1])
 
     @property
     def nbytes(self) -> int:
@@ -195,6 +195,11 @@ def typed(adherence: Tensor, robustness: Tensor, threshold: float, rule: Literal
         (True, True): "entangled", (True, False): "adherence", (False, True): "robustness", (False, False): "others",
     }  # fmt: skip
     return [names[pair] for pair in zip(*(x.tolist() for x in high), strict=True)]
+
+
+def correlation(adherence: Tensor, robustness: Tensor) -> float:
+    """Of the z-scores of the two skills over all units, in -1..1: near 1 few units are of one skill alone."""
+    return float((z_scores(adherence) * z_scores(robustness)).mean())
 
 
 def balance(adherence: Tensor, robustness: Tensor, types: Sequence[Type]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..models.lm import LM
 from ..models.run import Progress
 from ..models.team import ALONE, Team, team
 from ..models.tokens import Row
+from ..record import replacing
 from ._parenting_data import SETS, Rows, draws, loss
 from ._parenting_units import Adapter, Type
 
@@ -86,6 +86,7 @@ class Tuner:
         self.stopped = ""
         self.curve: list[dict[str, float]] = []
         self.seconds = 0.0
+        self.torn = False  # an interrupt may fall between a step and its count
 
     def run(self, folder: Path | None = None, stamp: str = "", progress: Progress | None = None) -> None:
         """Train to the last step, or to the last good state of a divergent run.
@@ -112,7 +113,8 @@ class Tuner:
                     progress(self.step, self.cfg.steps, self.name)
         finally:
             self.seconds = perf_counter() - begun
-            self._save(path, stamp)
+            if not self.torn:
+                self._save(path, stamp)
         if self.stopped:
             self._back()
 
@@ -131,9 +133,11 @@ class Tuner:
         warm = min(1.0, (self.step + 1) / max(1, cfg.warmup))
         for group in self.adam.param_groups:
             group["lr"] = cfg.lr * warm * (1 - self.step / max(1, cfg.steps))
+        self.torn = True
         self.adam.step()
         self.adam.zero_grad()
         self.step += 1
+        self.torn = False
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -172,10 +176,8 @@ class Tuner:
         for t, leaf in self.leaves.items():
             tensors |= {f"adam/{t}/{key}": value for key, value in self.adam.state.get(leaf, {}).items()}
         head = {"step": str(self.step), "stamp": stamp, "curve": json.dumps(self.curve), "seconds": str(self.seconds)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = path.with_suffix(".new")
-        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, work, head)
-        os.replace(work, path)
+        with replacing(path) as work:
+            safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, work, head)
 
     @torch.no_grad()
     def _resume(self, path: Path, stamp: str) -> None:

@@ -24,9 +24,10 @@ from ..models.team import team
 from ..patches.delta import Delta, LowRank
 from ..patches.ledger import applied
 from ..patches.weight import WeightPatch, fingerprint
-from ..record import hash_json
-from ._parenting_data import Material, prepare
-from ._parenting_mine import Cue, Mined, balance, mine, typed, z_scores
+from ..record import hash_json, replacing
+from ._parenting_data import SETS, Material, prepare
+from ._parenting_mine import Cue, Mined, balance, correlation, mine, typed, z_scores
+from ._parenting_plot import plots as plots
 from ._parenting_tune import Mix, Tuner, mixes
 from ._parenting_units import TYPES, Adapter, Type, Unit, Units, counted, cut
 
@@ -71,7 +72,7 @@ class Config:
     """Layer weights from shares of active tokens, from counts as released, or none."""
     cue_rows: int = 100
     """Rows of each set whose activations are counted at most."""
-    mine_steps: int = 50
+    mine_steps: int = 30
     """Steps of the short tuning that scores units, on each of the two sets."""
     mine_rows: int = 4
     """Rows of such a step."""
@@ -90,7 +91,7 @@ class Config:
     rule: Literal["z", "variance"] = "z"
     """``variance``: important is what exceeds mean + variance of the raw scores, as released; threshold is not used."""
     delta: float = 0.8
-    """δ1, weight of the two skills; document extraction has the rest. 1: no document extraction."""
+    """δ1, weight of the two skills; document extraction has the rest. 1: no document extraction, in any mode."""
     boundary: bool = True
     """Each type of unit learns from its own losses. False: all that are not ``others`` from one mix."""
     steps: int = 80
@@ -112,7 +113,8 @@ class Config:
     known_share: float = 0.5
     """Share of robustness rows whose closed-book answer is right, as far as there are such records."""
     refusals: bool = False
-    """Train empty and refused closed-book answers too, as "I do not know."; otherwise they are left out and counted."""
+    """Train closed-book answers that are empty, refused or cut off too, as "I do not know."; otherwise they are left
+    out and counted."""
     validate_every: int = 20
     """Steps between validation losses, checkpoints, and looks at whether the run still converges."""
     seed: int = 0
@@ -134,15 +136,17 @@ def fit(
         out: folder of scores and checkpoints. A run that is there goes on where it stopped.
     Returns:
         one LowRank per projection that was tuned (Dense with full parameters). Notes: every unit's type and scores,
-        layer weights, validation losses, how many own answers were known, refused or given by the documents.
+        how much the scores of the two skills correlate over units, layer weights, validation losses, how many own
+        answers were known, refused, cut off or given by the documents.
     Raises:
-        BadInput: a set is missing or has fewer records than units, or the settings contradict each other.
+        BadInput: a set is missing or has fewer records than units, the settings contradict each other, or
+            ``full_matrix`` is asked of a model that is shared among processes.
         Diverged: the run diverged before its first good state. Later it stops, and the last good state is kept.
     Source: Xu et al. 2025 (arXiv:2410.10360), sec. 3.
     Differs: scores are taken on unclipped gradients before the step; A and B of a projection are one unit; units of no
     skill are frozen, where released code trains and averages them (``mode="merge"``).
     """
-    _check(cfg)
+    _check(lm, cfg)
     start = time.perf_counter()
     units = cut(lm, cfg.units, cfg.rank, cfg.modules)
     folder = Path(out) if out is not None else None
@@ -152,11 +156,16 @@ def fit(
         mined = {} if cfg.mode == "mixed" else _mined(lm, units, material, cfg, folder, given, progress)
         importance = {name: found.importance(units, cfg.cue) for name, found in mined.items()}
         types, gamma = _types(importance, cfg, len(units))
+        alike = round(correlation(*importance.values()), 5) if mined else None
+        if progress and mined:
+            found = ", ".join(f"{count} {t}" for t, count in counted(types).items())
+            progress(1, 1, f"units: {found}; z-scores correlate {alike:.2f}, gamma {gamma:.2f}")
         stamp = hash_json([asdict(cfg), *given])
         deltas, notes = _tuned(lm, units, types, gamma, material, cfg, folder, stamp, progress)
     notes |= material.notes | {
         "types": counted(types) if mined else {},
         "gamma": round(gamma, 5),
+        "correlation": alike,
         "parameters": sum(u.size for u, t in zip(units, types, strict=True) if t != "others" or cfg.mode == "merge"),
         "units": [[u.name, u.layer, u.projection, t] for u, t in zip(units, types, strict=True)] if mined else [],
         "scores": {name: {"z": z_scores(x).tolist(), "importance": x.tolist()} for name, x in importance.items()},
@@ -168,7 +177,9 @@ def fit(
     return WeightPatch.make(lm, deltas, method="parenting", config=cfg, edits=edits, seconds=seconds, notes=notes)
 
 
-def _check(cfg: Config) -> None:
+def _check(lm: LM, cfg: Config) -> None:
+    from torch.distributed.tensor import DTensor  # takes a while to import
+
     whole = ("rank", "mine_steps", "mine_rows", "steps", "rows_adherence", "rows_robustness", "validate_every")
     if low := [name for name in whole if getattr(cfg, name) < 1]:
         raise BadInput(f"{low[0]} is {getattr(cfg, low[0])}; it must be at least 1.")
@@ -177,6 +188,11 @@ def _check(cfg: Config) -> None:
         raise BadInput(f"{odd[0]} is {getattr(cfg, odd[0])}; it must be in 0..1.")
     if cfg.mode == "merge" and cfg.merge_space == "delta" and cfg.units == "factor":
         raise BadInput("units=factor weighs A and B apart, which no product has. Set merge_space=factors.")
+    if cfg.units == "full_matrix" and any(isinstance(p, DTensor) for p in lm.model.parameters()):
+        raise BadInput(
+            "units=full_matrix needs whole weights, and the model is shared among processes. Leave --shard out, or set "
+            "units=matrix."
+        )
 
 
 def _on(lm: LM) -> list[str]:
@@ -203,13 +219,11 @@ def _mined(
 
 
 def _write(path: Path, mined: Mined, stamp: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_suffix(".new")
     head = {"stamp": stamp, "tokens": str(mined.tokens)} | {
         f"note/{key}": str(value) for key, value in mined.notes.items()
     }
-    safetensors.torch.save_file({"scores": mined.scores, "counts": mined.counts}, work, head)
-    work.replace(path)
+    with replacing(path) as work:
+        safetensors.torch.save_file({"scores": mined.scores, "counts": mined.counts}, work, head)
 
 
 def _read(path: Path, stamp: str) -> Mined:
@@ -242,7 +256,8 @@ def _tuned(
     if cfg.mode == "merge":
         everything: list[Type] = ["entangled"] * len(units)
         plans = {f"tuning {name}": (everything, {"entangled": {name: 1.0}}) for name in SKILLS}
-        plans["tuning all"] = (everything, {"entangled": dict.fromkeys((*SKILLS, "extraction"), 1 / 3)})
+        kinds = SKILLS if cfg.delta == 1 else SETS
+        plans["tuning all"] = (everything, {"entangled": dict.fromkeys(kinds, 1 / len(kinds))})
     made: list[Adapter] = []
     curves: dict[str, Any] = {}
     stopped: list[str] = []
