@@ -28,13 +28,13 @@ EDITORS = ("recipe", "memit_alphaedit", "memit", "ft_m")
 
 def patch_of(lm: lp.LM, name: str, edits: list[lp.Edit], data: Path, work: Path) -> lp.Patch:
     """The editor's patch for these facts; one that was saved before is read."""
-    made_by = recipe.packaged_editor(lm).hash()[:8] if name == "recipe" else "0"
-    folder = work / f"{name}-{made_by}-{len(edits)}"
+    editor = recipe.packaged_editor(lm) if name == "recipe" else None
+    folder = work / (f"{name}-{editor.hash()[:8]}-{len(edits)}" if editor else f"{name}-{len(edits)}")
     if folder.exists():
         return lp.load_patch(folder)
     start = perf_counter()
-    if name == "recipe":
-        made: lp.Patch = recipe.fit(lm, edits, recipe.Config())
+    if editor:
+        made: lp.Patch = recipe.fit(lm, edits, recipe.Config(), editor=editor)
     else:
         module, config = METHODS["commit"][name]
         text = read_text(data / "wikitext2/raw_train_part.txt.gz")

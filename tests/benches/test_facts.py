@@ -17,8 +17,10 @@ from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput, ForeignWrite, NotEnoughMemory, SubjectNotFound
 from lmpatch.models import run
 from lmpatch.models.lm import LM
+from lmpatch.patches.decode import DecodePatch
 from lmpatch.patches.delta import Dense
 from lmpatch.patches.ledger import Applied, applied, apply
+from lmpatch.patches.rules import Power
 from lmpatch.patches.weight import WeightPatch
 from lmpatch.record import hash_tensors
 
@@ -363,6 +365,14 @@ def test_a_weight_that_does_not_come_back_is_noticed(
 def test_a_model_with_patches_is_no_base(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     with apply(tiny, make(tiny, edits)), pytest.raises(BadInput, match=r"carries patches \(rank_one\)"):
         facts.run(tiny, edits, quick)
+
+
+def test_a_decode_patch_is_refused_before_anything_is_asked(tiny: LM, edits: list[Edit], quick: Config) -> None:
+    told: list[tuple[int, int, str]] = []
+    patch = DecodePatch.make(tiny, Power(1.0), method="cad")
+    with pytest.raises(BadInput, match="cad is a decode patch.*rag"):
+        facts.run(tiny, edits, quick, patch=patch, progress=lambda *a: told.append(a))
+    assert not told
 
 
 # Going on

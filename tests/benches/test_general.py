@@ -28,8 +28,10 @@ from lmpatch.errors import BadInput, NotEnoughMemory
 from lmpatch.models.acting import Actor, Insert
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
+from lmpatch.patches.decode import DecodePatch
 from lmpatch.patches.delta import Dense
 from lmpatch.patches.ledger import applied, apply
+from lmpatch.patches.rules import Power
 from lmpatch.patches.weight import WeightPatch
 from lmpatch.record import hash_tensors
 
@@ -271,6 +273,14 @@ def test_settings_that_ask_nothing_are_refused(tiny: LM, data: Data, cfg: Config
 def test_a_model_with_patches_is_no_base(tiny: LM, data: Data, patch: WeightPatch) -> None:
     with apply(tiny, patch), pytest.raises(BadInput, match="carries patches"):
         general.run(tiny, data, Config())
+
+
+def test_a_decode_patch_is_refused_before_anything_is_asked(tiny: LM, data: Data) -> None:
+    told: list[tuple[int, int, str]] = []
+    patch = DecodePatch.make(tiny, Power(1.0), method="cad")
+    with pytest.raises(BadInput, match="cad is a decode patch.*rag"):
+        general.run(tiny, data, Config(tasks=("csqa",)), patch=patch, progress=lambda *a: told.append(a))
+    assert not told
 
 
 def test_a_run_that_would_not_fit_is_refused_before_it_starts(

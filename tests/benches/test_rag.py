@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,30 @@ def test_what_cannot_be_asked_is_said(tiny: LM, records: list[RagRecord], patch:
         rag.run(tiny, [r for r in records if r.variant == "foreign"], Config(conditions=("conflict",)))
     with apply(tiny, patch), pytest.raises(BadInput, match="carries patches"):
         rag.run(tiny, records, QUICK)
+
+
+def test_an_item_longer_than_the_window_is_not_asked_and_counts_nowhere(
+    tiny: LM, records: list[RagRecord], patch: WeightPatch, tmp_path: Path
+) -> None:
+    cfg = Config(n=50, max_new_tokens=4, conditions=("context", "empty"))
+    first, *rest = [r for r in records if r.variant == "original"]
+    long = replace(first, documents=("It rains. " * 1000,), prompt="")
+    told = [long, *rest, *(r for r in records if r.variant == "foreign")]
+    report = rag.run(tiny, told, cfg, patch=patch, out=tmp_path)
+    short = rag.run(tiny, told[1:], cfg, patch=patch)
+    for run in report.runs:
+        (row,) = [row for row in run.rows if row.flag]
+        assert (row.id, row.flag) == (first.id, "longer than the model's window of 4096 tokens")
+        for name in ("accuracy/context", "exact/context", "R_Ro/empty"):
+            assert run.metric(name) == short.run(run.name).metric(name)
+    assert report.difference("rank_one", "accuracy/context") == short.difference("rank_one", "accuracy/context")
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(rag.read_report(tmp_path).table())
+    assert "longer than the model's window of 4096 tokens" in capture.get()
+    alone = rag.run(tiny, told[:1], replace(cfg, conditions=("context",)), patch=patch)
+    assert all(row.flag for row in alone.rows) and alone.run("none").metric("accuracy/context") is None
+    assert alone.save_html(tmp_path / "page.html").is_file()
 
 
 def test_it_runs_from_python_and_the_command_line(

@@ -84,6 +84,21 @@ def test_an_unfinished_run_says_so(report: Report) -> None:
     assert "fake (1 of 9 chunks)" in printed(replace(report, runs=(part,)))
 
 
+def test_a_folder_without_a_finished_chunk_says_so_and_goes_on(
+    edits: list[Edit], quick: Config, tmp_path: Path
+) -> None:
+    def stop(done: int, total: int, what: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        facts.run(tiny_lm("llama"), edits, quick, out=tmp_path, progress=stop)
+    assert (tmp_path / "runs.jsonl").is_file()
+    with pytest.raises(BadInput, match="no chunk of the runs in .* is finished"):
+        facts.read_report(tmp_path)
+    assert facts.run(tiny_lm("llama"), edits, quick, out=tmp_path).metrics()
+    assert "reliability" in printed(facts.read_report(tmp_path))
+
+
 class Page(HTMLParser):
     """Every tag and attribute of a page, and whether tags close in order."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import real_gemma, tiny_lm, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, POSITIONS, real_gemma, tiny_lm, tiny_model, tiny_tokenizer
 
 from lmpatch.errors import BadInput, MissingExtra
 from lmpatch.models import cache, packaged
@@ -48,6 +48,17 @@ def _save(folder: Path, family: str = "llama", **settings: Any) -> Any:
 def _logits(lm: LM) -> torch.Tensor:
     logits: torch.Tensor = forward(lm.model, torch.tensor([lm.tokenizer(TEXT)["input_ids"]]))
     return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_window_is_what_the_config_says_whatever_it_calls_it(family: str) -> None:
+    assert tiny_lm(family).window == POSITIONS
+
+
+def test_a_config_without_a_limit_has_no_window() -> None:
+    lm = tiny_lm("llama")
+    lm.model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
+    assert lm.window is None
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def beyond_window(
         targets: what is scored behind each prompt.
         new_tokens: how many are generated behind each.
     """
-    window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    window = lm.window
     if window is None:
         return [""] * len(prompts)
     rows, _ = prepare(lm, prompts, targets)

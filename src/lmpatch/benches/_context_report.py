@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from . import _runs
 from ._context_rows import Metric, Row, differences, metrics
-from ._grid import NONE, Cell, Grid, trimmed
+from ._grid import NONE, Cell, Grid, flagged, trimmed
 from ._page import cards, heading, plots, table
 from ._runs import BASE
 from ._svg import Bar, bars, scatter
@@ -61,7 +60,7 @@ class Report(_runs.Report[Run, Row]):
         grids = [
             _grid("With the context", LISTENS_NOTE, LISTENS, ("acc", "Δ ACC"), self.runs, moved),
             _grid("With another's context", KEEPS_NOTE, KEEPS, ("bcu", "Δ BCU"), self.runs, moved),
-            _left_out(self.runs),
+            flagged((run.name, row.when, row.flag) for run in self.runs for row in run.rows if row.flag),
         ]
         return [grid for grid in grids if grid.rows]
 
@@ -120,14 +119,6 @@ def _share(metric: Metric | None, signed: bool = False) -> Cell:
     parts += [] if metric.stderr is None else [f"s.e. {100 * metric.stderr:.1f}"]
     parts.append(f"n={metric.n}" + (f" ({metric.dropped} not asked)" if metric.dropped else ""))
     return Cell(f"{100 * metric.value:{sign}.1f}", ", ".join(parts), None if signed else metric.value)
-
-
-def _left_out(runs: Sequence[Run]) -> Grid:
-    """Records that were not asked, and those that were asked differently."""
-    counts = Counter((run.name, row.when, row.flag) for run in runs for row in run.rows if row.flag)
-    rows = [(Cell(name), Cell(when), Cell(f"{n} records"), Cell(why)) for (name, when, why), n in counts.items()]
-    note = "Nothing is cut to fit, and nothing is left out without a word."
-    return Grid("Flagged", note, ("run", "asked with", "what", "why"), tuple(rows))
 
 
 def _unfinished(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,18 @@ def trimmed(title: str, note: str, columns: Sequence[str], rows: Sequence[tuple[
     """A grid without the columns in which nothing stands."""
     keep = [i for i in range(len(columns)) if any(row[i].text != NONE for row in rows)]
     return Grid(title, note, tuple(columns[i] for i in keep), tuple(tuple(row[i] for i in keep) for row in rows))
+
+
+def flagged(found: Iterable[tuple[str, str, str]]) -> Grid:
+    """Records that were not asked, and those that were asked differently.
+
+    Args:
+        found: (run, asked with, why) of each.
+    """
+    counts = Counter(found).items()
+    rows = [(Cell(run), Cell(asked), Cell(f"{n} records"), Cell(why)) for (run, asked, why), n in counts]
+    note = "Nothing is cut to fit, and nothing is left out without a word."
+    return Grid("Flagged", note, ("run", "asked with", "what", "why"), tuple(rows))
 
 
 def _percent(metric: Metric | None) -> Cell:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from . import _runs
-from ._grid import NONE, Cell, Grid
+from ._grid import NONE, Cell, Grid, flagged
 from ._page import after, before, cards, examples, heading, plots, table
 from ._rag_rows import CONDITIONS, NAMES, Metric, Row, difference, metric
 from ._runs import BASE
@@ -50,7 +50,8 @@ class Report(_runs.Report[Run, Row]):
         )
         same = [f"exact/{condition}" for condition in CONDITIONS]
         exact = _grid(self, "Exact answers", same, "Is a wanted answer, normalised.", True)
-        return [grid for grid in (skills, _grid(self, "Accuracy", right, shown), exact) if grid.rows]
+        left = flagged((run.name, row.condition, row.flag) for run in self.runs for row in run.rows if row.flag)
+        return [grid for grid in (skills, _grid(self, "Accuracy", right, shown), exact, left) if grid.rows]
 
     def _body(self) -> list[str]:
         record, question = self.runs[0].record, "Does it follow its documents, and only where they help?"
@@ -106,7 +107,7 @@ def _answers(report: Report, run: Run) -> str:
     was = {(row.condition, row.id): row.text for row in report.run(BASE).rows}
     rows = []
     for condition in CONDITIONS:
-        own = [row for row in run.rows if row.condition == condition]
+        own = [row for row in run.rows if row.condition == condition and not row.flag]
         for row in own[:: max(1, -(-len(own) // SHOWN))]:
             asked = f"{escape(row.question)}<small>{condition}; without documents: {escape(row.own)}</small>"
             was_said = before(was.get((condition, row.id), ""))

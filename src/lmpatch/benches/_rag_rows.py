@@ -91,6 +91,8 @@ class Row:
     """It is a wanted answer, normalised."""
     kept: bool
     """It is the model's own closed-book answer, or nearly."""
+    flag: str = ""
+    """Why it was not asked; it then counts nowhere."""
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Row:
@@ -98,8 +100,8 @@ class Row:
         return cls(**{**record, "wanted": tuple(record["wanted"])})
 
 
-def judged(sample: Sample, text: str) -> Row:
-    """The row of an answer."""
+def judged(sample: Sample, text: str, flag: str = "") -> Row:
+    """The row of an answer, or of none where a flag says why."""
     has = holds(text, sample.wanted)
     reads = sample.condition in ("context", "conflict", "mixed")
     return Row(
@@ -116,6 +118,7 @@ def judged(sample: Sample, text: str) -> Row:
         hit=has and not (reads and _beside(text, sample)),
         exact=normalise(text) in {normalise(w) for w in sample.wanted},
         kept=bool(normalise(sample.own)) and f1(text, sample.own) >= AGREES,
+        flag=flag,
     )
 
 
@@ -160,7 +163,7 @@ def chosen(rows: Iterable[Row], name: str) -> list[Value]:
     condition = {"R_Ad": "conflict", "R_Ro": "irrelevant", "kept": "irrelevant"}.get(kind, which)
     if kind in ("R_Ad", "R_Ro") and which in CONDITIONS:
         condition = which
-    own = [r for r in rows if r.condition == condition]
+    own = [r for r in rows if r.condition == condition and not r.flag]
     if kind == "R_Ro" or which == "known":
         own = [r for r in own if r.known]
     if kind == "kept":

@@ -59,8 +59,15 @@ class Report(_runs.Report[Run, Row]):
 
     @classmethod
     def of(cls, store: Store[Row]) -> Self:
-        """Every run that has scored a chunk."""
-        return cls(tuple(run for run in super().of(store).runs if run.chunks))
+        """Every run that has scored a chunk.
+
+        Raises:
+            BadInput: none has.
+        """
+        found = tuple(run for run in super().of(store).runs if run.chunks)
+        if not found:
+            raise BadInput(f"no chunk of the runs in {store.folder} is finished. Run the bench again: it goes on.")
+        return cls(found)
 
     def metrics(self) -> dict[str, list[Metric]]:
         """Run → its numbers."""

@@ -11,6 +11,7 @@ from typing import Any
 from ..data.edit import Edit
 from ..errors import BadInput, CannotMount, Diverged, ForeignWrite, SubjectNotFound
 from ..models.lm import LM
+from ..patches.decode import DecodePatch
 from ..patches.ledger import Applied, applied, apply
 from ..patches.patch import Mount, Patch
 from ..record import hash_tensor
@@ -25,6 +26,15 @@ def refuse_patched(lm: LM) -> None:
     if applied(lm):
         names = ", ".join(on.patch.method for on in applied(lm))
         raise BadInput(f"the model carries patches ({names}), so it is not the base. Remove them, or pass patch=.")
+
+
+def refuse_decode(patch: Patch | None) -> None:
+    """Raise ``BadInput`` for a decode patch, before a bench that asks without contexts asks anything."""
+    if isinstance(patch, DecodePatch):
+        raise BadInput(
+            f"{patch.method} is a decode patch: it compares a prompt with its form without context, and this bench "
+            "has no contexts. Measure it with memotrap, kre or rag."
+        )
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-from ..data.edit import Edit
+from ..data.edit import Ask, Edit
 from ..data.readers import read_asks, read_edits
 from ..errors import BadInput
 from ..models.lm import LM
@@ -29,11 +29,11 @@ from ._record import identity, results
 from ._report import Report, Run, combine, read_report
 from ._rows import Metric, Row
 from ._store import Store
-from ._writer import Make, refuse_patched
+from ._writer import Make, refuse_decode, refuse_patched
 
 __all__ = [
     "Answers", "Config", "Estimate", "Metric", "Report", "Row", "Run",
-    "baseline", "combine", "estimate", "load", "read_report", "run", "score",
+    "baseline", "combine", "estimate", "load", "read_report", "run", "score", "with_unrelated",
 ]  # fmt: skip
 
 BASELINES = ("none", "fact_in_prompt")
@@ -102,9 +102,11 @@ def load(
         unrelated: a file of questions; one of them joins each edit as locality kind ``unrelated``.
     """
     edits = read_edits(path, limit=limit, seed=seed)
-    if unrelated is None:
-        return edits
-    asks = read_asks(unrelated)
+    return edits if unrelated is None else with_unrelated(edits, read_asks(unrelated))
+
+
+def with_unrelated(edits: Sequence[Edit], asks: Sequence[Ask]) -> list[Edit]:
+    """The edits, each with one of the questions as locality kind ``unrelated``, in turn."""
     return [
         replace(edit, locality=(*edit.locality, ("unrelated", (asks[i % len(asks)],)))) for i, edit in enumerate(edits)
     ]
@@ -189,7 +191,8 @@ def run(
         run_id: the name in tables; empty: the patch's method.
         out: folder for rows and records. A run that is there already goes on where it stopped.
     Raises:
-        BadInput: the model carries patches, too few edits, or the folder holds something else.
+        BadInput: the model carries patches, ``patch`` is a decode patch, too few edits, or the folder holds something
+            else.
         NotEnoughMemory: scoring would need more than is free.
         ForeignWrite: the model did not come back as it was.
     """
@@ -202,6 +205,7 @@ def run(
     if make_each and not make and cfg.n > 1:
         raise BadInput(f"make_each fits single edits, and n is {cfg.n}. Give make as well.")
     refuse_patched(lm)
+    refuse_decode(patch)
     chunks, left = _plan(edits, cfg, shuffle=patch is None)
     questions = [q for chunk in chunks for q in all_questions(chunk)]
     _need(lm, [q.text for q in questions if not q.flag], cfg)

@@ -29,7 +29,7 @@ from ._health import working_memory
 from ._record import of_patch, shared
 from ._runs import BASE
 from ._store import Store
-from ._writer import mounted, refuse_patched
+from ._writer import mounted, refuse_decode, refuse_patched
 
 __all__ = [
     "Comparison", "Config", "Data", "Mean", "Report", "Row", "Run", "Sample",
@@ -113,12 +113,14 @@ def run(
         out: folder for rows and records. A run that is there already goes on where it stopped, and the unpatched
             model is not asked again for another patch.
     Raises:
-        BadInput: the model carries patches, nothing is left to ask, or the folder holds something else.
+        BadInput: the model carries patches, ``patch`` is a decode patch, nothing is left to ask, or the folder holds
+            something else.
         NotEnoughMemory: scoring would need more than is free.
         ForeignWrite: the model did not come back as it was.
     """
     cfg = cfg or Config()
     refuse_patched(lm)
+    refuse_decode(patch)
     samples = _chosen(data, cfg)
     _need(lm, samples, cfg)
     store = Store(Path(out) if out is not None else None, Row.read)

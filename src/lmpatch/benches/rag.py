@@ -19,7 +19,7 @@ from ..models.run import Progress, generate
 from ..patches.patch import Mount, Patch, plain
 from ..record import hash_json
 from ..room import need_room
-from ._asking import BLOCK, finished, in_parts, split
+from ._asking import BLOCK, beyond_window, finished, in_parts, split
 from ._health import working_memory
 from ._rag_report import Report, Run
 from ._rag_rows import ALL, CONDITIONS, Metric, Row, Sample, judged, samples
@@ -97,12 +97,14 @@ def score(lm: LM, items: Sequence[Sample], cfg: Config | None = None, *, progres
     """Ask the model as it is now, patches included.
 
     Returns:
-        one row per item, in their order.
+        one row per item, in their order; one that is longer than the model's window is flagged and not asked.
     """
     cfg, made = cfg or Config(), []
     for part in split(items, BLOCK):
-        said = generate(lm, [s.asked for s in part], max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size)
-        made += [judged(sample, text.strip()) for sample, text in zip(part, said, strict=True)]
+        flags = beyond_window(lm, [s.asked.prompt for s in part], new_tokens=cfg.max_new_tokens)
+        asked = [s.asked for s, flag in zip(part, flags, strict=True) if not flag]
+        said = iter(generate(lm, asked, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size))
+        made += [judged(s, "" if flag else next(said).strip(), flag) for s, flag in zip(part, flags, strict=True)]
         if progress:
             progress(len(made), len(items), "asking")
     return made

@@ -153,12 +153,11 @@ def need_window(lm: LM, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> N
     Raises:
         BadInput: one is longer than the model's window.
     """
-    window = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     for row in rows:
-        if window and len(row) + new_tokens > window:
+        if lm.window is not None and len(row) + new_tokens > lm.window:
             raise BadInput(
                 f"the text that begins {lm.tokenizer.decode(row[:20])!r} takes {len(row) + new_tokens} tokens, and "
-                f"{lm.name} reads {window}. Shorten its context: it is not cut for you."
+                f"{lm.name} reads {lm.window}. Shorten its context: it is not cut for you."
             )
 
 

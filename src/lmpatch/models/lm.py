@@ -35,6 +35,12 @@ class LM:
         """The dtype activations have."""
         return self.module(self.layout.final_norm or self.layout.embed).weight.dtype  # type: ignore[return-value]
 
+    @property
+    def window(self) -> int | None:
+        """Tokens it reads at most, those it generates included; None where its config sets no limit."""
+        found: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found
+
     def module(self, name: str) -> nn.Module:
         """The submodule of that dotted name; the model itself for ``""``."""
         module: nn.Module = self.model.get_submodule(name)

@@ -106,6 +106,11 @@ def join() -> str | None:
     return str(PartialState().device)
 
 
+def sharded(lm: LM) -> bool:
+    """Whether this process holds only its part of some weights, by ``shard`` or by the caller's own FSDP."""
+    return any(hasattr(p, "to_local") for p in lm.model.parameters())  # DTensor, whose module is slow to import
+
+
 def shard(lm: LM, device: str = "cpu") -> None:
     """Share the blocks of the model among the processes (FSDP): each holds its part, and a whole block while it runs.
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import BadInput, BadPatch, Diverged
 from ..models.lm import LM
+from ..models.team import sharded
 from ..record import hash_tensor, made_now
 from .delta import KINDS, Delta
 from .patch import Base, Mount, Patch, plain, plain_edits
@@ -250,7 +251,7 @@ def hash_of(weight: Tensor) -> str:
 
 def fingerprint(lm: LM) -> str:
     """``LM.fingerprint``; empty if some weights are offloaded or quantised."""
-    here = all(has_values(p) or hasattr(p, "to_local") for p in lm.model.parameters())  # sharded ones: hashed before
+    here = sharded(lm) or all(map(has_values, lm.model.parameters()))  # a sharded model was hashed before
     return lm.fingerprint() if here else ""
 
 
