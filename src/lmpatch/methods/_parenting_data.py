@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..data.rag import RagRecord, holds, known, refused
 from ..errors import BadInput
 from ..models.closed_book import closed_book_answers
 from ..models.lm import LM
-from ..models.run import Progress, blocks, hooked, nll, positions
+from ..models.run import Progress, hooked, nll
 from ..models.team import ALONE, Team
-from ..models.tokens import Row, encode_all, pad, pad_id
+from ..models.tokens import Row, encode_all
+from ._answers import answer_states
 
 if TYPE_CHECKING:
     from .parenting import Config
@@ -152,10 +152,6 @@ def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Any]], team: Team
     Args:
         team: each process has its part of the sum, or runs the first row for nothing; their sum is the mean.
     """
-    own = team.part(rows)
-    ids, mask = (t.to(lm.device) for t in pad([row.ids for row in own or rows[:1]], pad_id(lm), side="right"))
-    where = [(i, t - 1) for i, row in enumerate(own) for t in range(row.target, len(row.ids))]
-    r, c = torch.tensor(where, dtype=torch.int64, device=lm.device).reshape(-1, 2).T
     with hooked(*hooks()):
-        states = blocks(lm, ids, mask, position_ids=positions(mask))  # [n, T, d]
-    return nll(lm, states[r, c], ids[r, c + 1]).sum() / sum(len(row.ids) - row.target for row in rows)
+        states, labels, _ = answer_states(lm, rows, team)
+    return nll(lm, states, labels).sum() / sum(len(row.ids) - row.target for row in rows)

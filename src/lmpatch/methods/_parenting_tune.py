@@ -10,8 +10,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from ..models.lm import LM
 from ..models.run import Progress
 from ..models.team import ALONE, Team, team
 from ..models.tokens import Row
-from ..record import replacing
+from . import _checkpoint
 from ._parenting_data import SETS, Rows, draws, loss
 from ._parenting_units import Adapter, Type
 
@@ -175,17 +173,12 @@ class Tuner:
         tensors |= {f"good/{t}": value for t, value in self.good.items()}
         for t, leaf in self.leaves.items():
             tensors |= {f"adam/{t}/{key}": value for key, value in self.adam.state.get(leaf, {}).items()}
-        head = {"step": str(self.step), "stamp": stamp, "curve": json.dumps(self.curve), "seconds": str(self.seconds)}
-        with replacing(path) as work:
-            safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, work, head)
+        head = {"step": str(self.step), "curve": json.dumps(self.curve), "seconds": str(self.seconds)}
+        _checkpoint.write(path, stamp, head, tensors)
 
     @torch.no_grad()
     def _resume(self, path: Path, stamp: str) -> None:
-        with safetensors.safe_open(path, "pt") as file:
-            head = file.metadata()
-            if head["stamp"] != stamp:
-                raise BadInput(f"{path} is of another run: other settings, records or model. Give another folder.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        head, tensors = _checkpoint.read(path, stamp)
         for t, leaf in self.leaves.items():
             leaf.copy_(tensors[f"value/{t}"])
             self.good[t] = tensors[f"good/{t}"].to(leaf.device)

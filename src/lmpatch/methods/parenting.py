@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -20,11 +19,12 @@ from ..data.rag import RagRecord
 from ..errors import BadInput
 from ..models.lm import LM
 from ..models.run import HEAD_CHUNK, Progress, frozen
-from ..models.team import team
+from ..models.team import sharded, team
 from ..patches.delta import Delta, LowRank
 from ..patches.ledger import applied
 from ..patches.weight import WeightPatch, fingerprint
-from ..record import hash_json, replacing
+from ..record import hash_json
+from . import _checkpoint
 from ._parenting_data import SETS, Material, prepare
 from ._parenting_mine import Cue, Mined, balance, correlation, mine, typed, z_scores
 from ._parenting_plot import plots as plots
@@ -178,8 +178,6 @@ def fit(
 
 
 def _check(lm: LM, cfg: Config) -> None:
-    from torch.distributed.tensor import DTensor  # takes a while to import
-
     whole = ("rank", "mine_steps", "mine_rows", "steps", "rows_adherence", "rows_robustness", "validate_every")
     if low := [name for name in whole if getattr(cfg, name) < 1]:
         raise BadInput(f"{low[0]} is {getattr(cfg, low[0])}; it must be at least 1.")
@@ -188,7 +186,7 @@ def _check(lm: LM, cfg: Config) -> None:
         raise BadInput(f"{odd[0]} is {getattr(cfg, odd[0])}; it must be in 0..1.")
     if cfg.mode == "merge" and cfg.merge_space == "delta" and cfg.units == "factor":
         raise BadInput("units=factor weighs A and B apart, which no product has. Set merge_space=factors.")
-    if cfg.units == "full_matrix" and any(isinstance(p, DTensor) for p in lm.model.parameters()):
+    if cfg.units == "full_matrix" and sharded(lm):
         raise BadInput(
             "units=full_matrix needs whole weights, and the model is shared among processes. Leave --shard out, or set "
             "units=matrix."
@@ -219,20 +217,14 @@ def _mined(
 
 
 def _write(path: Path, mined: Mined, stamp: str) -> None:
-    head = {"stamp": stamp, "tokens": str(mined.tokens)} | {
-        f"note/{key}": str(value) for key, value in mined.notes.items()
-    }
-    with replacing(path) as work:
-        safetensors.torch.save_file({"scores": mined.scores, "counts": mined.counts}, work, head)
+    head = {"tokens": str(mined.tokens)} | {f"note/{key}": str(value) for key, value in mined.notes.items()}
+    _checkpoint.write(path, stamp, head, {"scores": mined.scores, "counts": mined.counts})
 
 
 def _read(path: Path, stamp: str) -> Mined:
-    with safetensors.safe_open(path, "pt") as file:
-        head = file.metadata()
-        if head["stamp"] != stamp:
-            raise BadInput(f"{path} is of another run: other settings, records or model. Give another folder.")
-        notes = {key.removeprefix("note/"): float(value) for key, value in head.items() if key.startswith("note/")}
-        return Mined(file.get_tensor("scores"), file.get_tensor("counts"), int(head["tokens"]), notes)
+    head, tensors = _checkpoint.read(path, stamp)
+    notes = {key.removeprefix("note/"): float(value) for key, value in head.items() if key.startswith("note/")}
+    return Mined(tensors["scores"], tensors["counts"], int(head["tokens"]), notes)
 
 
 def _types(importance: dict[str, Tensor], cfg: Config, count: int) -> tuple[list[Type], float]:
