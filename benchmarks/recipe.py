@@ -28,7 +28,7 @@ from lmpatch.benches import facts
 from lmpatch.benches._report import read_report
 from lmpatch.data.readers import read_asks, read_edits
 from lmpatch.methods import recipe
-from lmpatch.patches.memory import Recall, encoded
+from lmpatch.patches.memory import Finder, encoded
 from lmpatch.patches.patch import plain
 from lmpatch.record import hardware, now, versions
 
@@ -51,11 +51,11 @@ def quality(lm: lp.LM, data: Path, editor: lp.Editor, only: list[str], sizes: li
     for name in only:
         file, count, steps = SETS[name]
         for n in [size for size in steps if size in sizes or not sizes]:
-            edits = beside(read_edits(data / file, limit=count), unseen(data))
+            edits = facts.with_unrelated(read_edits(data / file, limit=count), unseen(data))
             edits = edits if n > scored else edits[: max(n, scored)]
             cfg = facts.Config(
-                n=n, chunks=max(1, scored // n), sample=scored, max_new_tokens=16, health=False, latency=False,
-                distractor=False,
+                n=n, chunks=max(1, scored // n), sample=scored, per_kind=2, max_new_tokens=16, health=False,
+                latency=False, distractor=False,
             )  # fmt: skip
             out = RESULTS / f"recipe-{name}-{n}"
             for run, config in RUNS.items():
@@ -75,24 +75,31 @@ def unseen(data: Path) -> list[lp.Ask]:
     return asks[: len(asks) // 2]
 
 
-def beside(edits: list[lp.Edit], asks: list[lp.Ask]) -> list[lp.Edit]:
-    """The edits, with an unrelated question each."""
-    return [
-        replace(edit, locality=(*edit.locality, ("unrelated", (asks[i % len(asks)],)))) for i, edit in enumerate(edits)
-    ]
-
-
 def summary() -> dict[str, Any]:
-    """Every run's means beside those of the weight editors: generated, and teacher-forced as papers give them."""
+    """Every run's means beside those of the weight editors: generated, and teacher-forced as papers give them. With
+    what an edit costs: seconds and bytes."""
     found: dict[str, Any] = {}
     folders = [p for p in sorted(RESULTS.glob("recipe-*-*")) if p.is_dir()]
     for folder in [*folders, *(RESULTS / f"facts-{name}" for name in ("single", "commit", "stream"))]:
         for run in read_report(folder).runs:
             found[f"{folder.name}/{run.name}"] = {
                 m.name: [round(100 * m.value, 1), m.n] for m in run.metrics() if m.split == "all" and "kl" not in m.name
-            }
+            } | {key: run.record[key] for key in ("edit_s", "bytes_per_edit") if key in run.record}
     plot(found)
+    (RESULTS / "recipe-summary.md").write_text(table(found))
     return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The same as Markdown: generated answers, then teacher-forced ones, then costs."""
+    columns = ["reliability", "generality", "loc_unchanged/same_relation", "loc_unchanged/unrelated"]
+    columns += ["tf_reliability", "tf_generality", "tf_locality/same_relation", "tf_locality/unrelated"]
+    lines = [["run", *columns, "s per edit", "bytes per edit"], ["---"] * (len(columns) + 3)]
+    for name, metrics in found.items():
+        each = [str(metrics[column][0]) if column in metrics else "" for column in columns]
+        cost = [f"{metrics['edit_s']['median']:.3g}", f"{metrics['bytes_per_edit']:.0f}"] if "edit_s" in metrics else []
+        lines.append([name, *each, *(cost or ["", ""])])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def plot(found: dict[str, Any]) -> None:
@@ -138,18 +145,18 @@ def retrieval(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("recipe", "recipe_cosine"):
         for n in SIZES:
-            recall = Recall(recipe.fit(lm, edits[:n], RUNS[name], editor=editor))
-            kept = {edit["prompt"]: i for i, edit in enumerate(recall.patch.edits)}
+            patch = recipe.fit(lm, edits[:n], RUNS[name], editor=editor)
+            finder, kept = Finder(patch), {edit["prompt"]: i for i, edit in enumerate(patch.edits)}
             cases = [edit for edit in edits[:n] if edit.prompt in kept][:1000]
             rows: dict[str, Any] = {"cases": len(cases)}
             for kind, texts in (("edit", [e.prompt for e in cases]), ("rephrase", [e.rephrases[0] for e in cases])):
-                hits = [h[0] for h in recall.search(texts)]
+                hits = [h[0] for h in finder.search(texts)]
                 right = [h.place == kept[e.prompt] for h, e in zip(hits, cases, strict=True)]
                 rows[f"{kind}_nearest"] = sum(right) / len(cases)
                 rows[f"{kind}_used"] = sum(r and h.fired for r, h in zip(right, hits, strict=True)) / len(cases)
-            near = [ask.prompt for e in cases for _, group in e.locality for ask in group[:1]]
+            near = [a.prompt for e in cases for _, group in e.locality for a in group[:1] if a.prompt not in kept]
             for kind, texts in (("neighbour", near), ("unrelated", asks)):
-                rows[f"{kind}_false_fire"] = sum(h[0].fired for h in recall.search(texts)) / len(texts)
+                rows[f"{kind}_false_fire"] = sum(h[0].fired for h in finder.search(texts)) / len(texts)
             found[f"{name}/{n}"] = rows
             print(name, n, json.dumps(rows), flush=True)
     return found

@@ -13,7 +13,7 @@ from lmpatch.memory.memory import EDITOR
 from lmpatch.memory.store import Store
 from lmpatch.methods import recipe
 from lmpatch.patches.editor import Editor
-from lmpatch.patches.memory import Recall, Scope
+from lmpatch.patches.memory import Finder, Scope
 
 pytest.importorskip("lancedb")
 
@@ -60,9 +60,9 @@ def test_a_fact_that_another_handle_adds_is_used_by_the_next_question(memory: Me
 
 def test_retrieval_says_which_row_it_found(memory: Memory) -> None:
     patch = memory.patch(Scope(gate="always", top_k=2))
-    hits = Recall(patch, patch.facts(), memory.network).search([FACTS[1].prompt])[0]
+    hits = Finder(patch, patch.facts(), memory.network).search([FACTS[1].prompt])[0]
     rows = {fact.seq: fact.edit.target for fact in memory.store.facts()}
-    held = Recall(memory.snapshot(Scope(gate="always", top_k=2))).search([FACTS[1].prompt])[0]
+    held = Finder(memory.snapshot(Scope(gate="always", top_k=2))).search([FACTS[1].prompt])[0]
     assert [rows[hit.place] for hit in hits] == [FACTS[hit.place].target for hit in held]
     assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in held], rel=1e-5)
 

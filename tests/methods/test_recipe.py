@@ -29,8 +29,8 @@ from lmpatch.models.encoder import load_encoder, pooled, shared_encoder
 from lmpatch.models.team import Team
 from lmpatch.models.tokens import encode, encode_all, join
 from lmpatch.patches.editor import Editor, load_editor
-from lmpatch.patches.memory import MemoryPatch, Recall
-from lmpatch.patches.retriever import Retriever, Shape
+from lmpatch.patches.memory import Finder, MemoryPatch
+from lmpatch.patches.retriever import Retriever, Shape, target_embeddings
 
 PLACES = [
     ("Paris", "Rome", "Seine"),
@@ -106,17 +106,6 @@ def test_a_row_that_is_clear_costs_nothing_and_leaves_the_mean() -> None:
     assert float(losses.contrast(probabilities.log(), target)) == pytest.approx(plain, abs=1e-6)
 
 
-def test_the_echo_wants_the_direction_of_each_embedding_whatever_the_length() -> None:
-    table = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])  # [1, 2, 2]
-    ids = torch.tensor([[7, 5]])
-    right = math.log(1 + math.exp(-losses.SHARP))  # each points at its own and at right angles to the other
-    assert float(losses.echo(table, table, ids)) == pytest.approx(right, abs=1e-6)
-    assert float(losses.echo(5 * table, table, ids)) == pytest.approx(right, abs=1e-6)
-    assert float(losses.echo(table.flip(1), table, ids)) == pytest.approx(losses.SHARP, abs=1e-4)
-    assert losses.echoed(table, table, ids) == 1 and losses.echoed(table.flip(1), table, ids) == 0
-    assert float(losses.echo(table, table, torch.tensor([[7, 7]]))) == pytest.approx(0, abs=1e-6)  # one kind
-
-
 @pytest.mark.parametrize("family", CORE)
 def test_answer_losses_equal_a_plain_forward_with_the_vectors_in_front(family: str) -> None:
     lm = tiny_lm(family)
@@ -185,34 +174,6 @@ def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
     assert torch.allclose(together, alone, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "target", "tokens"),
-    [
-        ("The Eiffel Tower is in", "Rome", ["rome"]),
-        ("The Eiffel Tower is in the city of", "New Delhi, India", ["new", "delhi", ",", "india"]),
-        ("Tower: 東", "京", ["京"]),
-        ("She is called ", "Elizabeth", ["elizabeth"]),
-        ("It is 1", "", ["[CLS]", "it", "is", "1", "[SEP]"]),
-    ],
-)
-def test_the_second_half_of_the_features_is_of_the_targets_own_tokens(
-    prompt: str, target: str, tokens: list[str]
-) -> None:
-    encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Retriever(Shape(encoder.name, encoder.width, 8, width=16, content=8), encoder)
-    (row,) = encoder.tokenise([join(prompt, target)])
-    pieces = encoder.tokenizer.convert_ids_to_tokens(row)
-    own = [i for i, piece in enumerate(pieces) if piece in tokens] if target else list(range(len(row)))
-    with torch.no_grad():
-        states, mask = encoder.states([row])
-        chosen = torch.zeros_like(mask)
-        chosen[0, own] = 1
-        wanted = torch.cat([pooled(states, mask), pooled(states, chosen)], 1)
-        found = net.features([("A longer question than the other one is this", ""), (prompt, target)])[1:]
-    assert [pieces[i] for i in own] == tokens
-    assert torch.allclose(found, wanted, atol=1e-5)
-
-
 def test_questions_are_compared_with_the_first_part_of_a_key_and_vectors_made_of_the_second() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
     net = Retriever(Shape(encoder.name, encoder.width, 8, width=16, content=6), encoder)
@@ -220,12 +181,28 @@ def test_questions_are_compared_with_the_first_part_of_a_key_and_vectors_made_of
     with torch.no_grad():
         keys, queries = net.keys([(e.prompt, e.target) for e in FACTS]), net.queries([e.prompt for e in FACTS])
         assert queries.shape == (len(FACTS), 10) and net.sentinel().shape == (10,)
-        moved = torch.cat([keys[:, :10] + 1, keys[:, 10:]], 1)
-        assert torch.equal(net.prompts(moved), net.prompts(keys))
-        assert not torch.allclose(net.prompts(keys.roll(1, 0)), net.prompts(keys))
+        moved, said = torch.cat([keys[:, :10] + 1, keys[:, 10:]], 1), torch.randn(len(FACTS), 6, 8)
+        vectors = net.prompts(keys, said)
+        assert torch.equal(net.prompts(moved, said), vectors)
+        assert not torch.allclose(net.prompts(keys.roll(1, 0), said), vectors)
+        for place in range(6):  # every token of the target has its say
+            other = said.clone()
+            other[:, place] += 1
+            assert not torch.allclose(net.prompts(keys, other), vectors)
 
 
-def test_prompt_vectors_are_as_long_as_the_models_own_embeddings() -> None:
+def test_what_is_said_is_the_embeddings_of_the_targets_first_tokens_behind_the_prompt() -> None:
+    lm = tiny_lm("gemma3")
+    found = target_embeddings(lm, [("The tower is in", "Rome and Italy"), ("It is", "I")], 3)
+    rows = encode_all(lm, ["The tower is in", "It is"], ["Rome and Italy", "I"])
+    long, short = (row.ids[row.target :] for row in rows)
+    assert len(long) > 3 and len(short) == 2
+    table = lm.module(lm.layout.embed)
+    wanted = table(torch.tensor([long[:3], [*short, short[-1]]]))
+    assert torch.equal(found, wanted.float())
+
+
+def test_prompt_vectors_are_three_times_as_long_as_the_models_own_embeddings() -> None:
     lm = tiny_lm("gemma3")
     table = recipe.typical_embeddings(lm)
     encoder = shared_encoder("all-MiniLM-L6-v2")
@@ -233,8 +210,9 @@ def test_prompt_vectors_are_as_long_as_the_models_own_embeddings() -> None:
     net.start(0, table)
     with torch.no_grad():
         net.out.weight.mul_(50)
-        p = net.prompts(net.keys([(edit.prompt, edit.target) for edit in FACTS]))  # [n, P, d]
-    wanted = float(table.pow(2).mean().sqrt())
+        facts = [(edit.prompt, edit.target) for edit in FACTS]
+        p = net.prompts(net.keys(facts), target_embeddings(lm, facts, 6))  # [n, P, d]
+    wanted = 3 * float(table.pow(2).mean().sqrt())
     assert torch.allclose(p.pow(2).mean(-1).sqrt(), torch.full(p.shape[:2], wanted), rtol=1e-4)
 
 
@@ -258,7 +236,7 @@ def test_the_pooling_layer_is_a_fourth_part_of_the_features(adapt: int | None) -
         states, mask = encoder.states(rows)
         wanted = encoder.module(torch.tensor(rows)).pooler_output
         assert torch.allclose(
-            net.features([("The Eiffel Tower", "")])[:, : net.inputs],
+            net.features(["The Eiffel Tower"]),
             torch.cat([wanted, pooled(states, mask)], 1),
             atol=1e-5,
         )
@@ -275,9 +253,7 @@ def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | N
     net.start(0, torch.ones(4, 8))
     rows = encoder.tokenise(["The Eiffel Tower"])
     with torch.no_grad():
-        assert torch.allclose(
-            net.features([("The Eiffel Tower", "")])[:, : net.inputs], pooled(*encoder.states(rows)), atol=1e-5
-        )
+        assert torch.allclose(net.features(["The Eiffel Tower"]), pooled(*encoder.states(rows)), atol=1e-5)
     weights = net.encoder_weights()
     assert (len(weights) > 0) == (adapt != 0)
     net.keys([("The Eiffel", "Tower")]).sum().backward()
@@ -311,7 +287,7 @@ import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from methods.test_recipe import FACTS, QUICK, recipe, tiny_lm
-from lmpatch.methods import _recipe_train
+from lmpatch.methods import _checkpoint
 from safetensors.torch import save_file
 
 def save(tensors, path, head):
@@ -321,7 +297,7 @@ def save(tensors, path, head):
             file.truncate(1000)
         os.kill(os.getpid(), signal.SIGKILL)
 
-_recipe_train.safetensors.torch.save_file = save
+_checkpoint.safetensors.torch.save_file = save
 recipe.train(tiny_lm("llama"), FACTS, QUICK, out={out!r})
 """
 
@@ -420,14 +396,15 @@ def test_training_lowers_its_loss_and_teaches_retrieval() -> None:
         prompt_lr=3e-3, warmup=5, validate=0, exchanged=0.0,
     )  # fmt: skip
     editor = recipe.train(lm, FACTS, cfg)
-    recall = Recall(recipe.fit(lm, FACTS, recipe.Config(), editor=editor))
-    found = [hits[0] for hits in recall.search([edit.prompt for edit in FACTS])]
+    patch = recipe.fit(lm, FACTS, recipe.Config(), editor=editor)
+    finder = Finder(patch)
+    found = [hits[0] for hits in finder.search([edit.prompt for edit in FACTS])]
     assert sum(hit.fired and hit.place == i for i, hit in enumerate(found)) >= 10
     rivers = [asks[0].prompt for edit in FACTS for _, asks in edit.locality]
-    assert sum(hits[0].fired for hits in recall.search(rivers)) <= 2
+    assert sum(hits[0].fired for hits in finder.search(rivers)) <= 2
     prompts, targets = [e.prompt for e in FACTS], [e.target for e in FACTS]
     before = sum(s.total for s in score(lm, prompts, targets))
-    with apply(lm, recall.patch):
+    with apply(lm, patch):
         assert sum(s.total for s in score(lm, prompts, targets)) > 0.7 * before
 
 
@@ -463,12 +440,10 @@ def test_exchanged_samples_say_their_new_target_in_both_wordings() -> None:
 
     samples = [sample(edit, [], random.Random(0)) for edit in FACTS]
     odd = replace(samples[0], answer="Besançon")  # a question that the fact answers in another way
-    found = exchanged([*samples, odd], ["Lima"], 1.0, random.Random(0))
+    found = exchanged([*samples, odd], [["Lima"], ["Lima"]], 1.0, random.Random(0))
     assert {(s.target, s.answer) for s in found[:-1]} == {("Lima", "Lima")} and found[-1] == odd
     assert [(s.prompt, s.again, s.other) for s in found[:-1]] == [(s.prompt, s.again, s.other) for s in samples]
-    assert (
-        exchanged(samples, ["Lima"], 0.0, random.Random(0)) == exchanged(samples, [], 1.0, random.Random(0)) == samples
-    )
+    assert exchanged(samples, [["Lima"]], 0.0, random.Random(0)) == samples
 
 
 def test_everything_a_sample_may_give_is_encoded_ahead() -> None:
@@ -480,7 +455,7 @@ def test_everything_a_sample_may_give_is_encoded_ahead() -> None:
     for seed in range(20):
         for edit in FACTS:
             s = sample(edit, aside, random.Random(seed))
-            assert {(s.prompt, s.target), (s.prompt, ""), (s.again, ""), (s.other, "")} <= set(known)
+            assert {join(s.prompt, s.target), s.prompt, s.again, s.other} <= set(known)
 
 
 def test_stand_ins_for_targets_are_whole_words_of_the_model() -> None:
@@ -515,7 +490,8 @@ def test_a_fact_that_fires_is_its_vectors_in_front(family: str, at: str) -> None
     lm = tiny_lm(family)
     patch = recipe.fit(lm, FACTS[:1], recipe.Config(gate="always", at=at), editor=recipe.example_editor(lm))  # type: ignore[arg-type]
     with torch.no_grad():
-        p = patch.network().prompts(patch.keys.float())
+        said = target_embeddings(lm, [(FACTS[0].prompt, FACTS[0].target)], patch.shape.target_tokens)
+        p = patch.network().prompts(patch.keys.float(), said)
         ids = encode(lm, "Where is it?").ids
         embedded = lm.module(lm.layout.embed)(torch.tensor([ids]))
         cut = int(at == "after_bos" and ids[0] == lm.tokenizer.bos_token_id)
@@ -532,9 +508,9 @@ def test_rows_with_and_without_a_fact_share_a_batch_and_a_cache(family: str) -> 
     editor = recipe.example_editor(lm)
     first = recipe.fit(lm, FACTS, recipe.Config(gate="cosine"), editor=editor)
     questions = [FACTS[0].prompt, "Hello", FACTS[5].prompt, "What is the capital of Japan? The capital of"]
-    bars = sorted(hits[0].score for hits in Recall(first).search(questions))
+    bars = sorted(hits[0].score for hits in Finder(first).search(questions))
     patch = replace(first, scope=replace(first.scope, threshold=(bars[1] + bars[2]) / 2))  # two fire, two do not
-    fired = [hits[0].fired for hits in Recall(patch).search(questions)]
+    fired = [hits[0].fired for hits in Finder(patch).search(questions)]
     assert sorted(fired) == [False, False, True, True]
     with apply(lm, patch):
         together = generate(lm, questions, max_new_tokens=8)
@@ -566,9 +542,9 @@ def test_cached_generation_is_uncached_generation_behind_a_fact(editor: Editor) 
 def test_the_answer_is_never_part_of_the_query(editor: Editor) -> None:
     lm, asked = tiny_lm("gemma3"), []
     on = apply(lm, fitted(editor))
-    recall = lm.model._lmpatch_actors[0]
-    search = recall.search
-    recall.search = lambda prompts: asked.extend(prompts) or search(prompts)
+    finder = lm.model._lmpatch_actors[0].finder
+    search = finder.search
+    finder.search = lambda prompts: asked.extend(prompts) or search(prompts)
     score(lm, ["The tower of Paris is in"], ["Rome"])
     on.remove()
     assert asked == ["The tower of Paris is in"]
@@ -576,15 +552,15 @@ def test_the_answer_is_never_part_of_the_query(editor: Editor) -> None:
 
 def test_a_tie_with_the_sentinel_does_not_fire(editor: Editor) -> None:
     patch = fitted(editor, [FACTS[0]])
-    recall = Recall(patch)
-    patch.keys = recall.sentinel[None].half()
-    recall = Recall(patch)
-    recall.sentinel = patch.keys[0].float()
-    assert [hits[0].fired for hits in recall.search(["What is this?"])] == [False]
+    finder = Finder(patch)
+    patch.keys = finder.sentinel[None].half()
+    finder = Finder(patch)
+    finder.sentinel = patch.keys[0].float()
+    assert [hits[0].fired for hits in finder.search(["What is this?"])] == [False]
 
 
 def test_the_order_of_facts_does_not_matter_and_the_later_one_of_a_prompt_stays(editor: Editor) -> None:
-    forward, backward = Recall(fitted(editor)), Recall(fitted(editor, FACTS[::-1]))
+    forward, backward = Finder(fitted(editor)), Finder(fitted(editor, FACTS[::-1]))
     prompts = [edit.rephrases[0] for edit in FACTS]
     for a, b in zip(forward.search(prompts), backward.search(prompts), strict=True):
         assert a[0].place == len(FACTS) - 1 - b[0].place
@@ -607,8 +583,8 @@ def test_text_goes_before_the_prompt_as_a_sentence(editor: Editor) -> None:
 def test_a_prompt_beyond_the_encoders_limit_is_said_and_answered_as_it_is(
     editor: Editor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recall = Recall(fitted(editor, gate="always"))
-    assert recall.search(["word " * 600, "short"])[0] == []
+    finder = Finder(fitted(editor, gate="always"))
+    assert finder.search(["word " * 600, "short"])[0] == []
     assert "1 of 2 prompts are longer than the 512 tokens" in caplog.text
     with pytest.raises(BadInput, match="Shorten it"):
         fitted(editor, [Edit("word " * 600, "x")])

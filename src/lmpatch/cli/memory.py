@@ -118,15 +118,15 @@ def search(
     Example:
       lmpatch memory search store "Where is the Eiffel Tower?" -k 3
     """
-    from ..patches.memory import Recall, Scope
+    from ..patches.memory import Finder, Scope
 
     opened = _memory(store)
     patch = opened.patch(Scope(top_k=count))
-    recall = Recall(patch, patch.facts(), opened.network)
+    finder = Finder(patch, patch.facts(), opened.network)
     rows = [
-        (question, " ".join(recall.facts.fact(hit.place)), f"{hit.score:.2f}", f"{hit.gate:.2f}",
+        (question, " ".join(finder.facts.fact(hit.place)), f"{hit.score:.2f}", f"{hit.gate:.2f}",
          "yes" if hit.fired else "no")
-        for question, found in ((q, recall.search([q])[0]) for q in questions) for hit in found
+        for question, found in ((q, finder.search([q])[0]) for q in questions) for hit in found
     ]  # fmt: skip
     table(["question", "fact", "score", "sentinel", "used"], rows)
 

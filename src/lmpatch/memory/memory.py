@@ -23,7 +23,7 @@ from ..models.lm import LM
 from ..models.run import Progress
 from ..patches.editor import Editor, load_editor
 from ..patches.file import new_folder
-from ..patches.memory import MemoryPatch, Recall, Scope, encoded, remembered, settled
+from ..patches.memory import Finder, MemoryPatch, Recall, Scope, encoded, remembered, settled
 from ..patches.patch import plain_edits
 from ..patches.retriever import Retriever, Shape
 from .entry import Entry
@@ -149,7 +149,7 @@ class LivePatch(MemoryPatch):
 
     def attach(self, lm: LM) -> Recall:
         self.fits(lm)
-        return Recall(self, self.facts(), self.memory.network)
+        return Recall(lm, Finder(self, self.facts(), self.memory.network))
 
     def facts(self) -> Live:
         """Where its facts are looked up."""

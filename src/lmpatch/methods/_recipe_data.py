@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.edit import Ask, Edit, prompt_key
 from ..errors import BadInput
+from ..models.tokens import join
 
 Groups = tuple[tuple[str, tuple[Ask, ...]], ...]
 
@@ -73,14 +74,17 @@ def _questions(edit: Edit) -> list[str]:
     return [edit.prompt, *edit.rephrases, *asks]
 
 
-def exchanged(samples: Sequence[Sample], targets: Sequence[str], share: float, draw: random.Random) -> list[Sample]:
-    """The samples, a share of them with another target: what is to be said must be read from the target.
+def exchanged(
+    samples: Sequence[Sample], pools: Sequence[Sequence[str]], share: float, draw: random.Random
+) -> list[Sample]:
+    """The samples, a share of them with another target from one of the pools: what is to be said must be read from the
+    target.
 
     A sample whose two wordings have different answers stays as it is.
     """
     found = []
     for s in samples:
-        new = draw.choice(targets) if targets and draw.random() < share else s.target
+        new = draw.choice(draw.choice(pools)) if draw.random() < share else s.target
         found.append(replace(s, target=new, answer=new) if s.answer == s.target else s)
     return found
 
@@ -96,13 +100,12 @@ def sample(edit: Edit, unrelated: Sequence[Ask], draw: random.Random) -> Sample:
     return Sample(edit.prompt, edit.target, again, answer, other.prompt, other.answers[0])
 
 
-def drawable(edits: Sequence[Edit], unrelated: Sequence[Ask]) -> list[tuple[str, str]]:
-    """Every fact and every question ("" as target) that ``sample`` may give, each once, in a fixed order."""
+def drawable(edits: Sequence[Edit], unrelated: Sequence[Ask]) -> list[str]:
+    """Every statement of a fact and every question that ``sample`` may give, each once, in a fixed order."""
     asks = [ask for e in edits for kind in (e.portability, e.locality) for _, group in kind for ask in group]
-    found = {(e.prompt, e.target): None for e in edits}
-    found |= {(text, ""): None for e in edits for text in (e.prompt, *e.rephrases)}
-    found |= {(ask.prompt, ""): None for ask in (*asks, *unrelated)}
-    return list(found)
+    texts = [join(e.prompt, e.target) for e in edits]
+    texts += [text for e in edits for text in (e.prompt, *e.rephrases)]
+    return list(dict.fromkeys([*texts, *(ask.prompt for ask in (*asks, *unrelated))]))
 
 
 def words(tokenizer: Any) -> list[str]:

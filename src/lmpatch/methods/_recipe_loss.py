@@ -1,4 +1,4 @@
-"""The six losses of RECIPE: three that teach retrieval, three that teach the prompt vectors."""
+"""The losses of RECIPE: three that teach retrieval, three that teach the prompt vectors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from ..models.acting import inserted
 from ..models.lm import LM
-from ..models.run import blocks, head_loss, logits, positions
+from ..models.run import head_loss, logits
 from ..models.team import ALONE, Team
-from ..models.tokens import Row, batches_of_tokens, pad, pad_id
+from ..models.tokens import Row, batches_of_tokens
+from ._answers import answer_states
 
 BATCH_TOKENS = 1024  # of one forward with gradients, in each process
-SHARP = 20.0  # of the softmax over cosines
 
 
 def clear(logp: Tensor, target: Tensor, margin: float | None) -> Tensor:
@@ -83,31 +83,6 @@ def retrieval(
     return Retrieval(own, neighbour, far)
 
 
-def echo(prompts: Tensor, embeddings: Tensor, ids: Tensor) -> Tensor:
-    """Whether prompt vectors point at the embeddings of an answer's tokens, rather than at others of the batch.
-
-    Args:
-        prompts, embeddings: [b, P, d].
-        ids: [b, P] the tokens.
-    """
-    cosines, which = _among(prompts, embeddings, ids)
-    return F.cross_entropy(SHARP * cosines, which)
-
-
-def echoed(prompts: Tensor, embeddings: Tensor, ids: Tensor) -> float:
-    """Share of prompt vectors nearest to their own token among those of the batch; arguments as for ``echo``."""
-    cosines, which = _among(prompts, embeddings, ids)
-    return float((cosines.argmax(-1) == which).float().mean())
-
-
-def _among(prompts: Tensor, embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines [b P, kinds] of vectors with each kind of token there is, and the right kind [b P]."""
-    kinds, which = ids.reshape(-1).unique(return_inverse=True)
-    table = embeddings.new_empty(len(kinds), embeddings.shape[-1])
-    table[which] = embeddings.flatten(0, 1)
-    return F.normalize(prompts.flatten(0, 1), dim=-1) @ F.normalize(table, dim=-1).T, which
-
-
 @dataclass(frozen=True)
 class Told:
     """One row for the language model: a prompt and answer behind the prompt vectors of one fact of the batch."""
@@ -132,12 +107,8 @@ def answers(
         for each batch: states [m, d] that predict an answer token, their labels [m], and which row each belongs to.
     """
     for batch in batches_of_tokens([len(row.ids) for row in rows], BATCH_TOKENS * team.count):
-        own = team.part(batch)
-        ids, mask = (t.to(lm.device) for t in pad([rows[i].ids for i in own or batch[:1]], pad_id(lm), side="right"))
-        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors)
-        where = [(n, t) for n, i in enumerate(own) for t in range(rows[i].target - 1, len(rows[i].ids) - 1)]
-        r, c = torch.tensor(where, dtype=torch.int64, device=lm.device).reshape(-1, 2).T
-        yield states[r, c], ids[r, c + 1], [own[n] for n, _ in where]
+        states, labels, owners = answer_states(lm, [rows[i] for i in batch], team, vectors)
+        yield states, labels, [batch[i] for i in owners]
 
 
 def told(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..models.run import Progress
 from ..models.team import Team
-from ..patches.retriever import Retriever, Text
+from ..patches.retriever import Retriever
 
 TOGETHER = 2048  # texts between two reports of progress
 
@@ -20,10 +20,10 @@ class Features:
     def __init__(self, net: Retriever, team: Team, bf16: bool, learning: bool) -> None:
         """``learning``: gradients flow into the encoder, and nothing can be kept."""
         self.net, self.team, self.bf16, self.learning = net, team, bf16, learning
-        self.places: dict[Text, int] = {}
-        self.kept = torch.zeros(0)  # [n, 2 F] fp16
+        self.places: dict[str, int] = {}
+        self.kept = torch.zeros(0)  # [n, F] fp16
 
-    def keep(self, texts: Sequence[Text], progress: Progress | None) -> None:
+    def keep(self, texts: Sequence[str], progress: Progress | None) -> None:
         """Compute the features of these texts, once and for all."""
         parts = []
         for start in range(0, len(texts), TOGETHER):
@@ -32,8 +32,8 @@ class Features:
                 progress(min(start + TOGETHER, len(texts)), len(texts), "encoding texts")
         self.places, self.kept = {text: i for i, text in enumerate(texts)}, torch.cat(parts)
 
-    def __call__(self, texts: Sequence[Text]) -> Tensor:
-        """Features [n, 2 F] fp32 of texts, kept or not."""
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Features [n, F] fp32 of texts, kept or not."""
         places = [self.places.get(text) for text in texts]
         new = [i for i, place in enumerate(places) if place is None]
         if len(new) == len(texts):
@@ -43,9 +43,9 @@ class Features:
             found[new] = self._encode([texts[i] for i in new])
         return found
 
-    def _encode(self, texts: Sequence[Text]) -> Tensor:
+    def _encode(self, texts: Sequence[str]) -> Tensor:
         own, device = self.team.part(texts), self.net.scale.device
         with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                found = self.net.features(own) if own else torch.zeros(0, 2 * self.net.inputs, device=device)
+                found = self.net.features(own) if own else torch.zeros(0, self.net.inputs, device=device)
             return self.team.gathered(found.float(), len(texts))

@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..data.edit import Ask, Edit
-from ..errors import BadInput, Diverged, LmpatchError
+from ..errors import BadInput, Diverged
 from ..models.lm import LM
 from ..models.run import Progress, frozen, logits
 from ..models.team import team
-from ..models.tokens import Row, encode_all
+from ..models.tokens import Row, encode_all, join
 from ..patches.keys import KeyBlock
-from ..patches.retriever import Retriever
-from ..record import hash_json, sync
+from ..patches.retriever import Fact, Retriever, target_embeddings
+from ..record import hash_json
+from . import _checkpoint
 from . import _recipe_loss as losses
 from ._recipe_data import Sample, batches, drawable, exchanged, sample, words
 from ._recipe_texts import Features
@@ -33,18 +32,9 @@ from ._recipe_texts import Features
 if TYPE_CHECKING:
     from .recipe import Training
 
-MAP = ("content", "mix", "out")  # the submodules that make prompt vectors
+MAP = ("content", "say", "mix", "out", "turn")  # the submodules that make prompt vectors
 CROWD = 1000  # trained facts among which the held-out ones are searched
 CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.jsonl"
-
-
-@dataclass
-class Batch:
-    """Rows of one step."""
-
-    samples: list[Sample]
-    told: list[losses.Told]
-    other: list[losses.Told]
 
 
 class Trainer:
@@ -65,14 +55,14 @@ class Trainer:
         self.step, self.total = 0, cfg.key_steps + cfg.prompt_steps
         self.adam = self._adam()
         self.features = Features(net, self.team, cfg.bf16, learning=bool(net.learned))
-        self.words, self.targets = words(lm.tokenizer), [edit.target for edit in self.edits]
+        self.pools = [words(lm.tokenizer), sorted({edit.target for edit in self.edits})]
         self.base: dict[tuple[str, str], Tensor] = {}
         self.started = perf_counter()
         self.seconds = 0.0
         self.whole = True  # no step is half done
         self.recent: dict[str, float] = {}  # losses, smoothed
-        texts = [*drawable(edits, unrelated), [(e.rephrases, e.locality, e.portability) for e in edits]]
-        self.print = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), texts])
+        data = [[asdict(edit) for edit in edits], [asdict(ask) for ask in unrelated]]
+        self.stamp = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), data])
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             self._resume(out / CHECKPOINT)
@@ -80,7 +70,7 @@ class Trainer:
 
     def _agree(self) -> None:
         """Raise ``BadInput`` if the processes would go on from different steps: they cannot see the same folder."""
-        own = torch.tensor([[self.step, int(self.print[:12], 16)]], device=self.net.scale.device)
+        own = torch.tensor([[self.step, int(self.stamp[:12], 16)]], device=self.net.scale.device)
         if len(self.team.gathered(own, self.team.count).unique(dim=0)) > 1:
             raise BadInput(
                 f"the processes see different checkpoints in {self.out}. Give a folder that all of them share."
@@ -92,11 +82,11 @@ class Trainer:
         return self.step >= self.cfg.key_steps
 
     def _adam(self) -> torch.optim.AdamW:
-        """An optimiser of what the next step trains: all in the first part, what makes prompt vectors in the second."""
+        """An optimiser of what the next step trains: what makes prompt vectors in the second part, the rest before."""
         cfg, groups = self.cfg, []
         for name, p in self.net.named_parameters():
             part = name.partition(".")[0]
-            if p.requires_grad and (part in MAP or not self.second):
+            if p.requires_grad and (part in MAP) == self.second:
                 rate = cfg.prompt_lr if self.second else cfg.encoder_lr if part == "learned" else cfg.lr
                 groups.append({"params": [p], "rate": rate})
         return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.decay)
@@ -143,15 +133,14 @@ class Trainer:
         edits = [*self.edits, *self.held]
         self.features.learning = bool(self.net.learned) and not self.second
         if not self.features.learning and not self.features.places:
-            texts = [(e.prompt, e.target) for e in edits] if self.second else drawable(edits, self.unrelated)
-            self.features.keep(texts, progress)
+            self.features.keep(drawable(edits, self.unrelated), progress)
 
     def _update(self, step: int, places: Sequence[int]) -> dict[str, float]:
         """One step of Adam."""
         cfg, draw = self.cfg, random.Random(f"{self.cfg.seed}/{step}")
-        texts = [sample(self.edits[i], self.unrelated, draw) for i in places]
+        samples = [sample(self.edits[i], self.unrelated, draw) for i in places]
         with torch.enable_grad():
-            seen = self._learn_prompts(texts, draw) if self.second else self._learn_keys(texts, draw)
+            seen = self._learn_prompts(samples, draw) if self.second else self._learn_keys(samples, draw)
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * self._rate(step)
         trained = [p for g in self.adam.param_groups for p in g["params"]]
@@ -165,105 +154,85 @@ class Trainer:
         return seen
 
     def _learn_keys(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
-        """The retrieval terms and the echo, backpropagated."""
+        """The retrieval terms, backpropagated."""
         net, cfg = self.net, self.cfg
         pairs = [(s.prompt, s.again) if draw.random() < 0.5 else (s.again, s.prompt) for s in samples]
-        spoken = exchanged(samples, self.words, cfg.words, draw)
-        asked = [text for kind in (*zip(*pairs, strict=True), [s.other for s in samples]) for text in kind]
-        texts = [(s.prompt, s.target) for s in samples + spoken] + [(text, "") for text in asked]
-        features = self.features(texts)  # [5 b, 2 F]
+        facts, others = [join(s.prompt, s.target) for s in samples], [s.other for s in samples]
+        features = self.features([text for kind in (facts, *zip(*pairs, strict=True), others) for text in kind])
         generator = torch.Generator().manual_seed(draw.getrandbits(40))
         seen = torch.rand(features.shape, generator=generator).to(features.device) >= cfg.dropout
         centre = net.centre  # what is not seen is as typical
         features = torch.where(seen, centre + (features - centre) / (1 - cfg.dropout), centre)
-        told, echoing, questions = features.split([len(samples), len(samples), 3 * len(samples)])
+        told, questions = features.split([len(samples), 3 * len(samples)])  # [b, F], [3 b, F]
         first, second, other = net.queries_of(questions).chunk(3)
         found = losses.retrieval(net.matched_of(told), net.sentinel(), first, second, other, margin=cfg.margin)
-        echo = losses.echo(net.prompts_of(net.content_of(echoing)), *self._answers(spoken, net.shape.prompt_tokens))
-        (found.total + echo).backward()
-        terms = {"own": found.own, "neighbour": found.neighbour, "unrelated": found.unrelated, "echo": echo}
+        found.total.backward()
+        terms = {"own": found.own, "neighbour": found.neighbour, "unrelated": found.unrelated}
         return {name: float(value.detach()) for name, value in terms.items()}
 
     def _learn_prompts(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
         """The language model's terms, backpropagated into what makes the prompt vectors."""
-        samples = exchanged(samples, self.targets, self.cfg.exchanged, draw)
-        content = self.net.content_of(self.features([(s.prompt, s.target) for s in samples]))
-        prompts = self.net.prompts_of(content)  # [b, P, d]
-        seen, gradient = self._language(self._batch(samples, draw), prompts.detach())
-        prompts.backward(gradient)
-        return seen
+        samples = exchanged(samples, self.pools, self.cfg.exchanged, draw)
+        prompts = self._prompts([(s.prompt, s.target) for s in samples])  # [b, P, d]
+        wordings = [(s.prompt, s.target) if draw.random() < 0.5 else (s.again, s.answer) for s in samples]
+        some = [i for i in range(len(samples)) if draw.random() < self.cfg.other_share] or [0]
+        others = [(samples[i].other, samples[i].other_answer) for i in some]
+        told, kept = self._behind(wordings, range(len(samples))), self._behind(others, some)
+        base, flat = self._base(others), prompts.detach().flatten(0, 1).to(self.lm.device)
+        stated = self._mean(flat, lambda leaf: losses.told(self.lm, told, leaf, self.cfg.margin, self.team))
+        left = self._mean(flat, lambda leaf: losses.kept(self.lm, kept, leaf, base, self.team))
+        prompts.backward((stated[1] + left[1]).to(prompts.device).reshape(prompts.shape))
+        return {"told": stated[0], "other": left[0]}
 
-    def _batch(self, samples: list[Sample], draw: random.Random) -> Batch:
-        prompts = [text for s in samples for text in (s.prompt, s.again, s.other)]
-        answers = [text for s in samples for text in (s.target, s.answer, s.other_answer)]
+    def _mean(self, flat: Tensor, loss: Callable[[Tensor], tuple[Tensor, int]]) -> tuple[float, Tensor]:
+        """A loss of prompt vectors [m, d], the mean over its tokens, and its gradient."""
+        leaf = flat.clone().requires_grad_()
+        summed = torch.tensor(loss(leaf), device=flat.device)
+        gradient = torch.zeros_like(flat) if leaf.grad is None else leaf.grad
+        self.team.sum([summed, gradient])
+        total, count = summed.tolist()
+        return total / max(1, count), gradient / max(1, count)
+
+    def _prompts(self, facts: Sequence[Fact]) -> Tensor:
+        """Prompt vectors [n, P, d] of facts."""
+        content = self.net.content_of(self.features([join(*fact) for fact in facts]))
+        said = target_embeddings(self.lm, facts, self.net.shape.target_tokens).to(content.device)
+        return self.net.prompts_of(content, said)
+
+    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+        """Prompts with answers, those cut to the length that is trained on."""
         longest = self.cfg.answer_tokens
-        rows = [
-            replace(row, ids=row.ids[: row.target + longest] if longest else row.ids)
-            for row in encode_all(self.lm, prompts, answers)
-        ]
+        rows = encode_all(self.lm, *map(list, zip(*pairs, strict=True)))
+        return [replace(row, ids=row.ids[: row.target + longest] if longest else row.ids) for row in rows]
 
-        def told(kind: int, which: Sequence[int]) -> list[losses.Told]:
-            return [losses.Told(rows[3 * i + kind], i) for i in which]
+    def _behind(self, pairs: Sequence[tuple[str, str]], facts: Sequence[int]) -> list[Row]:
+        """The same behind the vectors of these facts of the batch."""
+        told = [losses.Told(row, i) for row, i in zip(self._rows(pairs), facts, strict=True)]
+        return losses.behind(self.lm, told, self.net.shape.prompt_tokens, self.cfg.at)
 
-        every = range(len(samples))
-        said = [t for i in every for t in told(int(draw.random() < 0.5), [i])]  # one of its two wordings
-        other = [i for i in every if draw.random() < self.cfg.other_share] or [0]
-        return Batch(samples, said, told(2, other))
-
-    def _answers(self, samples: Sequence[Sample], count: int) -> tuple[Tensor, Tensor]:
-        """Embeddings [b, count, d] and ids [b, count] of the first tokens of each target; the last one repeats."""
-        rows = encode_all(self.lm, [s.prompt for s in samples], [s.target for s in samples])
-        answers = [row.ids[row.target :][:count] for row in rows]
-        ids = torch.tensor([[*ids, *[ids[-1]] * (count - len(ids))] for ids in answers])
-        with torch.no_grad():
-            found = self.lm.module(self.lm.layout.embed)(ids.to(self.lm.device)).float()
-        device = self.net.scale.device
-        return found.to(device), ids.to(device)
-
-    def _language(self, batch: Batch, prompts: Tensor) -> tuple[dict[str, float], Tensor]:
-        """The language model's losses (told in one wording or the other; other questions left alone), and the gradient
-        [b, P, d] of their sum."""
-        width, flat = prompts.shape[1], prompts.flatten(0, 1).to(self.lm.device)
-        total = torch.zeros_like(flat)
-        seen = {}
-        for name, part in (("told", batch.told), ("other", batch.other)):
-            leaf = flat.clone().requires_grad_()
-            rows = losses.behind(self.lm, part, width, self.cfg.at)
-            if name == "other":
-                found = losses.kept(self.lm, rows, leaf, self._base(batch.samples, part), self.team)
-            else:
-                found = losses.told(self.lm, rows, leaf, self.cfg.margin, self.team)
-            summed, grad = torch.tensor(found, device=flat.device), leaf.grad
-            if grad is None:
-                continue
-            self.team.sum([summed, grad])
-            loss, count = summed.tolist()
-            seen[name] = loss / max(1, count)
-            total += grad / max(1, count)
-        return seen, total.to(prompts.device).reshape(prompts.shape)
-
-    def _base(self, samples: Sequence[Sample], part: Sequence[losses.Told]) -> list[Tensor]:
+    def _base(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
         """States of the unpatched model at the answers of unrelated questions; each is computed once in a run."""
-        names = [(samples[t.fact].other, samples[t.fact].other_answer) for t in part]
-        missing: dict[tuple[str, str], Row] = {n: t.row for n, t in zip(names, part, strict=True) if n not in self.base}
+        missing = [pair for pair in dict.fromkeys(pairs) if pair not in self.base]
         if missing:
-            made = losses.base_states(self.lm, list(missing.values()))
-            self.base.update(zip(missing, made, strict=True))
-        return [self.base[name] for name in names]
+            self.base.update(zip(missing, losses.base_states(self.lm, self._rows(missing)), strict=True))
+        return [self.base[pair] for pair in pairs]
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Retrieval among held-out and ``CROWD`` trained facts, and teacher-forced answers behind the right vectors."""
+        """Retrieval among held-out and ``CROWD`` trained facts; in the second part answers behind the right vectors."""
         draw = random.Random(f"{self.cfg.seed}/validation")
         samples = [sample(edit, self.unrelated, draw) for edit in self.held]
         if not samples:
             return {}
+        return self._found(samples) | (self._stated(samples[: self.cfg.validate_lm]) if self.second else {})
+
+    def _found(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Questions that find their fact and beat the sentinel; those that find one and should not."""
         net = self.net
-        facts = [(s.prompt, s.target) for s in samples] + [(edit.prompt, edit.target) for edit in self.edits[:CROWD]]
-        stored, sentinel = net.keys_of(self.features(facts)), net.sentinel().cpu()
-        keys = stored[: len(samples)]
+        facts = [join(s.prompt, s.target) for s in samples] + [join(e.prompt, e.target) for e in self.edits[:CROWD]]
+        keys, sentinel = net.matched_of(self.features(facts)).cpu(), net.sentinel().cpu()
         block = KeyBlock(net.shape.matched)
-        block.add(stored[:, : net.shape.matched], range(len(stored)))
+        block.add(keys, range(len(keys)))
         found = {}
         right = torch.arange(len(samples))
         for name, texts in (
@@ -271,30 +240,28 @@ class Trainer:
             ("again", [s.again for s in samples]),
             ("other", [s.other for s in samples]),
         ):
-            queries = net.queries_of(self.features([(text, "") for text in texts])).cpu()
+            queries = net.queries_of(self.features(texts)).cpu()
             score, place = (t[:, 0] for t in block.search(queries))
             fired = score > (queries @ sentinel).double()
             if name == "other":
                 found["false_fire"] = float(fired.float().mean())
             else:
                 found[f"recall_{name}"] = float((fired & (place == right)).float().mean())
-        some = samples[: self.cfg.validate_lm]
-        if not self.second:
-            found["echo_right"] = losses.echoed(net.prompts(keys), *self._answers(samples, net.shape.prompt_tokens))
-            return found
-        vectors = net.prompts(keys[: len(some)]).flatten(0, 1).to(self.lm.device)
+        return found
+
+    def _stated(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Teacher-forced answers behind the vectors of the right facts."""
+        vectors = self._prompts([(s.prompt, s.target) for s in samples]).flatten(0, 1).to(self.lm.device)
+        found = {}
         for name, pairs in (
-            ("told", [(s.prompt, s.target) for s in some]),
-            ("again", [(s.again, s.answer) for s in some]),
+            ("told", [(s.prompt, s.target) for s in samples]),
+            ("again", [(s.again, s.answer) for s in samples]),
         ):
-            rows = encode_all(self.lm, *map(list, zip(*pairs, strict=True)))
-            told = [losses.Told(row, i) for i, row in enumerate(rows)]
-            rows = losses.behind(self.lm, told, net.shape.prompt_tokens, self.cfg.at)
-            hits = torch.zeros(len(some), 2)
-            for states, labels, owners in losses.answers(self.lm, rows, vectors):
+            hits = torch.zeros(len(samples), 2)
+            for states, labels, owners in losses.answers(self.lm, self._behind(pairs, range(len(samples))), vectors):
                 best = torch.cat([logits(self.lm, part).argmax(-1) for part in states.split(64)])
-                right_ = torch.stack([(best == labels).float().cpu(), torch.ones(len(owners))], 1)
-                hits.index_add_(0, torch.tensor(owners), right_)
+                right = torch.stack([(best == labels).float().cpu(), torch.ones(len(owners))], 1)
+                hits.index_add_(0, torch.tensor(owners), right)
             found[f"tf_{name}"] = float((hits[:, 0] / hits[:, 1]).mean())
         return found
 
@@ -319,19 +286,8 @@ class Trainer:
             return
         tensors = {f"net/{name}": p.detach() for name, p in self.net.state_dict().items()}
         tensors |= self._moments()
-        head = {"step": str(self.step), "seconds": str(self.spent()), "print": self.print}
-        head["recent"] = json.dumps(self.recent)
-        work = self.out / f".{CHECKPOINT}.new"
-        try:
-            safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, work, head)
-            sync(work)
-            os.replace(work, self.out / CHECKPOINT)
-        except (OSError, safetensors.SafetensorError) as error:
-            work.unlink(missing_ok=True)
-            raise LmpatchError(
-                f"no checkpoint can be written to {self.out} ({error}). The one before is whole: free some space, and "
-                "the same call goes on from it."
-            ) from error
+        head = {"step": str(self.step), "seconds": str(self.spent()), "recent": json.dumps(self.recent)}
+        _checkpoint.write(self.out / CHECKPOINT, self.stamp, head, tensors)
 
     def _moments(self) -> dict[str, Tensor]:
         """Adam's state by the names it has in the file."""
@@ -341,11 +297,7 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         if not path.exists():
             return
-        with safetensors.safe_open(path, "pt") as file:
-            head = file.metadata()
-            if head["print"] != self.print:
-                raise BadInput(f"{path} is of another run: other settings, data or model. Give another folder.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        head, tensors = _checkpoint.read(path, self.stamp)
         self.step, self.seconds, self.recent = int(head["step"]), float(head["seconds"]), json.loads(head["recent"])
         self.net.load_state_dict({n.removeprefix("net/"): t for n, t in tensors.items() if n.startswith("net/")})
         self.adam = self._adam()

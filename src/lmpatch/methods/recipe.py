@@ -19,7 +19,6 @@ from ..errors import BadInput, WrongModel
 from ..models.encoder import Encoder, load_encoder, shared_encoder
 from ..models.lm import LM
 from ..models.run import HEAD_CHUNK, Progress
-from ..models.tokens import join
 from ..patches.editor import Editor, load_editor
 from ..patches.memory import MemoryPatch, Scope, remembered
 from ..patches.patch import Base, plain
@@ -39,8 +38,9 @@ PACKAGED = Path(__file__).parent / "editors"
 class Config(Scope):
     """How facts are used. Defaults: the paper's (Chen et al. 2024, arXiv:2405.03279)."""
 
-    threshold: float = 0.6
-    """Cosine of query and key that ``gate=cosine`` asks for."""
+    threshold: float = 0.45
+    """Cosine of query and key that ``gate=cosine`` asks for. Default: for the packaged editor, on held-out facts of its
+    training."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Training:
     """How the editor is trained. Defaults for a 270M model on a CPU; the paper's numbers stand in the meanings."""
 
     key_steps: int = 1200
-    """Steps of the first part, which never asks the language model: heads and sentinel learn retrieval, and prompt
-    vectors learn to point at the embeddings of the answer's first tokens. Published: one part, all losses together."""
+    """Steps of the first part, which never asks the language model: heads and sentinel learn retrieval. Published: one
+    part, all losses together."""
     key_batch: int = 256
     """Facts of one such step."""
     prompt_steps: int = 800
@@ -59,7 +59,7 @@ class Training:
     """Facts of one such step, each told in one of its two wordings. Published: 8, in both."""
     lr: float = 2e-3
     """AdamW's rate in the first part. Published: 1e-5, with every weight of the encoder trained."""
-    prompt_lr: float = 3e-4
+    prompt_lr: float = 1e-3
     """AdamW's rate in the second part."""
     encoder_lr: float = 1e-4
     """AdamW's rate for the encoder's weights or their adaptation, if there are any to train."""
@@ -67,12 +67,9 @@ class Training:
     """AdamW's weight decay."""
     dropout: float = 0.3
     """Share of the features that heads do not see in a step of the first part."""
-    words: float = 0.5
-    """Share of the facts of such a step whose prompt vectors are to point at some word of the model's vocabulary in
-    place of the fact's own target, so that words no fact has are known too."""
     exchanged: float = 0.5
-    """Share of the facts of a step of the second part that get another fact's target: what is said must come from the
-    target, not from what the rest suggests."""
+    """Share of the facts of a step of the second part that get another target, by halves another fact's and some word
+    of the model's vocabulary: what is said must come from the target, not from what the rest suggests."""
     warmup: int = 50
     """Steps until the full rate, in each part."""
     final: float = 0.05
@@ -96,6 +93,9 @@ class Training:
     """How many of these hold what is to be said and are compared with no query. Published: 0."""
     prompt_tokens: int = 3
     """P, prompt vectors of one fact."""
+    target_tokens: int = 6
+    """T, the first tokens of a target whose embeddings in the language model prompt vectors are made of too; at least
+    P. Published: 0."""
     sentinel_tokens: int = 10
     """Learned input embeddings of the sentinel."""
     at: Literal["front", "after_bos"] = "after_bos"
@@ -137,16 +137,20 @@ def train(
     Returns:
         the editor; ``save`` writes one safetensors file.
     Raises:
-        BadInput: too few facts, or ``out`` holds another run.
+        BadInput: too few facts, fewer ``target_tokens`` than ``prompt_tokens``, or ``out`` holds another run.
         NotEnoughMemory: training would need more than is free.
         Diverged: a loss left the finite numbers; the last checkpoint is good.
     Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.3.
-    Differs: two parts, see ``Training``, and keys of two parts, see ``patches.retriever``; the encoder stays as it is;
-    prompt vectors have the length of an embedding; queries are prompts alone, in training and after.
+    Differs: two parts, see ``Training``; keys of two parts, and prompt vectors that read the embeddings of the target's
+    tokens, see ``patches.retriever``; the encoder stays as it is; prompt vectors have one length;
+    queries are prompts alone, in training and after.
     """
+    if cfg.target_tokens < cfg.prompt_tokens:
+        raise BadInput(f"target_tokens is {cfg.target_tokens}, below the {cfg.prompt_tokens} of prompt_tokens.")
     edits = usable(without(edits, ()), unrelated)
     found = load_encoder(encoder, download=download)
-    _readable(found, edits, unrelated)
+    texts = drawable(edits, unrelated)
+    _readable(found, texts)
     words = typical_embeddings(lm)
     shape = Shape(
         encoder=encoder,
@@ -155,12 +159,13 @@ def train(
         width=cfg.width,
         content=cfg.content,
         prompt_tokens=cfg.prompt_tokens,
+        target_tokens=cfg.target_tokens,
         sentinel_tokens=cfg.sentinel_tokens,
         adapt=cfg.adapt,
         pooler=cfg.pooler,
     )
     net = Retriever(shape, found)
-    need_room(_training_bytes(lm, net, len(drawable(edits, unrelated))), lm.device, f"training on {len(edits)} facts")
+    need_room(_training_bytes(lm, net, len(texts)), lm.device, f"training on {len(edits)} facts")
     net.start(cfg.seed, words, [(e.prompt, e.target) for e in edits[:TYPICAL]])
     found.module.to(lm.device)
     trainer = run_training(
@@ -170,9 +175,8 @@ def train(
     return _editor(lm, net.cpu(), plain(cfg), made | made_now(trainer.spent()))
 
 
-def _readable(encoder: Encoder, edits: Sequence[Edit], unrelated: Sequence[Ask]) -> None:
+def _readable(encoder: Encoder, texts: Sequence[str]) -> None:
     """Raise ``BadInput`` if a text of the training is longer than the encoder reads."""
-    texts = [join(prompt, target) for prompt, target in drawable(edits, unrelated)]
     long = [t for t, ids in zip(texts, encoder.tokenise(texts), strict=True) if len(ids) > encoder.limit]
     if long:
         raise BadInput(
@@ -184,7 +188,7 @@ def _readable(encoder: Encoder, edits: Sequence[Edit], unrelated: Sequence[Ask])
 def _training_bytes(lm: LM, net: Retriever, texts: int) -> int:
     """Features of all texts, the editor with gradients and moments, what autograd keeps of a batch, one head chunk."""
     layout = lm.layout
-    features = 2 * 2 * net.inputs * texts
+    features = 2 * net.inputs * texts
     learned = 16 * sum(p.numel() for p in net.parameters() if p.requires_grad)
     batch = BATCH_TOKENS * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)
     return features + learned + 4 * (batch + 3 * HEAD_CHUNK * layout.vocab)

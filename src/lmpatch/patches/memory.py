@@ -20,7 +20,7 @@ from ..models.tokens import join, statement
 from .editor import Editor
 from .keys import KeyBlock
 from .patch import RunPatch, plain_edits
-from .retriever import Retriever, Shape
+from .retriever import Retriever, Shape, target_embeddings
 
 log = logging.getLogger(__name__)
 KEPT = 4096
@@ -118,7 +118,7 @@ class MemoryPatch(RunPatch):
 
     def attach(self, lm: LM) -> Recall:
         self.fits(lm)
-        return Recall(self)
+        return Recall(lm, Finder(self))
 
     def fits(self, lm: LM) -> None:
         """Raise ``WrongModel`` if its prompt vectors are no embeddings of this model."""
@@ -163,7 +163,7 @@ class Found:
 
 def settled(scope: Scope, editor: Editor) -> Scope:
     """The scope with nothing left open."""
-    return scope if scope.at else replace(scope, at=editor.config.get("at", "after_bos"))
+    return scope if scope.at else replace(scope, at=editor.config.get("at", Insert.at))
 
 
 def remembered(editor: Editor, edits: Sequence[Edit], scope: Scope, **common: Any) -> MemoryPatch:
@@ -253,16 +253,15 @@ def comparable(vectors: Tensor, scope: Scope) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=-1) if scope.gate == "cosine" else vectors
 
 
-class Recall(Actor):
-    """A memory patch at work: one encoder pass for each new prompt, then an inner product with every key."""
+class Finder:
+    """Looks facts up: one encoder pass for each prompt, then an inner product with every key."""
 
     def __init__(self, patch: MemoryPatch, facts: Facts | None = None, network: Retriever | None = None) -> None:
-        self.patch, self.scope = patch, patch.scope
+        self.scope, self.root = patch.scope, patch.shape.matched**0.5
         self.facts, self.network = facts or Held(patch), network or patch.network()
         with torch.no_grad():
             self.weights = self.network.encoder_weights()
             self.sentinel = self.network.sentinel(self.weights)
-        self._ready: OrderedDict[int, Tensor] = OrderedDict()
 
     @torch.no_grad()
     def search(self, prompts: Sequence[str]) -> list[list[Found]]:
@@ -281,20 +280,27 @@ class Recall(Actor):
             return found
         queries = self.network.queries([prompts[i] for i in short], self.weights)  # [m, M]
         scores, places = self.facts.search(comparable(queries, self.scope), self.scope.top_k)
-        root = self.patch.shape.matched**0.5
         if self.scope.gate == "sentinel":
             gates = (queries.double() @ self.sentinel.double()).tolist()
         else:
             gates = [self.scope.threshold if self.scope.gate == "cosine" else float("-inf")] * len(short)
-        unit = 1.0 if self.scope.gate == "cosine" else root
+        unit = 1.0 if self.scope.gate == "cosine" else self.root
         for i, score, place, gate in zip(short, scores.tolist(), places.tolist(), gates, strict=True):
-            bar = gate / root if self.scope.gate == "sentinel" else gate
+            bar = gate / self.root if self.scope.gate == "sentinel" else gate
             found[i] = [Found(p, s / unit, bar) for s, p in zip(score, place, strict=True)]
         return found
 
+
+class Recall(Actor):
+    """A memory patch at work: facts that are found go before the prompt."""
+
+    def __init__(self, lm: LM, finder: Finder) -> None:
+        self.lm, self.finder, self.scope = lm, finder, finder.scope
+        self._ready: OrderedDict[int, Tensor] = OrderedDict()
+
     def recall(self, prompts: Sequence[str]) -> list[Insert | None]:
         distinct = list(dict.fromkeys(prompts))
-        fired = [tuple(f.place for f in found if f.fired) for found in self.search(distinct)]
+        fired = [tuple(f.place for f in found if f.fired) for found in self.finder.search(distinct)]
         self._prepare({place for places in fired for place in places})
         made: dict[tuple[int, ...], Insert | None] = {(): None}
         for places in fired:
@@ -305,8 +311,8 @@ class Recall(Actor):
 
     def _insert(self, places: tuple[int, ...]) -> Insert:
         if self.scope.insert == "text":
-            return Insert(text="".join(f"{statement(*self.facts.fact(place))} " for place in places))
-        return Insert(vectors=torch.cat([self._ready[place] for place in places]), at=self.scope.at or "after_bos")
+            return Insert(text="".join(f"{statement(*self.finder.facts.fact(place))} " for place in places))
+        return Insert(vectors=torch.cat([self._ready[place] for place in places]), at=self.scope.at or Insert.at)
 
     @torch.no_grad()
     def _prepare(self, places: set[int]) -> None:
@@ -315,7 +321,9 @@ class Recall(Actor):
             return
         missing = sorted(places - set(self._ready))
         if missing:
-            made = self.network.prompts(self.facts.keys(missing))  # [m, P, d]
+            network, facts = self.finder.network, self.finder.facts
+            said = target_embeddings(self.lm, [facts.fact(place) for place in missing], network.shape.target_tokens)
+            made = network.prompts(facts.keys(missing), said.cpu())  # [m, P, d]
             self._ready.update(zip(missing, made, strict=True))
         for place in places:
             self._ready.move_to_end(place)

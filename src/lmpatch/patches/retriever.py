@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import BadPatch
 from ..models.encoder import Encoder, pooled
-from ..models.tokens import batches_of_rows, join
+from ..models.lm import LM
+from ..models.tokens import batches_of_rows, encode_all, join
 
 SLASHED = "encoder/"
+LOUD = 3.0  # length of a prompt vector, in typical embeddings
 BATCH = 64  # texts of one encoder forward
 LORA = ("/lora_a", "/lora_b")
 FACTS = (("The capital of France is", "Paris"), ("Hamlet was written by", "Shakespeare"), ("Water boils at", "100 °C"))
@@ -23,8 +25,8 @@ GAIN = 1.7  # of keys and queries at the start: a match then scores about ten ab
 NOTHING = "This is something that nobody has said anything about so far, and nobody asks."
 """Where the sentinel starts: its first tokens as the encoder embeds them."""
 
-Text = tuple[str, str]
-"""A fact as prompt and target; a question has the target ""."""
+Fact = tuple[str, str]
+"""A fact as prompt and target."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Shape:
     """The last components of a key, which no question is compared with: prompt vectors are made of them."""
     prompt_tokens: int = 3
     """P, the continuous prompt vectors of one fact."""
+    target_tokens: int = 6
+    """T, the first tokens of a target that prompt vectors are made of too; at least P."""
     sentinel_tokens: int = 10
     """Learned input embeddings behind the knowledge sentinel."""
     adapt: int | None = 0
@@ -73,8 +77,9 @@ class Retriever(nn.Module):
     """Encoder, heads, sentinel and prompt map. The encoder itself is shared and never written.
 
     Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.
-    Differs: a key has two parts. Questions are compared with the first; prompt vectors are made of the second, whose
-    head also reads the states of the target's own tokens. As one, each pulled the other away from what it was for.
+    Differs: a key has two parts. Questions are compared with the first; prompt vectors are made of the second. As one,
+    each pulled the other away from what it was for. And prompt vectors are made of the embeddings of the target's
+    tokens too, those of the language model: no sentence encoder tells every name from its neighbours.
     """
 
     def __init__(self, shape: Shape, encoder: Encoder) -> None:
@@ -83,13 +88,15 @@ class Retriever(nn.Module):
         self._encoder = [encoder]  # in a list: its weights are not parameters of this module
         self.inputs = inputs = (3 + shape.pooler) * shape.features
         self.key, self.query = Head(inputs, shape.matched), Head(inputs, shape.matched)
-        self.content = Head(2 * inputs, shape.content)
+        self.content = Head(inputs, shape.content)
+        self.say = _linear(shape.target_tokens * shape.d_model, shape.content, bias=False)
         self.mix = _linear(shape.content, shape.content)
         self.out = _linear(shape.content, shape.prompt_tokens * shape.d_model)
+        self.turn = _linear(shape.d_model, shape.d_model, bias=False)
         self.sentinel_embeddings = nn.Parameter(torch.zeros(shape.sentinel_tokens, shape.features))
         self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
-        self.centre = nn.Parameter(torch.zeros(2 * inputs), requires_grad=False)
-        self.spread = nn.Parameter(torch.ones(2 * inputs), requires_grad=False)
+        self.centre = nn.Parameter(torch.zeros(inputs), requires_grad=False)
+        self.spread = nn.Parameter(torch.ones(inputs), requires_grad=False)
         self.learned = nn.ParameterDict()
         if shape.adapt is None:
             for name, p in encoder.module.named_parameters():
@@ -105,31 +112,30 @@ class Retriever(nn.Module):
         """The sentence encoder as it was loaded."""
         return self._encoder[0]
 
-    def start(self, seed: int, embeddings: Tensor, facts: Sequence[Text] = FACTS) -> None:
+    def start(self, seed: int, embeddings: Tensor, facts: Sequence[Fact] = FACTS) -> None:
         """Draw the starting weights. Both heads start as the same map, so a question scores highest with the fact that
         the encoder finds most alike.
 
         Args:
-            embeddings: [n, d_model] typical outputs of the language model's embedding module; prompt vectors have
-                their RMS.
+            embeddings: [n, d_model] typical outputs of the language model's embedding module.
             facts: typical ones; features are measured in their mean and spread.
         """
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             heads = (self.key.first, self.key.second, self.content.first, self.content.second)
-            for module in (*heads, self.mix, self.out):
+            for module in (*heads, self.say, self.mix, self.out):
                 bound = module.in_features**-0.5
                 for p in module.parameters():
                     p.uniform_(-bound, bound, generator=draw)
             for name, p in self.learned.items():
                 if name.endswith(LORA[0]):
                     p.normal_(0, p.shape[1] ** -0.5, generator=draw)
+            self.turn.weight.copy_(torch.eye(self.shape.d_model))
             self.key.first.weight.mul_(GAIN)
             self.query.load_state_dict(self.key.state_dict())
-            found = self.features(facts)
-            asked = torch.cat([found[:, : self.inputs], self.features([(p, "") for p, _ in facts])[:, : self.inputs]])
-            variance = torch.cat([asked.var(0), found[:, self.inputs :].var(0)])
-            self.centre.copy_(torch.cat([asked.mean(0), found[:, self.inputs :].mean(0)]))
+            found = self.features([join(*fact) for fact in facts] + [prompt for prompt, _ in facts])
+            variance = found.var(0)
+            self.centre.copy_(found.mean(0))
             self.spread.copy_((variance + variance.mean()).sqrt())  # the second term keeps a rare feature from towering
             start = self.encoder.embedded(NOTHING)
             self.sentinel_embeddings.copy_(start[torch.arange(self.shape.sentinel_tokens) % len(start)])
@@ -147,41 +153,27 @@ class Retriever(nn.Module):
                 found[_dotted(key)] = value
         return found
 
-    def features(self, texts: Sequence[Text], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Features [n, 2 F] of facts and questions: pooled over all tokens, then over those of the target.
-
-        A question has no target: both halves are the same. F is 3 w, with the pooler 4 w. Texts run in batches of near
-        lengths, so little is padded.
+    def features(self, texts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Features [n, F] of texts; F is 3 w, with the pooler 4 w. Texts run in batches of near lengths, so little is
+        padded.
 
         Args:
             weights: of the encoder; None: its adapted ones. A caller that asks often passes them in.
         """
         weights = self.encoder_weights() if weights is None else weights
-        rows = self.encoder.tokenise([join(prompt, target) for prompt, target in texts])
-        begins = [0] * len(rows)
-        facts = [i for i, (_, target) in enumerate(texts) if target]
-        prompts = self.encoder.tokenise([texts[i][0] for i in facts]) if facts else []
-        for i, prompt in zip(facts, prompts, strict=True):
-            begins[i] = _alike(rows[i], prompt)
+        rows = self.encoder.tokenise(texts)
         parts = batches_of_rows([len(row) for row in rows], BATCH)
-        found = []
-        for part in parts:
-            states, mask = self.encoder.states([rows[i] for i in part], weights)
-            at = torch.arange(mask.shape[1], device=mask.device)
-            start = torch.tensor([begins[i] for i in part], device=mask.device)[:, None]
-            end = mask.sum(1, keepdim=True) - (start > 0).to(mask)  # the closing token is no part of a target
-            target = (at >= start) & (at < end)  # [b, T]
-            found.append(torch.cat([self._pooled(states, m, weights) for m in (mask, target)], -1))
+        found = [self._pooled(*self.encoder.states([rows[i] for i in part], weights), weights) for part in parts]
         order = torch.tensor([i for part in parts for i in part])
         return torch.cat(found)[order.argsort().to(found[0].device)]
 
-    def keys(self, facts: Sequence[Text], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def keys(self, facts: Sequence[Fact], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Keys [n, R] of facts."""
-        return self.keys_of(self.features(facts, weights))
+        return self.keys_of(self.features([join(*fact) for fact in facts], weights))
 
     def queries(self, prompts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Queries [n, M] of questions: the prompt alone."""
-        return self.queries_of(self.features([(prompt, "") for prompt in prompts], weights))
+        return self.queries_of(self.features(prompts, weights))
 
     def keys_of(self, features: Tensor) -> Tensor:
         """Keys [n, R] of the features of facts: what questions are compared with [n, M], then the content."""
@@ -189,7 +181,7 @@ class Retriever(nn.Module):
 
     def matched_of(self, features: Tensor) -> Tensor:
         """The first part of keys, [n, M]."""
-        found: Tensor = self.key(self._standard(features)[:, : self.inputs])
+        found: Tensor = self.key(self._standard(features))
         return found
 
     def content_of(self, features: Tensor) -> Tensor:
@@ -199,7 +191,7 @@ class Retriever(nn.Module):
 
     def queries_of(self, features: Tensor) -> Tensor:
         """Queries [n, M] of the features of questions."""
-        found: Tensor = self.query(self._standard(features)[:, : self.inputs])
+        found: Tensor = self.query(self._standard(features))
         return found
 
     def sentinel(self, weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -207,9 +199,7 @@ class Retriever(nn.Module):
         weights = self.encoder_weights() if weights is None else weights
         states = self.encoder.stack(self.sentinel_embeddings, weights)
         mask = torch.ones(states.shape[:2], device=states.device)
-        found = self._pooled(states, mask, weights)
-        out: Tensor = self.key((found - self.centre[: self.inputs]) / self.spread[: self.inputs])
-        return out[0]
+        return self.matched_of(self._pooled(states, mask, weights))[0]
 
     def _pooled(self, states: Tensor, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         found = pooled(states, mask)
@@ -219,19 +209,27 @@ class Retriever(nn.Module):
         """Features in their own mean and spread: a large common part would make every step of Adam move all alike."""
         return (features - self.centre) / self.spread
 
-    def prompts(self, keys: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model] of keys [n, R]."""
-        return self.prompts_of(keys[:, self.shape.matched :])
+    def prompts(self, keys: Tensor, said: Tensor) -> Tensor:
+        """Prompt vectors [n, P, d_model] of keys [n, R]; ``said`` as for ``prompts_of``."""
+        return self.prompts_of(keys[:, self.shape.matched :], said)
 
-    def prompts_of(self, content: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model] of content [n, R - M], each as long as a typical embedding.
+    def prompts_of(self, content: Tensor, said: Tensor) -> Tensor:
+        """Prompt vectors [n, P, d_model], each ``LOUD`` times as long as a typical embedding.
 
         Left free, they grew to fifty times that in training, where the model's norms pass no gradient back.
+
+        Args:
+            content: [n, R - M] the second part of keys.
+            said: [n, T, d_model] embeddings of the targets' tokens, see ``target_embeddings``.
         """
+        said = said / self.scale
         content = nn.functional.layer_norm(content, content.shape[-1:])  # else steps of Adam grow with the keys
+        content = content + self.say(said.flatten(1))
         mixed = self.mix(content).relu() + content
-        found: Tensor = self.out(mixed).float().reshape(len(content), self.shape.prompt_tokens, self.shape.d_model)
-        return found * (self.scale / found.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
+        found = self.out(mixed).float().reshape(len(content), self.shape.prompt_tokens, self.shape.d_model)
+        found = found + self.turn(said[:, : self.shape.prompt_tokens])
+        scaled: Tensor = found * (LOUD * self.scale / found.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
+        return scaled
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it has learned, bf16, by name."""
@@ -254,16 +252,20 @@ class Retriever(nn.Module):
         return made.requires_grad_(False)
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
+@torch.no_grad()
+def target_embeddings(lm: LM, facts: Sequence[Fact], count: int) -> Tensor:
+    """Embeddings [n, count, d_model] fp32 of each target's first tokens behind its prompt; the last one repeats."""
+    rows = encode_all(lm, [prompt for prompt, _ in facts], [target for _, target in facts])
+    targets = [row.ids[row.target :][:count] for row in rows]
+    ids = torch.tensor([[*own, *[own[-1]] * (count - len(own))] for own in targets], device=lm.device)
+    found: Tensor = lm.module(lm.layout.embed)(ids)
+    return found.float()
+
+
+def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     """Without starting weights, which would be drawn from the global random state."""
-    made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
     return made
-
-
-def _alike(row: Sequence[int], prompt: Sequence[int]) -> int:
-    """Tokens that a fact and its prompt begin with alike; at least one and the closing one are left."""
-    most = min(len(row) - 2, len(prompt))
-    return next((i for i in range(most) if row[i] != prompt[i]), most)
 
 
 def _safe(name: str) -> str:
