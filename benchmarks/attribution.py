@@ -55,8 +55,8 @@ def plain_layer(lm: LM, case: Case, layer: int, steps: int) -> torch.Tensor:
     module = lm.module(lm.layout.downs[layer])
     seen: list[torch.Tensor] = []
     with torch.no_grad(), hooked(module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))):
-        for ids in (case.bare, case.full):
-            lm.model(torch.tensor([ids]))
+        for prompt in (case.bare, case.full):
+            lm.model(torch.tensor([prompt]))
     start, end = (x.reshape(-1, x.shape[-1])[-1] for x in seen)
     ids = torch.tensor([case.full])
     total = torch.zeros_like(start)

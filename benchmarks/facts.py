@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from lmpatch.data.readers import read_text
 from lmpatch.methods import finetune, memit, r_rome, rome
 
 RESULTS = Path(__file__).parent / "results"
-PREFIXES = {"short_prefixes": 2, "long_prefixes": 2}
-MEMIT = {"long_prefixes": 2, "hits": 2}
+PREFIXES: dict[str, Any] = {"short_prefixes": 2, "long_prefixes": 2}
+MEMIT: dict[str, Any] = {"long_prefixes": 2, "hits": 2}
 
 METHODS: dict[str, dict[str, tuple[Any, Any]]] = {
     "single": {
@@ -53,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def makers(module: Any, cfg: Any, text: list[str], anchors: list[lp.Edit]) -> dict[str, Callable[..., Any]]:
+def makers(module: Any, cfg: Any, text: list[str], anchors: list[lp.Edit]) -> dict[str, Any]:
     given: dict[str, Any] = {"text": text} if module is not finetune else {}
     if getattr(cfg, "nas", False):
         given["anchors"] = anchors
@@ -61,6 +62,10 @@ def makers(module: Any, cfg: Any, text: list[str], anchors: list[lp.Edit]) -> di
     if hasattr(module, "fit_each"):
         made["make_each"] = lambda lm, edits: module.fit_each(lm, edits, cfg, **given)
     return made
+
+
+def told(name: str, done: int, total: int, what: str) -> None:
+    print(f"{name}: {what} {done}/{total}", flush=True)
 
 
 def main() -> None:
@@ -88,7 +93,7 @@ def main() -> None:
         report = facts.run(
             lm, edits, cfg, **makers(module, config, text, anchors), settings=vars(config), run_id=run_id, mount="bake",
             data_name="counterfact/eval", out=out,
-            progress=lambda done, total, what, name=run_id: print(f"{name}: {what} {done}/{total}", flush=True),
+            progress=partial(told, run_id),
         )  # fmt: skip
         report.save_html(out.with_suffix(".html"))
         with out.with_suffix(".md").open("w") as file:

@@ -10,10 +10,11 @@ round alike.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from facts import METHODS, makers
+from facts import METHODS, makers, told
 from rich.console import Console
 
 import lmpatch as lp
@@ -60,7 +61,7 @@ def main() -> None:
         report = general.run(
             lm, data, cfg, patch=patch_of(lm, name, edits, args.data, args.work), run_id=name, data_name="public tasks",
             out=RESULTS / "general",
-            progress=lambda done, total, what, name=name: print(f"{name}: {what} {done}/{total}", flush=True),
+            progress=partial(told, name),
         )  # fmt: skip
         report.save_html(RESULTS / "general.html")
         with (RESULTS / "general.md").open("w") as file:

@@ -170,7 +170,7 @@ def main() -> None:
         "search": [],
     }
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
-        runs = {
+        runs: dict[str, Callable[[], dict[str, object]]] = {
             "add": lambda: timed_adds(Path(place), args.bulk, args.single, args.width),
             "refresh": lambda: timed_refresh(Path(place) / "refresh", min(args.sizes[-1], 10_000), args.width, 50),
         }

@@ -20,6 +20,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from shutil import copy
 from time import perf_counter
@@ -192,7 +193,7 @@ def tune(bench: Bench) -> None:
             name = "-".join([run, *(f"{key}={value}" for key, value in own.items())])
             half = {"steps": max(1, steps // 2)} if run in ("parenting", "mixed") else {}
             try:
-                patch = bench.timed(name, lambda r=run, n=name, s=RUNS[run] | half | own: bench.patch(n, r, s))
+                patch = bench.timed(name, partial(bench.patch, name, run, RUNS[run] | half | own))
             except lp.Diverged as error:
                 tried[run][name] = {"settings": own, "diverged": str(error)}
                 continue
@@ -224,11 +225,18 @@ def measure(bench: Bench) -> None:
         patch = None
         if run != "base":
             rates = bench.chosen.get(run, bench.chosen.get("parenting", {}))
-            patch = bench.timed(run, lambda r=run, s=rates | RUNS[run]: bench.patch(r, r, s))
+            patch = bench.timed(run, partial(bench.patch, run, run, rates | RUNS[run]))
         bench.timed(
             f"bench {run}",
-            lambda r=run, p=patch: rag.run(
-                bench.lm, held, cfg, patch=p, run_id=r if p else "", out=bench.out / "bench", progress=_told
+            partial(
+                rag.run,
+                bench.lm,
+                held,
+                cfg,
+                patch=patch,
+                run_id=run if patch else "",
+                out=bench.out / "bench",
+                progress=_told,
             ),
         )
         _report(bench)

@@ -15,9 +15,10 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -62,11 +63,15 @@ def quality(lm: lp.LM, data: Path, editor: lp.Editor, only: list[str], sizes: li
                 if run != "recipe" and n != max(steps):
                     continue
                 report = facts.run(
-                    lm, edits, cfg, make=lambda lm, edits, c=config: recipe.fit(lm, edits, c, editor=editor),
+                    lm, edits, cfg, make=partial(recipe.fit, cfg=config, editor=editor),
                     settings=plain(config) | {"editor": editor.hash()}, run_id=run, data_name=file, out=out,
-                    progress=lambda done, total, what, n=n: print(f"{n}: {what} {done}/{total}", flush=True),
+                    progress=partial(told, f"{name} {n}"),
                 )  # fmt: skip
                 report.save_html(out.with_suffix(".html"))
+
+
+def told(name: str, done: int, total: int, what: str) -> None:
+    print(f"{name}: {what} {done}/{total}", flush=True)
 
 
 def unseen(data: Path) -> list[lp.Ask]:
@@ -197,7 +202,7 @@ def timed(call: Callable[[int], object], times: int) -> float:
     return median(seconds[1:])
 
 
-def side_by_side(lm: lp.LM, prompts: list[str], patches: dict[str, lp.Patch | None]) -> dict[str, float]:
+def side_by_side(lm: lp.LM, prompts: list[str], patches: Mapping[str, lp.Patch | None]) -> dict[str, float]:
     """Median seconds for 32 new tokens. Each prompt is asked with every patch in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in patches}
     for prompt in prompts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
@@ -132,7 +133,8 @@ def timed_answers(lm: LM, prompts: list[str], plain: int, tokens: int) -> dict[s
     start = perf_counter()
     wanted = []
     for prompt in prompts[:plain]:
-        ids, new = list(encode(lm, prompt).ids), []
+        ids = list(encode(lm, prompt).ids)
+        new: list[int] = []
         for _ in range(tokens):
             with torch.no_grad():
                 token = int(lm.model(torch.tensor([ids + new])).logits[0, -1].argmax())
@@ -165,11 +167,12 @@ def main() -> None:
     out = RESULTS / "speed.json"
     found: dict[str, object] = json.loads(out.read_text()) if args.only and out.exists() else {}
     found |= {"versions": versions(), "hardware": hardware(), "dtype": "float32"}
-    for name, run in {
+    runs: dict[str, Callable[[], dict[str, object]]] = {
         "answers": lambda: timed_answers(lm, prompts, 6, 32),
         "search": lambda: timed_search(lm, edits, 3),
         "moments": lambda: timed_moments(lm, read_text(args.text), args.tokens),
-    }.items():
+    }
+    for name, run in runs.items():
         if not args.only or name in args.only:
             found[name] = {"made": now(), **run()}
             print(json.dumps(found[name], indent=1), flush=True)
