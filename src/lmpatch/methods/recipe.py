@@ -91,8 +91,8 @@ class Training:
     """R, the width of keys. Published: 4096."""
     content: int = 512
     """How many of these hold what is to be said and are compared with no query. Published: 0."""
-    prompt_tokens: int = 3
-    """P, prompt vectors of one fact."""
+    prompt_tokens: int = 6
+    """P, prompt vectors of one fact. Published: 3."""
     target_tokens: int = 6
     """T, the first tokens of a target whose embeddings in the language model prompt vectors are made of too; at least
     P. Published: 0."""

@@ -43,7 +43,7 @@ class Shape:
     """R, the width of keys."""
     content: int = 512
     """The last components of a key, which no question is compared with: prompt vectors are made of them."""
-    prompt_tokens: int = 3
+    prompt_tokens: int = 6
     """P, the continuous prompt vectors of one fact."""
     target_tokens: int = 6
     """T, the first tokens of a target that prompt vectors are made of too; at least P."""
