@@ -275,7 +275,7 @@ def test_a_reader_goes_over_to_a_new_index_and_survives_the_moment_it_is_replace
     newest, opened = _near.newest, list[int]()
     monkeypatch.setattr(_near.Near, "__init__", spied(_near.Near.__init__, opened))
     if old_one == "still there":
-        monkeypatch.setattr(_near.shutil, "rmtree", lambda *_, **__: None)
+        monkeypatch.setattr(_near, "_remove", lambda _: None)
     memory.add(facts(150), keys(150))
     query = keys(150)[7:8]
     assert reader.search(query)[1][0][0].edit.prompt == "Fact 7 is"
@@ -289,6 +289,28 @@ def test_a_reader_goes_over_to_a_new_index_and_survives_the_moment_it_is_replace
     assert opened == ([150, 150, 270] if old_one == "gone" else [150, 270])
     reader.drop([f"Fact {i} is" for i in range(200)])  # below what needs an index
     assert reader.search(keys(120, 3)[119:])[1][0][0].edit.prompt == "Fact 269 is"
+
+
+def test_a_kill_while_an_index_is_deleted_leaves_none_that_is_half_there(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Store.open(store.path, exact=100)
+    memory.add(facts(150), keys(150))
+
+    def killed(folder: Path, **_: Any) -> None:
+        for file in folder.rglob("*.idx"):
+            file.unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_near.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            memory.compact()  # which indexes the same rows again
+    reader = Store.open(store.path, exact=100)
+    assert reader.search(keys(150)[7:8])[1][0][0].edit.prompt == "Fact 7 is"
+    reader.compact()
+    assert sorted(path.name for path in store.path.glob("*.lance")) == ["facts.lance", "near-150.lance"]
+    assert reader.search(keys(150)[7:8])[1][0][0].edit.prompt == "Fact 7 is"
 
 
 def spied(make: Any, calls: list[int]) -> Any:

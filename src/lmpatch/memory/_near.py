@@ -2,7 +2,8 @@
 
 It is LanceDB's IVF-RQ index over a copy of the keys that were live when it was made: a bit a dimension (RaBitQ, Gao and
 Long 2024, arXiv:2405.12497) in lists around centroids. It can be lost and made again; the log is what is true. It is
-built aside and renamed, ``near-N.lance`` covers the first N rows of the log, so a kill leaves the old one or the new.
+built aside and renamed, and renamed before it is deleted: ``near-N.lance``, which covers the first N rows of the log,
+is whole or not there, whenever a process is killed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-BUILT, NAME = "building", "near-{}"
+BUILT, NAME, GONE = "building", "near-{}", "removed"
 ROWS_A_LIST = 4096
 PROBED = 0.5
 """Share of the lists a search looks into; see docs/memory.md for what it costs and finds."""
@@ -70,13 +71,22 @@ def build(log: Log, alive: np.ndarray) -> None:
             shutil.rmtree(made, ignore_errors=True)  # what a killed build left
             _write(log, alive)
             flush(made, start)
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             made.rename(final)
         for old in log.path.glob(f"{NAME.format('*')}.lance"):
             if old != final:
-                shutil.rmtree(old, ignore_errors=True)
+                _remove(old)
     finally:
         lock.release()
+
+
+def _remove(folder: Path) -> None:
+    """Delete an index at once: a kill in the middle leaves nothing that looks like one."""
+    gone = folder.with_name(f"{GONE}.lance")
+    shutil.rmtree(gone, ignore_errors=True)  # what a kill left
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _write(log: Log, alive: np.ndarray) -> None:
