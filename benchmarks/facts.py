@@ -3,9 +3,11 @@
     python benchmarks/facts.py single DATA       rome, r_rome, FT-M, FT-L, 100 facts one at a time
     python benchmarks/facts.py commit DATA       memit and its options, FT-M, LoRA, 100 facts in one commit
     python benchmarks/facts.py stream DATA       memit, 1,000 facts in commits of 100, with retention
+    python benchmarks/facts.py commit DATA --set wiki    the same on other facts, with RIPE's axes
 
-writes results/facts-<name>/ (runs and rows, resumable), results/facts-<name>.html and .md. The settings were chosen on
-counterfact/train (layers.py). Second moments come from WikiText-2; NAS takes its norms from the project's own facts.
+writes results/facts-<name>/ (runs and rows, resumable), results/facts-<name>.html and .md; the set's name follows. The
+settings were chosen on counterfact/train (layers.py). Second moments come from WikiText-2; NAS takes its norms from the
+project's own facts.
 """
 
 from __future__ import annotations
@@ -52,6 +54,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "commit": {"n": 100, "latency": False},
     "stream": {"n": 1000, "commit_size": 100, "retention": True, "latency": False, "sample": 200},
 }
+SETS = {
+    "counterfact": "counterfact/eval.jsonl.gz",
+    "zsre": "knowedit/zsre.jsonl.gz",
+    "wiki": "knowedit/wiki_counterfact_test.jsonl.gz",
+}
 
 
 def makers(module: Any, cfg: Any, text: list[str], anchors: list[lp.Edit]) -> dict[str, Any]:
@@ -72,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(METHODS))
     parser.add_argument("data", type=Path)
+    parser.add_argument("--set", choices=list(SETS), default="counterfact")
     parser.add_argument("--limit", type=int, help="facts at most")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", nargs="*", help="these methods only")
@@ -79,20 +87,20 @@ def main() -> None:
     settings = SETTINGS[args.name]
     lm = lp.load("gemma-3-270m", dtype=args.dtype)
     edits = facts.load(
-        args.data / "counterfact/eval.jsonl.gz",
+        args.data / SETS[args.set],
         limit=args.limit or max(100, settings["n"]),
         unrelated=args.data / "nq/nq_locality.jsonl.gz",
     )
     text = read_text(args.data / "wikitext2/raw_train_part.txt.gz")
     anchors = lp.read_edits(Path(__file__).parents[1] / "examples/facts.jsonl")
     cfg = facts.Config(max_new_tokens=16, **settings)
-    out = RESULTS / f"facts-{args.name}"
+    out = RESULTS / (f"facts-{args.name}" + (f"-{args.set}" if args.set != "counterfact" else ""))
     for run_id, (module, config) in METHODS[args.name].items():
         if args.only and run_id not in args.only:
             continue
         report = facts.run(
             lm, edits, cfg, **makers(module, config, text, anchors), settings=vars(config), run_id=run_id, mount="bake",
-            data_name="counterfact/eval", out=out,
+            data_name=SETS[args.set].removesuffix(".jsonl.gz"), out=out,
             progress=partial(told, run_id),
         )  # fmt: skip
         report.save_html(out.with_suffix(".html"))

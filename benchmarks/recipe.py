@@ -85,7 +85,7 @@ def summary() -> dict[str, Any]:
     what an edit costs: seconds and bytes."""
     found: dict[str, Any] = {}
     folders = [p for p in sorted(RESULTS.glob("recipe-*-*")) if p.is_dir()]
-    for folder in [*folders, *(RESULTS / f"facts-{name}" for name in ("single", "commit", "stream"))]:
+    for folder in [*folders, *(p for p in sorted(RESULTS.glob("facts-*")) if p.is_dir())]:
         for run in read_report(folder).runs:
             found[f"{folder.name}/{run.name}"] = {
                 m.name: [round(100 * m.value, 1), m.n] for m in run.metrics() if m.split == "all" and "kl" not in m.name
