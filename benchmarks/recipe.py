@@ -91,19 +91,38 @@ def summary() -> dict[str, Any]:
                 m.name: [round(100 * m.value, 1), m.n] for m in run.metrics() if m.split == "all" and "kl" not in m.name
             } | {key: run.record[key] for key in ("edit_s", "bytes_per_edit") if key in run.record}
     plot(found)
-    (RESULTS / "recipe-summary.md").write_text(table(found))
+    (RESULTS / "recipe-summary.md").write_text(tables(found))
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """The same as Markdown: generated answers, then teacher-forced ones, then costs."""
-    columns = ["reliability", "generality", "loc_unchanged/same_relation", "loc_unchanged/unrelated"]
-    columns += ["tf_reliability", "tf_generality", "tf_locality/same_relation", "tf_locality/unrelated"]
-    lines = [["run", *columns, "s per edit", "bytes per edit"], ["---"] * (len(columns) + 3)]
+MAIN = ["reliability", "generality", "loc_unchanged/same_relation", "loc_unchanged/unrelated"]
+MAIN += ["tf_reliability", "tf_generality", "tf_locality/same_relation", "tf_locality/unrelated"]
+AXES = {  # of RIPE, Cohen et al. 2024 (arXiv:2307.12976), as KnowEdit groups them
+    "subject aliasing": "portability_contains/subject_aliasing",
+    "logical generalization": "portability_contains/logical_generalization",
+    "composition": "portability_contains/reasoning",
+    "relation specificity": "loc_unchanged/same_subject",
+    "forgetfulness": "loc_unchanged/other_objects",
+}
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The same as Markdown: generated answers, teacher-forced ones and costs; then RIPE's axes."""
+    costs = {
+        name: [f"{m['edit_s']['median']:.3g}", f"{m['bytes_per_edit']:.0f}"]
+        for name, m in found.items() if "edit_s" in m
+    }  # fmt: skip
+    whole = rows(found, {column: column for column in MAIN}, ["s per edit", "bytes per edit"], costs)
+    followed = {name: m for name, m in found.items() if AXES["composition"] in m}
+    return "\n".join([whole, "RIPE's axes, generated\n", rows(followed, AXES, [], {})])
+
+
+def rows(found: dict[str, Any], columns: dict[str, str], more: list[str], ends: dict[str, list[str]]) -> str:
+    """One line a run, in %; ``columns``: title -> metric."""
+    lines = [["run", *columns, *more], ["---"] * (1 + len(columns) + len(more))]
     for name, metrics in found.items():
-        each = [str(metrics[column][0]) if column in metrics else "" for column in columns]
-        cost = [f"{metrics['edit_s']['median']:.3g}", f"{metrics['bytes_per_edit']:.0f}"] if "edit_s" in metrics else []
-        lines.append([name, *each, *(cost or ["", ""])])
+        each = [str(metrics[column][0]) if column in metrics else "" for column in columns.values()]
+        lines.append([name, *each, *ends.get(name, [""] * len(more))])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
