@@ -3,7 +3,7 @@
     python benchmarks/facts.py single DATA       rome, r_rome, FT-M, FT-L, 100 facts one at a time
     python benchmarks/facts.py commit DATA       memit and its options, FT-M, LoRA, 100 facts in one commit
     python benchmarks/facts.py stream DATA       memit, 1,000 facts in commits of 100, with retention
-    python benchmarks/facts.py commit DATA --set wiki    the same on other facts, with RIPE's axes
+    python benchmarks/facts.py commit DATA --set wiki --per-kind 2    other facts, with RIPE's axes
 
 writes results/facts-<name>/ (runs and rows, resumable), results/facts-<name>.html and .md; the set's name follows. The
 settings were chosen on counterfact/train (layers.py). Second moments come from WikiText-2; NAS takes its norms from the
@@ -81,6 +81,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--set", choices=list(SETS), default="counterfact")
     parser.add_argument("--limit", type=int, help="facts at most")
+    parser.add_argument(
+        "--per-kind", type=int, default=facts.Config.per_kind, help="questions of a kind and fact at most"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", nargs="*", help="these methods only")
     args = parser.parse_args()
@@ -93,7 +96,7 @@ def main() -> None:
     )
     text = read_text(args.data / "wikitext2/raw_train_part.txt.gz")
     anchors = lp.read_edits(Path(__file__).parents[1] / "examples/facts.jsonl")
-    cfg = facts.Config(max_new_tokens=16, **settings)
+    cfg = facts.Config(max_new_tokens=16, per_kind=args.per_kind, **settings)
     out = RESULTS / (f"facts-{args.name}" + (f"-{args.set}" if args.set != "counterfact" else ""))
     for run_id, (module, config) in METHODS[args.name].items():
         if args.only and run_id not in args.only:
