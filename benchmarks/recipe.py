@@ -89,7 +89,7 @@ def summary() -> dict[str, Any]:
         for run in read_report(folder).runs:
             found[f"{folder.name}/{run.name}"] = {
                 m.name: [round(100 * m.value, 1), m.n] for m in run.metrics() if m.split == "all" and "kl" not in m.name
-            } | {key: run.record[key] for key in ("edit_s", "bytes_per_edit") if key in run.record}
+            } | {key: run.record[key] for key in ("edit_s", "bytes_per_edit", "collapsed_at") if run.record.get(key)}
     plot(found)
     (RESULTS / "recipe-summary.md").write_text(tables(found))
     return found
@@ -146,17 +146,18 @@ def plot(found: dict[str, Any]) -> None:
             n = int(folder.rpartition("-")[2])
         if n is None or run == "none":
             continue
+        n = min([n, *metrics.get("collapsed_at", [])])  # where it was stopped
         near, far = (metrics.get(f"tf_locality/{kind}", [0])[0] for kind in ("same_relation", "unrelated"))
         row = {"locality": (near + far) / 2, **{k: metrics[k][0] for k in panels if k in metrics}}
         lines.setdefault(run, {}).setdefault(n, row)
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.8), sharey=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), sharey=True)
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
         for run, points in sorted(lines.items()):
             xs = sorted(n for n in points if metric in points[n])
             axis.plot(xs, [points[n][metric] for n in xs], "o-", lw=3 if run == "recipe" else 1, label=run)
         axis.set(title=title, xscale="log", xlabel="edits in the model", ylim=(0, 103))
     axes[0].set_ylabel("teacher-forced, %")
-    axes[2].legend(fontsize=7, loc="lower left")
+    axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(RESULTS / "recipe.png", dpi=120)
 
