@@ -1,10 +1,11 @@
 """General ability before and after 1,000 edits, editor by editor.
 
     python benchmarks/general.py DATA [--only recipe memit]
+    python benchmarks/general.py DATA --facts
 
 fits each editor on the same CounterFact evaluation facts, saves the patch under WORK, and asks the tasks in DATA with
-and without it: results/general/ (resumable) and results/general.html. In bf16: differences are paired, and both sides
-round alike.
+and without it: results/general/ (resumable) and results/general.html. With --facts it asks 100 of the facts instead:
+results/general-facts/. In bf16: differences are paired, and both sides round alike.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from facts import METHODS, makers, told
 from rich.console import Console
 
 import lmpatch as lp
-from lmpatch.benches import general
-from lmpatch.data.readers import read_edits, read_text
+from lmpatch.benches import facts, general
+from lmpatch.data.readers import read_asks, read_edits, read_text
 from lmpatch.methods import recipe
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,12 +46,27 @@ def patch_of(lm: lp.LM, name: str, edits: list[lp.Edit], data: Path, work: Path)
     return made
 
 
+def kept(lm: lp.LM, edits: list[lp.Edit], patch: lp.Patch, name: str, data: Path) -> None:
+    """What became of the facts themselves."""
+    asks = read_asks(data / "nq/nq_locality.jsonl.gz")
+    cfg = facts.Config(
+        n=len(edits), sample=100, per_kind=2, max_new_tokens=16, health=False, latency=False, distractor=False
+    )
+    report = facts.run(
+        lm, facts.with_unrelated(edits, asks[: len(asks) // 2]), cfg, patch=patch, run_id=name,
+        data_name="counterfact/eval", out=RESULTS / "general-facts",
+        progress=partial(told, name),
+    )  # fmt: skip
+    report.save_html(RESULTS / "general-facts.html")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", nargs="*", choices=EDITORS, default=list(EDITORS))
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--n", type=int, default=200, help="records of a task")
+    parser.add_argument("--facts", action="store_true", help="ask the facts, not the tasks")
     parser.add_argument("--work", type=Path, default=Path("general-work"))
     args = parser.parse_args()
     lm = lp.load("gemma-3-270m", dtype="bfloat16")
@@ -58,8 +74,12 @@ def main() -> None:
     data = general.load(args.data)
     cfg = general.Config(n=args.n, tasks=TASKS)
     for name in args.only:
+        patch = patch_of(lm, name, edits, args.data, args.work)
+        if args.facts:
+            kept(lm, edits, patch, name, args.data)
+            continue
         report = general.run(
-            lm, data, cfg, patch=patch_of(lm, name, edits, args.data, args.work), run_id=name, data_name="public tasks",
+            lm, data, cfg, patch=patch, run_id=name, data_name="public tasks",
             out=RESULTS / "general",
             progress=partial(told, name),
         )  # fmt: skip

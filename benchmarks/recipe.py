@@ -85,7 +85,7 @@ def summary() -> dict[str, Any]:
     what an edit costs: seconds and bytes."""
     found: dict[str, Any] = {}
     folders = [p for p in sorted(RESULTS.glob("recipe-*-*")) if p.is_dir()]
-    for folder in [*folders, *(p for p in sorted(RESULTS.glob("facts-*")) if p.is_dir())]:
+    for folder in [*folders, *(p for p in [*sorted(RESULTS.glob("facts-*")), RESULTS / "general-facts"] if p.is_dir())]:
         for run in read_report(folder).runs:
             found[f"{folder.name}/{run.name}"] = {
                 m.name: [round(100 * m.value, 1), m.n] for m in run.metrics() if m.split == "all" and "kl" not in m.name
@@ -141,7 +141,7 @@ def plot(found: dict[str, Any]) -> None:
     lines: dict[str, dict[int, dict[str, float]]] = {}
     for name, metrics in found.items():
         folder, run = name.split("/")
-        n = {"facts-single": 1, "facts-commit": 100, "facts-stream": 1000}.get(folder)
+        n = {"facts-single": 1, "facts-commit": 100, "facts-stream": 1000, "general-facts": 1000}.get(folder)
         if folder.startswith("recipe-counterfact-"):
             n = int(folder.rpartition("-")[2])
         if n is None or run == "none":
