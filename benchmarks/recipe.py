@@ -2,6 +2,7 @@
 
     python benchmarks/recipe.py quality DATA     n = 1 to 5,000: recipe, RAG, a cosine gate, fact in the prompt, none
     python benchmarks/recipe.py retrieval DATA   recall and false fires as the memory grows, sentinel and cosine
+    python benchmarks/recipe.py forced DATA      1,000 cases, teacher-forced: the same with less noise
     python benchmarks/recipe.py speed DATA       seconds per edit and per answer, bytes per edit
     python benchmarks/recipe.py summary DATA     all of it beside the weight editors of benchmarks/facts.py, and a plot
 
@@ -20,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from time import perf_counter
 from typing import Any
 
@@ -187,6 +188,31 @@ def retrieval(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
     return found
 
 
+def forced(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
+    """Teacher-forced accuracy over 1,000 cases of CounterFact, with 1,000 and 5,000 facts in the memory."""
+    edits = read_edits(data / "counterfact/eval.jsonl.gz")
+    random.Random(0).shuffle(edits)
+    found: dict[str, Any] = {}
+    for n in SIZES[-2:]:
+        patch = recipe.fit(lm, edits[:n], RUNS["recipe"], editor=editor)
+        kept = {edit["prompt"]: edit["target"] for edit in patch.edits}
+        cases = [edit for edit in edits[:n] if kept.get(edit.prompt) == edit.target][:1000]
+        targets = [edit.target for edit in cases]
+        with lp.apply(lm, patch):
+            for name, prompts in (
+                ("tf_reliability", [edit.prompt for edit in cases]),
+                ("tf_generality", [edit.rephrases[0] for edit in cases]),
+            ):
+                right = [one.accuracy for one in lp.score(lm, prompts, targets)]
+                found[f"{n}/{name}"] = {
+                    "value": mean(right),
+                    "stderr": stdev(right) / len(right) ** 0.5,
+                    "n": len(right),
+                }
+                print(n, name, found[f"{n}/{name}"], flush=True)
+    return found
+
+
 def speed(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
     """Medians; an edit goes from the request to a memory that answers, on disk to a commit that is flushed."""
     edits = read_edits(data / "counterfact/eval.jsonl.gz")
@@ -236,7 +262,7 @@ def side_by_side(lm: lp.LM, prompts: list[str], patches: Mapping[str, lp.Patch |
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["quality", "retrieval", "speed", "summary"])
+    parser.add_argument("name", choices=["quality", "retrieval", "forced", "speed", "summary"])
     parser.add_argument("data", type=Path)
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
     parser.add_argument("--sizes", type=int, nargs="*", default=[])
@@ -251,7 +277,7 @@ def main() -> None:
     if args.name == "quality":
         quality(lm, args.data, editor, args.sets, args.sizes, args.scored)
         return
-    made = (retrieval if args.name == "retrieval" else speed)(lm, args.data, editor)
+    made = {"retrieval": retrieval, "forced": forced, "speed": speed}[args.name](lm, args.data, editor)
     record = {"made": now(), "versions": versions(), "hardware": hardware(), "editor": editor.hash(), "results": made}
     (RESULTS / f"recipe-{args.name}.json").write_text(json.dumps(record, indent=1))
 
