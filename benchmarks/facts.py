@@ -22,7 +22,7 @@ from rich.console import Console
 
 import lmpatch as lp
 from lmpatch.benches import facts
-from lmpatch.data.readers import read_text
+from lmpatch.data.readers import read_asks, read_text
 from lmpatch.methods import finetune, memit, r_rome, rome
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,6 +59,16 @@ SETS = {
     "zsre": "knowedit/zsre.jsonl.gz",
     "wiki": "knowedit/wiki_counterfact_test.jsonl.gz",
 }
+QUICK: dict[str, Any] = {
+    "per_kind": 2, "max_new_tokens": 16, "health": False, "latency": False, "distractor": False,
+}  # fmt: skip
+"""Settings of the bench where many runs are compared."""
+
+
+def unseen(data: Path) -> list[lp.Ask]:
+    """Unrelated questions of the half that no editor was trained on."""
+    asks = read_asks(data / "nq/nq_locality.jsonl.gz")
+    return asks[: len(asks) // 2]
 
 
 def makers(module: Any, cfg: Any, text: list[str], anchors: list[lp.Edit]) -> dict[str, Any]:

@@ -25,10 +25,12 @@ from statistics import mean, median, stdev
 from time import perf_counter
 from typing import Any
 
+from facts import QUICK, SETS, told, unseen
+
 import lmpatch as lp
 from lmpatch.benches import facts
 from lmpatch.benches._report import read_report
-from lmpatch.data.readers import read_asks, read_edits
+from lmpatch.data.readers import read_edits
 from lmpatch.methods import recipe
 from lmpatch.patches.memory import Finder, encoded
 from lmpatch.patches.patch import plain
@@ -36,11 +38,9 @@ from lmpatch.record import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = (1, 10, 100, 1000, 5000)
-SETS = {  # file, how many of its facts no training saw, sizes
-    "counterfact": ("counterfact/eval.jsonl.gz", None, SIZES),
-    "zsre": ("knowedit/zsre.jsonl.gz", 402, (1, 100, 402)),
-    "wiki": ("knowedit/wiki_counterfact_test.jsonl.gz", None, (1, 100, 500)),
-}
+SIZES_OF = {"counterfact": SIZES, "zsre": (1, 100, 402), "wiki": (1, 100, 500)}
+UNTRAINED = {"zsre": 402}
+"""How many of a set's facts no training saw; all where it is not said."""
 RUNS = {
     "recipe": recipe.Config(),
     "recipe_text": recipe.Config(insert="text"),
@@ -51,14 +51,11 @@ RUNS = {
 def quality(lm: lp.LM, data: Path, editor: lp.Editor, only: list[str], sizes: list[int], scored: int) -> None:
     """All n edits in the memory, then at most ``scored`` cases are asked."""
     for name in only:
-        file, count, steps = SETS[name]
+        file, steps = SETS[name], SIZES_OF[name]
         for n in [size for size in steps if size in sizes or not sizes]:
-            edits = facts.with_unrelated(read_edits(data / file, limit=count), unseen(data))
+            edits = facts.with_unrelated(read_edits(data / file, limit=UNTRAINED.get(name)), unseen(data))
             edits = edits if n > scored else edits[: max(n, scored)]
-            cfg = facts.Config(
-                n=n, chunks=max(1, scored // n), sample=scored, per_kind=2, max_new_tokens=16, health=False,
-                latency=False, distractor=False,
-            )  # fmt: skip
+            cfg = facts.Config(n=n, chunks=max(1, scored // n), sample=scored, **QUICK)
             out = RESULTS / f"recipe-{name}-{n}"
             for run, config in RUNS.items():
                 if run != "recipe" and n != max(steps):
@@ -71,22 +68,12 @@ def quality(lm: lp.LM, data: Path, editor: lp.Editor, only: list[str], sizes: li
                 report.save_html(out.with_suffix(".html"))
 
 
-def told(name: str, done: int, total: int, what: str) -> None:
-    print(f"{name}: {what} {done}/{total}", flush=True)
-
-
-def unseen(data: Path) -> list[lp.Ask]:
-    """Unrelated questions of the half that the editor was not trained on."""
-    asks = read_asks(data / "nq/nq_locality.jsonl.gz")
-    return asks[: len(asks) // 2]
-
-
 def summary() -> dict[str, Any]:
     """Every run's means beside those of the weight editors: generated, and teacher-forced as papers give them. With
     what an edit costs: seconds and bytes."""
     found: dict[str, Any] = {}
-    folders = [p for p in sorted(RESULTS.glob("recipe-*-*")) if p.is_dir()]
-    for folder in [*folders, *(p for p in [*sorted(RESULTS.glob("facts-*")), RESULTS / "general-facts"] if p.is_dir())]:
+    paths = [path for pattern in ("recipe-*-*", "facts-*", "general-facts") for path in sorted(RESULTS.glob(pattern))]
+    for folder in filter(Path.is_dir, paths):
         for run in read_report(folder).runs:
             found[f"{folder.name}/{run.name}"] = {
                 m.name: [round(100 * m.value, 1), m.n] for m in run.metrics() if m.split == "all" and "kl" not in m.name
@@ -96,6 +83,7 @@ def summary() -> dict[str, Any]:
     return found
 
 
+Cell = Callable[[dict[str, Any]], str]
 MAIN = ["reliability", "generality", "loc_unchanged/same_relation", "loc_unchanged/unrelated"]
 MAIN += ["tf_reliability", "tf_generality", "tf_locality/same_relation", "tf_locality/unrelated"]
 AXES = {  # of RIPE, Cohen et al. 2024 (arXiv:2307.12976), as KnowEdit groups them
@@ -109,21 +97,25 @@ AXES = {  # of RIPE, Cohen et al. 2024 (arXiv:2307.12976), as KnowEdit groups th
 
 def tables(found: dict[str, Any]) -> str:
     """The same as Markdown: generated answers, teacher-forced ones and costs; then RIPE's axes."""
-    costs = {
-        name: [f"{m['edit_s']['median']:.3g}", f"{m['bytes_per_edit']:.0f}"]
-        for name, m in found.items() if "edit_s" in m
-    }  # fmt: skip
-    whole = rows(found, {column: column for column in MAIN}, ["s per edit", "bytes per edit"], costs)
-    followed = {name: m for name, m in found.items() if AXES["composition"] in m}
-    return "\n".join([whole, "RIPE's axes, generated\n", rows(followed, AXES, [], {})])
+    costs: dict[str, Cell] = {
+        "s per edit": lambda run: f"{run['edit_s']['median']:.3g}" if "edit_s" in run else "",
+        "bytes per edit": lambda run: f"{run['bytes_per_edit']:.0f}" if "edit_s" in run else "",
+    }
+    axes = {title: share(metric) for title, metric in AXES.items()}
+    followed = {name: run for name, run in found.items() if AXES["composition"] in run}
+    whole = rows(found, {metric: share(metric) for metric in MAIN} | costs)
+    return "\n".join([whole, "RIPE's axes, generated\n", rows(followed, axes)])
 
 
-def rows(found: dict[str, Any], columns: dict[str, str], more: list[str], ends: dict[str, list[str]]) -> str:
-    """One line a run, in %; ``columns``: title -> metric."""
-    lines = [["run", *columns, *more], ["---"] * (1 + len(columns) + len(more))]
-    for name, metrics in found.items():
-        each = [str(metrics[column][0]) if column in metrics else "" for column in columns.values()]
-        lines.append([name, *each, *ends.get(name, [""] * len(more))])
+def share(metric: str) -> Cell:
+    """In %."""
+    return lambda run: str(run[metric][0]) if metric in run else ""
+
+
+def rows(found: dict[str, Any], columns: dict[str, Cell]) -> str:
+    """One line a run."""
+    lines = [["run", *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *(cell(run) for cell in columns.values())] for name, run in found.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

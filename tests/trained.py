@@ -48,7 +48,7 @@ class Trained:
 
 @cache
 def trained(seed: int) -> Trained:
-    """The model of this seed; about 15 s on one core."""
+    """The model of this seed; about 20 s on one core."""
     draw = random.Random(seed)
     homes = {name: draw.choice(TOWNS) for name in NAMES}
     tokenizer = _tokenizer()

@@ -6,7 +6,7 @@ Everything is chosen on the names that were shown with contexts and measured on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -27,11 +27,9 @@ def known(request: pytest.FixtureRequest) -> Iterator[Trained]:
     assert all(torch.equal(before[name], tensor) for name, tensor in found.lm.model.state_dict().items())
 
 
-def told(known: Trained, records: Sequence[ContextRecord], *patches: lp.Patch) -> tuple[float, float]:
+def told(known: Trained, records: Sequence[ContextRecord], patch: lp.Patch | None = None) -> tuple[float, float]:
     """Shares answered as the context says, and as the model remembers."""
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(lp.apply(known.lm, patch))
+    with lp.apply(known.lm, patch) if patch else nullcontext():
         said = [text.strip() for text in lp.generate(known.lm, [r.asked for r in records], max_new_tokens=2)]
     pairs = list(zip(said, records, strict=True))
     return sum(s == r.answer for s, r in pairs) / len(pairs), sum(s == r.memory for s, r in pairs) / len(pairs)
