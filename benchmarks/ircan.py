@@ -8,11 +8,13 @@ the same records of the dev half, by the share of them answered as their context
 neurons and (h, beta) of IRCAN, alone and under CAD, neurons and factor of SCoNE, heads and strength of ITI, layers and
 factor of ParamMute, the strength of each decoding rule, and for questions with options the prompt's ending. Then each
 is measured once on the test half by the bench ``memotrap`` or ``kre``. What is tried on dev is counted in bf16, which
-is several times faster; credits and everything on test are fp32.
+is several times faster; credits and everything on test are fp32. At last the general tasks in DATA are asked with and
+without IRCAN's patch, in bf16.
 
 Writes into benchmarks/results/ircan-TASK: the bench's rows, dev.json (what was tried on dev), results.json, report.html
-and plots. The same command goes on where it stopped; Ctrl-C loses what is under way: 25 records of attribution, one
-setting on dev (of a grid of neurons 64 records), or 64 records of one run on test.
+and plots, IRCAN's patch, and the rows and page of the general tasks. The same command goes on where it stopped; Ctrl-C
+loses what is under way: 25 records of attribution, one setting on dev (of a grid of neurons 64 records), or 64 records
+of one run on test.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import lmpatch as lp
-from lmpatch.benches import kre, memotrap
+from lmpatch.benches import general, kre, memotrap
 from lmpatch.benches._context_prompts import worded
 from lmpatch.data.context import ContextRecord, read_context
 from lmpatch.methods import iti, param_mute, scone
@@ -49,6 +52,7 @@ from lmpatch.record import hardware, hash_json, now, versions
 from lmpatch.units.address import Neuron
 
 RESULTS = Path(__file__).parent / "results"
+TASKS = ("csqa", "anli", "mmlu", "squad", "perplexity")
 FILES = {"memotrap": "memotrap/completion", "cose": "kre/cose", "ecare": "kre/ecare"}
 H, BETA = (1, 2, 4, 8, 12, 16), (2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0)
 SCONE = ((3, 5, 10), (3.0, 5.0, 7.0))
@@ -328,9 +332,24 @@ def measure(lm: LM, test: list[ContextRecord], study: Study, args: argparse.Name
         report = ask(config(baselines=(), **settings), patch=patches, run_id=name)
         numbers = {key: round(metric.value, 4) for key, metric in report.run(name).numbers.items()}
         print(f"{name}: {numbers} in {perf_counter() - start:.0f} s", flush=True)
-        if number % 10 == 0:
+        if number % 5 == 0:
             write(report, study, args, folder)
     return report
+
+
+def ability(study: Study, args: argparse.Namespace, folder: Path) -> None:
+    """What IRCAN does to other tasks."""
+    (patch,) = study.of_ircan()
+    if not (folder / "patch").exists():
+        patch.save(folder / "patch")
+    cfg = general.Config(n=args.general_n, tasks=TASKS)
+    found = general.run(
+        study.fast, general.load(args.data), cfg, patch=patch, run_id="ircan", data_name="public tasks",
+        out=folder / "general", progress=told,
+    )  # fmt: skip
+    found.save_html(folder / "general.html")
+    with (folder / "general.md").open("w") as file:
+        Console(file=file, width=160).print(found.table())
 
 
 def mean_of(report: Any, prefix: str) -> dict[str, float]:
@@ -460,6 +479,7 @@ def main() -> None:
     parser.add_argument("--dev", type=int, help="dev records on which every method is tuned; default: every one")
     parser.add_argument("--n", type=int, help="test records, chosen by hash; default: every one")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--general-n", type=int, default=100, help="records of each general task; 0: none")
     parser.add_argument("--out", type=Path, help="folder; default: results/ircan-TASK beside this file")
     args = parser.parse_args()
     folder: Path = args.out or RESULTS / f"ircan-{args.task}"
@@ -472,6 +492,8 @@ def main() -> None:
     study = Study(lm, fast, dev, Dev(folder / "dev.json", identity), args, folder)
     report = measure(lm, test, study, args, folder)
     write(report, study, args, folder)
+    if args.general_n:
+        ability(study, args, folder)
     print(f"results in {folder}: report.html, results.json and plots")
 
 

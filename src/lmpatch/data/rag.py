@@ -38,6 +38,13 @@ REFUSAL = re.compile(
     r"|not (mentioned|given|stated|known)|it is (unknown|not (mentioned|known))|(answer is )?(unknown|none|na)$)\b"
 )
 """An answer that begins so, normalised, says nothing."""
+INSTRUCTION = "Answer the following questions based on your internal knowledge with one or few words."
+SHOWN = (
+    ("What is the capital of France?", "Paris"),
+    ("When did the Second World War end?", "1945"),
+    ("What gas do plants take in from the air?", "carbon dioxide"),
+)
+"""Questions with answers that stand before the one asked."""
 
 
 def read_rag(path: str | Path, *, part: Part = "train", limit: int | None = None) -> list[RagRecord]:
@@ -146,12 +153,11 @@ def counts(records: Sequence[RagRecord]) -> dict[str, int]:
 def closed_book(question: str) -> str:
     """The prompt without documents that asks for the model's own answer.
 
-    Source: the closed-book prompt of COIECD (arXiv:2402.11893).
+    Differs: three examples follow the instruction of COIECD's prompt (arXiv:2402.11893); without them a small base
+    model often answers nothing at all.
     """
-    return (
-        "Answer the following question based on your internal knowledge with one or few words: "
-        f"{question.strip()}\nAnswer:"
-    )
+    asked = [*SHOWN, (question.strip(), "")]
+    return "\n\n".join([INSTRUCTION, *(f"Question: {q}\nAnswer: {a}".rstrip() for q, a in asked)])
 
 
 def refused(answer: str) -> bool:
