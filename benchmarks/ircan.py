@@ -54,7 +54,7 @@ from lmpatch.units.address import Neuron
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("csqa", "anli", "mmlu", "squad", "perplexity")
 FILES = {"memotrap": "memotrap/completion", "cose": "kre/cose", "ecare": "kre/ecare"}
-H, BETA = (1, 2, 4, 8, 12, 16), (2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0)
+H, BETA = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64), (1.25, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0)
 SCONE = ((3, 5, 10), (3.0, 5.0, 7.0))
 HEADS, PUSH = (2, 4, 8, 16), (1.0, 3.0, 5.0, 10.0, 15.0)
 MUTED, QUIET = (2, 3, 5), (0.75, 0.5, 0.25, 0.0)
@@ -67,7 +67,6 @@ RULES: dict[str, tuple[str, tuple[float, ...]]] = {  # method -> its setting, an
     "arr": ("", (0.0,)),
 }
 SUFFIXES = ("Answer: ", "Answer: \n", "The correct answer is ", "Answer: \nThe correct option is \n**")
-TRIED = [H, BETA, SCONE, HEADS, PUSH, MUTED, QUIET, RULES, SUFFIXES]
 SEEDS, FEW = range(10), range(3)
 PART, BLOCK = 25, 64  # dev records of attribution, and of a grid, that are kept as one
 WORDINGS = ("base", "attr", "instr", "opin", "instr+opin", "based_on", "based_on_formatted", "utilizing_formatted")
@@ -84,9 +83,7 @@ class Dev:
         if path.exists():
             self.kept = json.loads(path.read_text())
             if self.kept["identity"] != identity:
-                raise SystemExit(
-                    f"{path} was made of other records, another model or other settings. Use another --out."
-                )
+                raise SystemExit(f"{path} was made of other records or another model. Use another --out.")
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """The value under that name, made and kept where it is not there yet."""
@@ -182,7 +179,8 @@ class Study:
         total = [0] * len(settings)
         for start in range(0, len(self.dev), BLOCK):
             block = self.dev[start : start + BLOCK]
-            part = self.kept.once(f"{name} {start}", partial(right, self.fast, block, neurons, settings, on))
+            key = f"{name} {start} {hash_json(settings)[:8]}"
+            part = self.kept.once(key, partial(right, self.fast, block, neurons, settings, on))
             total = [t + n for t, n in zip(total, part, strict=True)]
         self.tables[name] = self.table(settings, total)
         h, factor = best_of(settings[1:], total[1:])
@@ -488,7 +486,7 @@ def main() -> None:
     lm, fast = (lp.load(args.model, device=args.device, dtype=dtype) for dtype in ("float32", "bfloat16"))
     dev = dev[: args.dev]
     identity = {"model": lm.fingerprint(), "dev": hash_json([[r.prompt, r.answer, r.memory] for r in dev])}
-    identity |= {"examples": args.examples, "tried": hash_json(TRIED)}
+    identity["examples"] = args.examples
     study = Study(lm, fast, dev, Dev(folder / "dev.json", identity), args, folder)
     report = measure(lm, test, study, args, folder)
     write(report, study, args, folder)
