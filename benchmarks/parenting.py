@@ -49,8 +49,8 @@ RUNS: dict[str, dict[str, Any]] = {
 ablation without boundary control; ``mixed`` trains all units."""
 ABLATIONS = ("mixed_same_units", "no_layer_cue", "no_extraction")
 TRIED: dict[str, list[dict[str, Any]]] = {
-    "parenting": [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3)],
-    "mixed": [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3)],
+    "parenting": [{"lr": lr} for lr in (2.5e-4, 5e-4, 1e-3)],
+    "mixed": [{"lr": lr} for lr in (2.5e-4, 5e-4, 1e-3)],
     "cad": [{"alpha": alpha} for alpha in (0.25, 0.5, 1.0)],
     "ircan": [{"neurons": h, "factor": b} for h in (2, 8) for b in (2.0, 5.0)],
 }
