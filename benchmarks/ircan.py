@@ -8,8 +8,8 @@ the same records of the dev half, by the share of them answered as their context
 neurons and (h, beta) of IRCAN, alone and under CAD, neurons and factor of SCoNE, heads and strength of ITI, layers and
 factor of ParamMute, the strength of each decoding rule, and for questions with options the prompt's ending. Then each
 is measured once on the test half by the bench ``memotrap`` or ``kre``. What is tried on dev is counted in bf16, which
-is several times faster; credits and everything on test are fp32. At last the general tasks in DATA are asked with and
-without IRCAN's patch, in bf16.
+is several times faster; credits are fp32. The test half is asked in --dtype. At last the general tasks in DATA are
+asked with and without IRCAN's patch, in bf16.
 
 Writes into benchmarks/results/ircan-TASK: the bench's rows, dev.json (what was tried on dev), results.json, report.html
 and plots, IRCAN's patch, and the rows and page of the general tasks. The same command goes on where it stopped; Ctrl-C
@@ -128,6 +128,7 @@ class Study:
         self, lm: LM, fast: LM, dev: list[ContextRecord], kept: Dev, args: argparse.Namespace, folder: Path
     ) -> None:
         self.lm, self.fast, self.dev, self.kept, self.folder = lm, fast, dev, kept, folder
+        self.tested = lm if args.dtype == "float32" else fast
         self.options: dict[str, Any] = {}
         """Of the bench, chosen on dev."""
         if dev[0].options:
@@ -284,11 +285,11 @@ class Study:
 
         def ask() -> float:
             report = self.bench.run(
-                self.lm, self.dev, cfg, patch=patches, run_id=name, out=self.folder / "dev", progress=told
+                self.tested, self.dev, cfg, patch=patches, run_id=name, out=self.folder / "dev", progress=told
             )
             return float(report.metrics(name)["acc"].value)
 
-        self.kept.once(f"{name} asked", ask)
+        self.kept.once(f"{name} asked {self.tested.dtype}", ask)
 
 
 def rows(study: Study) -> list[tuple[str, Callable[[], list[Patch]], dict[str, Any]]]:
@@ -314,11 +315,11 @@ def rows(study: Study) -> list[tuple[str, Callable[[], list[Patch]], dict[str, A
     return found
 
 
-def measure(lm: LM, test: list[ContextRecord], study: Study, args: argparse.Namespace, folder: Path) -> Any:
+def measure(test: list[ContextRecord], study: Study, args: argparse.Namespace, folder: Path) -> Any:
     """Every row on test. The unpatched model and the wordings are asked once for all of them."""
     config = partial(study.bench.Config, n=args.n, batch_size=args.batch, **study.options)
     wordings = WORDINGS[1:] if args.task == "memotrap" else WORDINGS  # of a completion, base is the plain wording
-    ask = partial(study.bench.run, lm, test, data_name=args.task, out=folder, progress=told)
+    ask = partial(study.bench.run, study.tested, test, data_name=args.task, out=folder, progress=told)
     report = ask(config(baselines=wordings))
     for number, (name, make, settings) in enumerate(rows(study), 1):
         start = perf_counter()
@@ -370,7 +371,7 @@ def write(report: Any, study: Study, args: argparse.Namespace, folder: Path) -> 
     neurons, beta = study.ircan
     objective = OBJECTIVE.format(n=len(study.dev))
     whole = {
-        "made": now(), "model": study.lm.name, "dtype": "float32", "task": args.task, "versions": versions(),
+        "made": now(), "model": study.lm.name, "dtype": args.dtype, "task": args.task, "versions": versions(),
         "hardware": hardware(), "dev_dtype": "bfloat16", "objective": objective, "dev_records": len(study.dev),
         "bench": study.options,
         "ircan": {"h": len(neurons), "beta": beta}, "tables": study.tables, "dev": study.kept.kept,
@@ -385,7 +386,9 @@ def write(report: Any, study: Study, args: argparse.Namespace, folder: Path) -> 
         for path in plots
     )
     said = f"<p>Every setting was chosen by {escape(objective)}.</p>"
-    asked = [(name, study.kept.kept.get(f"{name} asked")) for name in ("ircan", "ircan + cad", "scone")]
+    asked = [
+        (name, study.kept.kept.get(f"{name} asked {study.tested.dtype}")) for name in ("ircan", "ircan + cad", "scone")
+    ]
     said += "".join(
         f"<p>{name}, asked by the bench on dev: {100 * one['value']:.1f} %.</p>" for name, one in asked if one
     )
@@ -473,6 +476,7 @@ def main() -> None:
     parser.add_argument("--task", choices=FILES, default="memotrap")
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the test half")
     parser.add_argument("--examples", type=int, default=100, help="dev records on which neurons are found")
     parser.add_argument("--dev", type=int, help="dev records on which every method is tuned; default: every one")
     parser.add_argument("--n", type=int, help="test records, chosen by hash; default: every one")
@@ -488,7 +492,7 @@ def main() -> None:
     identity = {"model": lm.fingerprint(), "dev": hash_json([[r.prompt, r.answer, r.memory] for r in dev])}
     identity["examples"] = args.examples
     study = Study(lm, fast, dev, Dev(folder / "dev.json", identity), args, folder)
-    report = measure(lm, test, study, args, folder)
+    report = measure(test, study, args, folder)
     write(report, study, args, folder)
     if args.general_n:
         ability(study, args, folder)
