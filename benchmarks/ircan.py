@@ -11,8 +11,8 @@ is measured once on the test half by the bench ``memotrap`` or ``kre``. What is 
 is several times faster; credits are fp32. The test half is asked in --dtype. At last the general tasks in DATA are
 asked with and without IRCAN's patch, in bf16.
 
-Writes into benchmarks/results/ircan-TASK: the bench's rows, dev.json (what was tried on dev), results.json, report.html
-and plots, IRCAN's patch, and the rows and page of the general tasks. The same command goes on where it stopped; Ctrl-C
+Writes into benchmarks/results/ircan-TASK: the bench's rows, dev.json (what was tried on dev), results.json and .md,
+report.html and plots, IRCAN's patch, and the rows and page of the general tasks. The same command goes on where it stopped; Ctrl-C
 loses what is under way: 25 records of attribution, one setting on dev (of a grid of neurons 64 records), or 64 records
 of one run on test.
 """
@@ -137,6 +137,7 @@ class Study:
         self.bench: Any = kre if dev[0].options else memotrap
         self.tables: dict[str, list[list[float]]] = {}
         """Of each method every setting with its accuracy."""
+        self.chosen: dict[str, Setting] = {}
         self.named = self.credited(args.examples)
 
     def suffix(self) -> str:
@@ -184,7 +185,7 @@ class Study:
             part = self.kept.once(key, partial(right, self.fast, block, neurons, settings, on))
             total = [t + n for t, n in zip(total, part, strict=True)]
         self.tables[name] = self.table(settings, total)
-        h, factor = best_of(settings[1:], total[1:])
+        self.chosen[name] = h, factor = best_of(settings[1:], total[1:])
         return neurons[:h], factor
 
     def table(self, settings: Sequence[Setting], total: Sequence[int]) -> list[list[float]]:
@@ -198,7 +199,8 @@ class Study:
 
         total = [self.kept.once(f"{name} {k} {x}", partial(count, k, x)) for k, x in settings]
         self.tables[name] = self.table(settings, total)
-        return best_of(settings, total)
+        self.chosen[name] = best_of(settings, total)
+        return self.chosen[name]
 
     def scaled(self, method: str, neurons: list[Neuron], factor: float, **more: Any) -> Patch:
         notes = {"neurons": [[n.layer, n.index] for n in neurons], "factor": factor, **more}
@@ -368,16 +370,16 @@ def write(report: Any, study: Study, args: argparse.Namespace, folder: Path) -> 
     }
     prefixes = ("ERN", "ErRN", "iti random", "param_mute random")
     controls = {p: mean_of(report, p) for p in prefixes if any(r.name.startswith(f"{p} ") for r in report.runs)}
-    neurons, beta = study.ircan
     objective = OBJECTIVE.format(n=len(study.dev))
     whole = {
         "made": now(), "model": study.lm.name, "dtype": args.dtype, "task": args.task, "versions": versions(),
         "hardware": hardware(), "dev_dtype": "bfloat16", "objective": objective, "dev_records": len(study.dev),
         "bench": study.options,
-        "ircan": {"h": len(neurons), "beta": beta}, "tables": study.tables, "dev": study.kept.kept,
+        "chosen": study.chosen, "tables": study.tables, "dev": study.kept.kept,
         "controls": controls, "runs": numbers,
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / "results.md").write_text(listed(report, study, controls))
     plots = draw(report, study, controls, folder)
     page = report.save_html(folder / "report.html").read_text(encoding="utf-8")
     pictures = "".join(
@@ -396,6 +398,28 @@ def write(report: Any, study: Study, args: argparse.Namespace, folder: Path) -> 
         "</body>", f'<h2>Neurons, settings, ablations</h2>{said}<div class="plots">{pictures}</div></body>'
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def listed(report: Any, study: Study, controls: dict[str, dict[str, float]]) -> str:
+    """What readers look for, as Markdown in %: ± one standard error, of controls the s.d. over seeds."""
+    lines = [["run", "chosen on dev", "ACC", "difference", "SR", "kept with another's context", "BCU"]]
+    lines.append(["---"] * len(lines[0]))
+    for run in report.runs:
+        if any(run.name.startswith(f"{prefix} ") for prefix in controls):
+            continue
+        own, moved = report.metrics(run.name), report.differences(run.name)
+        cells = [shown(own.get("acc")), shown(moved.get("acc")) if run.name != "none" else ""]
+        cells += [shown(own.get(name)) for name in ("sr", "robustness", "bcu")]
+        chosen = study.chosen.get(run.name, ())[run.name in RULES :]
+        lines.append([run.name, ", ".join(f"{x:g}" for x in chosen), *cells])
+    for name, mean in controls.items():
+        cell = f"{100 * mean['acc']:.1f} ± {100 * mean['sd_over_seeds']:.1f}"
+        lines.append([f"{name}, {mean['seeds']:.0f} seeds", "", cell, "", "", "", ""])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def shown(metric: Any) -> str:
+    return f"{100 * metric.value:.1f} ± {100 * (metric.stderr or 0):.1f}" if metric else ""
 
 
 def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folder: Path) -> list[Path]:
