@@ -12,9 +12,9 @@ is several times faster; credits are fp32. The test half is asked in --dtype. At
 asked with and without IRCAN's patch, in bf16.
 
 Writes into benchmarks/results/ircan-TASK: the bench's rows, dev.json (what was tried on dev), results.json and .md,
-report.html and plots, IRCAN's patch, and the rows and page of the general tasks. The same command goes on where it stopped; Ctrl-C
-loses what is under way: 25 records of attribution, one setting on dev (of a grid of neurons 64 records), or 64 records
-of one run on test.
+report.html and plots, IRCAN's patch, and the rows and page of the general tasks. The same command goes on where it
+stopped; Ctrl-C loses what is under way: 25 records of attribution, one setting on dev (of a grid of neurons 64
+records), or 64 records of one run on test.
 """
 
 from __future__ import annotations
