@@ -4,7 +4,7 @@
     python benchmarks/parenting.py ../shared/data/squad/squad_v2_dev.jsonl.gz
 
 ``tune`` chooses the rates of parenting and of mixed fine-tuning, CAD's alpha and IRCAN's (neurons, factor) on the dev
-articles, by R_Ad + R_Ro on the same items, with half the steps, and writes results/parenting-dev.json. The second
+articles, by R_Ad + R_Ro on the same items, and writes results/parenting-dev.json. The second
 command reads that file and measures everything once on the held-out articles; it is meant to take less than an hour on
 two cores, and with the tuning inside would not. Where the file is missing it takes the methods' defaults and says so.
 
@@ -49,10 +49,10 @@ RUNS: dict[str, dict[str, Any]] = {
 ablation without boundary control; ``mixed`` trains all units."""
 ABLATIONS = ("mixed_same_units", "no_layer_cue", "no_extraction")
 TRIED: dict[str, list[dict[str, Any]]] = {
-    "parenting": [{"lr": lr} for lr in (2.5e-4, 5e-4, 1e-3)],
-    "mixed": [{"lr": lr} for lr in (2.5e-4, 5e-4, 1e-3)],
+    "parenting": [{"lr": lr} for lr in (1.25e-4, 2.5e-4, 5e-4)],
+    "mixed": [{"lr": lr} for lr in (1.25e-4, 2.5e-4, 5e-4)],
     "cad": [{"alpha": alpha} for alpha in (0.25, 0.5, 1.0)],
-    "ircan": [{"neurons": h, "factor": b} for h in (2, 8) for b in (2.0, 5.0)],
+    "ircan": [{"neurons": h, "factor": b} for h in (8, 24) for b in (2.0, 3.0)],
 }
 """What is chosen from on dev. The ablations take parenting's rate."""
 SKILLS = ("R_Ad", "R_Ro", "R_Ad+R_Ro")
@@ -80,7 +80,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--chosen", type=Path, default=RESULTS / "parenting-dev.json", help="what tune writes")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of parenting, for all runs")
     parser.add_argument("--build", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the data builder")
-    parser.add_argument("--n", type=int, default=120, help="items of each condition at most; tune asks 48")
+    parser.add_argument("--n", type=int, default=120, help="items of each condition at most")
     parser.add_argument("--ircan-examples", type=int, default=24)
     parser.add_argument(
         "--general", type=Path, help="folder of general tasks; left out: general, beside SQuAD's folder"
@@ -185,15 +185,13 @@ def tune(bench: Bench) -> None:
     """Choose every setting on the dev articles, by the same number on the same items."""
     dev = read_rag(bench.out / "sets/dev.jsonl", part="dev")
     bench.ask(dev)
-    cfg = rag.Config(n=min(48, bench.args.n), conditions=("conflict", "irrelevant"))
-    steps = resolve(parenting.Config, parse(parenting.Config, bench.args.set)).steps
+    cfg = rag.Config(n=bench.args.n, conditions=("conflict", "irrelevant"))
     tried: dict[str, dict[str, Any]] = {run: {} for run in TRIED}
     for run, settings in TRIED.items():
         for own in settings:
             name = "-".join([run, *(f"{key}={value}" for key, value in own.items())])
-            half = {"steps": max(1, steps // 2)} if run in ("parenting", "mixed") else {}
             try:
-                patch = bench.timed(name, partial(bench.patch, name, run, RUNS[run] | half | own))
+                patch = bench.timed(name, partial(bench.patch, name, run, RUNS[run] | own))
             except lp.Diverged as error:
                 tried[run][name] = {"settings": own, "diverged": str(error)}
                 continue

@@ -122,6 +122,16 @@ def test_memory_that_holds_the_documents_answer_is_no_conflict() -> None:
     assert not samples([record], {"Where?": "it is in Rome or Oslo or Bergen"})  # token F1 is below one half
 
 
+def test_a_question_with_several_foreign_documents_is_asked_without_one_only_once() -> None:
+    records = [
+        RagRecord("Where?", (text,), "robustness", "foreign", gold=("Rome",), id=id)
+        for text, id in (("It rains.", "1:foreign"), ("It snows.", "1:foreign2"), ("It rains.", "2:foreign"))
+    ]
+    found = [(s.condition, s.id) for s in samples(records, {"Where?": ""})]
+    assert [id for condition, id in found if condition == "irrelevant"] == ["1:foreign", "1:foreign2", "2:foreign"]
+    assert [id for condition, id in found if condition == "empty"] == ["1:foreign", "2:foreign"]
+
+
 def test_questions_without_a_conflict_or_a_true_answer_are_not_asked() -> None:
     kinds: list[tuple[Any, Any, str, tuple[str, ...]]] = [
         ("adherence", "original", "Rome", ("Rome",)),

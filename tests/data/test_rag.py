@@ -186,6 +186,20 @@ def test_a_question_that_no_foreign_document_fits_is_counted(tmp_path: Path) -> 
     assert made.skipped["no document of another article is free of its answers"] == crops
 
 
+def test_a_held_question_has_documents_of_several_other_articles(tmp_path: Path) -> None:
+    cfg = Build(held_out=0.5, held_documents=2)
+    made = build(read_questions(squad(tmp_path / "s.jsonl")), cfg).records
+    texts = {q.context: q.article for q in read_questions(squad(tmp_path / "s.jsonl"))}
+    found: dict[tuple[str, str], list[str]] = {}
+    for r in made:
+        if r.variant == "foreign":
+            (article,) = {a for text, a in texts.items() if r.documents[0] in text}
+            found.setdefault((r.part, r.id.partition(":")[0]), []).append(article)
+    assert {len(set(articles)) for (part, _), articles in found.items() if part == "held_out"} == {2}
+    assert all(len(articles) == 1 for (part, _), articles in found.items() if part == "train")
+    assert len({r.id for r in made}) == len(made)
+
+
 def test_training_pairs_look_for_no_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmpatch.data import _rag_build
 

@@ -55,9 +55,14 @@ def samples(records: Sequence[RagRecord], own: Mapping[str, str]) -> list[Sample
         own: question → closed-book answer.
     """
     made = []
+    bare: set[str] = set()  # questions asked without a document: once, however many records they have
     for r in records:
         said, question = own[r.question], r.id.partition(":")[0]
         for condition in VARIANTS.get(r.variant, ()):
+            if condition == "empty":
+                if (key := question or r.question) in bare:
+                    continue
+                bare.add(key)
             changed = condition in ("conflict", "mixed")
             if changed and (f1(said, r.answer) >= AGREES or holds(said, [r.answer])):
                 continue

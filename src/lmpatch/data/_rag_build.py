@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ..errors import BadInput
 from ._rag_record import LABELS, Part, RagRecord
@@ -25,8 +26,8 @@ class Build:
     """Decides every choice."""
     held_out: float = 0.25
     """Share of the articles that is measured on."""
-    dev: float = 0.12
-    """Share of the articles on which settings are chosen: 4 of SQuAD's 35, at least two where enough are left. The rest
+    dev: float = 0.25
+    """Share of the articles on which settings are chosen: 9 of SQuAD's 35, at least two where enough are left. The rest
     is trained on."""
     adherence: int = 600
     """Records with an answering document for training: half with the original, half with a substituted answer."""
@@ -40,8 +41,10 @@ class Build:
     held_adherence: int = 300
     """Pairs in ``dev`` and ``held_out`` each."""
     held_foreign: int = 1500
-    """Foreign records in ``dev`` and ``held_out`` each: of a small model's answers few are right, and only those
-    can be kept."""
+    """Questions with foreign documents in ``dev`` and ``held_out`` each: of a small model's answers few are right, and
+    only those can be kept."""
+    held_documents: int = 3
+    """Foreign documents such a question is asked with, one at a time, each of another article."""
     words: int = 45
     """Longest document; about 60 tokens. Documents are cut to whole sentences."""
     extraction_words: int = 25
@@ -231,10 +234,14 @@ class _Part:
         return None
 
     def _foreign(self, q: Question) -> list[RagRecord]:
-        text = self._elsewhere(q, q.gold, self.cfg.words)
-        if text is None:
+        count = 1 if self.part == "train" else self.cfg.held_documents
+        texts = list(islice(self._elsewhere(q, q.gold, self.cfg.words), count))
+        if not texts:
             return self._skip("no document of another article is free of its answers")
-        return [self._record(q, [text], kind="robustness", variant="foreign")]
+        return [
+            self._record(q, [text], kind="robustness", variant="foreign", id=f"{q.id}:foreign{i if i > 1 else ''}")
+            for i, text in enumerate(texts, 1)
+        ]
 
     def _unanswerable(self, q: Question) -> list[RagRecord]:
         text = next(self._clean([q.context, *q.others], q.gold, self.cfg.words), None)
@@ -267,18 +274,18 @@ class _Part:
         place = own.index(q.context)
         near = sorted((text for text in own if text != q.context), key=lambda text: abs(own.index(text) - place))
         same = next(self._clean([*q.others, *near], without, words), None)
-        return [text for text in (same, self._elsewhere(q, without, words)) if text]
+        return [text for text in (same, next(self._elsewhere(q, without, words), None)) if text]
 
-    def _elsewhere(self, q: Question, without: Sequence[str], words: int) -> str | None:
+    def _elsewhere(self, q: Question, without: Sequence[str], words: int) -> Iterator[str]:
+        """A document of every other article."""
         others = sorted(
             (title for title in self.paragraphs if title != q.article),
             key=lambda title: chance(self.cfg.seed, f"{q.id} {title}"),
         )
         for title in others:
             texts = sorted(self.paragraphs[title], key=lambda text: chance(self.cfg.seed, f"{q.id} {text}"))
-            for found in self._clean(texts, without, words):
-                return found
-        return None
+            if found := next(self._clean(texts, without, words), None):
+                yield found
 
     def _clean(self, texts: Sequence[str], without: Sequence[str], words: int) -> Iterator[str]:
         for text in texts:
