@@ -52,7 +52,7 @@ TRIED: dict[str, list[dict[str, Any]]] = {
     "parenting": [{"lr": lr} for lr in (1.25e-4, 2.5e-4, 5e-4)],
     "mixed": [{"lr": lr} for lr in (1.25e-4, 2.5e-4, 5e-4)],
     "cad": [{"alpha": alpha} for alpha in (0.25, 0.5, 1.0)],
-    "ircan": [{"neurons": h, "factor": b} for h in (8, 24) for b in (2.0, 3.0)],
+    "ircan": [{"neurons": h, "factor": b} for h in (8, 32) for b in (1.5, 2.0)],
 }
 """What is chosen from on dev. The ablations take parenting's rate."""
 SKILLS = ("R_Ad", "R_Ro", "R_Ad+R_Ro")

@@ -62,7 +62,7 @@ def fit(
     \b
     Examples:
       lmpatch fit gemma-3-270m rome facts.jsonl -o eiffel
-      lmpatch fit gemma-3-270m ircan questions.jsonl -o listens --set neurons=8 --set factor=5
+      lmpatch fit gemma-3-270m ircan questions.jsonl -o listens --set neurons=16 --set factor=2
       lmpatch fit gemma-3-270m cad -o trusting --set alpha=1
       lmpatch fit gemma-3-270m parenting sets/train.jsonl -o balanced --work balanced.work
       accelerate launch -m lmpatch fit ./my-model parenting sets/train.jsonl -o balanced --shard

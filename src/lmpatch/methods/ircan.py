@@ -30,12 +30,12 @@ reads = "context"
 
 @dataclass(frozen=True)
 class Config(integrated_gradients.Config):
-    """IRCAN. Neurons are found with the paper's settings; ``neurons`` and ``factor`` are starting values for a model of
-    270M parameters, since the paper chooses both per model and task out of 1-16 and 2-20."""
+    """IRCAN. Neurons are found with the paper's settings; ``neurons`` and ``factor`` are those that MemoTrap's dev half
+    chose for Gemma-3-270M. The paper chooses both per model and task out of 1-16 and 2-20 (Llama-2-7B: 14 and 7)."""
 
-    neurons: int = 8
+    neurons: int = 32
     """h, neurons whose columns are scaled: those that most records name."""
-    factor: float = 5.0
+    factor: float = 2.0
     """β, what the columns are multiplied by. 0 erases the neurons (the paper's ErCAN)."""
     search_neurons: tuple[int, ...] = ()
     """Counts to choose from, each with every one of ``search_factors``, by accuracy on the records, under the decode
