@@ -442,7 +442,12 @@ def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folde
     for shift, counts, label in ((-0.2, named, "candidates named"), (0.2, mass, "score mass")):
         total = sum(counts.values()) or 1
         axes.bar([layer + 1 + shift for layer in layers], [counts[i] / total for i in layers], 0.4, label=label)
-    axes.set(xlabel="layer", ylabel="share", title=f"context-aware neurons, {len(study.named['ircan'])} dev records")
+    axes.set(
+        xlabel="layer",
+        ylabel="share",
+        xticks=[layer + 1 for layer in layers],
+        title=f"context-aware neurons, {len(study.named['ircan'])} dev records",
+    )
     axes.legend()
 
     (_, _, before), *table = study.tables["ircan"]
@@ -481,12 +486,15 @@ def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folde
     axes.tick_params(axis="x", labelsize=8)
 
     axes = figure("pareto", 7.0)
+    points = []
     for run in report.runs:
         numbers = report.metrics(run.name)
         if "robustness" in numbers:
-            point = numbers["acc"].value, numbers["robustness"].value
-            axes.plot(*point, "o", color="grey" if run.record["baseline"] else "tab:blue")
-            axes.annotate(run.name, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
+            points.append((numbers["acc"].value, numbers["robustness"].value, run))
+    for place, (x, y, run) in enumerate(sorted(points, key=lambda point: point[:2])):
+        axes.plot(x, y, "o", color="grey" if run.record["baseline"] else "tab:blue")
+        label = run.name.removeprefix("none, ")
+        axes.annotate(label, (x, y), fontsize=7, xytext=(3, 4 if place % 2 else -9), textcoords="offset points")
     axes.set(xlabel="faithfulness: ACC with its context", ylabel="robustness: kept with another's")
     axes.grid(alpha=0.3)
     for path, drawing in made:
