@@ -30,8 +30,8 @@ reads = "context"
 
 @dataclass(frozen=True)
 class Config(integrated_gradients.Config):
-    """IRCAN. Neurons are found with the paper's settings; ``neurons`` and ``factor`` are near the best for Gemma-3-270M on
-    MemoTrap's dev half. The paper chooses both per model and task out of 1-16 and 2-20 (Llama-2-7B: 14 and 7)."""
+    """IRCAN. Neurons are found with the paper's settings; ``neurons`` and ``factor`` are near the best for Gemma-3-270M
+    on MemoTrap's dev half. The paper chooses both per model and task out of 1-16 and 2-20 (Llama-2-7B: 14 and 7)."""
 
     neurons: int = 32
     """h, neurons whose columns are scaled: those that most records name."""
