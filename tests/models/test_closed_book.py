@@ -41,7 +41,7 @@ def test_answers_are_those_of_the_plain_call_and_are_asked_once(monkeypatch: pyt
 
 
 def test_an_answer_that_ended_by_itself_is_told_from_one_that_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, asked = tiny_lm("llama"), [*ASKED, "Who red?", "Where Rome?", "Which now?"]
+    lm, asked = tiny_lm("llama"), [*ASKED, "Where there?", "Which now?", "Is it this one?"]
     shorter, whole = (generate(lm, list(map(closed_book, asked)), max_new_tokens=limit) for limit in (15, 16))
     wanted = [a == b for a, b in zip(shorter, whole, strict=True)]  # the 16th token added nothing
     assert [own.ended for own in closed_book_answers(lm, asked)] == wanted and {*wanted} == {True, False}
