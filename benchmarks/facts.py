@@ -13,7 +13,7 @@ project's own facts.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,18 @@ def unseen(data: Path) -> list[lp.Ask]:
     return asks[: len(asks) // 2]
 
 
+def saved(report: Any, out: Path, width: int) -> None:
+    """Page and table of a bench, beside its folder of runs."""
+    report.save_html(out.with_suffix(".html"))
+    with out.with_suffix(".md").open("w") as file:
+        Console(file=file, width=width).print(report.table())
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
+
+
 def makers(module: Any, cfg: Any, text: list[str], anchors: list[lp.Edit]) -> dict[str, Any]:
     given: dict[str, Any] = {"text": text} if module is not finetune else {}
     if getattr(cfg, "nas", False):
@@ -116,9 +128,7 @@ def main() -> None:
             data_name=SETS[args.set].removesuffix(".jsonl.gz"), out=out,
             progress=partial(told, run_id),
         )  # fmt: skip
-        report.save_html(out.with_suffix(".html"))
-        with out.with_suffix(".md").open("w") as file:
-            Console(file=file, width=220).print(report.table())
+        saved(report, out, width=220)
         Console(width=220).print(report.table())
 
 

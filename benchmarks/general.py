@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from facts import METHODS, QUICK, makers, told, unseen
-from rich.console import Console
+from facts import METHODS, QUICK, makers, saved, told, unseen
 
 import lmpatch as lp
 from lmpatch.benches import facts, general
 from lmpatch.data.readers import read_edits, read_text
 from lmpatch.methods import recipe
+from lmpatch.models.run import Progress
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("csqa", "anli", "mmlu", "squad", "perplexity")
@@ -58,6 +58,13 @@ def kept(lm: lp.LM, edits: list[lp.Edit], patch: lp.Patch, name: str, data: Path
     report.save_html(RESULTS / "general-facts.html")
 
 
+def ability(lm: lp.LM, data: general.Data, patch: lp.Patch, name: str, n: int, out: Path, progress: Progress) -> None:
+    """The tasks with and without a patch; n records of each."""
+    cfg = general.Config(n=n, tasks=TASKS)
+    report = general.run(lm, data, cfg, patch=patch, run_id=name, data_name="public tasks", out=out, progress=progress)
+    saved(report, out, width=160)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -74,17 +81,9 @@ def main() -> None:
             kept(lm, edits, patch_of(lm, name, edits, args.data, args.work), name, args.data)
         return
     data = general.load(args.data)
-    cfg = general.Config(n=args.n, tasks=TASKS)
     for name in args.only:
         patch = patch_of(lm, name, edits, args.data, args.work)
-        report = general.run(
-            lm, data, cfg, patch=patch, run_id=name, data_name="public tasks",
-            out=RESULTS / "general",
-            progress=partial(told, name),
-        )  # fmt: skip
-        report.save_html(RESULTS / "general.html")
-        with (RESULTS / "general.md").open("w") as file:
-            Console(file=file, width=160).print(report.table())
+        ability(lm, data, patch, name, args.n, RESULTS / "general", partial(told, name))
 
 
 if __name__ == "__main__":

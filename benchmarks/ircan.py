@@ -32,7 +32,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from rich.console import Console
+from facts import markdown
+from general import ability
 from safetensors.torch import load_file, save_file
 
 import lmpatch as lp
@@ -52,7 +53,6 @@ from lmpatch.record import hardware, hash_json, now, versions
 from lmpatch.units.address import Neuron
 
 RESULTS = Path(__file__).parent / "results"
-TASKS = ("csqa", "anli", "mmlu", "squad", "perplexity")
 FILES = {"memotrap": "memotrap/completion", "cose": "kre/cose", "ecare": "kre/ecare"}
 H, BETA = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64), (1.25, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0)
 SCONE = ((3, 5, 10, 16, 32), (1.5, 2.0, 3.0, 5.0, 7.0))
@@ -338,19 +338,12 @@ def measure(test: list[ContextRecord], study: Study, args: argparse.Namespace, f
     return report
 
 
-def ability(study: Study, args: argparse.Namespace, folder: Path) -> None:
-    """What IRCAN does to other tasks."""
+def other_tasks(study: Study, args: argparse.Namespace, folder: Path) -> None:
+    """What IRCAN does to them."""
     (patch,) = study.of_ircan()
     if not (folder / "patch").exists():
         patch.save(folder / "patch")
-    cfg = general.Config(n=args.general_n, tasks=TASKS)
-    found = general.run(
-        study.fast, general.load(args.data), cfg, patch=patch, run_id="ircan", data_name="public tasks",
-        out=folder / "general", progress=told,
-    )  # fmt: skip
-    found.save_html(folder / "general.html")
-    with (folder / "general.md").open("w") as file:
-        Console(file=file, width=160).print(found.table())
+    ability(study.fast, general.load(args.data), patch, "ircan", args.general_n, folder / "general", told)
 
 
 def mean_of(report: Any, prefix: str) -> dict[str, float]:
@@ -402,8 +395,8 @@ def write(report: Any, study: Study, args: argparse.Namespace, folder: Path) -> 
 
 def listed(report: Any, study: Study, controls: dict[str, dict[str, float]]) -> str:
     """What readers look for, as Markdown in %: ± one standard error, of controls the s.d. over seeds."""
-    lines = [["run", "chosen on dev", "ACC", "difference", "SR", "kept with another's context", "BCU"]]
-    lines.append(["---"] * len(lines[0]))
+    head = ["run", "chosen on dev", "ACC", "difference", "SR", "kept with another's context", "BCU"]
+    lines = []
     for run in report.runs:
         if any(run.name.startswith(f"{prefix} ") for prefix in controls):
             continue
@@ -415,7 +408,7 @@ def listed(report: Any, study: Study, controls: dict[str, dict[str, float]]) -> 
     for name, mean in controls.items():
         cell = f"{100 * mean['acc']:.1f} ± {100 * mean['sd_over_seeds']:.1f}"
         lines.append([f"{name}, {mean['seeds']:.0f} seeds", "", cell, "", "", "", ""])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(head, lines)
 
 
 def shown(metric: Any) -> str:
@@ -478,23 +471,23 @@ def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folde
     bars = [("unpatched", "none"), ("IRCAN", "ircan"), ("ErCAN", "ErCAN")]
     found = [(label, report.metrics(name)["acc"]) for label, name in bars if any(r.name == name for r in report.runs)]
     drawn_bars = [(label, metric.value, metric.stderr or 0.0) for label, metric in found]
-    drawn_bars += [(f"{name}, {c['seeds']} seeds", c["acc"], c["sd_over_seeds"]) for name, c in controls.items()]
-    axes = figure("ablations")
+    drawn_bars += [(f"{name},\n{c['seeds']} seeds", c["acc"], c["sd_over_seeds"]) for name, c in controls.items()]
+    axes = figure("ablations", 7.0)
     labels, values, errors = zip(*drawn_bars, strict=True)
     axes.bar(labels, values, yerr=errors, color=[f"C{i}" for i in range(len(labels))])
     axes.set(ylabel="ACC on test", title="error bars: s.e. over records; of controls, s.d. over seeds")
     axes.tick_params(axis="x", labelsize=8)
 
     axes = figure("pareto", 7.0)
-    points = []
     for run in report.runs:
-        numbers = report.metrics(run.name)
+        numbers, wording = report.metrics(run.name), run.record["baseline"] and run.name != "none"
         if "robustness" in numbers:
-            points.append((numbers["acc"].value, numbers["robustness"].value, run))
-    for place, (x, y, run) in enumerate(sorted(points, key=lambda point: point[:2])):
-        axes.plot(x, y, "o", color="grey" if run.record["baseline"] else "tab:blue")
-        label = run.name.removeprefix("none, ")
-        axes.annotate(label, (x, y), fontsize=7, xytext=(3, 4 if place % 2 else -9), textcoords="offset points")
+            point = numbers["acc"].value, numbers["robustness"].value
+            axes.plot(*point, "o", color="lightgrey" if wording else "tab:blue", zorder=1 if wording else 2)
+            axes.annotate("" if wording else run.name, point, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.plot([], [], "o", color="lightgrey", label="unpatched, other wordings")
+    axes.legend()
+    axes.margins(x=0.12)
     axes.set(xlabel="faithfulness: ACC with its context", ylabel="robustness: kept with another's")
     axes.grid(alpha=0.3)
     for path, drawing in made:
@@ -527,7 +520,7 @@ def main() -> None:
     report = measure(test, study, args, folder)
     write(report, study, args, folder)
     if args.general_n:
-        ability(study, args, folder)
+        other_tasks(study, args, folder)
     print(f"results in {folder}: report.html, results.json and plots")
 
 

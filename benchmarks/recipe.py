@@ -25,7 +25,7 @@ from statistics import mean, median, stdev
 from time import perf_counter
 from typing import Any
 
-from facts import QUICK, SETS, told, unseen
+from facts import QUICK, SETS, markdown, told, unseen
 
 import lmpatch as lp
 from lmpatch.benches import facts
@@ -114,9 +114,9 @@ def share(metric: str) -> Cell:
 
 def rows(found: dict[str, Any], columns: dict[str, Cell]) -> str:
     """One line a run."""
-    lines = [["run", *columns], ["---"] * (1 + len(columns))]
-    lines += [[name, *(cell(run) for cell in columns.values())] for name, run in found.items()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(
+        ["run", *columns], ([name, *(cell(run) for cell in columns.values())] for name, run in found.items())
+    )
 
 
 def plot(found: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ class RagRecord:
         answer: what the documents support; empty for ``robustness``, whose answer is the model's own.
         gold: true answers, if known.
         title: of the article.
-        id: the question's id and the variant; pairs share what stands before the colon.
+        id: the question's id and the variant, numbered from the second on; pairs share what stands before the colon.
         part: articles that are trained on, on which settings are chosen, or which are held out.
         prompt: everything the model reads before its answer. Left out, it is made of the parts above.
         bare: the same without documents.
