@@ -67,7 +67,7 @@ RULES: dict[str, tuple[str, tuple[float, ...]]] = {  # method -> its setting, an
     "arr": ("", (0.0,)),
 }
 SUFFIXES = ("Answer: ", "Answer: \n", "The correct answer is ", "Answer: \nThe correct option is \n**")
-SEEDS, FEW = range(10), range(3)
+FEW = 3  # seeds of a control that is slow to make
 PART, BLOCK = 25, 64  # dev records of attribution, and of a grid, that are kept as one
 WORDINGS = ("base", "attr", "instr", "opin", "instr+opin", "based_on", "based_on_formatted", "utilizing_formatted")
 OBJECTIVE = "the share of {n} dev records answered as their own context says; the same records for every method"
@@ -294,8 +294,12 @@ class Study:
         self.kept.once(f"{name} asked {self.tested.dtype}", ask)
 
 
-def rows(study: Study) -> list[tuple[str, Callable[[], list[Patch]], dict[str, Any]]]:
-    """(name, how its patches are made, settings of the bench) of every row, the cheap and the telling ones first."""
+def rows(study: Study, seeds: int) -> list[tuple[str, Callable[[], list[Patch]], dict[str, Any]]]:
+    """(name, how its patches are made, settings of the bench) of every row, the cheap and the telling ones first.
+
+    Args:
+        seeds: of the random controls.
+    """
     alone = {"irrelevant": False}
     found: list[tuple[str, Callable[[], list[Patch]], dict[str, Any]]] = [
         ("ircan", study.of_ircan, {}),
@@ -308,10 +312,10 @@ def rows(study: Study) -> list[tuple[str, Callable[[], list[Patch]], dict[str, A
         ("iti probe", partial(study.of_iti, "probe"), {}),
         ("ErCAN", partial(study.of_ircan, 0.0), alone),
     ]
-    for seed in SEEDS:
+    for seed in range(seeds):
         found.append((f"ERN {seed}", partial(study.of_ircan, None, seed), alone))
         found.append((f"ErRN {seed}", partial(study.of_ircan, 0.0, seed), alone))
-    for seed in FEW:
+    for seed in range(min(seeds, FEW)):
         found.append((f"iti random {seed}", partial(study.of_iti, "mass_mean", seed), alone))
         found.append((f"param_mute random {seed}", partial(study.of_param_mute, seed), alone))
     return found
@@ -323,7 +327,7 @@ def measure(test: list[ContextRecord], study: Study, args: argparse.Namespace, f
     wordings = WORDINGS[1:] if args.task == "memotrap" else WORDINGS  # of a completion, base is the plain wording
     ask = partial(study.bench.run, study.tested, test, data_name=args.task, out=folder, progress=told)
     report = ask(config(baselines=wordings))
-    for number, (name, make, settings) in enumerate(rows(study), 1):
+    for number, (name, make, settings) in enumerate(rows(study, args.seeds), 1):
         start = perf_counter()
         patches = make()  # also of a row that is there: its tables belong to the report
         if name in ("ircan", "ircan + cad", "scone"):
@@ -506,6 +510,7 @@ def main() -> None:
     parser.add_argument("--dev", type=int, help="dev records on which every method is tuned; default: every one")
     parser.add_argument("--n", type=int, help="test records, chosen by hash; default: every one")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=10, help="of the random controls; 0: none")
     parser.add_argument("--general-n", type=int, default=100, help="records of each general task; 0: none")
     parser.add_argument("--out", type=Path, help="folder; default: results/ircan-TASK beside this file")
     args = parser.parse_args()
