@@ -218,7 +218,7 @@ def measure(bench: Bench) -> None:
         print(f"{bench.args.chosen} is missing: the methods' defaults are measured, nothing was chosen on dev.")
     held = read_rag(bench.out / "sets/held_out.jsonl", part="held_out")
     bench.ask(held)
-    cfg = rag.Config(n=bench.args.n, conditions=("context", "conflict", "mixed", "irrelevant"))
+    cfg = rag.Config(n=bench.args.n, conditions=("context", "conflict", "mixed", "irrelevant", "empty"))
     for run in ("base", *RUNS):
         patch = None
         if run != "base":

@@ -99,6 +99,8 @@ def test_every_pair_is_whole_and_its_answer_is_replaced_everywhere(sets: Sets) -
     for id, other in others.items():
         assert has_words(originals[id].documents[0], originals[id].answer)
         assert has_words(other.documents[0], other.answer)
+        if originals[id].answer in originals[id].documents[0]:  # else it begins a sentence there
+            assert other.answer in other.documents[0]
         assert not any(has_words(other.documents[0], gold) for gold in other.gold)
 
 
@@ -305,6 +307,7 @@ def test_a_built_record_with_an_unknown_key_or_kind_is_named(tmp_path: Path) -> 
 def test_replacing_keeps_to_whole_words_and_capitals() -> None:
     assert replaced("Rome, Romeo and rome.", "Rome", "Oslo") == "Oslo, Romeo and rome."
     assert replaced("the cat; The cats; The cat", "the cat", "a dog") == "a dog; The cats; A dog"
+    assert replaced("Ore is Iron here.", "Iron", "wheat") == "Ore is wheat here."  # as the target says it
     assert replaced("no such", "Rome", "Oslo") is None
     assert replaced("a a", "a", "b") is None
     assert replaced("xx " * 7, "xx", "yy") is None

@@ -89,14 +89,14 @@ def shape(answer: str) -> str:
 
 
 def replaced(text: str, old: str, new: str) -> str | None:
-    """The text with every whole-word ``old`` turned into ``new``, also where it begins with a capital.
+    """The text with every whole-word ``old`` turned into ``new``; where only the text has a capital, ``new`` gets one.
 
     Returns:
         None where ``old`` is shorter than two characters, does not occur, or occurs more than six times.
     """
     if len(old) < 2:
         return None
-    spellings = {old: new, old[0].upper() + old[1:]: new[0].upper() + new[1:]}
+    spellings = {old[0].upper() + old[1:]: new[0].upper() + new[1:], old: new}  # the latter stands if both are one
     pattern = re.compile("|".join(map(whole, spellings)))
     made, count = pattern.subn(lambda match: spellings[match.group()], text)
     return made if 0 < count <= OCCURRENCES else None
