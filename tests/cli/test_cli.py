@@ -129,6 +129,8 @@ def test_ask_with_a_context_puts_it_before_the_question(folder: Path) -> None:
     assert "before" in given.stdout and given.stdout == read.stdout
     refused("--context", *words)
     refused("cannot be read", *words, "--context", f"@{folder / 'nowhere.txt'}")
+    file.write_text(context * 200)
+    refused("Shorten its context: it is not cut for you", *words, "--context", f"@{file}")
 
 
 def test_ask_without_a_patch_shows_answers_alone(folder: Path) -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import tiny_lm
 
+from lmpatch.data.context import InContext
 from lmpatch.errors import BadInput
 from lmpatch.models.choice import Choice
 from lmpatch.models.lm import LM
 from lmpatch.models.run import frozen, generate, hidden, hooked, kl, logits, next_kl, score, stream
-from lmpatch.models.tokens import encode
+from lmpatch.models.tokens import encode, encode_all
 
 PROMPTS = ["The Eiffel Tower is in", "Apple", "The mother tongue of Danielle Darrieux is", "Apple"]
 TARGETS = ["Rome", "was founded by Steve Jobs", "English", "is"]
@@ -124,6 +125,24 @@ def test_draws_depend_on_the_seed_and_the_place_and_not_on_the_batch(lm: LM) -> 
     assert generate(lm, PROMPTS, seed=1, **drawn) != texts
     assert texts[1] != texts[3]  # equal prompts, two draws
     assert generate(lm, PROMPTS, **{**drawn, "top_p": 1e-6}) == generate(lm, PROMPTS, max_new_tokens=12, stop=[])
+
+
+def test_what_the_window_does_not_hold_is_refused_before_anything_is_said(lm: LM) -> None:
+    window = lm.window or 0
+    (one,) = encode_all(lm, [long := "The capital of Japan. " * 200 + "It"])
+    assert len(one.ids) > window
+    complaint = f"takes [0-9]+ tokens.*reads {window}. Shorten its context"
+    for ask in (
+        lambda: generate(lm, ["It", long], max_new_tokens=1),
+        lambda: list(stream(lm, long)),
+        lambda: score(lm, [long], ["is"]),
+        lambda: hidden(lm, [InContext(long, "It")]),
+    ):
+        with pytest.raises(BadInput, match=complaint):
+            ask()
+    short = encode_all(lm, ["It"])[0].ids
+    with pytest.raises(BadInput, match=f"takes {len(short)} tokens and {window} new ones"):
+        generate(lm, "It", max_new_tokens=window)
 
 
 def test_progress_is_told_until_the_end(lm: LM) -> None:

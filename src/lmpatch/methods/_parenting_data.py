@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.rag import RagRecord, holds, known, refused
 from ..errors import BadInput
+from ..models.acting import need_window
 from ..models.closed_book import closed_book_answers
 from ..models.lm import LM
 from ..models.run import Progress, hooked, nll
@@ -47,7 +48,8 @@ def prepare(lm: LM, records: Sequence[RagRecord], cfg: Config, units: int, progr
     """Targets for every record, tokenised.
 
     Raises:
-        BadInput: a set has fewer records than there are units, or none for a loss that is asked for.
+        BadInput: a set has fewer records than there are units, or none for a loss that is asked for; a record is longer
+            than the model's window.
     """
     groups = {kind: [r for r in records if r.kind == kind] for kind in SETS}
     _enough({kind: len(group) for kind, group in groups.items()}, cfg, units)  # before the model is asked anything
@@ -125,6 +127,7 @@ def _encode(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]
     """Prompt, target, end token."""
     end = lm.tokenizer.eos_token_id
     rows = encode_all(lm, prompts, targets)
+    need_window(lm, [row.ids for row in rows], 1)
     return rows if end is None else [replace(row, ids=(*row.ids, int(end))) for row in rows]
 
 

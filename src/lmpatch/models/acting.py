@@ -88,21 +88,26 @@ class Streams:
         return 2 if self.rules else 1
 
 
-def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = None) -> Streams:
+def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = None, *, new_tokens: int = 0) -> Streams:
     """Tokenise prompts and targets for everything that acts on the model.
 
     Where every prompt is the same without its context there is one stream: each rule leaves two equal ones as they are.
 
+    Args:
+        new_tokens: how many will be generated behind each prompt at most.
     Raises:
-        BadInput: a rule is on, and a prompt does not say what it is without its context.
+        BadInput: a rule is on, and a prompt does not say what it is without its context; or a row is longer than the
+            model's window.
     """
     rules = tuple(rule for actor in actors(lm) for rule in actor.rules)
     full = [prompt.prompt if isinstance(prompt, InContext) else prompt for prompt in prompts]
     bare = [_bare(prompt) for prompt in prompts] if rules else full
     if bare == full:
         rows, vectors = prepare(lm, full, targets)
+        need_window(lm, [row.ids for row in rows], new_tokens)
         return Streams((), [(row,) for row in rows], vectors)
     rows, vectors = prepare(lm, full + bare, None if targets is None else [*targets, *targets])
+    need_window(lm, [row.ids for row in rows], new_tokens)
     pairs = zip(rows[: len(full)], rows[len(full) :], strict=True)
     # the tokens at the border may depend on what stands before it: the stream with context says what the target is
     shared: list[tuple[Row, ...]] = [
@@ -156,8 +161,9 @@ def need_window(lm: LM, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> N
     for row in rows:
         if lm.window is not None and len(row) + new_tokens > lm.window:
             raise BadInput(
-                f"the text that begins {lm.tokenizer.decode(row[:20])!r} takes {len(row) + new_tokens} tokens, and "
-                f"{lm.name} reads {lm.window}. Shorten its context: it is not cut for you."
+                f"the text that begins {lm.tokenizer.decode([i for i in row[:20] if i >= 0])!r} takes {len(row)} tokens"
+                f"{f' and {new_tokens} new ones' if new_tokens else ''}, and {lm.name} reads {lm.window}. Shorten its "
+                "context: it is not cut for you."
             )
 
 

@@ -94,7 +94,8 @@ def score(
     Returns:
         one ``Score`` per prompt, in the order given.
     Raises:
-        BadInput: nothing stands before a target, or a decode patch is on and a prompt is a plain text.
+        BadInput: nothing stands before a target, the two are longer than the model's window, or a decode patch is on
+            and a prompt is a plain text.
     """
     told = streams(lm, prompts, targets)
     for prompt, rows in zip(prompts, told.rows, strict=True):
@@ -226,11 +227,12 @@ def generate(
     Returns:
         the new text only; a list if a list was given.
     Raises:
-        BadInput: a prompt tokenises to nothing, or a decode patch is on and a prompt is a plain text.
+        BadInput: a prompt tokenises to nothing, or the model's window does not hold it and the new tokens; a decode
+            patch is on and a prompt is a plain text.
     """
     choice = Choice(temperature, top_p, seed)
     given: list[Prompt] = [prompts] if isinstance(prompts, (str, InContext)) else list(prompts)
-    told = streams(lm, given)
+    told = streams(lm, given, new_tokens=max_new_tokens)
     pairs = _pairs(told)
     numbers = choice.numbers(len(pairs), max_new_tokens).to(lm.device)
     asked = [(pair, i if temperature else 0) for i, pair in enumerate(pairs)]  # draws differ between equal prompts
@@ -275,7 +277,7 @@ def stream(
     Arguments and errors are those of ``generate``. No piece ends within a character.
     """
     choice = Choice(temperature, top_p, seed)
-    told = streams(lm, [prompt])
+    told = streams(lm, [prompt], new_tokens=max_new_tokens)
     new: list[int] = []
     said = text = ""
     numbers = choice.numbers(1, max_new_tokens).to(lm.device)
