@@ -91,6 +91,15 @@ def test_a_text_is_cut_at_its_first_period_and_compared_without_blanks() -> None
     assert cut("early . x", official=True) == "early "
 
 
+def test_the_answer_to_a_question_is_one_line(tiny: LM, spoken: dict[str, str]) -> None:
+    asked = ContextRecord("The Eiffel Tower is in Rome.", "Where is the Eiffel Tower?", "Rome", "Paris")
+    spoken |= {asked.prompt: " Rome\nQ:Where is", asked.bare: " Paris\n"}
+    found = memotrap.run(tiny, [asked], QUICK)
+    assert found.metrics("none")["acc"].value == 1 and found.rows[0].said == "Paris"
+    assert cut("\nRome", line=True) == ""
+    assert settled("Rome\n", ["Rome"], line=True) and not settled("Rome\n", ["Rome\nx"])
+
+
 def test_the_numbers_of_four_records_by_hand(tiny: LM, spoken: dict[str, str]) -> None:
     for record, said, alone in zip(
         RECORDS, (" early. x", " masters", " Rome or so", " two words."), (" never.", " masters.", " Rome", " Apple"),

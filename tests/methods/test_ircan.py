@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -48,8 +48,15 @@ def columns(patch: WeightPatch) -> dict[str, dict[int, float]]:
 @pytest.fixture(params=["llama", "gpt2"])
 def talker(request: pytest.FixtureRequest) -> Iterator[LM]:
     """A random model that says letters, and periods in place of some, so that its answers end."""
-    lm = tiny_lm(request.param)
-    (period,) = lm.tokenizer(".", add_special_tokens=False)["input_ids"]
+    with talking(request.param, ".") as lm:
+        yield lm
+
+
+@contextmanager
+def talking(family: str, mark: str) -> Iterator[LM]:
+    """A random model that says letters, and the mark in place of some."""
+    lm = tiny_lm(family)
+    (period,) = lm.tokenizer(mark, add_special_tokens=False)["input_ids"]
     ids = torch.arange(lm.layout.vocab)
     silent = torch.tensor([not text.isalpha() for text in lm.tokenizer.batch_decode(ids[:, None])])
 
@@ -62,16 +69,16 @@ def talker(request: pytest.FixtureRequest) -> Iterator[LM]:
         yield lm
 
 
-def told(lm: LM) -> list[ContextRecord]:
+def told(lm: LM, end: str = "\n") -> list[ContextRecord]:
     """Records some of which the model answers as wanted: the answers are what it says anyway, or half of that. Each
     character of an answer is a token, so that no other tokens say the same."""
     words = " ".join(TEXT).split()
     made = []
     pairs = [
-        InContext(*(" ".join(words[k : i + 4]) + "\n" for k in (i, i + 2))) for i in range(40)
+        InContext(*(" ".join(words[k : i + 4]) + end for k in (i, i + 2))) for i in range(40)
     ]  # no blank behind \n
     for pair, said in zip(pairs, generate(lm, pairs, max_new_tokens=9, stop=()), strict=True):
-        text, prompt, bare = cut(said), pair.prompt, pair.bare
+        text, prompt, bare = cut(said, line=":" in end), pair.prompt, pair.bare
         for answer in (text, text[: len(text) // 2]):
             row = encode(lm, prompt, answer or "x")
             if answer.isascii() and len(row.ids) - row.target == len(answer):
@@ -173,6 +180,29 @@ def test_the_table_of_a_search_is_what_the_bench_says_of_each_edit(
     assert len(set(table.tolist())) > 1 and table[0] > 0
 
 
+def test_answers_to_questions_end_with_their_line_in_a_search_too() -> None:
+    with talking("llama", "\n") as lm:
+        records = told(lm, ":\n")
+        table = accuracies(lm, records, NEURONS, SETTINGS)
+        for (count, factor), found in zip(SETTINGS, table.tolist(), strict=True):
+            with edited(lm, count, factor):
+                assert found == pytest.approx(asked(lm, records))
+        assert len(set(table.tolist())) > 1 and table[0] > 0
+        texts = [replace(r, prompt=r.prompt.replace(":", " "), bare=r.bare.replace(":", " ")) for r in records]
+        assert accuracies(lm, texts, [], [(0, 1.0)])[0] == 0  # a text to go on with does not end there
+
+
+def test_a_search_that_finds_nothing_right_says_so(lm: LM) -> None:
+    with pytest.warns(UserWarning, match="no setting answers any of the"):
+        ircan.fit(lm, RECORDS, replace(CFG, search_neurons=(2,), search_factors=(3.0,)))
+
+
+def test_a_patch_keeps_no_contexts(lm: LM) -> None:
+    patch = ircan.fit(lm, RECORDS, CFG)
+    assert [(e["prompt"], e["target"]) for e in patch.edits] == [(r.question, r.answer) for r in RECORDS]
+    assert not any(r.context in str(patch.edits) for r in RECORDS)
+
+
 @pytest.mark.parametrize("rule", [None, Power(1.5), AdaCAD(0.0)], ids=repr)
 def test_letters_are_chosen_as_the_bench_chooses(lm: LM, rule: Rule | None) -> None:
     with apply(lm, DecodePatch.make(lm, rule, method="cad")) if rule else nullcontext():
@@ -237,7 +267,7 @@ def test_the_winner_is_measured_with_its_weights_edited(lm: LM, monkeypatch: pyt
 
     def found(lm: LM, records: Any, neurons: Any, settings: Any, **_: Any) -> Tensor:
         mounts.append([on.mount for on in applied(lm)])
-        return torch.zeros(len(settings))
+        return torch.ones(len(settings))
 
     monkeypatch.setattr(ircan, "accuracies", found)
     ircan.fit(lm, RECORDS, replace(CFG, search_neurons=(2,), search_factors=(3.0,)))

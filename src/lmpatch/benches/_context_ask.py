@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, one_line
 from ..models.lm import LM
 from ..models.options import option_tokens
 from ..models.run import generate, score
@@ -43,7 +43,7 @@ def complete(
     batch_size: int,
     official: bool = False,
 ) -> list[Said]:
-    """Continue each prompt greedily, and cut the text at its first period.
+    """Continue each prompt greedily, and cut the text at its first period, behind a question also at its first line.
 
     An answer is not continued once it is settled: no further token could make it another one of the wanted answers, nor
     another first word.
@@ -54,16 +54,21 @@ def complete(
     """
 
     def enough(i: int, text: str) -> bool:
-        return settled(text, wanted[i])
+        return settled(text, wanted[i], lines[i])
 
-    prompts = [record.asked for record in asked]
+    prompts, lines = [record.asked for record in asked], [one_line(record.prompt) for record in asked]
     texts = generate(lm, prompts, max_new_tokens=limit, stop=(), batch_size=batch_size, enough=enough)
-    return [Said(cut(text, official)) for text in texts]
+    return [Said(cut(text, official, line)) for text, line in zip(texts, lines, strict=True)]
 
 
-def cut(text: str, official: bool = False) -> str:
-    """The text up to its first period, without blanks around it; the released code leaves those before the period."""
-    head = text.strip().partition(".")[0]
+def cut(text: str, official: bool = False, line: bool = False) -> str:
+    """The text up to its first period, without blanks around it; the released code leaves those before the period.
+
+    Args:
+        line: it ends at a new line, too.
+    """
+    begun = text.partition("\n")[0] if line else text
+    head = begun.strip().partition(".")[0]
     return head if official else head.strip()
 
 
@@ -72,10 +77,10 @@ def word(text: str) -> str:
     return next(iter(text.split()), "")
 
 
-def settled(text: str, wanted: Wanted) -> bool:
+def settled(text: str, wanted: Wanted, line: bool = False) -> bool:
     """Whatever follows, the text becomes none of the wanted answers; or the first word, if that is wanted, is whole."""
     begun = text.lstrip()
-    if "." in begun:
+    if "." in begun or (line and "\n" in text):
         return True
     if wanted is None:
         return False

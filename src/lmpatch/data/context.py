@@ -101,6 +101,16 @@ def render(context: str, question: str, options: Sequence[str] = ()) -> str:
     return f"{head}{before}{question.strip()}\n{listed}\nAnswer:"
 
 
+def one_line(prompt: str) -> bool:
+    """Whether the answer to it is one line: it ends in a colon, as in ``A:``. Other prompts are texts to go on with."""
+    return prompt.rstrip().endswith(":")
+
+
+def brief(records: Sequence[ContextRecord]) -> list[dict[str, str]]:
+    """What a patch keeps of the records it was made from: no contexts, which may be long or private."""
+    return [{"prompt": record.question, "target": record.answer, "id": record.id} for record in records]
+
+
 def halves(records: Sequence[T]) -> tuple[list[T], list[T]]:
     """The first and the second half, 1:1 as in the paper: choose on the one, report on the other.
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, one_line
 from ..errors import BadInput
-from ..models.acting import Rule, need_window, streams
+from ..models.acting import Rule, streams
 from ..models.lm import LM
 from ..models.options import combined_options, option_tokens
 from ..models.replay import Recording, record
@@ -40,6 +40,8 @@ class _Case:
     """Each letter's token there."""
     right: int
     """Which letter is the answer."""
+    line: bool = False
+    """A new line ends the answer."""
 
 
 @torch.no_grad()
@@ -54,8 +56,9 @@ def accuracies(
     """Share of records answered as their context says, for each setting, under the rules that are on the model.
 
     With options: the letter with the highest logit is the answer's. Without: each token of the answer is the argmax
-    behind the right ones, and behind the last one comes an end or a period. Then the greedy text up to its first
-    period is the answer, as the bench ``memotrap`` asks. An answer said with other tokens counts there and not here.
+    behind the right ones, and behind the last one comes an end, a period, or behind a question a new line. Then the
+    greedy text up to there is the answer, as the bench ``memotrap`` asks. An answer said with other tokens counts there
+    and not here.
 
     Args:
         neurons: ranked; a setting (h, factor) scales the first h of them.
@@ -109,8 +112,8 @@ def _cases(lm: LM, records: Sequence[ContextRecord]) -> tuple[tuple[Rule, ...], 
             rows = tuple(row.ids[: row.target + shared] for row in pair)
             cases.append(_Case(rows, (), letters, r.letters.index(r.answer)))
         else:
-            cases.append(_Case(tuple(row.ids for row in pair), pair[0].ids[pair[0].target :], (), 0))
-        need_window(lm, cases[-1].rows)
+            answer = pair[0].ids[pair[0].target :]
+            cases.append(_Case(tuple(row.ids for row in pair), answer, (), 0, one_line(r.prompt)))
     return told.rules, cases
 
 
@@ -183,16 +186,22 @@ def _said(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule],
         picked = _at(states, cases, setting.to(states.device), row.to(states.device), k)
         best = torch.cat([z.argmax(-1) for _, z in combined(lm, picked, rules, known)]).tolist()
         memory[:, at] = known
-        answers = [cases[i].answer for i in row.tolist()]
+        asked = [cases[i] for i in row.tolist()]
         right[setting, row] = torch.tensor(
-            [token == a[k] if k < len(a) else _closes(lm, token, ends) for token, a in zip(best, answers, strict=True)]
+            [
+                token == case.answer[k] if k < len(case.answer) else _closes(lm, token, ends, case.line)
+                for token, case in zip(best, asked, strict=True)
+            ]
         )
     return right.sum(1).float()
 
 
-def _closes(lm: LM, token: int, ends: Ends) -> bool:
+def _closes(lm: LM, token: int, ends: Ends, line: bool) -> bool:
     """Nothing that follows this token belongs to the answer."""
-    return token in ends or bool(lm.tokenizer.decode([token]).strip().startswith("."))
+    if token in ends:
+        return True
+    text = lm.tokenizer.decode([token])
+    return text.strip().startswith(".") or (line and text.strip(" ").startswith("\n"))
 
 
 def memory(lm: LM) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, brief
 from ..models.lm import LM
 from ..models.run import Progress
 from ..patches.decode import DecodePatch
@@ -39,7 +39,7 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
         BadInput: a floor below 0.
     Source: Wang et al. 2024 (arXiv:2409.07394), sec. 3.
     """
-    return DecodePatch.make(lm, AdaCAD(cfg.floor), method="adacad", config=cfg, edits=records)
+    return DecodePatch.make(lm, AdaCAD(cfg.floor), method="adacad", config=cfg, edits=brief(records))
 
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:

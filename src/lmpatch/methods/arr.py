@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, brief
 from ..models.lm import LM
 from ..models.run import Progress
 from ..patches.decode import DecodePatch
@@ -34,7 +34,7 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
         records: kept as what the rule is meant for; nothing is learned from them.
     Source: arXiv:2606.10298, first version.
     """
-    return DecodePatch.make(lm, Arr(), method="arr", config=cfg, edits=records)
+    return DecodePatch.make(lm, Arr(), method="arr", config=cfg, edits=brief(records))
 
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, brief
 from ..models.lm import LM
 from ..models.run import Progress
 from ..patches.decode import DecodePatch
@@ -38,7 +38,7 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
         BadInput: a strength that is no finite number. The message names the exponent, 1 + alpha.
     Source: Shi et al. 2023 (arXiv:2305.14739), eq. 2.
     """
-    return DecodePatch.make(lm, Power(1 + cfg.alpha), method="cad", config=cfg, edits=records)
+    return DecodePatch.make(lm, Power(1 + cfg.alpha), method="cad", config=cfg, edits=brief(records))
 
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:

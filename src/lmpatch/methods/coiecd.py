@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, brief
 from ..models.lm import LM
 from ..models.run import Progress
 from ..patches.decode import DecodePatch
@@ -46,7 +46,7 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
     Differs: the bound at the other end of the distribution, an artefact of the released code, is off; ``tail`` is it.
     """
     rule = Coiecd(cfg.alpha, cfg.ratio, cfg.tail)
-    return DecodePatch.make(lm, rule, method="coiecd", config=cfg, edits=records)
+    return DecodePatch.make(lm, rule, method="coiecd", config=cfg, edits=brief(records))
 
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, brief
 from ..models.lm import LM
 from ..models.run import Progress
 from ..patches.decode import DecodePatch
@@ -44,7 +44,7 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
     Differs: released code names the gates full, conf_only and ent_only; where it emits one token alone, the logits that
     have it as first choice are given, so that answers can be scored and drawn.
     """
-    return DecodePatch.make(lm, Grd(cfg.lam, cfg.gate), method="grd", config=cfg, edits=records)
+    return DecodePatch.make(lm, Grd(cfg.lam, cfg.gate), method="grd", config=cfg, edits=brief(records))
 
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:

@@ -7,11 +7,12 @@ Context-Aware Neurons" (arXiv:2406.18406).
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, brief
 from ..errors import BadInput, CannotMount
 from ..models.lm import LM
 from ..models.run import Progress
@@ -85,7 +86,7 @@ def fit(
     chosen = counted[:count]
     notes["neurons"] = [[neuron.layer, neuron.index, named] for neuron, named in chosen]
     patch = _neurons.scaling(
-        lm, [neuron for neuron, _ in chosen], factor, method="ircan", config=cfg, edits=records, notes=notes
+        lm, [neuron for neuron, _ in chosen], factor, method="ircan", config=cfg, edits=brief(records), notes=notes
     )
     if cfg.search_neurons:
         with _mounted(lm, patch):
@@ -134,6 +135,12 @@ def _searched(
     """The setting with the highest accuracy; of equal ones the fewest neurons, then the smallest factor."""
     settings = grid(cfg.search_neurons, cfg.search_factors)
     before, *found = accuracies(lm, records, neurons, settings, progress=progress).tolist()
+    if not any(found):
+        warnings.warn(
+            f"no setting answers any of the {len(records)} records as its context says, so the search chose nothing: "
+            "the gentlest setting was taken.",
+            stacklevel=3,
+        )
     table = [[h, b, round(a, 5)] for (h, b), a in zip(settings[1:], found, strict=True)]
     return *best_of(settings[1:], found), {"accuracy_before": before, "search": table}
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, brief
 from ..errors import BadInput, UnknownLayout
 from ..models.acting import need_window
 from ..models.lm import LM
@@ -116,7 +116,7 @@ def fit(
         newest=cfg.positions == "newest",
         method="iti",
         config=cfg,
-        edits=records,
+        edits=brief(records),
         seconds=time.perf_counter() - start,
         notes={"heads": [[h.layer, h.index, float(found.accuracy[h.layer, h.index])] for h in heads]},
     )

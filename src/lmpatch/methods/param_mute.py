@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, brief
 from ..errors import BadInput, UnknownLayout
 from ..models._probe import probe_ids, trace
 from ..models.acting import need_window
@@ -88,7 +88,7 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
         deltas,
         method="param_mute",
         config=cfg,
-        edits=records,
+        edits=brief(records),
         seconds=time.perf_counter() - start,
         notes={"layers": layers, **notes},
     )

@@ -172,7 +172,7 @@ def fit(
         "layers": {name: found.layers(cfg.cue).tolist() for name, found in mined.items()},
         "mining": {name: found.notes for name, found in mined.items()},
     }
-    edits = [{"prompt": r.prompt, "id": r.id, "kind": r.kind, "variant": r.variant} for r in records]
+    edits = [{"id": r.id, "kind": r.kind, "variant": r.variant} for r in records]
     seconds = time.perf_counter() - start
     return WeightPatch.make(lm, deltas, method="parenting", config=cfg, edits=edits, seconds=seconds, notes=notes)
 

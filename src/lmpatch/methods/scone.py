@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, brief
 from ..errors import BadInput
 from ..models.lm import LM
 from ..models.run import Progress
@@ -76,7 +76,7 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
         cfg.factor,
         method="scone",
         config=cfg,
-        edits=records,
+        edits=brief(records),
         seconds=time.perf_counter() - start,
         notes={"neurons": [[neuron.layer, neuron.index, named] for neuron, named in chosen]},
     )
