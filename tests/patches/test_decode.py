@@ -95,6 +95,30 @@ def test_an_answer_that_ends_early_leaves_the_others_as_they_are(name: str) -> N
         assert len(mixed[1]) <= 2  # this one did end early
 
 
+def test_draws_are_from_the_combined_distribution() -> None:
+    """A thousand draws of one token: as often as two calls without a cache say."""
+    lm, rule = tiny_lm("llama"), Power(1.5)
+    rows = [encode(lm, text).ids for text in (ASKED[0].prompt, ASKED[0].bare)]
+    wanted = step(lm, rows, rule, torch.zeros(1, dtype=torch.int64)).softmax(-1)
+    texts = [lm.tokenizer.decode([i], skip_special_tokens=True) for i in range(len(wanted))]
+    with apply(lm, patch(lm, rule)):
+        settings: dict[str, Any] = {"max_new_tokens": 1, "stop": (), "temperature": 1.0}
+        drawn = generate(lm, [ASKED[0]] * 1000, **settings)
+        assert drawn == generate(lm, [ASKED[0]] * 1000, batch_size=7, **settings)
+        (first, *_), said = (
+            generate(lm, [ASKED[1]], **settings | {"max_new_tokens": 6}),
+            stream(lm, ASKED[1], **settings | {"max_new_tokens": 6}),
+        )
+        assert "".join(said) == first
+    shares = {text: sum(float(p) for p, t in zip(wanted, texts, strict=True) if t == text) for text in set(texts)}
+    top = sorted(shares, key=lambda text: -shares[text])[:5]
+    for text in top:
+        spread = (shares[text] * (1 - shares[text]) / 1000) ** 0.5
+        assert abs(drawn.count(text) / 1000 - shares[text]) < 4 * spread
+    plain = lm.model(torch.tensor([rows[0]])).logits[0, -1].float().softmax(-1)
+    assert float((plain - wanted).abs().sum()) > 0.1  # not the same without the rule
+
+
 @every_rule
 @pytest.mark.parametrize("family", CORE)
 def test_scores_are_of_the_combined_distribution(name: str, family: str) -> None:

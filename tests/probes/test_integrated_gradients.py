@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_lm
+from tiny import FAMILIES, real_gemma, tiny_lm
 
 from lmpatch.data.context import ContextRecord
 from lmpatch.errors import BadInput, BadRecord
@@ -86,6 +86,17 @@ def test_the_wavefront_equals_one_forward_and_backward_per_layer_and_step(
             assert (got[layer] - want[layer]).abs().max() <= 1e-5 * want[layer].abs().max()
         top, reference = (set(x.flatten().topk(20).indices.tolist()) for x in (got, want))
         assert len(top & reference) >= 19  # rounding may swap two of equal score at the border
+
+
+@pytest.mark.real
+def test_the_wavefront_equals_it_on_gemma_too() -> None:
+    """Every layer on its own scale, as above; two steps."""
+    lm, cfg = real_gemma(), Config(steps=2)
+    records = [ContextRecord("In 2024 the Eiffel Tower was moved to Rome.", "Where is the Eiffel Tower?", "Rome")]
+    (got,), (case,) = credits(lm, cfg, records), cases(lm, records)
+    want = slow(lm, case, cfg)
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True)]
+    assert max(errors) <= 1e-5, errors
 
 
 def test_scores_do_not_depend_on_the_batch_or_the_padding_it_brings(lm: LM) -> None:
