@@ -9,7 +9,8 @@ command reads that file and measures everything once on the held-out articles; i
 two cores, and with the tuning inside would not. Where the file is missing it takes the methods' defaults and says so.
 
 results/parenting gets the sets, a folder per patch, rows and page of the bench, parenting.json with the verdict, and
-two PNGs. Either command goes on where it stopped. The runs that matter most come first.
+two PNGs. Either command goes on where it stopped. The runs that matter most come first. Answers without documents that
+the user's cache holds are not asked again: for an honest clock set LMPATCH_CACHE to an empty folder.
 """
 
 from __future__ import annotations
