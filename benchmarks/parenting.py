@@ -45,9 +45,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "cad": {},
     "no_layer_cue": {"cue": "none"},
     "no_extraction": {"delta": 1.0},
+    "mixed_two_skills": {"mode": "mixed", "delta": 1.0},
 }
 """Run → what it changes of its method's settings. ``mixed_same_units`` trains what parenting trains, and is its
-ablation without boundary control; ``mixed`` trains all units."""
+ablation without boundary control; ``mixed`` trains all units; so does ``mixed_two_skills``, without document
+extraction."""
+RATES = {"mixed_two_skills": "mixed"}
+"""Run → whose choice on dev it takes; others that were not chosen for take parenting's."""
 ABLATIONS = ("mixed_same_units", "no_layer_cue", "no_extraction")
 TRIED: dict[str, list[dict[str, Any]]] = {
     "parenting": [{"lr": lr} for lr in (1.25e-4, 2.5e-4, 5e-4)],
@@ -172,14 +176,15 @@ def _claim(path: Path, identity: dict[str, Any]) -> bool:
         SystemExit: it holds another one.
     """
     identity = json.loads(json.dumps(identity))
-    if path.exists():
+    if resumed := path.exists():
         known = json.loads(path.read_text())
+        added = {name: run for name, run in identity["runs"].items() if name not in known["runs"]}
+        known["runs"] |= added  # a run more is no other bench
         if differ := [key for key in identity if identity[key] != known.get(key)]:
             raise SystemExit(f"{path.parent} was made with other values of {', '.join(differ)}. Use another --out.")
-        return True
     with replacing(path) as work:
         work.write_text(json.dumps(identity, indent=1) + "\n")
-    return False
+    return resumed
 
 
 def tune(bench: Bench) -> None:
@@ -223,7 +228,7 @@ def measure(bench: Bench) -> None:
     for run in ("base", *RUNS):
         patch = None
         if run != "base":
-            rates = bench.chosen.get(run, bench.chosen.get("parenting", {}))
+            rates = bench.chosen.get(RATES.get(run, run), bench.chosen.get("parenting", {}))
             patch = bench.timed(run, partial(bench.patch, run, run, rates | RUNS[run]))
         bench.timed(
             f"bench {run}",
@@ -287,7 +292,7 @@ def _report(bench: Bench) -> None:
 def verdict(report: rag.Report) -> dict[str, Any]:
     """The paper's claims, as differences on the same items."""
     names = [run.name for run in report.runs[1:]]
-    others = [name for name in names if name in ("mixed_same_units", "mixed", "ircan", "cad")]
+    others = [name for name in names if name in ("mixed_same_units", "mixed", "mixed_two_skills", "ircan", "cad")]
     found = {"against the base": {name: _moved(report, name, report.runs[0].name) for name in names}}
     if "parenting" in names:
         found["parenting minus"] = {name: _moved(report, "parenting", name) for name in others}

@@ -69,7 +69,7 @@ def test_it_goes_from_squad_to_a_verdict_and_is_resumed_or_refused(
     assert {row.question for row in rows} <= {r.question for r in held}  # nothing of dev is measured
 
     verdict = made["verdict"]
-    assert [*verdict["parenting minus"]] == ["mixed_same_units", "mixed", "ircan", "cad"]
+    assert [*verdict["parenting minus"]] == ["mixed_same_units", "mixed", "ircan", "cad", "mixed_two_skills"]
     assert [*verdict["minus parenting"]] == [*script.ABLATIONS] and [*verdict["against the base"]] == [*script.RUNS]
     one = verdict["parenting minus"]["mixed"]["R_Ad+R_Ro"]
     both = [made["runs"][run][m]["value"] for run in ("parenting", "mixed") for m in ("R_Ad", "R_Ro")]
