@@ -27,6 +27,8 @@ from shutil import copy
 from time import perf_counter
 from typing import Any
 
+from general import ability
+
 import lmpatch as lp
 from lmpatch.benches import general, rag
 from lmpatch.data.rag import Build, RagRecord, build, read_questions, read_rag, write
@@ -88,12 +90,12 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=120, help="items of each condition at most")
     parser.add_argument("--ircan-examples", type=int, default=24)
     parser.add_argument(
-        "--general", type=Path, help="folder of general tasks; left out: general, beside SQuAD's folder"
+        "--general", type=Path, help="folder of general tasks and texts; left out: the one that holds SQuAD's folder"
     )
-    parser.add_argument("--general-n", type=int, default=40, help="records of each general task")
+    parser.add_argument("--general-n", type=int, default=100, help="records of each general task")
     args = parser.parse_args(words)
-    beside = args.squad.resolve().parent.parent / "general"
-    args.general = args.general or (beside if beside.is_dir() else None)
+    around = args.squad.resolve().parent.parent
+    args.general = args.general or (around if (around / "general").is_dir() else None)
     return args
 
 
@@ -115,7 +117,7 @@ class Bench:
 
     def _identity(self, builder: Build) -> dict[str, Any]:
         """What decides the numbers."""
-        same = ("model", "dtype", "set", "n", "ircan_examples", "general_n")
+        same = ("model", "dtype", "set", "n", "ircan_examples")
         found = {name: getattr(self.args, name) for name in same}
         found |= {"build": asdict(builder), "chosen": self.chosen, "runs": RUNS}
         return found | {"squad": hashlib.sha256(self.args.squad.read_bytes()).hexdigest()}
@@ -245,16 +247,10 @@ def measure(bench: Bench) -> None:
         )
         _report(bench)
     if bench.args.general:
-        _general(bench)
+        patch, data = lp.load_patch(bench.out / "patches/parenting"), general.load(bench.args.general)
+        asked = partial(ability, bench.lm, data, patch, "parenting", bench.args.general_n, bench.out / "general", _told)
+        bench.timed("general", asked)
         _report(bench)
-
-
-def _general(bench: Bench) -> None:
-    patch = lp.load_patch(bench.out / "patches/parenting")
-    cfg = general.Config(n=bench.args.general_n, windows=16, protocols=("cloze-v1", "perplexity-v1"))
-    data = general.load(bench.args.general)
-    found = bench.timed("general", lambda: general.run(bench.lm, data, cfg, patch=patch, out=bench.out / "general"))
-    found.save_html(bench.out / "general.html")
 
 
 def _report(bench: Bench) -> None:

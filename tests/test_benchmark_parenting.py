@@ -21,6 +21,7 @@ GOLD = {r["question"]: r["answers"][0]["text"] for r in records() if r["answers"
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module, with a tiny model that is said to know every second answer, and few things to try."""
+    monkeypatch.syspath_prepend(str(FILE.parent))  # as when it runs as a script
     spec = importlib.util.spec_from_file_location("benchmark_parenting", FILE)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -95,4 +96,4 @@ def test_general_ability_is_measured_where_its_data_lies_beside_squad(script: An
     there = script._arguments([str(tmp_path / "data/squad/s.jsonl")])
     assert there.general is None
     (tmp_path / "data/general").mkdir()
-    assert script._arguments([str(tmp_path / "data/squad/s.jsonl")]).general == tmp_path / "data/general"
+    assert script._arguments([str(tmp_path / "data/squad/s.jsonl")]).general == tmp_path / "data"
