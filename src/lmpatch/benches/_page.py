@@ -8,14 +8,17 @@ from html import escape
 from typing import Any
 
 from ._grid import Cell, Grid
+from ._svg import HUES
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --fg: #1c1e21; --soft: #667085; --line: #e4e7ec; --card: #f7f8fa;
   --good: #0a7d4b; --bad: #b4232a; --bar: #3b6fd422;
-  --c0: #8a94a6; --c1: #d08700; --c2: #2f6fe0; --c3: #0a8f5b; --c4: #a13bd1; --c5: #c8385a; }
+  --c0: #8a94a6; --c1: #d08700; --c2: #2f6fe0; --c3: #0a8f5b; --c4: #a13bd1; --c5: #c8385a; --c6: #0f8f9c;
+  --c7: #7a5230; --c8: #e27fb5; --c9: #7d8b00; }
 @media (prefers-color-scheme: dark) { :root { --bg: #14161a; --fg: #e6e8eb; --soft: #98a2b3; --line: #2b2f36;
   --card: #1b1e24; --good: #4cc38a; --bad: #ff8589; --bar: #6b9bff2e;
-  --c0: #8a94a6; --c1: #f0b429; --c2: #6b9bff; --c3: #4cc38a; --c4: #c98bf0; --c5: #ff7d9c; } }
+  --c0: #8a94a6; --c1: #f0b429; --c2: #6b9bff; --c3: #4cc38a; --c4: #c98bf0; --c5: #ff7d9c; --c6: #4fc9d6;
+  --c7: #c39a72; --c8: #f4a9d0; --c9: #c2d04a; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 40px 24px 80px; background: var(--bg); color: var(--fg);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -38,8 +41,6 @@ td small { display: block; color: var(--soft); font-size: 11.5px; white-space: n
 .yes { color: var(--good); } .no { color: var(--bad); } .dim { color: var(--soft); }
 .legend { display: flex; flex-wrap: wrap; gap: 6px 18px; font-size: 13px; margin-top: 8px; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
-.b0 { background: var(--c0) } .b1 { background: var(--c1) } .b2 { background: var(--c2) } .b3 { background: var(--c3) }
-.b4 { background: var(--c4) } .b5 { background: var(--c5) }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; margin-top: 10px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px; }
 figcaption { font-size: 13px; color: var(--soft); margin-bottom: 4px; }
@@ -47,12 +48,12 @@ svg { width: 100%; height: auto; display: block; } svg text { font-size: 11px; f
 svg .tick, svg .axis { fill: var(--soft); font-size: 10.5px; } svg .grid { stroke: var(--line); }
 svg .error { stroke: var(--fg); } svg .mark { stroke: var(--soft); stroke-dasharray: 3 2; }
 svg polyline { fill: none; stroke-width: 2; } svg circle { fill-opacity: .85; }
-.s0 { fill: var(--c0) } .s1 { fill: var(--c1) } .s2 { fill: var(--c2) } .s3 { fill: var(--c3) } .s4 { fill: var(--c4) }
-.s5 { fill: var(--c5) } .l0 { stroke: var(--c0) } .l1 { stroke: var(--c1) } .l2 { stroke: var(--c2) }
-.l3 { stroke: var(--c3) } .l4 { stroke: var(--c4) } .l5 { stroke: var(--c5) }
 details { margin-top: 14px; } summary { cursor: pointer; color: var(--soft); }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px; overflow-x: auto; }
-"""
+""" + "\n".join(
+    f".b{i} {{ background: var(--c{i}) }} .s{i} {{ fill: var(--c{i}) }} .l{i} {{ stroke: var(--c{i}) }}"
+    for i in range(HUES)
+)
 
 
 def document(title: str, body: Iterable[str]) -> str:
@@ -79,7 +80,7 @@ def cards(title: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 def plots(names: Iterable[str], figures: Iterable[tuple[str, str]]) -> str:
     """(title, SVG) side by side under a legend of the runs' names, in the order of the colours; "" without any."""
-    legend = "".join(f'<span><i class="b{i % 6}"></i>{escape(name)}</span>' for i, name in enumerate(names))
+    legend = "".join(f'<span><i class="b{i % HUES}"></i>{escape(name)}</span>' for i, name in enumerate(names))
     drawn = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in figures)
     return f'<h2>At a glance</h2><div class="legend">{legend}</div><div class="plots">{drawn}</div>' if drawn else ""
 

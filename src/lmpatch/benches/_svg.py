@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 340, 250, 44, 40, 14, 26
+HUES = 10  # that a page has, in the order of its runs
 TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def scatter(points: Sequence[tuple[int, str, float, float]], x_label: str, y_label: str) -> str:
     """Points (colour, name, x, y) in the unit square."""
     marks = [
-        f'<circle cx="{_x(x):.1f}" cy="{_y(y):.1f}" r="6" class="s{colour % 6}">'
+        f'<circle cx="{_x(x):.1f}" cy="{_y(y):.1f}" r="6" class="s{colour % HUES}">'
         f"<title>{escape(name)}: {100 * x:.1f}, {100 * y:.1f}</title></circle>"
         for colour, name, x, y in points
     ]
@@ -28,8 +29,8 @@ def curves(
     for colour, name, values in lines:
         spots = [(_x(j * step), _y(v)) for j, v in enumerate(values) if v is not None]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="s{colour % 6}"/>' for x, y in spots)
-        marks.append(f'<g><title>{escape(name)}</title><polyline points="{path}" class="l{colour % 6}"/>{dots}</g>')
+        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="s{colour % HUES}"/>' for x, y in spots)
+        marks.append(f'<g><title>{escape(name)}</title><polyline points="{path}" class="l{colour % HUES}"/>{dots}</g>')
     return _frame([(j * step, label) for j, label in enumerate(labels)], x_label, y_label, "".join(marks))
 
 
@@ -39,7 +40,8 @@ Bar = tuple[int, str, float, float | None]
 
 def bars(rows: Sequence[tuple[str, float | None, Sequence[Bar]]], x_label: str) -> str:
     """Lying bars (label, mark, bars) of values from 0 to 1, each with its error; the mark is a dashed line."""
-    left, right, thick, gap = 92, 14, 9, 9
+    left = max(92, 12 + 6 * max((len(label) for label, _, _ in rows), default=0))  # 6: the width of a letter
+    right, thick, gap = 14, 9, 9
     width = WIDTH - left - right
     marks, y = [], 6.0
     for label, mark, group in rows:
@@ -47,14 +49,14 @@ def bars(rows: Sequence[tuple[str, float | None, Sequence[Bar]]], x_label: str) 
         middle = y + tall / 2
         marks.append(f'<text x="{left - 6}" y="{middle + 4:.1f}" text-anchor="end">{escape(label)}</text>')
         for i, (colour, name, value, error) in enumerate(group):
-            top, end = y + i * thick, left + width * _unit(value)
+            top, end, ink = y + i * thick, left + width * _unit(value), thick - 1
             marks.append(
-                f'<rect x="{left}" y="{top:.1f}" width="{end - left:.1f}" height="{thick - 1}" class="s{colour % 6}">'
+                f'<rect x="{left}" y="{top:.1f}" width="{end - left:.1f}" height="{ink}" class="s{colour % HUES}">'
                 f"<title>{escape(name)}: {100 * value:.1f}</title></rect>"
             )
             if error:
                 low, high = (left + width * _unit(value + side * error) for side in (-1, 1))
-                at = top + (thick - 1) / 2
+                at = top + ink / 2
                 marks.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{at:.1f}" y2="{at:.1f}" class="error"/>')
         if mark is not None:
             x = left + width * mark
