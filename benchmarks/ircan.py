@@ -475,7 +475,8 @@ def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folde
     bars = [("unpatched", "none"), ("IRCAN", "ircan"), ("ErCAN", "ErCAN")]
     found = [(label, report.metrics(name)["acc"]) for label, name in bars if any(r.name == name for r in report.runs)]
     drawn_bars = [(label, metric.value, metric.stderr or 0.0) for label, metric in found]
-    drawn_bars += [(f"{name},\n{c['seeds']} seeds", c["acc"], c["sd_over_seeds"]) for name, c in controls.items()]
+    for name, c in controls.items():
+        drawn_bars.append((name.replace(" ", "\n") + f",\n{c['seeds']} seeds", c["acc"], c["sd_over_seeds"]))
     axes = figure("ablations", 7.0)
     labels, values, errors = zip(*drawn_bars, strict=True)
     axes.bar(labels, values, yerr=errors, color=[f"C{i}" for i in range(len(labels))])
@@ -491,7 +492,7 @@ def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folde
             axes.annotate("" if wording else run.name, point, fontsize=7, xytext=(4, 4), textcoords="offset points")
     axes.plot([], [], "o", color="lightgrey", label="unpatched, other wordings")
     axes.legend()
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     axes.set(xlabel="faithfulness: ACC with its context", ylabel="robustness: kept with another's")
     axes.grid(alpha=0.3)
     for path, drawing in made:
