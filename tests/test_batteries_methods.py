@@ -224,6 +224,7 @@ def test_the_patch_says_how_it_was_made(method: str) -> None:
             assert kept["prompt"] == edit.prompt
         else:  # what was read with a question may be long or private
             assert edit.prompt not in str(kept)
+            assert kept.get("id", "") == edit.id and kept.get("prompt", edit.question) == edit.question
     assert patch.made["seconds"] >= 0
     assert patch.base.fingerprint == lm.fingerprint()
     assert method in patch.summary()

@@ -66,6 +66,13 @@ def ready(lm: LM, **settings: Any) -> tuple[Config, list[Unit], dict[str, Rows]]
     return cfg, units, prepare(lm, records, cfg, len(units), None).sets
 
 
+def test_a_record_beyond_the_window_is_refused(llama: LM) -> None:
+    records, cfg = example(llama)
+    long = replace(records[0], prompt="The mayor is away. " * 200 + records[0].prompt)
+    with pytest.raises(BadInput, match="Shorten its context: it is not cut for you"):
+        fit(llama, [long, *records[1:]], cfg)
+
+
 def spread(units: Sequence[Unit]) -> list[Type]:
     """All four types in turn."""
     return [TYPES[i % 4] for i in range(len(units))]
@@ -145,6 +152,7 @@ def test_active_tokens_equal_a_loop_without_padding(lm: LM) -> None:
     single = [active_tokens(lm, [row]) for row in rows]
     assert tokens == sum(len(row.ids) for row in rows) == sum(n for _, n in single)
     assert counts.tolist() == pytest.approx(sum(c for c, _ in single).tolist(), rel=1e-3)
+    assert bool((counts > 0).all()) and bool((counts < tokens).all())
     wanted = torch.zeros(lm.layout.n_layers, dtype=torch.float64)
     for layer, name in enumerate(activations(lm)):  # by hand: what stands behind the activation, token after token
         seen: list[Tensor] = []

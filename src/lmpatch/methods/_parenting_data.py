@@ -127,8 +127,9 @@ def _encode(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]
     """Prompt, target, end token."""
     end = lm.tokenizer.eos_token_id
     rows = encode_all(lm, prompts, targets)
-    need_window(lm, [row.ids for row in rows], 1)
-    return rows if end is None else [replace(row, ids=(*row.ids, int(end))) for row in rows]
+    ended = rows if end is None else [replace(row, ids=(*row.ids, int(end))) for row in rows]
+    need_window(lm, [row.ids for row in ended])
+    return ended
 
 
 def draws(rows: Rows, count: int, step: int, seed: str, share: float = 0.0) -> list[Row]:

@@ -103,7 +103,6 @@ def _responses(
         pairs += [(r.prompt, r.memory, False) for r in records if r.memory]
     else:
         prompts = [r.prompt for r in records]
-        need_window(lm, [row.ids for row in encode_all(lm, prompts)], cfg.max_new_tokens)
         texts = generate(lm, prompts, max_new_tokens=cfg.max_new_tokens, progress=progress)
         pairs = []
         for record, text in zip(records, texts, strict=True):

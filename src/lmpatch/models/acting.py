@@ -102,12 +102,12 @@ def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = N
     rules = tuple(rule for actor in actors(lm) for rule in actor.rules)
     full = [prompt.prompt if isinstance(prompt, InContext) else prompt for prompt in prompts]
     bare = [_bare(prompt) for prompt in prompts] if rules else full
-    if bare == full:
-        rows, vectors = prepare(lm, full, targets)
-        need_window(lm, [row.ids for row in rows], new_tokens)
-        return Streams((), [(row,) for row in rows], vectors)
-    rows, vectors = prepare(lm, full + bare, None if targets is None else [*targets, *targets])
+    alone = bare == full
+    wanted = None if targets is None else [*targets] * (1 if alone else 2)
+    rows, vectors = prepare(lm, full if alone else full + bare, wanted)
     need_window(lm, [row.ids for row in rows], new_tokens)
+    if alone:
+        return Streams((), [(row,) for row in rows], vectors)
     pairs = zip(rows[: len(full)], rows[len(full) :], strict=True)
     # the tokens at the border may depend on what stands before it: the stream with context says what the target is
     shared: list[tuple[Row, ...]] = [
