@@ -90,7 +90,7 @@ def test_the_wavefront_equals_one_forward_and_backward_per_layer_and_step(
 
 @pytest.mark.real
 def test_the_wavefront_equals_it_on_gemma_too() -> None:
-    """Two steps. To 1e-5 of the largest credit, by which neurons are chosen; layers whose own are small round more."""
+    """Two steps. To 1e-5 of the largest credit. On a layer's own scale fp32 is 2e-5 to 7e-5 off fp64 on both sides."""
     lm, cfg = real_gemma(), Config(steps=2)
     records = [ContextRecord("In 2024 the Eiffel Tower was moved to Rome.", "Where is the Eiffel Tower?", "Rome")]
     (got,), (case,) = credits(lm, cfg, records), cases(lm, records)
