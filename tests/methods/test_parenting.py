@@ -29,7 +29,7 @@ from lmpatch.methods._parenting_mine import (
     typed,
     z_scores,
 )
-from lmpatch.methods._parenting_tune import Tuner, gradients, mixes
+from lmpatch.methods._parenting_tune import Tuner, by_tokens, gradients, mixes
 from lmpatch.methods._parenting_units import TYPES, Adapter, Type, Unit, cut
 from lmpatch.methods.parenting import Config, fit
 from lmpatch.models.closed_book import Own
@@ -398,7 +398,7 @@ def test_merged_factor_by_factor_a_and_b_are_the_released_weighted_means(llama: 
         assert torch.allclose(merged[name].dense(), change, atol=1e-6), name  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("settings", [{"mode": "merge"}, {"mode": "masked"}, {"mode": "mixed"}])
+@pytest.mark.parametrize("settings", [{"mode": m} for m in ("merge", "masked", "mixed", "plain")])
 def test_with_delta_1_every_mode_does_without_extraction_records(llama: LM, settings: dict[str, Any]) -> None:
     records, cfg = example(llama)
     patch = fit(llama, [r for r in records if r.kind != "extraction"], replace(cfg, delta=1.0, **settings))
@@ -729,6 +729,19 @@ def test_plain_mixed_tuning_trains_every_unit_without_mining(llama: LM) -> None:
     assert len(patch.deltas) == 16 and not patch.notes["units"]
     few = [r for kind in ("adherence", "robustness", "extraction") for r in [x for x in records if x.kind == kind][:3]]
     fit(llama, few, replace(cfg, mode="mixed"))  # no units, so no least number of records
+
+
+def test_plain_tuning_takes_one_mean_over_all_answer_tokens_of_a_step(llama: LM) -> None:
+    cfg, units, sets = ready(llama, mode="plain")
+    adapter, rows = lively(Adapter(llama, units, 2.0, 0)), one_step(sets, cfg)
+    every = [row for own in rows.values() for row in own]
+    (wanted,) = torch.autograd.grad(loss(llama, every, lambda: adapter.hooks(llama)), adapter.flat["entangled"])
+    found = gradients(llama, adapter, rows, by_tokens(rows))
+    assert torch.allclose(found["entangled"], wanted, atol=1e-6, rtol=1e-5)
+
+    records, cfg = example(llama)
+    plain, mixed = (fit(llama, records, replace(cfg, mode=mode)) for mode in ("plain", "mixed"))
+    assert len(plain.deltas) == 16 and not plain.notes["units"] and plain.hash() != mixed.hash()
 
 
 def test_plots_show_units_by_layer_and_projection(llama: LM, tmp_path: Path) -> None:

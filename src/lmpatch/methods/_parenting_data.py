@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .parenting import Config
 
 SETS = ("adherence", "robustness", "extraction")
+WHOLE = ("mixed", "plain")
+"""Modes that have no units: all that can be trained is one."""
 UNKNOWN = "I do not know."
 HELD = 12  # rows of each set that only validate, or a few more: whole questions; at most an eighth of it
 
@@ -90,7 +92,7 @@ def _enough(found: dict[str, int], cfg: Config, units: int) -> None:
         if wanted and count == 0:
             hint = " or set delta=1" if kind == "extraction" else ""
             raise BadInput(f"no {kind} records. Build sets with `lmpatch data rag`{hint}.")
-        if kind != "extraction" and cfg.mode != "mixed" and count < units:
+        if kind != "extraction" and cfg.mode not in WHOLE and count < units:
             raise BadInput(
                 f"{count} {kind} records for {units} units: scores would be noise with fewer records than units. Give "
                 f"more records, or larger units (now {cfg.units}), or train without them: mode=mixed."

@@ -45,6 +45,12 @@ def mixes(delta: float, gamma: float) -> Mix:
     }
 
 
+def by_tokens(rows: Mapping[str, Sequence[Row]]) -> Mix:
+    """The mix that makes one mean over all answer tokens of the rows: each set weighs what it has of them."""
+    counts = {kind: sum(len(row.ids) - row.target for row in own) for kind, own in rows.items()}
+    return {"entangled": {kind: count / sum(counts.values()) for kind, count in counts.items()}}
+
+
 def gradients(
     lm: LM, adapter: Adapter, rows: Mapping[str, Sequence[Row]], mix: Mix, team: Team = ALONE
 ) -> dict[Type, Tensor]:
@@ -125,7 +131,8 @@ class Tuner:
             )
             for kind, count in self.counts.items()
         }  # fmt: skip
-        for t, grad in gradients(self.lm, self.adapter, rows, self.mix, self.team).items():
+        mix = by_tokens(rows) if cfg.mode == "plain" else self.mix
+        for t, grad in gradients(self.lm, self.adapter, rows, mix, self.team).items():
             self.leaves[t].grad = grad
         torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), cfg.clip)
         warm = min(1.0, (self.step + 1) / max(1, cfg.warmup))

@@ -25,7 +25,7 @@ from ..patches.ledger import applied
 from ..patches.weight import WeightPatch, fingerprint
 from ..record import hash_json
 from . import _checkpoint
-from ._parenting_data import SETS, Material, prepare
+from ._parenting_data import SETS, WHOLE, Material, prepare
 from ._parenting_mine import Cue, Mined, balance, correlation, mine, typed, z_scores
 from ._parenting_plot import plots as plots
 from ._parenting_tune import Mix, Tuner, mixes
@@ -63,9 +63,10 @@ class Config:
     """Of the LoRA."""
     alpha: float = 16.0
     """The LoRA is multiplied by alpha / rank."""
-    mode: Literal["masked", "merge", "mixed"] = "masked"
+    mode: Literal["masked", "merge", "mixed", "plain"] = "masked"
     """``masked``: each type of unit has its own losses, as the paper says. ``merge``: three adapters trained apart and
-    averaged unit by unit, as the released code does. ``mixed``: no units, one loss mix for all: plain fine-tuning."""
+    averaged unit by unit, as the released code does. ``mixed``: no units, one mix of the three losses for all.
+    ``plain``: no units and no mix, one mean over all answer tokens of a step: fine-tuning on the rows together."""
     merge_space: Literal["factors", "delta"] = "delta"
     """What ``merge`` averages: A and B apart, as released, or their product."""
     cue: Cue = "rate"
@@ -153,7 +154,7 @@ def fit(
     given = [fingerprint(lm), str(lm.dtype), _on(lm), [r.id + r.prompt + r.answer for r in records]]
     with frozen(lm):
         material = prepare(lm, records, cfg, len(units), progress)
-        mined = {} if cfg.mode == "mixed" else _mined(lm, units, material, cfg, folder, given, progress)
+        mined = {} if cfg.mode in WHOLE else _mined(lm, units, material, cfg, folder, given, progress)
         importance = {name: found.importance(units, cfg.cue) for name, found in mined.items()}
         types, gamma = _types(importance, cfg, len(units))
         alike = round(correlation(*importance.values()), 5) if mined else None
