@@ -53,9 +53,9 @@ def test_it_goes_from_squad_to_a_verdict_and_is_resumed_or_refused(
     script.main(["tune", *words(tmp_path)])
     chosen = json.loads((tmp_path / "chosen.json").read_text())
     assert {run: [*found] for run, found in chosen["chosen"].items()} == {
-        "parenting": ["lr"], "mixed": ["lr"], "cad": ["alpha"], "ircan": ["neurons", "factor"],
+        "parenting": ["lr"], "mixed": ["lr"], "plain": ["lr"], "cad": ["alpha"], "ircan": ["neurons", "factor"],
     }  # fmt: skip
-    assert all(len(found) == 2 for found in chosen["tried"].values())
+    assert all(len(chosen["tried"][run]) == len(options) for run, options in script.TRIED.items())
 
     chosen["chosen"]["mixed"]["lr"] = 0.125
     (tmp_path / "chosen.json").write_text(json.dumps(chosen))
@@ -70,7 +70,7 @@ def test_it_goes_from_squad_to_a_verdict_and_is_resumed_or_refused(
     assert {row.question for row in rows} <= {r.question for r in held}  # nothing of dev is measured
 
     verdict = made["verdict"]
-    assert [*verdict["parenting minus"]] == ["mixed_same_units", "mixed", "ircan", "cad", "mixed_two_skills"]
+    assert [*verdict["parenting minus"]] == ["mixed", "plain", "mixed_same_units", "ircan", "cad"]
     assert [*verdict["minus parenting"]] == [*script.ABLATIONS] and [*verdict["against the base"]] == [*script.RUNS]
     one = verdict["parenting minus"]["mixed"]["R_Ad+R_Ro"]
     both = [made["runs"][run][m]["value"] for run in ("parenting", "mixed") for m in ("R_Ad", "R_Ro")]

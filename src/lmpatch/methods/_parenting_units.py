@@ -99,20 +99,6 @@ class Adapter:
             if members:
                 values = torch.cat([start[p].reshape(-1) for u in members for p in u.pieces])
                 self.flat[t] = values.to(lm.device).requires_grad_(t != "others")
-        self.tables = self._tables()
-        places = [table.reshape(-1) for table in self.tables.values()]
-        self.places = torch.cat(places).to(lm.device) if places else None
-
-    def _tables(self) -> dict[tuple[str, str], Tensor]:
-        """(module, factor) → where each of its numbers stands in the flat tensors; empty unless ranks are units."""
-        spots: dict[tuple[str, str], dict[int, Tensor]] = {}
-        at = 0
-        for piece in (p for t in self.flat for u in self.order[t] for p in u.pieces):
-            if piece.rank is not None:
-                own = spots.setdefault((piece.module, piece.factor), {})
-                own[piece.rank] = torch.arange(at, at + piece.size)
-            at += piece.size
-        return {key: torch.stack([own[r] for r in sorted(own)], 0 if key[1] == "a" else 1) for key, own in spots.items()}
 
     @property
     def leaves(self) -> dict[Type, Tensor]:
@@ -132,15 +118,15 @@ class Adapter:
     def factors(self, dtype: torch.dtype | None = None) -> dict[str, dict[str, Tensor]]:
         """Module → its factors ``a`` [r, in] and ``b`` [out, r], or ``w`` [out, in]."""
         found: dict[str, dict[str, Tensor]] = {}
-        if self.places is None:
-            for piece, value in self.values(dtype).items():
+        ranks: dict[tuple[str, str], dict[int, Tensor]] = {}
+        for piece, value in self.values(dtype).items():
+            if piece.rank is None:
                 found.setdefault(piece.module, {})[piece.factor] = value
-            return found
-        # one gather for all: hundreds of rows and columns put together one by one take longer than a step
-        flat = torch.cat([flat.to(dtype or flat.dtype) for flat in self.flat.values()])
-        parts = flat[self.places].split([table.numel() for table in self.tables.values()])
-        for ((module, factor), table), part in zip(self.tables.items(), parts, strict=True):
-            found.setdefault(module, {})[factor] = part.view(table.shape)
+            else:
+                ranks.setdefault((piece.module, piece.factor), {})[piece.rank] = value
+        for (module, factor), rows in ranks.items():
+            ordered = [rows[r] for r in sorted(rows)]
+            found.setdefault(module, {})[factor] = torch.stack(ordered, 0 if factor == "a" else 1)
         return found
 
     def hooks(self, lm: LM) -> list[Any]:
