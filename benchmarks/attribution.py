@@ -20,11 +20,11 @@ import torch
 
 import lmpatch as lp
 from lmpatch.data.context import ContextRecord
+from lmpatch.inference.forward import frozen, hooked
+from lmpatch.inference.tokens import encode
 from lmpatch.models.lm import LM
-from lmpatch.models.run import frozen, hooked
-from lmpatch.models.tokens import encode
-from lmpatch.probes.integrated_gradients import Case, Config, attributions, cases
-from lmpatch.record import hardware, now, versions
+from lmpatch.probes.integrated_gradients.probe import Case, Config, attributions, cases
+from lmpatch.provenance import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 PASSAGE = (

@@ -22,15 +22,16 @@ import torch
 
 import lmpatch as lp
 from lmpatch.data.context import InContext, render
-from lmpatch.methods._neurons import drawn, scaling
-from lmpatch.models.acting import Prompt, Rule, streams
-from lmpatch.models.choice import Choice
+from lmpatch.inference.generate import Ends
+from lmpatch.inference.interventions import Prompt, Rule, streams
+from lmpatch.inference.run import _steps
+from lmpatch.inference.sampling import Choice
+from lmpatch.inference.tokens import encode
+from lmpatch.locate.neurons import drawn, scaling
 from lmpatch.models.lm import LM
-from lmpatch.models.run import Ends, _steps
-from lmpatch.models.tokens import encode
-from lmpatch.patches.decode import DecodePatch
-from lmpatch.patches.rules import AdaCAD, Arr, Coiecd, Grd, Power
-from lmpatch.record import hardware, now, versions
+from lmpatch.patches.decode.patch import DecodePatch
+from lmpatch.patches.decode.rules import AdaCAD, Arr, Coiecd, Grd, Power
+from lmpatch.provenance import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 RULES: dict[str, Rule] = {

@@ -21,8 +21,8 @@ from facts import METHODS, QUICK, makers, saved, told, unseen
 import lmpatch as lp
 from lmpatch.benches import facts, general
 from lmpatch.data.readers import read_edits, read_text
-from lmpatch.methods import recipe
-from lmpatch.models.run import Progress
+from lmpatch.methods.recipe import method as recipe
+from lmpatch.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("csqa", "anli", "mmlu", "squad", "perplexity")

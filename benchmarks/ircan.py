@@ -40,17 +40,17 @@ import lmpatch as lp
 from lmpatch.benches import general, kre, memotrap
 from lmpatch.benches._context_prompts import worded
 from lmpatch.data.context import ContextRecord, read_context
+from lmpatch.locate.neurons import drawn, ranked, scaling
 from lmpatch.methods import iti, param_mute, scone
-from lmpatch.methods._ircan_grid import accuracies
-from lmpatch.methods._neurons import drawn, ranked, scaling
-from lmpatch.methods.ircan import best_of, grid
+from lmpatch.methods.ircan.grid import accuracies
+from lmpatch.methods.ircan.method import best_of, grid
 from lmpatch.models.lm import LM
+from lmpatch.models.units import Neuron
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.patch import Patch
-from lmpatch.probes import integrated_gradients
-from lmpatch.probes.integrated_gradients import attributions_of, cases, kept
-from lmpatch.record import hardware, hash_json, now, versions
-from lmpatch.units.address import Neuron
+from lmpatch.probes.integrated_gradients import probe as integrated_gradients
+from lmpatch.probes.integrated_gradients.probe import attributions_of, cases, kept
+from lmpatch.provenance import hardware, hash_json, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 FILES = {"memotrap": "memotrap/completion", "cose": "kre/cose", "ecare": "kre/ecare"}

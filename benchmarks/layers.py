@@ -17,12 +17,13 @@ from typing import Any
 
 import lmpatch as lp
 from lmpatch.data.readers import read_edits, read_text
+from lmpatch.inference.forward import frozen
+from lmpatch.inference.generate import generate
+from lmpatch.locate.covariance import second_moments
 from lmpatch.methods import memit, rome
-from lmpatch.methods._moments import second_moments
 from lmpatch.models.lm import LM
-from lmpatch.models.run import frozen, generate
 from lmpatch.patches.ledger import apply
-from lmpatch.record import hardware, now, versions
+from lmpatch.provenance import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 8

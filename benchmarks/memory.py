@@ -25,7 +25,7 @@ import numpy as np
 
 import lmpatch as lp
 from lmpatch.memory.store import EXACT, Store
-from lmpatch.record import hardware, now, versions
+from lmpatch.provenance import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 STAMP = {"editor": "benchmark", "base": "none"}

@@ -31,12 +31,15 @@ from general import ability
 
 import lmpatch as lp
 from lmpatch.benches import general, rag
-from lmpatch.data.rag import Build, RagRecord, build, read_questions, read_rag, write
-from lmpatch.methods import cad, ircan, parenting
-from lmpatch.models.closed_book import closed_book_answers
-from lmpatch.probes import integrated_gradients
-from lmpatch.record import hardware, now, replacing, versions
-from lmpatch.settings import parse, resolve
+from lmpatch.config import parse, resolve
+from lmpatch.data.rag.reader import Build, RagRecord, build, read_questions, read_rag, write
+from lmpatch.files import replacing
+from lmpatch.inference.closed_book import closed_book_answers
+from lmpatch.methods import cad
+from lmpatch.methods.ircan import method as ircan
+from lmpatch.methods.parenting import method as parenting
+from lmpatch.probes.integrated_gradients import probe as integrated_gradients
+from lmpatch.provenance import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 RUNS: dict[str, dict[str, Any]] = {

@@ -31,10 +31,10 @@ import lmpatch as lp
 from lmpatch.benches import facts
 from lmpatch.benches._report import read_report
 from lmpatch.data.readers import read_edits
-from lmpatch.methods import recipe
-from lmpatch.patches.memory import Finder, encoded
+from lmpatch.methods.recipe import method as recipe
+from lmpatch.patches.memory.patch import Finder, encoded
 from lmpatch.patches.patch import plain
-from lmpatch.record import hardware, now, versions
+from lmpatch.provenance import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = (1, 10, 100, 1000, 5000)

@@ -15,10 +15,10 @@ import shutil
 from pathlib import Path
 
 import lmpatch as lp
+from lmpatch.config import parse, resolve
 from lmpatch.data.readers import read_asks, read_edits
-from lmpatch.methods import recipe
-from lmpatch.methods._recipe_data import without
-from lmpatch.settings import parse, resolve
+from lmpatch.methods.recipe import method as recipe
+from lmpatch.methods.recipe.data import without
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"

@@ -19,14 +19,15 @@ from torch.nn import functional as F
 
 import lmpatch as lp
 from lmpatch.data.readers import read_edits, read_text
+from lmpatch.inference.forward import hooked
+from lmpatch.inference.generate import generate
+from lmpatch.inference.tokens import Row, encode
+from lmpatch.locate.covariance import _accumulate, _text_rows
+from lmpatch.locate.prefixes import prefixes
+from lmpatch.locate.value_search import search
 from lmpatch.methods import rome
-from lmpatch.methods._moments import _accumulate, _text_rows
-from lmpatch.methods._prefixes import prefixes
-from lmpatch.methods._value import search
 from lmpatch.models.lm import LM
-from lmpatch.models.run import generate, hooked
-from lmpatch.models.tokens import Row, encode
-from lmpatch.record import hardware, now, versions
+from lmpatch.provenance import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 LAYER = 5

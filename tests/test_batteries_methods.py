@@ -21,17 +21,17 @@ from tiny import CORE, tiny_lm
 from torch import Tensor
 
 from lmpatch import registry
+from lmpatch.config import describe_fields
 from lmpatch.data.context import InContext
 from lmpatch.data.edit import Edit
+from lmpatch.inference.multiple_choice import next_logits
 from lmpatch.models.lm import LM
-from lmpatch.models.options import next_logits
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import applied, apply
-from lmpatch.patches.memory import MemoryPatch
+from lmpatch.patches.memory.patch import MemoryPatch
 from lmpatch.patches.merge import merge
 from lmpatch.patches.patch import Patch
-from lmpatch.record import hash_tensors
-from lmpatch.settings import describe_fields
+from lmpatch.provenance import hash_tensors
 
 ROOT = Path(__file__).parents[1]
 METHODS = registry.names("methods")

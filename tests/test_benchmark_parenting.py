@@ -11,7 +11,7 @@ import pytest
 from rag_files import records, squad
 from tiny import tiny_model, tiny_tokenizer
 
-from lmpatch.models.closed_book import Own
+from lmpatch.inference.closed_book import Own
 from lmpatch.models.load import wrap
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "parenting.py"
@@ -32,7 +32,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def own(_: Any, asked: Any, **__: Any) -> list[Own]:
         return [Own(GOLD.get(q, "a mouse") if len(q) % 2 else "a mouse", True) for q in asked]
 
-    for place in ("lmpatch.benches.rag", "lmpatch.methods._parenting_data"):
+    for place in ("lmpatch.benches.rag", "lmpatch.methods.parenting.data"):
         monkeypatch.setattr(f"{place}.closed_book_answers", own)
     monkeypatch.setattr(module, "closed_book_answers", own)
     monkeypatch.setattr(module, "TRIED", {run: options[:2] for run, options in module.TRIED.items()})

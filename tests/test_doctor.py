@@ -11,7 +11,7 @@ from tiny import tiny_lm
 from lmpatch import doctor
 from lmpatch.errors import CannotMount
 from lmpatch.models.lm import LM
-from lmpatch.record import hash_tensors
+from lmpatch.provenance import hash_tensors
 
 
 def failed(lm: LM) -> set[str]:

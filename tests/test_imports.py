@@ -1,4 +1,4 @@
-"""Imports point one way through the package."""
+"""Imports point one way through the package: from file to file, type hints included."""
 
 from __future__ import annotations
 
@@ -10,36 +10,49 @@ import pytest
 import lmpatch
 
 SRC = Path(lmpatch.__file__).parent
-ORDER = ("errors", "record", "room", "data", "models", "units", "patches", "probes", "memory", "methods")
-BENCHES_KNOW = {
-    "errors",
-    "record",
-    "room",
+BASE = ("errors", "files", "progress", "provenance", "resources", "distributed", "config")
+ORDER = (
+    *BASE,
     "data",
     "models",
-    "units",
+    "inference",
+    "retrieval",
     "patches",
-    "benches",
-}  # a bench receives its patch
-TOP = ("settings", "registry", "api", "doctor", "cli", "__main__")  # these may know everything before them
+    "probes",
+    "memory",
+    "training",
+    "locate",
+    "methods",
+)
+BENCHES_KNOW = {*BASE, "data", "models", "inference", "patches", "benches"}  # a bench receives its patch
+TOP = ("registry", "api", "doctor", "cli", "__main__")  # these may know everything before them
 FILES = sorted(SRC.rglob("*.py"))
+MODULES = {".".join(file.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 
 
-def imported_parts(source: str, module: tuple[str, ...]) -> set[str]:
-    """The parts of lmpatch (``models``, ``patches``, ...) that a module's source imports.
+def imports(source: str, module: str, package: bool = False) -> set[str]:
+    """The modules of lmpatch that a module's source imports, at the top, in a function or for type hints.
 
-    ``module`` is its dotted path below lmpatch; a package's ``__init__`` counts as a module inside it.
+    Args:
+        module: its dotted name below lmpatch.
+        package: it is a package's ``__init__``.
     """
-    found = set()
+    targets = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lmpatch.")}
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ("lmpatch", *module)[: len(module) + 1 - node.level] if node.level else ()
-            path = (*base, *(node.module.split(".") if node.module else ()))
-            if path[:1] == ("lmpatch",):
-                found |= {path[1]} if len(path) > 1 else {alias.name for alias in node.names}
-    return found
+            here = ["lmpatch", *module.split(".")]
+            base = here[: len(here) - node.level + package] if node.level else []
+            path = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{path}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.startswith("lmpatch."):
+                inner = name.removeprefix("lmpatch.")
+                targets.add(inner if inner in MODULES else inner.rpartition(".")[0] or inner)
+    return targets
 
 
 def allowed(part: str) -> set[str]:
@@ -51,29 +64,59 @@ def allowed(part: str) -> set[str]:
     return set(ORDER[: ORDER.index(part) + 1])
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SRC)))
-def test_a_module_imports_only_what_stands_before_it(file: Path) -> None:
-    module = file.relative_to(SRC).with_suffix("").parts
-    if module == ("__init__",):
-        return  # the public names: it may know everything
-    extra = imported_parts(file.read_text(), module) - allowed(module[0])
-    assert not extra, f"{module[0]} must not import {', '.join(sorted(extra))}"
+def upwards(source: str, module: str, package: bool = False) -> set[str]:
+    """The parts it imports and must not."""
+    return {target.partition(".")[0] for target in imports(source, module, package)} - allowed(module.partition(".")[0])
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or by way of others."""
+    reach: dict[str, set[str]] = {}
+    for start in graph:
+        seen: set[str] = set()
+        stack = [start]
+        while stack:
+            for target in graph.get(stack.pop(), set()) - seen:
+                seen.add(target)
+                stack.append(target)
+        reach[start] = seen
+    groups = {tuple(sorted(b for b in graph if b in reach[a] and a in reach[b])) for a in graph if a in reach[a]}
+    return sorted(map(list, groups))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
+def test_a_module_imports_only_what_stands_before_it(name: str) -> None:
+    extra = upwards(MODULES[name].read_text(), name, MODULES[name].name == "__init__.py")
+    assert not extra, f"{name} must not import {', '.join(sorted(extra))}"
+
+
+def test_no_two_files_import_each_other() -> None:
+    graph = {
+        name: imports(file.read_text(), name, file.name == "__init__.py") - {name}
+        for name, file in MODULES.items()
+        if name != "__init__"
+    }
+    assert circles(graph) == []
 
 
 def test_every_part_has_a_place_in_the_order() -> None:
-    parts = {file.relative_to(SRC).with_suffix("").parts[0] for file in FILES} - {"__init__"}
+    parts = {name.partition(".")[0] for name in MODULES} - {"__init__"}
     assert parts <= {*ORDER, *TOP, "benches"}
 
 
 @pytest.mark.parametrize(
     ("module", "source", "part"),
     [
-        (("models", "run"), "from ..methods import rome", "methods"),
-        (("models", "run"), "from .. import registry", "registry"),
-        (("benches", "facts"), "from lmpatch.methods.rome import fit", "methods"),
-        (("data", "__init__"), "from ..models.lm import LM", "models"),
-        (("errors",), "from .record import now", "record"),
+        ("inference.score", "from ..methods import rome", "methods"),
+        ("inference.score", "from .. import registry", "registry"),
+        ("inference.score", "if TYPE_CHECKING:\n    from ..patches.patch import Patch", "patches"),
+        ("benches.facts", "from lmpatch.methods.rome import fit", "methods"),
+        ("errors", "from .provenance import now", "provenance"),
     ],
 )
-def test_the_walk_sees_an_import_that_points_the_wrong_way(module: tuple[str, ...], source: str, part: str) -> None:
-    assert imported_parts(source, module) - allowed(module[0]) == {part}
+def test_the_walk_sees_an_import_that_points_the_wrong_way(module: str, source: str, part: str) -> None:
+    assert upwards(source, module) == {part}
+
+
+def test_the_walk_sees_a_circle() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]

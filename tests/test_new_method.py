@@ -26,9 +26,9 @@ import torch
 
 from ..data.edit import Edit
 from ..models.lm import LM
-from ..models.run import Progress
-from ..patches.delta import LowRank
-from ..patches.weight import WeightPatch
+from ..progress import Progress
+from ..patches.weight.delta import LowRank
+from ..patches.weight.patch import WeightPatch
 
 
 @dataclass(frozen=True)

@@ -38,40 +38,40 @@ if TYPE_CHECKING:
     from .errors import UnknownLayout as UnknownLayout
     from .errors import UnknownName as UnknownName
     from .errors import WrongModel as WrongModel
+    from .inference.generate import generate as generate
+    from .inference.generate import stream as stream
+    from .inference.multiple_choice import next_logits as next_logits
+    from .inference.score import Score as Score
+    from .inference.score import score as score
+    from .inference.states import hidden as hidden
     from .memory.memory import Memory as Memory
     from .models.layout import Layout as Layout
     from .models.lm import LM as LM
     from .models.load import load as load
     from .models.load import wrap as wrap
-    from .models.options import next_logits as next_logits
-    from .models.run import Score as Score
-    from .models.run import generate as generate
-    from .models.run import hidden as hidden
-    from .models.run import score as score
-    from .models.run import stream as stream
-    from .patches.decode import DecodePatch as DecodePatch
-    from .patches.delta import Dense as Dense
-    from .patches.delta import LowRank as LowRank
-    from .patches.delta import Rows as Rows
-    from .patches.delta import Scale as Scale
-    from .patches.delta import Sparse as Sparse
+    from .models.units import Head as Head
+    from .models.units import Layer as Layer
+    from .models.units import Neuron as Neuron
+    from .models.units import Parameter as Parameter
+    from .patches.decode.patch import DecodePatch as DecodePatch
     from .patches.editor import Editor as Editor
     from .patches.editor import load_editor as load_editor
     from .patches.export import export as export
     from .patches.file import load_patch as load_patch
+    from .patches.hook.patch import SteerPatch as SteerPatch
     from .patches.ledger import Applied as Applied
     from .patches.ledger import applied as applied
     from .patches.ledger import apply as apply
-    from .patches.memory import MemoryPatch as MemoryPatch
+    from .patches.memory.patch import MemoryPatch as MemoryPatch
     from .patches.merge import merge as merge
     from .patches.patch import Patch as Patch
-    from .patches.steer import SteerPatch as SteerPatch
-    from .patches.weight import WeightPatch as WeightPatch
+    from .patches.weight.delta import Dense as Dense
+    from .patches.weight.delta import LowRank as LowRank
+    from .patches.weight.delta import Rows as Rows
+    from .patches.weight.delta import Scale as Scale
+    from .patches.weight.delta import Sparse as Sparse
+    from .patches.weight.patch import WeightPatch as WeightPatch
     from .registry import names as names
-    from .units.address import Head as Head
-    from .units.address import Layer as Layer
-    from .units.address import Neuron as Neuron
-    from .units.address import Parameter as Parameter
 
 _HOMES = {
     "Applied": "patches.ledger",
@@ -83,36 +83,36 @@ _HOMES = {
     "CannotMount": "errors",
     "ContextRecord": "data.context",
     "Contradiction": "errors",
-    "DecodePatch": "patches.decode",
-    "Dense": "patches.delta",
+    "DecodePatch": "patches.decode.patch",
+    "Dense": "patches.weight.delta",
     "Diverged": "errors",
     "Edit": "data.edit",
     "Editor": "patches.editor",
     "ForeignWrite": "errors",
-    "Head": "units.address",
+    "Head": "models.units",
     "InContext": "data.context",
     "LM": "models.lm",
-    "Layer": "units.address",
+    "Layer": "models.units",
     "LayerOutOfRange": "errors",
     "Layout": "models.layout",
     "LmpatchError": "errors",
-    "LowRank": "patches.delta",
+    "LowRank": "patches.weight.delta",
     "Memory": "memory.memory",
-    "MemoryPatch": "patches.memory",
+    "MemoryPatch": "patches.memory.patch",
     "MissingExtra": "errors",
-    "Neuron": "units.address",
+    "Neuron": "models.units",
     "NotEnoughMemory": "errors",
-    "Parameter": "units.address",
+    "Parameter": "models.units",
     "Patch": "patches.patch",
-    "Rows": "patches.delta",
-    "Scale": "patches.delta",
-    "Score": "models.run",
-    "Sparse": "patches.delta",
-    "SteerPatch": "patches.steer",
+    "Rows": "patches.weight.delta",
+    "Scale": "patches.weight.delta",
+    "Score": "inference.score",
+    "Sparse": "patches.weight.delta",
+    "SteerPatch": "patches.hook.patch",
     "SubjectNotFound": "errors",
     "UnknownLayout": "errors",
     "UnknownName": "errors",
-    "WeightPatch": "patches.weight",
+    "WeightPatch": "patches.weight.patch",
     "WrongModel": "errors",
     "applied": "patches.ledger",
     "apply": "patches.ledger",
@@ -120,21 +120,21 @@ _HOMES = {
     "examine": "doctor",
     "export": "patches.export",
     "fit": "api",
-    "generate": "models.run",
-    "hidden": "models.run",
+    "generate": "inference.generate",
+    "hidden": "inference.states",
     "load": "models.load",
     "load_editor": "patches.editor",
     "load_patch": "patches.file",
     "merge": "patches.merge",
     "names": "registry",
-    "next_logits": "models.options",
+    "next_logits": "inference.multiple_choice",
     "probe": "api",
     "read_asks": "data.readers",
     "read_context": "data.context",
     "read_edits": "data.readers",
     "read_text": "data.readers",
-    "score": "models.run",
-    "stream": "models.run",
+    "score": "inference.score",
+    "stream": "inference.generate",
     "train": "api",
     "wrap": "models.load",
 }

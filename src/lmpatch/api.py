@@ -9,19 +9,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .config import resolve
 from .data.context import read_context
 from .data.edit import Ask, Edit, check_contradictions
-from .data.rag import read_rag
+from .data.rag.reader import read_rag
 from .data.readers import read_edits
 from .errors import BadInput
 from .models.lm import LM
-from .models.run import Progress
 from .patches.editor import Editor
 from .patches.merge import merge
 from .patches.patch import Mount, Patch
+from .progress import Progress
 from .registry import get
-from .room import need_room
-from .settings import resolve
+from .resources import need_room
 
 
 def fit(

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LmpatchError
+from .inference.forward import first, hooked
+from .inference.replay import record
+from .inference.states import hidden
+from .inference.tokens import encode_all
 from .models.lm import LM
-from .models.replay import record
-from .models.run import Progress, first, hidden, hooked
-from .models.tokens import encode_all
-from .patches.delta import LowRank
 from .patches.ledger import apply
-from .patches.weight import WeightPatch
-from .record import hash_tensors
+from .patches.weight.delta import LowRank
+from .patches.weight.patch import WeightPatch
+from .progress import Progress
+from .provenance import hash_tensors
 from .registry import get, names
-from .room import free_bytes, size
+from .resources import free_bytes, size
 
 PROMPTS = ("The capital of France is", "Water boils at a temperature of one hundred degrees", "Hello")
 MOUNTS: tuple[Literal["bake", "side"], ...] = ("bake", "side")

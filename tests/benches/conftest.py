@@ -10,8 +10,8 @@ import torch
 from lmpatch.benches.facts import Config
 from lmpatch.data.edit import Ask, Edit
 from lmpatch.models.lm import LM
-from lmpatch.patches.delta import LowRank
-from lmpatch.patches.weight import WeightPatch
+from lmpatch.patches.weight.delta import LowRank
+from lmpatch.patches.weight.patch import WeightPatch
 
 Maker = Callable[[LM, Sequence[Edit]], WeightPatch]
 PLACES = ("Paris", "Rome", "Tokyo", "Seattle", "Japan", "Italy")

@@ -15,14 +15,15 @@ from lmpatch.benches import _ask, facts
 from lmpatch.benches.facts import Config, Row
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput, ForeignWrite, NotEnoughMemory, SubjectNotFound
-from lmpatch.models import run
+from lmpatch.inference.generate import generate
+from lmpatch.inference.score import score
 from lmpatch.models.lm import LM
-from lmpatch.patches.decode import DecodePatch
-from lmpatch.patches.delta import Dense
+from lmpatch.patches.decode.patch import DecodePatch
+from lmpatch.patches.decode.rules import Power
 from lmpatch.patches.ledger import Applied, applied, apply
-from lmpatch.patches.rules import Power
-from lmpatch.patches.weight import WeightPatch
-from lmpatch.record import hash_tensors
+from lmpatch.patches.weight.delta import Dense
+from lmpatch.patches.weight.patch import WeightPatch
+from lmpatch.provenance import hash_tensors
 
 Maker = Callable[[LM, Sequence[Edit]], WeightPatch]
 
@@ -37,7 +38,7 @@ def bits(lm: LM) -> str:
 
 
 def say(lm: LM, prompts: Sequence[str], cfg: Config) -> list[str]:
-    said: list[str] = run.generate(lm, list(prompts), max_new_tokens=cfg.max_new_tokens)
+    said: list[str] = generate(lm, list(prompts), max_new_tokens=cfg.max_new_tokens)
     return said
 
 
@@ -91,15 +92,15 @@ def test_teacher_forced_numbers_are_those_of_score(tiny: LM, edits: list[Edit], 
     patch = make(tiny, edits)
     rows = facts.run(tiny, edits, quick, patch=patch).run("rank_one").rows
     near = of(rows, "loc/same_relation")
-    base = run.score(tiny, [row.prompt for row in near], [row.aliases[0] for row in near])
+    base = score(tiny, [row.prompt for row in near], [row.aliases[0] for row in near])
     with apply(tiny, patch):
         for row in of(rows, "edit"):
-            new, old = run.score(tiny, [row.prompt] * 2, [row.aliases[0], row.old_aliases[0]])
+            new, old = score(tiny, [row.prompt] * 2, [row.aliases[0], row.old_aliases[0]])
             assert row.tf_acc == new.accuracy
             assert row.tf_new == pytest.approx(new.total / len(new.ids), abs=1e-5)
             assert row.tf_old == pytest.approx(old.total / len(old.ids), abs=1e-5)
         for row, was in zip(near, base, strict=True):
-            (now,) = run.score(tiny, [row.prompt], [row.aliases[0]])
+            (now,) = score(tiny, [row.prompt], [row.aliases[0]])
             assert row.tf_same == sum(a == b for a, b in zip(now.argmax, was.argmax, strict=True)) / len(was.ids)
 
 
@@ -411,13 +412,12 @@ def test_the_unpatched_model_is_asked_once(
     tiny: LM, edits: list[Edit], quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    generate = run.generate
 
     def counted(lm: LM, prompts: Sequence[str], **settings: Any) -> Any:
         asked.append(len(prompts))
         return generate(lm, prompts, **settings)
 
-    monkeypatch.setattr(run, "generate", counted)
+    monkeypatch.setattr(_ask, "generate", counted)
     facts.run(tiny, edits, quick, out=tmp_path)
     assert asked
     asked.clear()
@@ -463,7 +463,7 @@ def test_an_estimate_counts_prompts_and_bytes(tiny: LM, edits: list[Edit], quick
 def test_a_run_that_would_not_fit_is_refused_before_it_starts(
     tiny: LM, edits: list[Edit], quick: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmpatch.room.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lmpatch.resources.free_bytes", lambda device: 1000)
     for call in (facts.estimate, facts.run):
         with pytest.raises(NotEnoughMemory, match="scoring needs about"):
             call(tiny, edits, quick)  # type: ignore[operator]

@@ -25,15 +25,15 @@ from lmpatch.benches.general import Config, Data, Report, Row
 from lmpatch.cli.app import build
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput, NotEnoughMemory
-from lmpatch.models.acting import Actor, Insert
+from lmpatch.inference.interventions import Actor, Insert
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
-from lmpatch.patches.decode import DecodePatch
-from lmpatch.patches.delta import Dense
+from lmpatch.patches.decode.patch import DecodePatch
+from lmpatch.patches.decode.rules import Power
 from lmpatch.patches.ledger import applied, apply
-from lmpatch.patches.rules import Power
-from lmpatch.patches.weight import WeightPatch
-from lmpatch.record import hash_tensors
+from lmpatch.patches.weight.delta import Dense
+from lmpatch.patches.weight.patch import WeightPatch
+from lmpatch.provenance import hash_tensors
 
 Maker = Callable[[LM, Sequence[Edit]], WeightPatch]
 
@@ -286,7 +286,7 @@ def test_a_decode_patch_is_refused_before_anything_is_asked(tiny: LM, data: Data
 def test_a_run_that_would_not_fit_is_refused_before_it_starts(
     tiny: LM, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmpatch.room.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lmpatch.resources.free_bytes", lambda device: 1000)
     with pytest.raises(NotEnoughMemory, match="scoring needs about"):
         general.run(tiny, data, Config())
 

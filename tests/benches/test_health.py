@@ -15,7 +15,7 @@ from lmpatch.benches._health import TEXT, latency, peak_memory, perplexity, seco
 from lmpatch.benches.facts import Config
 from lmpatch.data.edit import Edit
 from lmpatch.models.lm import LM
-from lmpatch.patches.weight import WeightPatch
+from lmpatch.patches.weight.patch import WeightPatch
 
 
 def test_perplexity_is_that_of_the_second_parts_token_by_token(lm: LM) -> None:

@@ -18,11 +18,11 @@ from lmpatch.benches.kre import Config
 from lmpatch.data.context import ContextRecord
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput
+from lmpatch.inference.score import score
+from lmpatch.inference.tokens import encode
 from lmpatch.models.lm import LM
-from lmpatch.models.run import score
-from lmpatch.models.tokens import encode
 from lmpatch.patches.ledger import apply
-from lmpatch.patches.weight import WeightPatch
+from lmpatch.patches.weight.patch import WeightPatch
 
 Maker = Callable[[LM, Sequence[Edit]], WeightPatch]
 QUICK = Config(baselines=("opin",), bootstrap=20)

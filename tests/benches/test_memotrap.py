@@ -26,11 +26,11 @@ from lmpatch.cli.app import build
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput, BadRecord
+from lmpatch.inference.generate import generate
 from lmpatch.models.lm import LM
-from lmpatch.models.run import generate
 from lmpatch.patches.ledger import applied
-from lmpatch.patches.weight import WeightPatch
-from lmpatch.record import hash_tensors
+from lmpatch.patches.weight.patch import WeightPatch
+from lmpatch.provenance import hash_tensors
 
 Maker = Callable[[LM, Sequence[Edit]], WeightPatch]
 QUICK = Config(baselines=(), bootstrap=50, max_new_tokens=6)

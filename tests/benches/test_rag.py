@@ -24,17 +24,17 @@ from lmpatch.benches._rag_rows import ALL, Row, Sample, chosen, difference, judg
 from lmpatch.benches.rag import Config
 from lmpatch.cli.app import build
 from lmpatch.data.context import InContext
-from lmpatch.data.rag import Build, RagRecord, closed_book, read_questions, write
-from lmpatch.data.rag import build as built
+from lmpatch.data.rag.reader import Build, RagRecord, closed_book, read_questions, write
+from lmpatch.data.rag.reader import build as built
 from lmpatch.errors import BadInput
-from lmpatch.models.closed_book import Own
+from lmpatch.inference.closed_book import Own
+from lmpatch.inference.generate import generate
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
-from lmpatch.models.run import generate
-from lmpatch.patches.delta import LowRank
 from lmpatch.patches.ledger import applied, apply
-from lmpatch.patches.weight import WeightPatch
-from lmpatch.record import hash_tensors
+from lmpatch.patches.weight.delta import LowRank
+from lmpatch.patches.weight.patch import WeightPatch
+from lmpatch.provenance import hash_tensors
 
 QUICK = Config(n=4, max_new_tokens=4)
 
@@ -248,7 +248,10 @@ def test_a_run_leaves_no_trace_and_its_rows_are_the_patched_models(
 
 
 def test_parenting_ircan_cad_and_a_memory_are_on_at_once_and_leave_every_bit(records: list[RagRecord]) -> None:
-    from lmpatch.methods import cad, ircan, parenting, recipe
+    from lmpatch.methods import cad
+    from lmpatch.methods.ircan import method as ircan
+    from lmpatch.methods.parenting import method as parenting
+    from lmpatch.methods.recipe import method as recipe
     from lmpatch.patches.patch import Patch
 
     lm = wrap(tiny_model("llama", max_position_embeddings=4096), tiny_tokenizer(), name="tiny")

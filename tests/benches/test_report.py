@@ -20,7 +20,7 @@ from lmpatch.benches.facts import Config, Report
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput
 from lmpatch.models.lm import LM
-from lmpatch.patches.weight import WeightPatch
+from lmpatch.patches.weight.patch import WeightPatch
 
 Maker = Callable[[LM, Sequence[Edit]], WeightPatch]
 NASTY = "</td><script>alert('&amp;')</script>"

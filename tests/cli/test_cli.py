@@ -16,17 +16,18 @@ from tiny import tiny_lm, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from lmpatch import api, room
+from lmpatch import api
+from lmpatch import resources as room
 from lmpatch.cli import demo as demo_command
 from lmpatch.cli.app import COMMANDS, build
 from lmpatch.cli.ask import in_context
 from lmpatch.data.context import InContext
+from lmpatch.inference.generate import generate
 from lmpatch.models.load import load
-from lmpatch.models.run import generate
-from lmpatch.patches.decode import DecodePatch
+from lmpatch.patches.decode.patch import DecodePatch
+from lmpatch.patches.decode.rules import Power
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import apply
-from lmpatch.patches.rules import Power
 
 FACTS: list[dict[str, Any]] = [
     {

@@ -10,7 +10,7 @@ from rag_files import squad
 from typer.testing import CliRunner, Result
 
 from lmpatch.cli.app import build
-from lmpatch.data.rag import read_built
+from lmpatch.data.rag.reader import read_built
 
 
 def run(*words: Any) -> Result:

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from rag_files import official, records, squad
 
-from lmpatch.data._rag_build import cut
-from lmpatch.data._rag_types import answer_type, has_words, replaced, shape
-from lmpatch.data.rag import (
+from lmpatch.data.rag.build import cut
+from lmpatch.data.rag.reader import (
     Build,
     Sets,
     build,
@@ -29,6 +28,7 @@ from lmpatch.data.rag import (
     refused,
     write,
 )
+from lmpatch.data.rag.types import answer_type, has_words, replaced, shape
 from lmpatch.errors import BadInput, BadRecord
 
 SMALL = Build(held_out=0.5)
@@ -47,7 +47,7 @@ def lines(path: Path, *items: Any) -> Path:
 def test_two_runs_and_two_hash_seeds_write_the_same_bytes(tmp_path: Path) -> None:
     source = squad(tmp_path / "s.jsonl")
     code = (
-        "import sys; from pathlib import Path; from lmpatch.data.rag import *\n"
+        "import sys; from pathlib import Path; from lmpatch.data.rag.reader import *\n"
         "cfg, source, out = Build(held_out=0.5), sys.argv[1], sys.argv[2]\n"
         "write(build(read_questions(source), cfg), out, source=source, cfg=cfg)"
     )
@@ -203,7 +203,7 @@ def test_a_held_question_has_documents_of_several_other_articles(tmp_path: Path)
 
 
 def test_training_pairs_look_for_no_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmpatch.data import _rag_build
+    from lmpatch.data.rag.reader import build as _rag_build
 
     asked: list[str] = []
     real = _rag_build._Part._noise

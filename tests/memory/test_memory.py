@@ -11,9 +11,9 @@ from tiny import tiny_lm
 from lmpatch import BadInput, BadPatch, CannotMerge, Edit, LmpatchError, Memory, WrongModel, apply, generate, score
 from lmpatch.memory.memory import EDITOR
 from lmpatch.memory.store import Store
-from lmpatch.methods import recipe
+from lmpatch.methods.recipe import method as recipe
 from lmpatch.patches.editor import Editor
-from lmpatch.patches.memory import Finder, Scope
+from lmpatch.patches.memory.patch import Finder, Scope
 
 pytest.importorskip("lancedb")
 

@@ -7,7 +7,7 @@ from tiny import tiny_lm
 
 from lmpatch.errors import BadInput
 from lmpatch.methods import adacad
-from lmpatch.patches.rules import AdaCAD
+from lmpatch.patches.decode.rules import AdaCAD
 
 
 def test_the_floor_is_zero_unless_given() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tiny import tiny_lm
 
 from lmpatch.methods import arr
-from lmpatch.patches.rules import Arr
+from lmpatch.patches.decode.rules import Arr
 
 
 def test_the_patch_is_the_rule() -> None:

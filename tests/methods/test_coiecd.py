@@ -7,7 +7,7 @@ from tiny import tiny_lm
 
 from lmpatch.errors import BadInput
 from lmpatch.methods import coiecd
-from lmpatch.patches.rules import Coiecd
+from lmpatch.patches.decode.rules import Coiecd
 
 
 def test_the_tail_is_off_unless_asked_for() -> None:

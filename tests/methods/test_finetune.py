@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput
+from lmpatch.inference.generate import generate
+from lmpatch.inference.score import score
+from lmpatch.inference.tokens import encode
 from lmpatch.methods import finetune
 from lmpatch.models.lm import LM
-from lmpatch.models.run import generate, score
-from lmpatch.models.tokens import encode
 from lmpatch.patches.ledger import apply
 
 EDITS, _ = finetune.example(tiny_lm("llama"))

@@ -7,7 +7,7 @@ from tiny import tiny_lm
 
 from lmpatch.errors import BadInput
 from lmpatch.methods import grd
-from lmpatch.patches.rules import Grd
+from lmpatch.patches.decode.rules import Grd
 
 
 def test_the_patch_is_number_and_gate() -> None:

@@ -15,21 +15,23 @@ from torch import Tensor
 from lmpatch.benches._context_ask import choose, complete, cut
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.errors import BadInput
-from lmpatch.methods import _ircan_grid, ircan
-from lmpatch.methods._ircan_grid import accuracies, scaled_states
-from lmpatch.methods._neurons import drawn, ranked, scaling
-from lmpatch.models.acting import Rule
+from lmpatch.inference.forward import hooked
+from lmpatch.inference.generate import generate
+from lmpatch.inference.interventions import Rule
+from lmpatch.inference.replay import Recording, record
+from lmpatch.inference.tokens import encode, encode_all
+from lmpatch.locate.neurons import drawn, ranked, scaling
+from lmpatch.methods.ircan import method as ircan
+from lmpatch.methods.ircan.grid import accuracies, scaled_states
+from lmpatch.methods.ircan.method import grid as _ircan_grid
 from lmpatch.models.lm import LM
-from lmpatch.models.replay import Recording, record
-from lmpatch.models.run import generate, hooked
-from lmpatch.models.tokens import encode, encode_all
-from lmpatch.patches.decode import DecodePatch
+from lmpatch.models.units import Neuron
+from lmpatch.patches.decode.patch import DecodePatch
+from lmpatch.patches.decode.rules import AdaCAD, Grd, Power
 from lmpatch.patches.ledger import Applied, applied, apply
-from lmpatch.patches.rules import AdaCAD, Grd, Power
-from lmpatch.patches.weight import WeightPatch
-from lmpatch.probes import integrated_gradients
-from lmpatch.probes._scores import Credit
-from lmpatch.units.address import Neuron
+from lmpatch.patches.weight.patch import WeightPatch
+from lmpatch.probes.integrated_gradients import probe as integrated_gradients
+from lmpatch.probes.integrated_gradients.scores import Credit
 
 RECORDS, CFG = ircan.example(tiny_lm("llama"))
 NEURONS = [Neuron(1 + i % 3, 3 * i) for i in range(40)]

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from lmpatch.data.context import ContextRecord
 from lmpatch.errors import BadInput
+from lmpatch.inference.generate import generate
+from lmpatch.inference.states import hidden
+from lmpatch.inference.tokens import join
 from lmpatch.methods import iti
 from lmpatch.methods.iti import Found, chosen, head_outputs, logistic, observe
 from lmpatch.models.lm import LM
-from lmpatch.models.run import generate, hidden
-from lmpatch.models.tokens import join
+from lmpatch.models.units import Head
 from lmpatch.patches.ledger import apply
-from lmpatch.units.address import Head
 
 THINGS = ("tower", "capital", "needle", "apple", "tongue", "space")
 RECORDS = [ContextRecord(f"The {t} is in Rome.", f"Where is the {t}?", "Rome", "Paris") for t in THINGS]

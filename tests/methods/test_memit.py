@@ -10,11 +10,11 @@ from tiny import real_gemma, tiny_lm
 
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput, Contradiction
+from lmpatch.inference.generate import generate
+from lmpatch.locate.covariance import second_moments
+from lmpatch.locate.solve import null_space
 from lmpatch.methods import memit
-from lmpatch.methods._moments import second_moments
-from lmpatch.methods._solve import null_space
 from lmpatch.models.lm import LM
-from lmpatch.models.run import generate
 from lmpatch.patches.ledger import apply
 
 EDITS, CFG = memit.example(tiny_lm("llama"))
@@ -63,7 +63,7 @@ def test_behind_a_norm_the_joint_spread_beats_the_residual_one() -> None:
 
 
 def score_all(lm: LM) -> list[object]:
-    from lmpatch.models.run import score
+    from lmpatch.inference.score import score
 
     return score(lm, [e.prompt for e in EDITS], [e.target for e in EDITS])
 

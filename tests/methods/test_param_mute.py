@@ -11,12 +11,12 @@ from tiny import FAMILIES, tiny_lm
 
 from lmpatch.data.context import ContextRecord
 from lmpatch.errors import BadInput, LayerOutOfRange
+from lmpatch.inference.forward import first, hooked
+from lmpatch.inference.tokens import encode_all
+from lmpatch.locate.activations import BATCH, activations
 from lmpatch.methods import param_mute
-from lmpatch.methods._activations import BATCH, activations
 from lmpatch.methods.param_mute import active_shares
 from lmpatch.models.lm import LM
-from lmpatch.models.run import first, hooked
-from lmpatch.models.tokens import encode_all
 from lmpatch.patches.ledger import apply
 
 RECORDS, CFG = param_mute.example(tiny_lm("llama"))

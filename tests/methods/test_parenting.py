@@ -14,12 +14,17 @@ import transformers
 from tiny import tiny_lm
 from torch import Tensor
 
-from lmpatch.data.rag import RagRecord
+from lmpatch.data.rag.reader import RagRecord
 from lmpatch.errors import BadInput, Diverged
-from lmpatch.methods import _parenting_data, _parenting_tune, parenting
-from lmpatch.methods._activations import activations
-from lmpatch.methods._parenting_data import Rows, draws, loss, prepare
-from lmpatch.methods._parenting_mine import (
+from lmpatch.inference.closed_book import Own
+from lmpatch.inference.forward import hooked
+from lmpatch.locate.activations import activations
+from lmpatch.methods.parenting import method as parenting
+from lmpatch.methods.parenting.data import Rows, draws, loss, prepare
+from lmpatch.methods.parenting.method import Config, fit
+from lmpatch.methods.parenting.method import data as _parenting_data
+from lmpatch.methods.parenting.method import tune as _parenting_tune
+from lmpatch.methods.parenting.mine import (
     Tracker,
     active_tokens,
     balance,
@@ -29,16 +34,13 @@ from lmpatch.methods._parenting_mine import (
     typed,
     z_scores,
 )
-from lmpatch.methods._parenting_tune import Tuner, by_tokens, gradients, mixes
-from lmpatch.methods._parenting_units import TYPES, Adapter, Type, Unit, cut
-from lmpatch.methods.parenting import Config, fit
-from lmpatch.models.closed_book import Own
+from lmpatch.methods.parenting.tune import Tuner, by_tokens, gradients, mixes
+from lmpatch.methods.parenting.units import TYPES, Adapter, Type, Unit, cut
 from lmpatch.models.lm import LM
-from lmpatch.models.run import hooked
-from lmpatch.patches.delta import LowRank
 from lmpatch.patches.export import export
 from lmpatch.patches.ledger import apply
-from lmpatch.record import hash_tensors
+from lmpatch.patches.weight.delta import LowRank
+from lmpatch.provenance import hash_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -238,9 +240,10 @@ def test_however_units_are_cut_the_adapter_starts_as_the_same(lm: LM, kind: Any)
 
 @pytest.mark.parametrize("kind", ["matrix", "lora_rank", "full_matrix"])
 def test_hooks_do_what_the_patch_does(lm: LM, kind: Any) -> None:
-    from lmpatch.models.run import hidden, hooked
+    from lmpatch.inference.forward import hooked
+    from lmpatch.inference.states import hidden
     from lmpatch.patches.ledger import apply
-    from lmpatch.patches.weight import WeightPatch
+    from lmpatch.patches.weight.patch import WeightPatch
 
     units = cut(lm, kind, 2, "all")
     adapter = lively(Adapter(lm, units, 2.0, 0, spread(units)))

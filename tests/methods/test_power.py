@@ -7,7 +7,7 @@ from tiny import tiny_lm
 
 from lmpatch.errors import BadInput
 from lmpatch.methods import power
-from lmpatch.patches.rules import Power
+from lmpatch.patches.decode.rules import Power
 
 
 def test_the_patch_is_the_exponent() -> None:

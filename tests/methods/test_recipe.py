@@ -18,19 +18,20 @@ from torch.nn import functional as F
 from transformers import AlbertConfig, AlbertModel
 
 from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, apply, generate, load_patch, merge, score
+from lmpatch.distributed import Team
 from lmpatch.errors import LmpatchError, UnknownLayout
-from lmpatch.methods import _recipe_loss as losses
-from lmpatch.methods import recipe
-from lmpatch.methods._recipe_data import batches, drawable, exchanged, sample, without, words
-from lmpatch.methods._recipe_train import CHECKPOINT, CURVES
-from lmpatch.models import run
-from lmpatch.models.acting import prepare
-from lmpatch.models.encoder import load_encoder, pooled, shared_encoder
-from lmpatch.models.team import Team
-from lmpatch.models.tokens import encode, encode_all, join
+from lmpatch.inference.forward import blocks, frozen, logits, positions
+from lmpatch.inference.interventions import prepare
+from lmpatch.inference.states import hidden
+from lmpatch.inference.tokens import encode, encode_all, join
+from lmpatch.methods.recipe import method as recipe
+from lmpatch.methods.recipe.data import batches, drawable, exchanged, sample, without, words
+from lmpatch.methods.recipe.method import losses as losses
+from lmpatch.methods.recipe.trainer import CHECKPOINT, CURVES
 from lmpatch.patches.editor import Editor, load_editor
-from lmpatch.patches.memory import Finder, MemoryPatch
-from lmpatch.patches.retriever import Retriever, Shape, target_embeddings
+from lmpatch.patches.memory.patch import Finder, MemoryPatch
+from lmpatch.retrieval.encoder import load_encoder, pooled, shared_encoder
+from lmpatch.retrieval.network import Retriever, Shape, target_embeddings
 
 PLACES = [
     ("Paris", "Rome", "Seine"),
@@ -113,7 +114,7 @@ def test_answer_losses_equal_a_plain_forward_with_the_vectors_in_front(family: s
     vectors = torch.randn(2 * 3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     rows = [losses.Told(row, i) for i, row in enumerate(encode_all(lm, prompts, targets))]
     placed = losses.behind(lm, rows, 3, "after_bos")
-    with run.frozen(lm):
+    with frozen(lm):
         total, count = losses.told(lm, placed, vectors, margin=None)
     assert vectors.grad is not None
 
@@ -138,7 +139,7 @@ def test_the_locality_loss_is_the_kl_from_the_model_without_the_prompt() -> None
     row = encode(lm, "The capital of France is", "Paris and Rome")
     vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     placed = losses.behind(lm, [losses.Told(row, 0)], 3, "after_bos")
-    with run.frozen(lm):
+    with frozen(lm):
         total, count = losses.kept(lm, placed, vectors, losses.base_states(lm, [row]))
     with torch.no_grad():
         embedded = lm.module(lm.layout.embed)(torch.tensor([row.ids]))
@@ -479,9 +480,9 @@ def test_a_sample_asks_what_the_edit_offers() -> None:
 
 def test_a_question_without_a_fact_is_answered_bit_for_bit_as_before(editor: Editor) -> None:
     lm = tiny_lm("gemma3")
-    clean = run.hidden(lm, ["What is the weather like?", "Who is there?"])
+    clean = hidden(lm, ["What is the weather like?", "Who is there?"])
     with apply(lm, fitted(editor, gate="cosine", threshold=1.01)):
-        assert torch.equal(run.hidden(lm, ["What is the weather like?", "Who is there?"]), clean)
+        assert torch.equal(hidden(lm, ["What is the weather like?", "Who is there?"]), clean)
 
 
 @pytest.mark.parametrize("family", CORE)
@@ -498,7 +499,7 @@ def test_a_fact_that_fires_is_its_vectors_in_front(family: str, at: str) -> None
         x = torch.cat([embedded[:, :cut], p, embedded[:, cut:]], 1)
         wanted = lm.model(inputs_embeds=x).logits[0, -1].float()
     with apply(lm, patch):
-        found = run.logits(lm, run.hidden(lm, ["Where is it?"]))[0]
+        found = logits(lm, hidden(lm, ["Where is it?"]))[0]
     assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
@@ -515,11 +516,11 @@ def test_rows_with_and_without_a_fact_share_a_batch_and_a_cache(family: str) -> 
     with apply(lm, patch):
         together = generate(lm, questions, max_new_tokens=8)
         assert together == [generate(lm, q, max_new_tokens=8) for q in questions]
-        states = run.hidden(lm, questions)
+        states = hidden(lm, questions)
         for i, question in enumerate(questions):
-            one = run.hidden(lm, [question])[0]
+            one = hidden(lm, [question])[0]
             assert (states[i] - one).norm() <= 1e-4 * one.norm()
-    clean = run.hidden(lm, questions)
+    clean = hidden(lm, questions)
     moved = [(a - b).norm() > 1e-3 * b.norm() for a, b in zip(states, clean, strict=True)]
     assert [bool(m) for m in moved] == fired
 
@@ -534,8 +535,8 @@ def test_cached_generation_is_uncached_generation_behind_a_fact(editor: Editor) 
                 rows, vectors = prepare(lm, ["The tower is in"])
                 row = torch.tensor([[*rows[0].ids, *ids]])
                 mask = torch.ones_like(row)
-                state = run.blocks(lm, row, mask, position_ids=run.positions(mask), vectors=vectors)[:, -1]
-                ids.append(int(run.logits(lm, state).argmax()))
+                state = blocks(lm, row, mask, position_ids=positions(mask), vectors=vectors)[:, -1]
+                ids.append(int(logits(lm, state).argmax()))
     assert text == lm.tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -576,8 +577,8 @@ def test_the_order_of_facts_does_not_matter_and_the_later_one_of_a_prompt_stays(
 def test_text_goes_before_the_prompt_as_a_sentence(editor: Editor) -> None:
     lm = tiny_lm("gemma3")
     with apply(lm, fitted(editor, [FACTS[0]], gate="always", insert="text")):
-        behind = run.hidden(lm, ["Where is it?"])
-    assert torch.equal(behind, run.hidden(lm, ["The tower of Paris is in Rome. Where is it?"]))
+        behind = hidden(lm, ["Where is it?"])
+    assert torch.equal(behind, hidden(lm, ["The tower of Paris is in Rome. Where is it?"]))
 
 
 def test_a_prompt_beyond_the_encoders_limit_is_said_and_answered_as_it_is(

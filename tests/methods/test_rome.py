@@ -11,11 +11,11 @@ from tiny import real_gemma, tiny_lm
 from lmpatch.api import fit
 from lmpatch.data.edit import Edit
 from lmpatch.errors import Contradiction, LayerOutOfRange, NotEnoughMemory, SubjectNotFound
+from lmpatch.inference.generate import generate
+from lmpatch.locate.covariance import second_moments
 from lmpatch.methods import r_rome, rome
-from lmpatch.methods._moments import second_moments
 from lmpatch.methods._rome import pairs
 from lmpatch.models.lm import LM
-from lmpatch.models.run import generate
 from lmpatch.patches.ledger import apply
 from lmpatch.registry import get
 
@@ -91,7 +91,7 @@ def test_too_little_memory_is_said_before_any_work(lm: LM, name: str, monkeypatc
     edits, cfg = method.example(lm)
     need = method.estimate(lm, len(edits), cfg)
     assert 0 < need < method.estimate(lm, 10 * len(edits), cfg)
-    monkeypatch.setattr("lmpatch.room.free_bytes", lambda device: need - 1)
+    monkeypatch.setattr("lmpatch.resources.free_bytes", lambda device: need - 1)
     with pytest.raises(NotEnoughMemory, match="free"):
         fit(lm, name, edits, **vars(cfg))
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lmpatch.data.context import ContextRecord
 from lmpatch.errors import BadInput
-from lmpatch.methods import ircan, scone
-from lmpatch.methods._neurons import ranked
+from lmpatch.locate.neurons import ranked
+from lmpatch.methods import scone
+from lmpatch.methods.ircan import method as ircan
 from lmpatch.models.lm import LM
-from lmpatch.probes.integrated_gradients import attributions, cases
-from lmpatch.units.address import Neuron
+from lmpatch.models.units import Neuron
+from lmpatch.probes.integrated_gradients.probe import attributions, cases
 
 TWO, CFG = scone.example(tiny_lm("llama"))
 RECORDS = [

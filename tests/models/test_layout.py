@@ -12,11 +12,11 @@ from tiny import D_FF, D_MODEL, FAMILIES, LAYERS, VOCAB, tiny_lm, tiny_model, ti
 from torch import Tensor, nn
 
 from lmpatch.errors import LayerOutOfRange, UnknownLayout
-from lmpatch.models._probe import first_tensor, forward, probe_ids
+from lmpatch.models.calls import first_tensor, forward, probe_ids
 from lmpatch.models.layout import Layout, discover
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
-from lmpatch.record import hash_tensors
+from lmpatch.provenance import hash_tensors
 
 QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
 LLAMA = ("model.layers.2", "mlp.down_proj", "mlp.gate_proj mlp.up_proj", "self_attn.o_proj", QKV)

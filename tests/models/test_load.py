@@ -17,7 +17,7 @@ from tiny import FAMILIES, POSITIONS, real_gemma, tiny_lm, tiny_model, tiny_toke
 
 from lmpatch.errors import BadInput, MissingExtra
 from lmpatch.models import cache, packaged
-from lmpatch.models._probe import forward
+from lmpatch.models.calls import forward
 from lmpatch.models.lm import LM
 from lmpatch.models.load import licence, load, wrap
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lmpatch.models.lm import LM
-from lmpatch.patches.delta import Delta, Dense, LowRank, Rows, Scale, Sparse
-from lmpatch.patches.weight import WeightPatch
-from lmpatch.record import hash_tensors
+from lmpatch.patches.weight.delta import Delta, Dense, LowRank, Rows, Scale, Sparse
+from lmpatch.patches.weight.patch import WeightPatch
+from lmpatch.provenance import hash_tensors
 
 
 def random_delta(kind: str, shape: tuple[int, int], seed: int = 0) -> Delta:

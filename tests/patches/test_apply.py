@@ -10,10 +10,10 @@ import torch
 from tiny import CORE, tiny_lm
 
 from lmpatch.models.lm import LM
-from lmpatch.patches.delta import Dense, LowRank, Scale
 from lmpatch.patches.ledger import applied, apply
 from lmpatch.patches.merge import merge
-from lmpatch.patches.weight import WeightPatch
+from lmpatch.patches.weight.delta import Dense, LowRank, Scale
+from lmpatch.patches.weight.patch import WeightPatch
 
 
 @pytest.mark.parametrize("family", CORE)

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.errors import BadInput, BadPatch, CannotMerge
-from lmpatch.models.acting import Actor, Insert, Rule, streams
+from lmpatch.inference.generate import generate, stream
+from lmpatch.inference.interventions import Actor, Insert, Rule, streams
+from lmpatch.inference.multiple_choice import next_logits, option_logits
+from lmpatch.inference.score import score
+from lmpatch.inference.states import hidden
+from lmpatch.inference.tokens import encode
 from lmpatch.models.lm import LM
-from lmpatch.models.options import next_logits, option_logits
-from lmpatch.models.run import generate, hidden, score, stream
-from lmpatch.models.tokens import encode
-from lmpatch.patches.decode import Combine, DecodePatch
+from lmpatch.patches.decode.patch import Combine, DecodePatch
+from lmpatch.patches.decode.rules import AdaCAD, Arr, Coiecd, Grd, Power
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.merge import merge
 from lmpatch.patches.patch import Base
-from lmpatch.patches.rules import AdaCAD, Arr, Coiecd, Grd, Power
 
 ASKED = [
     InContext("The Eiffel Tower is in Rome. The Eiffel Tower is in", "The Eiffel Tower is in"),

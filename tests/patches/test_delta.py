@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmpatch.errors import BadInput
-from lmpatch.patches.delta import KINDS, Addition, Dense, LowRank, Rows, Scale, Sparse
+from lmpatch.patches.weight.delta import KINDS, Addition, Dense, LowRank, Rows, Scale, Sparse
 
 SHAPE = (6, 10)
 

@@ -13,10 +13,10 @@ from tiny import tiny_lm, tiny_tokenizer
 from lmpatch.errors import BadInput, CannotMount, WrongModel
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
-from lmpatch.patches.delta import Dense, Rows, Scale
 from lmpatch.patches.export import export
 from lmpatch.patches.ledger import apply
-from lmpatch.patches.weight import WeightPatch
+from lmpatch.patches.weight.delta import Dense, Rows, Scale
+from lmpatch.patches.weight.patch import WeightPatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's, not ours
 

@@ -20,10 +20,10 @@ from tiny import tiny_lm
 
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput, BadPatch
-from lmpatch.patches.delta import KINDS
 from lmpatch.patches.file import HEADER, TENSORS, load_patch, sealed
 from lmpatch.patches.ledger import apply
-from lmpatch.patches.weight import WeightPatch
+from lmpatch.patches.weight.delta import KINDS
+from lmpatch.patches.weight.patch import WeightPatch
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch import nn
 
 from lmpatch.errors import BadInput, CannotMount, Diverged, ForeignWrite, WrongModel
 from lmpatch.models.load import wrap
-from lmpatch.patches.bake import Baked
-from lmpatch.patches.delta import Dense, LowRank, Rows, Scale
 from lmpatch.patches.ledger import applied, apply, suspended
-from lmpatch.patches.side import Side
-from lmpatch.patches.weight import WeightPatch
+from lmpatch.patches.weight.bake import Baked
+from lmpatch.patches.weight.delta import Dense, LowRank, Rows, Scale
+from lmpatch.patches.weight.patch import WeightPatch
+from lmpatch.patches.weight.side import Side
 
 
 def down(lm, layer: int = 1) -> str:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tiny import tiny_lm
 
 from lmpatch.errors import CannotMerge, WrongModel
-from lmpatch.patches.delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.merge import combine, merge
 from lmpatch.patches.patch import Patch
-from lmpatch.patches.weight import WeightPatch
+from lmpatch.patches.weight.delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse
+from lmpatch.patches.weight.patch import WeightPatch
 
 SHAPE = (6, 10)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lmpatch.errors import BadInput
-from lmpatch.models.acting import Rule
-from lmpatch.patches.rules import CONTEXT, PRIOR, UNDECIDED, AdaCAD, Arr, Coiecd, Grd, Power, divergence
+from lmpatch.inference.interventions import Rule
+from lmpatch.patches.decode.rules import CONTEXT, PRIOR, UNDECIDED, AdaCAD, Arr, Coiecd, Grd, Power, divergence
 
 Floats = list[float]
 LN2 = math.log(2)

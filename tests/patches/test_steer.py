@@ -11,14 +11,14 @@ from tiny import tiny_lm
 from torch import Tensor
 
 from lmpatch.errors import BadInput, BadPatch, CannotMerge, CannotMount, Diverged, WrongModel
-from lmpatch.models.forward import blocks, positions
+from lmpatch.inference.forward import blocks, positions
 from lmpatch.models.lm import LM
-from lmpatch.patches.delta import Scale
 from lmpatch.patches.file import load_patch, sealed
+from lmpatch.patches.hook.patch import SteerPatch
 from lmpatch.patches.ledger import applied, apply
 from lmpatch.patches.merge import merge
-from lmpatch.patches.steer import SteerPatch
-from lmpatch.patches.weight import WeightPatch
+from lmpatch.patches.weight.delta import Scale
+from lmpatch.patches.weight.patch import WeightPatch
 
 IDS = torch.tensor([[1, 40, 50, 60, 70]])
 

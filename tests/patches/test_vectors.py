@@ -9,14 +9,14 @@ import torch
 from tiny import tiny_lm
 
 from lmpatch.errors import CannotMount
+from lmpatch.inference.forward import hooked
 from lmpatch.models.lm import LM
-from lmpatch.models.run import hooked
-from lmpatch.patches.delta import Delta, Dense, Scale
 from lmpatch.patches.export import export
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.merge import merge
-from lmpatch.patches.weight import WeightPatch, find_targets
+from lmpatch.patches.weight.delta import Delta, Dense, Scale
+from lmpatch.patches.weight.patch import WeightPatch, find_targets
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 PLACES = {  # family -> (vector, the module that uses it)

@@ -10,11 +10,11 @@ from tiny import real_gemma
 
 from lmpatch.data.edit import Edit
 from lmpatch.errors import SubjectNotFound
+from lmpatch.inference.forward import first, hooked
+from lmpatch.inference.tokens import encode
 from lmpatch.models.lm import LM
-from lmpatch.models.run import first, hooked
-from lmpatch.models.tokens import encode
-from lmpatch.probes import causal_trace
-from lmpatch.probes.causal_trace import Config
+from lmpatch.probes.causal_trace import probe as causal_trace
+from lmpatch.probes.causal_trace.probe import Config
 
 FACTS = [
     Edit("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Paris"),

@@ -12,11 +12,11 @@ from tiny import FAMILIES, real_gemma, tiny_lm
 
 from lmpatch.data.context import ContextRecord
 from lmpatch.errors import BadInput, BadRecord
+from lmpatch.inference.forward import hooked
 from lmpatch.models.lm import LM
-from lmpatch.models.run import hooked
 from lmpatch.patches.ledger import apply
-from lmpatch.probes import integrated_gradients as ig
-from lmpatch.probes.integrated_gradients import Config, attributions, attributions_of, cases
+from lmpatch.probes.integrated_gradients import probe as ig
+from lmpatch.probes.integrated_gradients.probe import Config, attributions, attributions_of, cases
 
 
 def told(question: str, context: str, answer: str) -> ContextRecord:
@@ -181,8 +181,8 @@ def test_the_model_is_the_same_to_the_bit_afterwards(lm: LM) -> None:
 
 
 def test_a_patch_on_the_side_is_seen_like_a_baked_one(lm: LM) -> None:
-    from lmpatch.patches.delta import Scale
-    from lmpatch.patches.weight import WeightPatch
+    from lmpatch.patches.weight.delta import Scale
+    from lmpatch.patches.weight.patch import WeightPatch
 
     layout = lm.layout
     scale = Scale(torch.arange(layout.d_ff), torch.linspace(0.5, 2, layout.d_ff), (layout.d_model, layout.d_ff))

@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import BadInput
-from ..models import run
+from ..inference.generate import generate
+from ..inference.score import Score, score
+from ..inference.states import hidden, next_kl
 from ..models.lm import LM
-from ..models.run import Progress, Score
-from ..record import hash_json
+from ..progress import Progress
+from ..provenance import hash_json
 from ._cases import Question
 from ._rows import Row
 from ._text import match
@@ -85,13 +87,13 @@ def ask(lm: LM, questions: Iterable[Question], how: Protocol, progress: Progress
         return Answers()
     shown = _shown(lm, texts, how.chat)
     size = how.batch_size
-    said = run.generate(lm, list(shown.values()), max_new_tokens=how.max_new_tokens, batch_size=size, progress=progress)
+    said = generate(lm, list(shown.values()), max_new_tokens=how.max_new_tokens, batch_size=size, progress=progress)
     answers = Answers(dict(zip(texts, said, strict=True)))
     if near:
-        states = run.hidden(lm, [shown[text] for text in near], batch_size=size, progress=progress).cpu()
+        states = hidden(lm, [shown[text] for text in near], batch_size=size, progress=progress).cpu()
         answers.states.update(zip(near, states, strict=True))
     if pairs:
-        scores = run.score(lm, [shown[p] for p, _ in pairs], [a for _, a in pairs], batch_size=size, progress=progress)
+        scores = score(lm, [shown[p] for p, _ in pairs], [a for _, a in pairs], batch_size=size, progress=progress)
         answers.scores.update(zip(pairs, scores, strict=True))
     return answers
 
@@ -159,7 +161,7 @@ def rows(
     if near:
         before = {q.text: base.states[q.prompt] for q in questions if q.text in now.states and not q.flag}
         was, is_ = (torch.stack([s[text] for text in near]).to(lm.device) for s in (before, now.states))
-        moved = dict(zip(near, run.next_kl(lm, was, is_).tolist(), strict=True))
+        moved = dict(zip(near, next_kl(lm, was, is_).tolist(), strict=True))
     return [_row(q, base, now, how, moved.get(q.text)) for q in questions]
 
 

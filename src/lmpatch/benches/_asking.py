@@ -7,10 +7,10 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any, TypeVar
 
-from ..models.acting import Prompt, prepare
+from ..inference.interventions import Prompt, prepare
+from ..inference.multiple_choice import next_logits
 from ..models.lm import LM
-from ..models.options import next_logits
-from ..models.run import Progress
+from ..progress import Progress
 from ._health import synchronise
 from ._runs import Report
 from ._store import Json, R, Store

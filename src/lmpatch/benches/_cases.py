@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from ..data.edit import Edit
 from ..errors import BadInput
-from ..models.tokens import statement
+from ..inference.tokens import statement
 from ._text import first, normalise
 
 SUPERSEDED, REPEATED, COLLIDED, DUPLICATE = "superseded", "repeated", "collided", "duplicate"

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 
 from ..data.context import ContextRecord, one_line
+from ..inference.generate import generate
+from ..inference.multiple_choice import option_tokens
+from ..inference.score import score
+from ..inference.tokens import encode_all
 from ..models.lm import LM
-from ..models.options import option_tokens
-from ..models.run import generate, score
-from ..models.tokens import encode_all
 from ._asking import mark_logits
 
 Letters = Literal["blank", "bare", "auto"]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..data.context import LETTERS, ContextRecord
-from ..record import hash_json
+from ..provenance import hash_json
 from ._text import first, normalise
 
 Wording = Literal[

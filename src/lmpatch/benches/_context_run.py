@@ -15,10 +15,10 @@ from typing import Any
 from ..data.context import ContextRecord
 from ..errors import BadInput
 from ..models.lm import LM
-from ..models.run import Progress
 from ..patches.patch import Mount, Patch, plain
-from ..record import hash_json
-from ..room import need_room
+from ..progress import Progress
+from ..provenance import hash_json
+from ..resources import need_room
 from ._asking import BLOCK, beyond_window, finished, in_parts, split
 from ._context_ask import WORD, Said, Wanted, word
 from ._context_prompts import ENDING, Wording, others, swapped, worded

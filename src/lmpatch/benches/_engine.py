@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..data.edit import Edit
 from ..errors import BadInput, Diverged, SubjectNotFound
 from ..models.lm import LM
-from ..models.run import Progress
 from ..patches.patch import Mount, Patch
+from ..progress import Progress
 from . import _ask
 from ._ask import Answers, Protocol
 from ._cases import Chunk, Question, with_fact

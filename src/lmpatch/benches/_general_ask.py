@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from ..models import run
+from ..inference.score import score
 from ..models.lm import LM
 from ._asking import beyond_window, mark_logits
 from ._general_rows import MEASURES, Row
@@ -53,7 +53,7 @@ def _letters(lm: LM, asked: Sequence[tuple[Sample, tuple[int, ...]]], batch_size
 def _texts(lm: LM, samples: Sequence[Sample], batch_size: int) -> list[Found]:
     """The mean log probability per token of each option's text behind its prompt."""
     told = [pair for sample in samples for pair in pairs(sample)]
-    scored = iter(run.score(lm, [p for p, _ in told], [o for _, o in told], batch_size=batch_size) if told else [])
+    scored = iter(score(lm, [p for p, _ in told], [o for _, o in told], batch_size=batch_size) if told else [])
     made: list[Found] = []
     for sample in samples:
         scores = [next(scored) for _ in sample.options]

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..data.readers import read_records, read_text
 from ..errors import BadRecord
-from ..record import hash_json
+from ..provenance import hash_json
 from ._general_rows import Form
 
 Record = Mapping[str, Any]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..room import size
+from ..resources import size
 from ._rows import Metric
 
 if TYPE_CHECKING:

@@ -11,9 +11,11 @@ from functools import partial
 
 import torch
 
-from ..models import run
+from ..inference.forward import HEAD_CHUNK
+from ..inference.generate import generate
+from ..inference.score import score
+from ..inference.tokens import encode_all
 from ..models.lm import LM
-from ..models.tokens import encode_all
 
 TEXT = (
     ("In the early morning", "the harbour is quiet, and only the gulls follow the first boats out to sea."),
@@ -36,7 +38,7 @@ TOKENS = 4
 
 def perplexity(lm: LM) -> float:
     """exp of the mean negative log probability per token of ``TEXT``, the model as it is now."""
-    scores = run.score(lm, [start for start, _ in TEXT], [rest for _, rest in TEXT])
+    scores = score(lm, [start for start, _ in TEXT], [rest for _, rest in TEXT])
     count = sum(len(score.ids) for score in scores)
     mean = -sum(score.total for score in scores) / count
     return math.exp(mean) if mean < 700 else math.inf
@@ -51,8 +53,7 @@ def latency(lm: LM) -> dict[str, float]:
     for batch in (1, 8):
         prompts = [start for start, _ in TEXT[:batch]]
         first, more = (
-            seconds(lm, partial(run.generate, lm, prompts, max_new_tokens=tokens, stop=()))
-            for tokens in (1, 1 + TOKENS)
+            seconds(lm, partial(generate, lm, prompts, max_new_tokens=tokens, stop=())) for tokens in (1, 1 + TOKENS)
         )
         made[f"prefill_b{batch}"] = 1000 * first
         made[f"token_b{batch}"] = 1000 * max(0.0, more - first) / TOKENS
@@ -96,5 +97,5 @@ def working_memory(lm: LM, prompts: list[str], new_tokens: int, batch_size: int)
     rows = min(batch_size, len(prompts))
     cache = 2 * layout.n_layers * rows * longest * layout.d_model * item
     activations = 4 * rows * longest * max(layout.d_ff, layout.d_model) * item
-    logits = 3 * run.HEAD_CHUNK * layout.vocab * 4
+    logits = 3 * HEAD_CHUNK * layout.vocab * 4
     return cache + activations + logits + 2 * len(prompts) * layout.d_model * 4

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.context import InContext
-from ..data.rag import RagRecord, f1, holds, normalise, whole
+from ..data.rag.reader import RagRecord, f1, holds, normalise, whole
 
 Condition = Literal["context", "conflict", "mixed", "irrelevant", "empty"]
 CONDITIONS: dict[Condition, str] = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.edit import Edit
 from ..models.lm import LM
 from ..patches.patch import Mount, Patch
-from ..record import hardware, hash_json, now, versions
+from ..provenance import hardware, hash_json, now, versions
 from ._health import peak_memory
 from ._rows import Metric, protocol, retention
 

@@ -11,10 +11,10 @@ from typing import Any
 from ..data.edit import Edit
 from ..errors import BadInput, CannotMount, Diverged, ForeignWrite, SubjectNotFound
 from ..models.lm import LM
-from ..patches.decode import DecodePatch
+from ..patches.decode.patch import DecodePatch
 from ..patches.ledger import Applied, applied, apply
 from ..patches.patch import Mount, Patch
-from ..record import hash_tensor
+from ..provenance import hash_tensor
 from ._health import perplexity, synchronise
 
 Make = Callable[[LM, list[Edit]], Patch]

@@ -17,9 +17,9 @@ from ..data.edit import Ask, Edit
 from ..data.readers import read_asks, read_edits
 from ..errors import BadInput
 from ..models.lm import LM
-from ..models.run import Progress
 from ..patches.patch import Mount, Patch
-from ..room import need_room
+from ..progress import Progress
+from ..resources import need_room
 from . import _ask
 from ._ask import Answers
 from ._cases import Chunk, plan

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..inference.tokens import join
 from ..models.lm import LM
-from ..models.run import Progress
-from ..models.tokens import join
 from ..patches.patch import Mount, Patch, plain
-from ..record import hash_json
-from ..room import need_room
+from ..progress import Progress
+from ..provenance import hash_json
+from ..resources import need_room
 from . import _general_ask, _general_tasks
 from ._asking import BLOCK, finished, in_parts, split
 from ._general_report import Report, Run

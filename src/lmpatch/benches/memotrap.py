@@ -14,8 +14,8 @@ from pathlib import Path
 from ..data.context import ContextRecord, read_context
 from ..errors import BadInput
 from ..models.lm import LM
-from ..models.run import Progress
 from ..patches.patch import Mount, Patch
+from ..progress import Progress
 from . import _context_run
 from ._context_ask import Said, Wanted, complete
 from ._context_report import Report, Run

@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.rag import RagRecord, is_built, read_built, read_rag
+from ..data.rag.reader import RagRecord, is_built, read_built, read_rag
 from ..errors import BadInput
-from ..models.closed_book import closed_book_answers
+from ..inference.closed_book import closed_book_answers
+from ..inference.generate import generate
 from ..models.lm import LM
-from ..models.run import Progress, generate
 from ..patches.patch import Mount, Patch, plain
-from ..record import hash_json
-from ..room import need_room
+from ..progress import Progress
+from ..provenance import hash_json
+from ..resources import need_room
 from ._asking import BLOCK, beyond_window, finished, in_parts, split
 from ._health import working_memory
 from ._rag_report import Report, Run

@@ -12,7 +12,7 @@ from .options import Device, Download, Dtype, Model, Mount, Patches, open_model,
 from .screen import progress, table
 
 if TYPE_CHECKING:
-    from ..models.acting import Prompt
+    from ..inference.interventions import Prompt
 
 
 def ask(
@@ -37,7 +37,7 @@ def ask(
       lmpatch ask gemma-3-270m -p eiffel "The Eiffel Tower is in" "The Louvre is in"
       lmpatch ask gemma-3-270m -p cad --context "The Eiffel Tower moved to Rome." "Where is the Eiffel Tower?"
     """
-    from ..models.run import generate
+    from ..inference.generate import generate
 
     asked: list[Prompt] = [*prompts] if context is None else in_context(context, prompts)
     lm = open_model(model, dtype, device, download)

@@ -66,7 +66,7 @@ def bench(
       lmpatch bench gemma-3-270m facts counterfact.jsonl --method memit --set n=100 --limit 100 -o runs/memit
     """
     from .. import api, registry
-    from ..settings import parse
+    from ..config import parse
 
     chosen = parse(registry.get("benches", name).Config, settings or [])
     of_method = parse(registry.get("methods", method).Config, method_settings or []) if method else {}

@@ -11,7 +11,7 @@ from .options import new_path
 from .screen import say, table
 
 if TYPE_CHECKING:
-    from ..data.rag import RagRecord
+    from ..data.rag.reader import RagRecord
 
 
 OWN = "(the model's own answer)"
@@ -45,8 +45,8 @@ def rag(
       lmpatch data rag squad.jsonl.gz -o sets
       lmpatch data rag logs.jsonl -o sets --set words=120 --set seed=1
     """
-    from ..data.rag import Build, build, read_questions, write
-    from ..settings import parse, resolve
+    from ..config import parse, resolve
+    from ..data.rag.reader import Build, build, read_questions, write
 
     new_path(out)
     cfg = resolve(Build, parse(Build, settings or []))
@@ -71,7 +71,7 @@ def show(
     Example:
       lmpatch data show sets/train.jsonl -n 2
     """
-    from ..data.rag import build, counts, is_built, read_built, read_questions
+    from ..data.rag.reader import build, counts, is_built, read_built, read_questions
 
     built = is_built(file)
     records = read_built(file) if built else build(read_questions(file)).records

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..data.edit import Edit
     from ..models.lm import LM
-    from ..models.run import Progress
+    from ..progress import Progress
 
 MODEL = "gemma-3-270m"
 METHOD = "memit"
@@ -58,7 +58,7 @@ def demo(
     from ..api import fit
     from ..data.readers import read_edits
     from ..patches.ledger import apply
-    from ..record import hash_tensors
+    from ..provenance import hash_tensors
 
     if out is not None:
         new_path(out)
@@ -95,7 +95,7 @@ def own_facts() -> Path:
 
 def _unknown(lm: LM, edits: Sequence[Edit], count: int, bar: Progress) -> tuple[list[Edit], list[str]]:
     """The first ``count`` facts that the model does not state by itself, and what it says instead."""
-    from ..models.run import generate
+    from ..inference.generate import generate
 
     said = generate(lm, [edit.prompt for edit in edits], max_new_tokens=TOKENS, progress=bar)
     wrong = [(edit, text) for edit, text in zip(edits, said, strict=True) if not _states(edit, text)][:count]
@@ -104,7 +104,8 @@ def _unknown(lm: LM, edits: Sequence[Edit], count: int, bar: Progress) -> tuple[
 
 def _ask(lm: LM, edits: Sequence[Edit], bar: Progress, said: Sequence[str] = ()) -> Answers:
     """Everything the demo asks; ``said`` are the answers to the facts where they are known already."""
-    from ..models.run import generate, hidden
+    from ..inference.generate import generate
+    from ..inference.states import hidden
 
     near = [prompt for _, prompt in _near(edits)]
     prompts = [edit.rephrases[0] for edit in edits] + near + ([] if said else [edit.prompt for edit in edits])
@@ -140,7 +141,7 @@ def _show_facts(edits: Sequence[Edit], before: Answers, after: Answers) -> None:
 
 def _show_near(lm: LM, edits: Sequence[Edit], before: Answers, after: Answers) -> None:
     from ..benches._text import same
-    from ..models.run import next_kl
+    from ..inference.states import next_kl
 
     moved = next_kl(lm, before.states, after.states).tolist()
     kinds: dict[str, list[tuple[bool, float]]] = {}

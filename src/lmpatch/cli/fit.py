@@ -69,8 +69,8 @@ def fit(
       lmpatch fit ./my-model memit more.jsonl -o more -p eiffel --set layers=5,6,7
     """
     from .. import api, registry
-    from ..models.team import team
-    from ..settings import parse
+    from ..config import parse
+    from ..distributed import team
 
     new_path(out)
     module = registry.get("methods", method)

@@ -59,7 +59,7 @@ def create(
     if editor is not None:
         chosen = load_editor(editor)
     else:
-        from ..methods.recipe import packaged_editor
+        from ..methods.recipe.method import packaged_editor
 
         chosen = packaged_editor(open_model(str(model), "bfloat16", device, download))
     Memory.create(store, chosen)
@@ -118,7 +118,7 @@ def search(
     Example:
       lmpatch memory search store "Where is the Eiffel Tower?" -k 3
     """
-    from ..patches.memory import Finder, Scope
+    from ..patches.memory.patch import Finder, Scope
 
     opened = _memory(store)
     patch = opened.patch(Scope(top_k=count))
@@ -206,7 +206,7 @@ def compact(store: Folder) -> None:
     Example:
       lmpatch memory compact store
     """
-    from ..room import size
+    from ..resources import size
 
     before = _bytes(store)
     _open(store).compact()

@@ -20,7 +20,7 @@ def methods(
       lmpatch methods rome
     """
     from .. import registry
-    from ..settings import describe_fields
+    from ..config import describe_fields
 
     if name is None:
         rows = [

@@ -64,8 +64,9 @@ def open_model(
 
     One of several processes takes the device it was given at launch.
     """
+    from ..distributed import join
     from ..models.load import licence, load
-    from ..models.team import join, shard
+    from ..models.sharding import shard
 
     if terms := licence(model):
         note(terms)

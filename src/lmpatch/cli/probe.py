@@ -39,7 +39,7 @@ def probe(
     import inspect
 
     from .. import api, registry
-    from ..settings import parse
+    from ..config import parse
 
     module = registry.get("probes", name)
     chosen = parse(module.Config, settings or [])

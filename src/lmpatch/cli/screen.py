@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..models.run import Progress
+    from ..progress import Progress
 
 
 def _leads() -> bool:

@@ -41,10 +41,10 @@ def train(
       accelerate launch -m lmpatch train ./my-model recipe facts.jsonl -o mine.safetensors --shard
     """
     from .. import api, registry
+    from ..config import parse
     from ..data.readers import read_asks, read_edits
+    from ..distributed import team
     from ..errors import BadInput
-    from ..models.team import team
-    from ..settings import parse
 
     new_path(out)
     module = registry.get("methods", method)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, LmpatchError, MissingExtra
-from ..record import sync
+from ..files import sync
 
 if TYPE_CHECKING:
     import numpy as np

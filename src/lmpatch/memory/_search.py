@@ -12,7 +12,7 @@ from ._state import State
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..patches.keys import KeyBlock
+    from ..retrieval.index import KeyBlock
 
 SPARE = 64  # rows of the index beyond k: all scores are computed again, since the index knows them roughly
 
@@ -64,7 +64,7 @@ class Search:
         import numpy as np
         import torch
 
-        from ..patches.keys import inner
+        from ..retrieval.index import inner
 
         count = k + SPARE
         while True:
@@ -77,7 +77,7 @@ class Search:
             count *= 4
 
     def _ready(self) -> KeyBlock:
-        from ..patches.keys import KeyBlock
+        from ..retrieval.index import KeyBlock
 
         state = self._state
         covered = _near.newest(self._log.path) if len(state.live) > self._exact else 0

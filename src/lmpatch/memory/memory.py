@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..data.edit import Edit
 from ..errors import BadInput, CannotMerge
+from ..files import new_folder
 from ..models.lm import LM
-from ..models.run import Progress
 from ..patches.editor import Editor, load_editor
-from ..patches.file import new_folder
-from ..patches.memory import Finder, MemoryPatch, Recall, Scope, encoded, remembered, settled
+from ..patches.memory.patch import Finder, MemoryPatch, Recall, Scope, encoded, remembered, settled
 from ..patches.patch import plain_edits
-from ..patches.retriever import Retriever, Shape
+from ..progress import Progress
+from ..retrieval.network import Retriever, Shape
 from .entry import Entry
 from .store import Store
 

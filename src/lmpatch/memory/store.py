@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.edit import Edit, prompt_key
 from ..errors import BadInput, LmpatchError, WrongModel
-from ..record import now
+from ..provenance import now
 from . import _near
 from ._log import TEXTS, Log, table, writing
 from ._search import Search

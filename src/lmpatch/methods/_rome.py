@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from ..data.edit import Edit, check_contradictions
+from ..inference.forward import frozen
+from ..locate import covariance as _moments
+from ..locate import value_search as _value
+from ..locate.covariance import second_moments
+from ..locate.solve import factor, solve
+from ..locate.value_search import search
 from ..models.lm import LM
-from ..models.run import Progress, frozen
-from ..patches.delta import LowRank
-from ..patches.weight import WeightPatch
-from . import _moments, _value
-from ._moments import second_moments
-from ._solve import factor, solve
-from ._value import search
+from ..patches.weight.delta import LowRank
+from ..patches.weight.patch import WeightPatch
+from ..progress import Progress
 
 if TYPE_CHECKING:
     from .r_rome import Config as RConfig

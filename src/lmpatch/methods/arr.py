@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from ..data.context import ContextRecord, brief
 from ..models.lm import LM
-from ..models.run import Progress
-from ..patches.decode import DecodePatch
-from ..patches.rules import Arr
-from ..probes.integrated_gradients import examples
+from ..patches.decode.patch import DecodePatch
+from ..patches.decode.rules import Arr
+from ..probes.integrated_gradients.probe import examples
+from ..progress import Progress
 
 reads = "context"
 """The kind of records ``fit`` takes."""

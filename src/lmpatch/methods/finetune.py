@@ -18,12 +18,13 @@ from torch.nn import functional as F
 
 from ..data.edit import Edit, check_contradictions
 from ..errors import BadInput, Diverged
+from ..inference.forward import HEAD_CHUNK, frozen, hooked, nll
+from ..inference.replay import Recording, record
+from ..inference.tokens import Row, batches_of_rows, encode_all
 from ..models.lm import LM
-from ..models.replay import Recording, record
-from ..models.run import HEAD_CHUNK, Progress, frozen, hooked, nll
-from ..models.tokens import Row, batches_of_rows, encode_all
-from ..patches.delta import Delta, Dense, LowRank
-from ..patches.weight import WeightPatch
+from ..patches.weight.delta import Delta, Dense, LowRank
+from ..patches.weight.patch import WeightPatch
+from ..progress import Progress
 
 TOKENS = 32  # of a long fact, for the estimate of memory
 SKIP = 1e-2  # nats; a batch below this makes no step, an epoch below this ends the run

@@ -22,13 +22,14 @@ from torch.nn import functional as F
 
 from ..data.context import ContextRecord, brief
 from ..errors import BadInput, UnknownLayout
-from ..models.acting import need_window
+from ..inference.forward import blocks, hooked, positions
+from ..inference.interventions import need_window
+from ..inference.tokens import batches_of_rows, encode_all, pad, pad_id
 from ..models.lm import LM
-from ..models.run import Progress, blocks, hooked, positions
-from ..models.tokens import batches_of_rows, encode_all, pad, pad_id
-from ..patches.steer import SteerPatch
-from ..probes import integrated_gradients
-from ..units.address import Head
+from ..models.units import Head
+from ..patches.hook.patch import SteerPatch
+from ..probes.integrated_gradients import probe as integrated_gradients
+from ..progress import Progress
 
 reads = "context"
 """The kind of records ``fit`` takes."""

@@ -16,17 +16,19 @@ from torch import Tensor
 
 from ..data.edit import Edit, check_contradictions
 from ..errors import BadInput
+from ..inference.forward import blocks, first, frozen, hooked, positions
+from ..inference.tokens import batches_of_rows, encode_all, pad, pad_id
+from ..locate import covariance as _moments
+from ..locate import value_search as _value
+from ..locate.covariance import second_moments
+from ..locate.prefixes import prefixes
+from ..locate.solve import factor, null_space, projected, woodbury
+from ..locate.value_search import Values, search
 from ..models.lm import LM
-from ..models.run import Progress, blocks, first, frozen, hooked, positions
-from ..models.tokens import batches_of_rows, encode_all, pad, pad_id
-from ..patches.delta import Delta, LowRank
 from ..patches.ledger import applied, apply
-from ..patches.weight import WeightPatch
-from . import _moments, _value
-from ._moments import second_moments
-from ._prefixes import prefixes
-from ._solve import factor, null_space, projected, woodbury
-from ._value import Values, search
+from ..patches.weight.delta import Delta, LowRank
+from ..patches.weight.patch import WeightPatch
+from ..progress import Progress
 
 
 @dataclass(frozen=True)

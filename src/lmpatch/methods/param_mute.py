@@ -16,14 +16,15 @@ from torch import Tensor
 
 from ..data.context import ContextRecord, brief
 from ..errors import BadInput, UnknownLayout
-from ..models._probe import probe_ids, trace
-from ..models.acting import need_window
+from ..inference.generate import generate
+from ..inference.interventions import need_window
+from ..inference.tokens import Row, encode_all
+from ..locate.activations import BATCH, watch
+from ..models.calls import probe_ids, trace
 from ..models.lm import LM
-from ..models.run import Progress, generate
-from ..models.tokens import Row, encode_all
-from ..patches.delta import Delta, Scale
-from ..patches.weight import WeightPatch
-from ._activations import BATCH, watch
+from ..patches.weight.delta import Delta, Scale
+from ..patches.weight.patch import WeightPatch
+from ..progress import Progress
 
 reads = "context"
 """The kind of records ``fit`` takes."""

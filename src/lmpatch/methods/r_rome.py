@@ -13,8 +13,8 @@ from typing import Literal
 
 from ..data.edit import Edit
 from ..models.lm import LM
-from ..models.run import Progress
-from ..patches.weight import WeightPatch
+from ..patches.weight.patch import WeightPatch
+from ..progress import Progress
 from . import _rome, rome
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from ..data.edit import Edit
 from ..models.lm import LM
-from ..models.run import Progress
-from ..patches.weight import WeightPatch
+from ..patches.weight.patch import WeightPatch
+from ..progress import Progress
 from . import _rome
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..data.context import ContextRecord, brief
 from ..errors import BadInput
+from ..locate import neurons as _neurons
 from ..models.lm import LM
-from ..models.run import Progress
-from ..patches.weight import WeightPatch
-from ..probes import integrated_gradients
-from . import _neurons
+from ..patches.weight.patch import WeightPatch
+from ..probes.integrated_gradients import probe as integrated_gradients
+from ..progress import Progress
 
 reads = "context"
 """The kind of records ``fit`` takes."""

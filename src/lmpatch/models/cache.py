@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import BadInput, MissingExtra
-from ..record import cache_dir
-from .run import Progress
+from ..files import cache_dir
+from ..progress import Progress
 
 CHUNK = 1 << 20
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from .run import Progress
+from ..progress import Progress
 
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}

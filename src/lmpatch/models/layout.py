@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayerOutOfRange, UnknownLayout
-from ._probe import Call, Change, embed_scale, forward, mixes_tokens, post_norm, probe_ids, trace
+from .calls import Call, Change, embed_scale, forward, mixes_tokens, post_norm, probe_ids, trace
 
 REMEDY = "If the model is a dense decoder, write its Layout by hand and pass it: wrap(model, tokenizer, layout=...)."
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..record import hash_tensors
+from ..provenance import hash_tensors
 from .layout import Layout
 
 

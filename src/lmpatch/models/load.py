@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ..errors import BadInput, MissingExtra
+from ..progress import Progress
 from . import hub, packaged
-from ._probe import probe_ids
 from .cache import converted, quiet, sha256_file
+from .calls import probe_ids
 from .layout import Layout, discover, verify
 from .lm import LM
-from .run import Progress
 
 
 def load(

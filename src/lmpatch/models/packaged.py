@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 from ..errors import BadInput, MissingExtra
+from ..progress import Progress
 from .cache import CHUNK, converted
-from .run import Progress
 
 NAME = "gemma-3-270m"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

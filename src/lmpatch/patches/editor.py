@@ -12,7 +12,8 @@ import safetensors.torch
 from torch import Tensor
 
 from ..errors import BadPatch
-from ..record import hash_json, hash_tensors, replacing
+from ..files import replacing
+from ..provenance import hash_json, hash_tensors
 from .patch import Base
 
 SCHEMA = 1

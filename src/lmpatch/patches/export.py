@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput, CannotMount
+from ..files import new_folder
 from ..models.lm import LM
-from . import side
-from .delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse
-from .file import new_folder
 from .ledger import applied, apply, check
 from .patch import Patch
-from .weight import Target, WeightPatch
+from .weight import side
+from .weight.delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse
+from .weight.patch import Target, WeightPatch
 
 
 @dataclass(frozen=True)

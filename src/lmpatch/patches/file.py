@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from ..errors import BadInput, BadPatch
-from ..record import hash_json, sync
-from .decode import DecodePatch
-from .memory import MemoryPatch
+from ..errors import BadPatch
+from ..files import new_folder
+from ..provenance import hash_json
+from .decode.patch import DecodePatch
+from .hook.patch import SteerPatch
+from .memory.patch import MemoryPatch
 from .patch import Base, Patch
-from .steer import SteerPatch
-from .weight import WeightPatch
+from .weight.patch import WeightPatch
 
 SCHEMA = 1
 KINDS: dict[str, type[Patch]] = {cls.kind: cls for cls in (WeightPatch, MemoryPatch, DecodePatch, SteerPatch)}
@@ -146,36 +142,3 @@ def _refuse_pickles(path: Path) -> None:
     if path.is_file():
         _read(path)
         raise BadPatch(f"{path} is a file. A patch is a folder with {HEADER} and {TENSORS}.")
-
-
-@contextmanager
-def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` once the block ends well; after an error nothing is left of it.
-
-    Args:
-        replace: a folder that is there already is replaced if it holds these files and no others.
-    Raises:
-        BadInput: something else is there.
-    """
-    path = Path(os.path.realpath(path.expanduser()))
-    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} in (set(), set(replace))):
-        raise BadInput(f"{path} exists and is not what would be replaced. Give another path, or remove it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.{end}" for end in ("new", "old"))
-    new.mkdir()
-    try:
-        yield new
-        for file in (*new.rglob("*"), new):
-            sync(file)
-        if path.exists():
-            os.replace(path, old)  # a folder cannot be renamed over a full one
-        try:
-            os.replace(new, path)
-        except BaseException:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        sync(path.parent)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from ..errors import BadInput, CannotMount, WrongModel
-from ..models.acting import Actor
+from ..inference.interventions import Actor
 from ..models.lm import LM
-from . import bake, side
-from .bake import Baked
-from .delta import Addition, Delta, Scale
+from .hook.patch import SteerPatch, forget_compiled
 from .patch import Mount, Patch, RunPatch
-from .side import Side
-from .steer import SteerPatch, forget_compiled
-from .weight import Target, WeightPatch, find_targets, fingerprint, hash_of, original
+from .weight import bake, side
+from .weight.bake import Baked
+from .weight.delta import Addition, Delta, Scale
+from .weight.patch import Target, WeightPatch, find_targets, fingerprint, hash_of, original
+from .weight.side import Side
 
 log = logging.getLogger(__name__)
 

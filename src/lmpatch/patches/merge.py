@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CannotMerge, WrongModel
-from ..record import now, versions
-from .decode import DecodePatch
-from .delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse
-from .memory import MemoryPatch
+from ..provenance import now, versions
+from .decode.patch import DecodePatch
+from .hook.patch import SteerPatch, summed
+from .memory.patch import MemoryPatch
 from .patch import Base, Patch
-from .side import join
-from .steer import SteerPatch, summed
-from .weight import WeightPatch
+from .weight.delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse
+from .weight.patch import WeightPatch
+from .weight.side import join
 
 
 def merge(first: Patch, *others: Patch) -> Patch:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
-from ..record import hash_json, hash_tensors
-from ..room import size
+from ..provenance import hash_json, hash_tensors
+from ..resources import size
 
 if TYPE_CHECKING:
-    from ..models.acting import Actor
+    from ..inference.interventions import Actor
     from ..models.lm import LM
 
 Mount = Literal["bake", "side", "run"]

@@ -1,0 +1,105 @@
+"""Processes that train together: each has its part of every batch, and all end with the same weights.
+
+``accelerate launch`` or ``torchrun`` starts them. Alone, every function here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .errors import MissingExtra
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among all."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files."""
+        return self.index == 0
+
+    def part(self, items: Sequence[T]) -> list[T]:
+        """Every ``count``-th item, from this process's own place on."""
+        return list(items[self.index :: self.count])
+
+    def gathered(self, own: Tensor, n: int) -> Tensor:
+        """What all processes made of their parts, in the order of the items. Differentiable.
+
+        Every process then computes the same loss of all items; ``mean`` of the gradients is that loss's gradient.
+
+        Args:
+            own: [items of this process, ...].
+            n: items of all processes.
+        """
+        if self.count == 1:
+            return own
+        out: Tensor = _Gather.apply(own, n, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Add up over the processes, in place."""
+        if self.count == 1:
+            return
+        for t in tensors:
+            dist.all_reduce(t)
+
+    def mean(self, tensors: Sequence[Tensor]) -> None:
+        """As ``sum``, divided by the processes."""
+        self.sum(tensors)
+        for t in tensors:
+            t.div_(self.count)
+
+
+ALONE = Team()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, n: int, team: Team) -> Tensor:
+        ctx.own, ctx.team = len(own), team
+        most = -(-n // team.count)
+        padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in range(team.count)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, 1).flatten(0, 1)[:n]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.team.count * grad[ctx.team.index :: ctx.team.count], None, None
+
+
+def team() -> Team:
+    """The processes of the process group, if the program has started one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return Team(dist.get_rank(), dist.get_world_size())
+
+
+def join() -> str | None:
+    """Start the process group, where the program was launched as one of several.
+
+    Returns:
+        this process's device; None for a program on its own.
+    Raises:
+        MissingExtra: accelerate is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise MissingExtra("accelerate is not installed: pip install 'lmpatch[many]'") from None
+    return str(PartialState().device)

@@ -1,0 +1,90 @@
+"""What a model answers without documents, asked once in batches and kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.rag.reader import closed_book
+from ..files import cache_dir
+from ..models.lm import LM
+from ..progress import Progress
+from ..provenance import hash_json
+from .generate import generate
+
+TOKENS = 16  # of an answer at most; a new line ends it
+KEPT = 256  # questions whose answers are written together
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a model answered on its own."""
+
+    text: str
+    """Stripped, perhaps empty."""
+    ended: bool
+    """The model ended it. Otherwise it was cut off."""
+
+
+def closed_book_answers(
+    lm: LM, questions: Sequence[str], *, batch_size: int = 64, progress: Progress | None = None
+) -> list[Own]:
+    """Greedy answers to the questions alone, as the model is now.
+
+    Answers of a model without patches are kept in the user's cache by weights, dtype and prompt; an interrupted run
+    loses 256 of them at most.
+
+    Returns:
+        one answer per question.
+    """
+    prompts = [closed_book(question) for question in questions]
+    path = _path(lm)
+    found = _read(path)
+    missing = [prompt for prompt in dict.fromkeys(prompts) if hash_json(prompt) not in found]
+    for start in range(0, len(missing), KEPT):
+        group = missing[start : start + KEPT]
+        tokens = [0] * len(group)
+
+        def count(place: int, _: str, tokens: list[int] = tokens) -> bool:
+            tokens[place] += 1
+            return False
+
+        said = generate(lm, group, max_new_tokens=TOKENS, batch_size=batch_size, enough=count)
+        new = {
+            hash_json(prompt): Own(text.strip(), n < TOKENS)
+            for prompt, text, n in zip(group, said, tokens, strict=True)
+        }
+        found |= new
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:  # one write: lines of two processes do not mix
+                file.write(
+                    b"".join(b"\n" + json.dumps([key, own.text, own.ended]).encode() for key, own in new.items())
+                )
+        if progress:
+            progress(start + len(group), len(missing), "asking without documents")
+    return [found[hash_json(prompt)] for prompt in prompts]
+
+
+def _path(lm: LM) -> Path | None:
+    if getattr(lm.model, "_lmpatch_ledger", None) is not None:  # with patches on, answers are those of no known model
+        return None
+    try:
+        name = f"{lm.fingerprint()[:24]}-{str(lm.dtype).removeprefix('torch.')}-{TOKENS}"
+    except (RuntimeError, NotImplementedError):  # offloaded or quantised weights cannot be hashed
+        return None
+    return cache_dir() / "closed_book" / f"{name}.jsonl"
+
+
+def _read(path: Path | None) -> dict[str, Own]:
+    if path is None or not path.is_file():
+        return {}
+    found = {}
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):  # a kill may leave half a line; the next one begins anew
+            key, text, ended = json.loads(line)
+            found[key] = Own(text, ended)
+    return found

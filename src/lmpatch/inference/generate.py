@@ -1,0 +1,182 @@
+"""Answers: generated in batches, or streamed one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from ..data.context import InContext
+from ..errors import BadInput
+from ..models.lm import LM
+from ..progress import Progress
+from .forward import blocks, positions
+from .interventions import Pair, Prompt, Streams, combined, longest, memories, streams
+from .sampling import Choice
+from .tokens import pad, pad_id
+
+
+@torch.no_grad()
+def generate(
+    lm: LM,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 32,
+    stop: Sequence[str] = ("\n",),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    enough: Callable[[int, str], bool] | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Continue each prompt, greedily unless a temperature is given.
+
+    Args:
+        prompts: one or many; prompts of different length share a batch, padded on the left. Texts, or ``InContext``
+            where a decode patch is on the model.
+        max_new_tokens: at most this many new tokens.
+        stop: a token whose text contains one of these ends the answer and is left out. The model's own
+            end tokens always do.
+        temperature: what logits are divided by before a token is drawn; 0 takes the likeliest one.
+        top_p: draw from the likeliest tokens that together reach this probability.
+        seed: of the draws. They depend on it and on a prompt's place in the list, not on the batch it is in.
+        enough: called after each token with a prompt's place in the list and its answer so far; True ends the answer.
+    Returns:
+        the new text only; a list if a list was given.
+    Raises:
+        BadInput: a prompt tokenises to nothing, or the model's window does not hold it and the new tokens; a decode
+            patch is on and a prompt is a plain text.
+    """
+    choice = Choice(temperature, top_p, seed)
+    given: list[Prompt] = [prompts] if isinstance(prompts, (str, InContext)) else list(prompts)
+    told = streams(lm, given, new_tokens=max_new_tokens)
+    pairs = _pairs(told)
+    numbers = choice.numbers(len(pairs), max_new_tokens).to(lm.device)
+    asked = [(pair, i if temperature else 0) for i, pair in enumerate(pairs)]  # draws differ between equal prompts
+    queue = sorted(set(asked), key=lambda key: (longest(key[0]), key[1]))
+    places: dict[tuple[Pair, int], list[int]] = {}
+    for i, key in enumerate(asked):
+        places.setdefault(key, []).append(i)
+    ends, size = Ends(lm, stop), max(1, batch_size // told.width)
+    done: dict[tuple[Pair, int], str] = {}
+    for start in range(0, len(queue), size):
+        batch = queue[start : start + size]
+        drawn = numbers[[place for _, place in batch]]
+        new: list[list[int]] = [[] for _ in batch]
+        ended = [False] * len(batch)
+        for tokens in _steps(lm, told, [pair for pair, _ in batch], ends, choice, drawn, ended):
+            for i, token in tokens:
+                new[i].append(token)
+                if enough:
+                    text = lm.tokenizer.decode(new[i], skip_special_tokens=True)
+                    ended[i] = all(enough(place, text) for place in places[batch[i]])
+        for key, ids in zip(batch, new, strict=True):
+            done[key] = lm.tokenizer.decode(ids, skip_special_tokens=True)
+        if progress:
+            progress(start + len(batch), len(queue), "generating")
+    texts = [done[key] for key in asked]
+    return texts[0] if isinstance(prompts, (str, InContext)) else texts
+
+
+@torch.no_grad()
+def stream(
+    lm: LM,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 32,
+    stop: Sequence[str] = ("\n",),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continue one prompt and give the text in pieces, as it comes; together they are what ``generate`` says.
+
+    Arguments and errors are those of ``generate``. No piece ends within a character.
+    """
+    choice = Choice(temperature, top_p, seed)
+    told = streams(lm, [prompt], new_tokens=max_new_tokens)
+    new: list[int] = []
+    said = text = ""
+    numbers = choice.numbers(1, max_new_tokens).to(lm.device)
+    for tokens in _steps(lm, told, _pairs(told), Ends(lm, stop), choice, numbers, [False]):
+        new += [token for _, token in tokens]
+        text = lm.tokenizer.decode(new, skip_special_tokens=True)
+        whole = text.rstrip(" \ufffd")  # a character may come in several tokens, and a blank may go before a point
+        if len(whole) > len(said):
+            yield whole[len(said) :]
+            said = whole
+    if len(text) > len(said):
+        yield text[len(said) :]
+
+
+def _pairs(told: Streams) -> list[Pair]:
+    pairs: list[Pair] = [tuple(row.ids for row in rows) for rows in told.rows]
+    if not all(ids for pair in pairs for ids in pair):
+        raise BadInput("an empty prompt tokenises to nothing: this tokenizer adds no start token. Give some text.")
+    return pairs
+
+
+class Ends:
+    """Which token ids end an answer. Ids are decoded once each, when they first come up."""
+
+    def __init__(self, lm: LM, stop: Sequence[str]) -> None:
+        config = getattr(lm.model, "generation_config", None)
+        found = [getattr(config, "eos_token_id", None), lm.tokenizer.eos_token_id]
+        self.known = {int(i): True for e in found if e is not None for i in (e if isinstance(e, list) else [e])}
+        self.stop, self.tokenizer = tuple(stop), lm.tokenizer
+
+    def __contains__(self, token: int) -> bool:
+        if token not in self.known:
+            text = self.tokenizer.decode([token])
+            self.known[token] = any(s in text for s in self.stop)
+        return self.known[token]
+
+
+def _steps(
+    lm: LM,
+    told: Streams,
+    batch: Sequence[Pair],
+    ends: Ends,
+    choice: Choice,
+    numbers: Tensor,
+    ended: list[bool],
+) -> Iterator[list[tuple[int, int]]]:
+    """Step after step, (row of ``batch``, its new token) for those that go on.
+
+    Rows that ended leave the batch once a quarter of it is idle.
+
+    Args:
+        numbers: [n, steps] for ``choice``.
+        ended: which rows ended. The caller may end more of them between two steps.
+    """
+    width, n, limit = told.width, len(batch), numbers.shape[1]
+    ids, mask = pad([pair[s] for s in range(width) for pair in batch], pad_id(lm), side="left")  # stream after stream
+    ids, mask = ids.to(lm.device), mask.to(lm.device)
+    cache = DynamicCache(config=lm.model.config)
+    alive = list(range(n))  # batch row -> row of `batch`
+    memory = memories(lm, told.rules, n)
+    for step in range(limit):
+        at = positions(mask)[:, -ids.shape[1] :]
+        vectors = told.vectors if step == 0 else None  # later tokens are all real
+        states = blocks(lm, ids, mask, position_ids=at, cache=cache, vectors=vectors)[:, -1]  # [streams * n, d]
+        scored = combined(lm, states.unflatten(0, (width, -1)), told.rules, memory)
+        drawn = numbers[alive, step]
+        chosen = torch.cat([choice.take(z, drawn[rows]) for rows, z in scored])  # [n]
+        said = [(row, token) for row, token in zip(alive, chosen.tolist(), strict=True) if not ended[row]]
+        for row, token in said:
+            ended[row] = token in ends
+        yield [(row, token) for row, token in said if not ended[row]]
+        keep = [i for i, row in enumerate(alive) if not ended[row]]
+        if not keep or step + 1 == limit:
+            return
+        ids, mask = chosen.repeat(width)[:, None], F.pad(mask, (0, 1), value=1)
+        if len(keep) <= 0.75 * len(alive):
+            pick = torch.tensor([s * len(alive) + i for s in range(width) for i in keep], device=lm.device)
+            cache.batch_select_indices(pick)
+            ids, mask, memory = ids[pick], mask[pick], memory[:, pick[: len(keep)]]
+            alive = [alive[i] for i in keep]

@@ -1,0 +1,206 @@
+"""What a patch may do in ``models.run`` while it is on a model.
+
+It may put something before a prompt (``Actor.recall``), and it may combine what the model says behind a prompt with
+what it says behind the same prompt without its context (``Actor.rules``). The patches that are on a model leave their
+actors at ``model._lmpatch_actors`` (see ``patches.ledger``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..data.context import InContext
+from ..errors import BadInput
+from ..models.lm import LM
+from .forward import HEAD_CHUNK, logits
+from .tokens import Row, encode_all
+
+Prompt = str | InContext
+"""What a model is asked. Without a rule on the model, an ``InContext`` is its ``prompt``."""
+
+Pair = tuple[tuple[int, ...], ...]
+"""Token ids of one prompt: with its context, and with a rule on also without."""
+
+
+@dataclass(frozen=True)
+class Insert:
+    """What goes before one prompt: text, or continuous prompt vectors."""
+
+    text: str = ""
+    """Put before the prompt as it is."""
+    vectors: Tensor | None = None
+    """[P, d] in the space of the embedding module's output."""
+    at: Literal["front", "after_bos"] = "after_bos"
+    """Where vectors go: before everything, or behind the beginning-of-sequence token where there is one."""
+
+
+class Rule(ABC):
+    """How two streams become one: the next token's logits behind a prompt, and behind it without its context."""
+
+    pointwise: ClassVar[bool] = False
+    """A token's score depends on that token's two logits alone, up to a constant that all tokens share."""
+
+    @abstractmethod
+    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
+        """One step of n answers.
+
+        Args:
+            full: [n, V] logits with context, fp32. May be overwritten.
+            bare: [n, V] logits without. Left alone.
+            memory: [n] int64, what the rule knows about each answer so far: 0 before its first token, written in place.
+        Returns:
+            [n, V] logits of the combined distribution.
+        """
+
+
+class Actor:
+    """A patch at work. It inserts, or combines, or both."""
+
+    rules: tuple[Rule, ...] = ()
+    """Applied one after the other: each takes the scores of the one before as the stream with context."""
+
+    def recall(self, prompts: Sequence[str]) -> list[Insert | None]:
+        """What to put before each prompt; None leaves it alone. The answer is never part of ``prompts``."""
+        return [None] * len(prompts)
+
+
+def actors(lm: LM) -> tuple[Actor, ...]:
+    """The actors of the patches on this model, in the order they went on."""
+    found: tuple[Actor, ...] = getattr(lm.model, "_lmpatch_actors", ())
+    return found
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Tokenised prompts, as the rules on the model need them."""
+
+    rules: tuple[Rule, ...]
+    rows: list[tuple[Row, ...]]
+    """For each prompt its row; with rules a second one, without context. Both have the same target tokens."""
+    vectors: Tensor | None
+    """See ``prepare``."""
+
+    @property
+    def width(self) -> int:
+        """Streams per prompt."""
+        return 2 if self.rules else 1
+
+
+def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = None, *, new_tokens: int = 0) -> Streams:
+    """Tokenise prompts and targets for everything that acts on the model.
+
+    Where every prompt is the same without its context there is one stream: each rule leaves two equal ones as they are.
+
+    Args:
+        new_tokens: how many will be generated behind each prompt at most.
+    Raises:
+        BadInput: a rule is on, and a prompt does not say what it is without its context; or a row is longer than the
+            model's window.
+    """
+    rules = tuple(rule for actor in actors(lm) for rule in actor.rules)
+    full = [prompt.prompt if isinstance(prompt, InContext) else prompt for prompt in prompts]
+    bare = [_bare(prompt) for prompt in prompts] if rules else full
+    alone = bare == full
+    wanted = None if targets is None else [*targets] * (1 if alone else 2)
+    rows, vectors = prepare(lm, full if alone else full + bare, wanted)
+    need_window(lm, [row.ids for row in rows], new_tokens)
+    if alone:
+        return Streams((), [(row,) for row in rows], vectors)
+    pairs = zip(rows[: len(full)], rows[len(full) :], strict=True)
+    # the tokens at the border may depend on what stands before it: the stream with context says what the target is
+    shared: list[tuple[Row, ...]] = [
+        (one, Row(two.ids[: two.target] + one.ids[one.target :], two.target)) for one, two in pairs
+    ]
+    return Streams(rules, shared, vectors)
+
+
+def _bare(prompt: Prompt) -> str:
+    if isinstance(prompt, InContext):
+        return prompt.bare
+    raise BadInput(
+        f"a decode patch compares a prompt with its form without context, and {prompt[:60]!r} is one text. Give "
+        "InContext(prompt=..., bare=...) (lmpatch ask: --context), or take the patch off."
+    )
+
+
+def prepare(lm: LM, prompts: Sequence[str], targets: Sequence[str] | None = None) -> tuple[list[Row], Tensor | None]:
+    """Tokenise prompts and targets with everything the model's actors put before them.
+
+    A position that holds a vector instead of a token has a negative id: -1 - its row in the table. So equal rows stay
+    equal, and padding, masks, positions and caches treat it as the token it stands for.
+
+    Returns:
+        the rows, and the table [m, d] of vectors; None if there are none.
+    """
+    found = [actor.recall(list(prompts)) for actor in actors(lm)] if prompts else []
+    texts = list(prompts)
+    for inserts in found:
+        texts = [(i.text if i else "") + text for i, text in zip(inserts, texts, strict=True)]
+    rows = encode_all(lm, texts, targets)
+    table: list[Tensor] = []
+    known: dict[int, tuple[int, ...]] = {}  # the same tensor for two prompts is the same ids
+    for inserts in found:
+        for i, insert in enumerate(inserts):
+            if insert is not None and insert.vectors is not None:
+                key = id(insert.vectors)
+                if key not in known:
+                    known[key] = tuple(-1 - len(table) - k for k in range(len(insert.vectors)))
+                    table += insert.vectors
+                rows[i] = inserted(lm, rows[i], known[key], insert.at)
+    return rows, torch.stack(table).to(lm.device) if table else None
+
+
+def need_window(lm: LM, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
+    """Check that the model can read every row of token ids, and so many tokens behind it.
+
+    Raises:
+        BadInput: one is longer than the model's window.
+    """
+    for row in rows:
+        if lm.window is not None and len(row) + new_tokens > lm.window:
+            raise BadInput(
+                f"the text that begins {lm.tokenizer.decode([i for i in row[:20] if i >= 0])!r} takes {len(row)} tokens"
+                f"{f' and {new_tokens} new ones' if new_tokens else ''}, and {lm.name} reads {lm.window}. Shorten its "
+                "context: it is not cut for you."
+            )
+
+
+def inserted(lm: LM, row: Row, ids: tuple[int, ...], at: str) -> Row:
+    """The row with ids put before it, or behind its beginning-of-sequence token."""
+    bos = lm.tokenizer.bos_token_id
+    start = int(at == "after_bos" and bos is not None and row.ids[:1] == (bos,))
+    return Row((*row.ids[:start], *ids, *row.ids[start:]), row.target + len(ids))
+
+
+def combined(lm: LM, states: Tensor, rules: Sequence[Rule], memory: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of the next token under the rules, some prompts at a time.
+
+    Args:
+        states: [streams, n, d] after the last block; one stream without rules, two with.
+        memory: [rules, n] as in ``Rule.combine``.
+    Yields:
+        which prompts, and their logits [c, V], fp32.
+    """
+    size = HEAD_CHUNK // len(states)
+    for start in range(0, states.shape[1], size):
+        rows = slice(start, start + size)
+        z = logits(lm, states[:, rows].flatten(0, 1))  # [streams * c, V]
+        full, bare = z.chunk(2) if rules else (z, z)
+        for rule, known in zip(rules, memory, strict=True):
+            full = rule.combine(full, bare, known[rows])
+        yield rows, full
+
+
+def memories(lm: LM, rules: Sequence[Rule], n: int) -> Tensor:
+    """What the rules know before the first token: [rules, n] zeros."""
+    return torch.zeros(len(rules), n, dtype=torch.int64, device=lm.device)
+
+
+def longest(pair: Pair) -> int:
+    return max(map(len, pair))

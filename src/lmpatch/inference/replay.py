@@ -1,0 +1,259 @@
+"""Replay: run a batch once, then recompute only what a change can reach.
+
+A change at block ``l``, token ``t`` can alter nothing below ``l`` and nothing before ``t``. ``record`` runs a batch
+once and keeps, for each row, the keys and values of the tokens before ``t``, the hidden states entering every
+block from ``t`` on, and the arguments each block was called with. ``Recording.forward`` then calls the blocks
+themselves with those arguments, from any block, on any rows, with gradients where asked. Nothing about a
+particular architecture is known here: masks, rotary tables and caches come from the model's own forward.
+
+Rows are laid out so that every row's ``t`` falls in the same column::
+
+    column      0 ........ P-1 | P          P+1 ...
+    row 0       pad pad a  b   | t          c   d
+    row 1       pad e   f  g   | t          h   pad
+                prefix: K/V    | suffix: hidden states
+
+Column 0 is padding in every row. A mask therefore always exists: without any padding transformers passes
+``None`` and lets the attention kernel assume a causal square, which a suffix is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..models.lm import LM
+from .forward import blocks, first, hooked, positions
+from .tokens import pad_id
+
+
+class _Prefix(DynamicLayer):
+    """Keys and values of the prefix. ``update`` returns prefix + new and stores nothing, so calls repeat."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values = keys, values  # [n, heads, P, head_dim]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one clean pass leaves behind. Made by ``record``."""
+
+    lm: LM
+    prefix: int
+    """P: columns before the suffix, padding included."""
+    hidden: dict[int, Tensor]
+    """Block index → [n, S, d] entering that block; index ``n_layers``: leaving the last one."""
+    keys: dict[int, Tensor]
+    """Block index → [n, d_ff] input of the down-projection at column t."""
+    values: dict[int, Tensor]
+    """Block index → [n, d] output of the down-projection at column t."""
+    past: dict[int, tuple[Tensor, Tensor]]
+    """Block index → keys and values [n, heads, P, head_dim] of the prefix."""
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    """Block index → the arguments the model called it with."""
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return len(self.hidden[self.lm.layout.n_layers])
+
+    @property
+    def suffix(self) -> int:
+        """S: columns from t on, padding included."""
+        return self.hidden[self.lm.layout.n_layers].shape[1]
+
+    def select(self, rows: Tensor) -> Recording:
+        """The same recording for these rows only, in this order; a row may repeat."""
+
+        def pick(found: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {i: v[rows] for i, v in found.items()}
+
+        calls = {i: (_rows(a, rows, self.n), _rows(k, rows, self.n)) for i, (a, k) in self.calls.items()}
+        past = {i: (k[rows], v[rows]) for i, (k, v) in self.past.items()}
+        return Recording(self.lm, self.prefix, pick(self.hidden), pick(self.keys), pick(self.values), past, calls)
+
+    def forward(self, hidden: Tensor, layer: int, *, rows: Tensor | None = None, end: int | None = None) -> Tensor:
+        """Run blocks ``layer`` .. ``end``-1 on the suffix.
+
+        Args:
+            hidden: [r, s, d] entering block ``layer``: the first s suffix columns (usually all S).
+            rows: [r] which recorded row each of them continues; None: all, in order.
+            end: None: through the last block.
+        Returns:
+            [r, s, d] leaving block ``end``-1.
+        """
+        for i in range(layer, self.lm.layout.n_layers if end is None else end):
+            hidden = self._block(i, hidden, rows)
+        return hidden
+
+    def fan(self, hidden: Tensor, layer: int, *, end: int | None = None) -> Tensor:
+        """Run blocks ``layer`` .. ``end``-1 on many versions of token t at once. The suffix must be that token alone.
+
+        Each version sees the prefix and itself. They stand side by side as columns of one suffix, so the prefix's
+        keys and values are shared; as rows, each would need a copy of them.
+
+        Args:
+            hidden: [n, v, d] for each recorded row v versions of what enters block ``layer``.
+        Returns:
+            [n, v, d] leaving block ``end``-1.
+        """
+        assert self.suffix == 1, "only versions of a last token can stand side by side"
+        for i in range(layer, self.lm.layout.n_layers if end is None else end):
+            args, kwargs = (_fanned(x, hidden.shape[1]) for x in self.calls[i])
+            hidden = self._call(i, hidden, args, kwargs, *self.past[i])
+        return hidden
+
+    def _block(self, layer: int, hidden: Tensor, rows: Tensor | None) -> Tensor:
+        args, kwargs = self.calls[layer]
+        keys, values = self.past[layer]
+        if rows is not None:
+            args, kwargs = _rows(args, rows, self.n), _rows(kwargs, rows, self.n)
+            keys, values = keys[rows], values[rows]
+        width = hidden.shape[1]
+        if width < self.suffix:
+            args, kwargs = (_columns(x, width, self.suffix, self.prefix) for x in (args, kwargs))
+        return self._call(layer, hidden, args, kwargs, keys, values)
+
+    def _call(self, layer: int, hidden: Tensor, args: Any, kwargs: Any, keys: Tensor, values: Tensor) -> Tensor:
+        layers = [_Prefix(keys, values)] * (layer + 1)  # blocks look themselves up by their index
+        args, kwargs = (_with_cache(x, Cache(layers=list(layers))) for x in (args, kwargs))
+        return first(self.lm.module(self.lm.layout.blocks[layer])(hidden, *args, **kwargs))
+
+
+@torch.no_grad()
+def record(lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, lowest: int = 0) -> Recording:
+    """Run the rows once and keep what later replays need.
+
+    Args:
+        rows: token ids, one list a row.
+        at: for each row the index t of the first token that a change can reach.
+        lowest: the lowest block a replay will start at; states below it are not kept.
+    Returns:
+        a ``Recording`` whose suffix column 0 is token t of every row.
+    """
+    ids, mask, prefix = _aligned(lm, rows, at)
+    place = positions(mask)
+    cache = DynamicCache()  # every layer keeps all columns: sliding windows are the mask's business here
+    blocks(lm, ids[:, :prefix], mask[:, :prefix], position_ids=place[:, :prefix], cache=cache)
+    layers: list[Any] = cache.layers
+    past = {i: (layer.keys, layer.values) for i, layer in enumerate(layers) if i >= lowest}
+
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    hidden: dict[int, Tensor] = {}
+    keys: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
+
+    def enter(layer: int) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if "hidden_states" in kwargs:
+                args, kwargs = (
+                    (kwargs["hidden_states"], *args),
+                    {k: v for k, v in kwargs.items() if k != "hidden_states"},
+                )
+            hidden[layer] = args[0]
+            calls[layer] = _with_cache(args[1:], None), _with_cache(kwargs, None)
+
+        return hook
+
+    def column(state: Tensor) -> Tensor:
+        return state.reshape(len(rows), -1, state.shape[-1])[:, 0]  # some models flatten rows and tokens: [n*S, d]
+
+    def take(layer: int) -> Any:
+        def hook(_: Any, args: tuple[Any, ...]) -> None:
+            keys[layer] = column(args[0])
+
+        return hook
+
+    def watch(layer: int) -> Any:
+        def hook(_: Any, __: tuple[Any, ...], output: Any) -> None:
+            values[layer] = column(first(output))
+
+        return hook
+
+    handles = [
+        lm.module(name).register_forward_pre_hook(enter(i), with_kwargs=True)
+        for i, name in enumerate(lm.layout.blocks)
+        if i >= lowest
+    ]
+    for i, name in enumerate(lm.layout.downs):
+        if i >= lowest:  # before other hooks: a patch on the side may scale what the projection then reads
+            handles.append(lm.module(name).register_forward_pre_hook(take(i), prepend=True))
+            handles.append(lm.module(name).register_forward_hook(watch(i)))
+    with hooked(*handles):
+        out = blocks(lm, ids[:, prefix:], mask, position_ids=place[:, prefix:], cache=cache)
+    hidden[lm.layout.n_layers] = out
+    return Recording(lm, prefix, hidden, keys, values, past, calls)
+
+
+def _aligned(lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int]) -> tuple[Tensor, Tensor, int]:
+    """ids and mask [n, P+S] with every row's ``at`` in column P = longest prefix + 1."""
+    prefix = max(at) + 1
+    width = prefix + max(len(row) - t for row, t in zip(rows, at, strict=True))
+    ids = torch.full((len(rows), width), pad_id(lm))
+    mask = torch.zeros_like(ids)
+    for i, (row, t) in enumerate(zip(rows, at, strict=True)):
+        where = slice(prefix - t, prefix - t + len(row))
+        ids[i, where] = torch.tensor(row, dtype=ids.dtype)
+        mask[i, where] = 1
+    return ids.to(lm.device), mask.to(lm.device), prefix
+
+
+def _map(value: Any, change: Any) -> Any:
+    """Apply ``change`` to every tensor and cache inside tuples, lists and dicts."""
+    if isinstance(value, Tensor | Cache):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: _map(v, change) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_map(v, change) for v in value)
+    return value
+
+
+def _with_cache(value: Any, cache: Cache | None) -> Any:
+    """Put ``cache`` where a cache stood; a recorded call keeps an empty one as the mark of its place."""
+    return _map(value, lambda v: (cache or Cache(layers=[])) if isinstance(v, Cache) else v)
+
+
+def _rows(value: Any, rows: Tensor, n: int) -> Any:
+    """Narrow what has one entry per row; tensors shared by all rows (first dimension 1) stay."""
+    return _map(value, lambda v: v[rows] if isinstance(v, Tensor) and v.dim() > 1 and len(v) == n else v)
+
+
+def _columns(value: Any, width: int, suffix: int, prefix: int) -> Any:
+    """Narrow block arguments to the first ``width`` suffix columns."""
+
+    def cut(v: Any) -> Any:
+        if not isinstance(v, Tensor) or v.dim() < 2:
+            return v
+        if v.dim() == 4:  # attention mask [n, 1, S, P+S]
+            return v[:, :, :width, : prefix + width]
+        return v[:, :width] if v.shape[1] == suffix else v  # position ids [n, S], rotary tables [n, S, head_dim]
+
+    return _map(value, cut)
+
+
+def _fanned(value: Any, versions: int) -> Any:
+    """Widen the arguments of a block called on one column to that many versions of it."""
+
+    def widen(v: Any) -> Any:
+        if not isinstance(v, Tensor) or v.dim() < 2:
+            return v
+        if v.dim() == 4:  # attention mask [n, 1, 1, P+1]; column 0 is padding, hence what a hidden token looks like
+            itself = torch.eye(versions, dtype=torch.bool, device=v.device)
+            own = torch.where(itself, v[..., -1:], v[..., :1])  # [n, 1, versions, versions]
+            return torch.cat([v[..., :-1].expand(-1, -1, versions, -1), own], -1)
+        return v.expand(-1, versions, *v.shape[2:]) if v.shape[1] == 1 else v  # position ids, rotary tables
+
+    return _map(value, widen)

@@ -1,0 +1,62 @@
+"""Hidden states at the last token of a prompt, and what they say about the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+from ..models.lm import LM
+from ..progress import Progress
+from .forward import HEAD_CHUNK, blocks, logits, positions
+from .interventions import Prompt, Streams, actors, streams
+from .tokens import pad, pad_id
+
+
+@torch.no_grad()
+def hidden(lm: LM, prompts: Sequence[Prompt], *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
+    """The state after the last block at each prompt's last token.
+
+    Returns:
+        [n, d] fp32, before the final norm; ``logits`` makes next-token distributions of it.
+    Raises:
+        BadInput: a decode patch is on the model, which changes no state; ``next_logits`` shows it.
+    """
+    if any(actor.rules for actor in actors(lm)):
+        raise BadInput("a decode patch combines logits, and states do not show it. Call next_logits, or take it off.")
+    return last_states(lm, streams(lm, prompts), batch_size=batch_size, progress=progress)[0]
+
+
+def last_states(lm: LM, told: Streams, *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
+    """The state after the last block at the last token of every row, [streams, n, d] fp32."""
+    rows = [pair[s].ids for s in range(told.width) for pair in told.rows]
+    queue = sorted(set(rows), key=len)
+    done: dict[tuple[int, ...], Tensor] = {}
+    for start in range(0, len(queue), batch_size):
+        batch = queue[start : start + batch_size]
+        ids, mask = pad(batch, pad_id(lm), side="left")
+        ids, mask = ids.to(lm.device), mask.to(lm.device)
+        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=told.vectors)  # [n, T, d]
+        done.update(zip(batch, states[:, -1].float(), strict=True))
+        if progress:
+            progress(start + len(batch), len(queue), "reading states")
+    return torch.stack([done[row] for row in rows]).view(told.width, len(told.rows), -1)
+
+
+@torch.no_grad()
+def next_kl(lm: LM, base_hidden: Tensor, now_hidden: Tensor, *, chunk: int = HEAD_CHUNK // 2) -> Tensor:
+    """KL(p_base || p_now) of next-token distributions from stored states: 2.5 kB a prompt instead of 1 MB.
+
+    Args:
+        base_hidden: [n, d] from ``hidden`` on the model before the change.
+        now_hidden: [n, d] from ``hidden`` on the changed model. The head must be the same for both.
+    Returns:
+        [n] nats.
+    """
+    out = []
+    for a, b in zip(base_hidden.split(chunk), now_hidden.split(chunk), strict=True):
+        p, q = (logits(lm, h.to(lm.dtype)).log_softmax(-1) for h in (a, b))
+        out.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(out)

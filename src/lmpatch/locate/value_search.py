@@ -1,0 +1,315 @@
+"""The value search that ROME, MEMIT and their relatives share.
+
+For each fact: find δ, added at the subject's last token, that makes the model state the target. Only δ is
+optimised, so everything before that token and below that block is run once (``models.replay``), and the head
+sees the answer positions alone. Facts travel in one batch: Adam works entry by entry, so a batch of searches
+equals the searches one by one, and a finished fact leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..data.edit import Edit
+from ..errors import Diverged
+from ..inference.forward import HEAD_CHUNK, hooked, kl, logits, nll
+from ..inference.replay import Recording, record
+from ..inference.tokens import Row, batches_of_tokens, encode_all
+from ..models.lm import LM
+from ..progress import Progress
+from .prefixes import prefixes
+
+BATCH_TOKENS = 1536  # suffix tokens per batch; more gains nothing on a CPU and costs about 1 MB each
+TOKENS_PER_ROW = 12  # suffix columns of a long row, for the estimate of memory
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's usual constants
+
+
+class Numbers(Protocol):
+    """The settings a method's ``Config`` must have to search values."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def kl(self) -> float: ...
+    @property
+    def decay(self) -> float: ...
+    @property
+    def clamp(self) -> float: ...
+    @property
+    def stop(self) -> float: ...
+    @property
+    def short_prefixes(self) -> int: ...
+    @property
+    def long_prefixes(self) -> int: ...
+    @property
+    def faithful(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a search found, for u facts, n layers, J prefixes."""
+
+    delta: Tensor
+    """[u, n, d] the change at the site."""
+    clean: Tensor
+    """[u, n, d] the site's value before, on the bare prompt."""
+    keys: dict[int, Tensor]
+    """Layer → [u, J, f] inputs of the down-projection at the subject's last token; index 0: the bare prompt.
+    With several layers they are those of the forward in which all changes act."""
+    written: dict[int, Tensor]
+    """Layer → [u, d] output of the down-projection for the bare key, without the change."""
+    steps: list[int]
+    """[u] updates made."""
+    loss: list[float]
+    """[u] last loss seen."""
+
+    def written_stack(self, layers: Sequence[int]) -> Tensor:
+        """[u, n, d] of ``written`` in the order of ``layers``."""
+        return torch.stack([self.written[layer] for layer in layers], 1)
+
+
+def search(
+    lm: LM,
+    edits: Sequence[Edit],
+    layers: Sequence[int],
+    cfg: Numbers,
+    *,
+    site: Literal["down", "block"] = "down",
+    hits: int | None = None,
+    progress: Progress | None = None,
+) -> Values:
+    """Optimise one δ per fact (and per layer).
+
+    loss = mean over prefixes of the target's mean token NLL + kl * KL(p_δ || p_0) at the end of "{subject} is a"
+    + decay * |δ|²/|v|², with Adam, projected to |δ| <= clamp * |v| after each step.
+
+    Args:
+        layers: where δ acts; several layers are optimised jointly, in one forward.
+        site: δ is added to the down-projection's output, or to the output of the whole block (one layer only).
+        hits: stop a fact once every target token has been the argmax under every prefix this many times
+            (ENCORE's most-probable early stopping); None: off.
+    Source: Meng et al. 2022 (arXiv:2202.05262) eq. 4; Meng et al. 2023 (arXiv:2210.07229) eq. 16.
+    """
+    for edit in edits:
+        edit.need_subject()
+    heads = prefixes(cfg.short_prefixes, cfg.long_prefixes)
+    rows = _rows(lm, edits, heads)
+    suffixes = [len(group) * max(len(r.ids) - _at(r) for r in group) for group in rows]  # tokens of each fact
+    batches = batches_of_tokens(suffixes, BATCH_TOKENS)
+    found: list[Values] = []
+    done = 0
+    for batch in batches:
+        run = _Search(lm, [rows[e] for e in batch], sorted(layers), cfg, site, hits)
+
+        def tell(step: int, before: int = done, count: int = len(batch)) -> None:
+            if progress:
+                progress(before + count * step // max(cfg.steps, 1), len(edits), "searching values")
+
+        found.append(run.values(tell))
+        done += len(batch)
+    if progress:
+        progress(len(edits), len(edits), "searching values")
+    return _joined(found, [e for batch in batches for e in batch])
+
+
+def memory(lm: LM, facts: int, cfg: Numbers) -> int:
+    """Bytes a search takes on top of the model, rounded up: activations of one batch, logits of one head chunk, the
+    base distributions of the batch's facts."""
+    layout, rows = lm.layout, 2 + cfg.short_prefixes + cfg.long_prefixes
+    tokens = min(BATCH_TOKENS, facts * rows * TOKENS_PER_ROW)
+    kept = tokens * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)  # what autograd keeps of a block
+    batch = -(-tokens // (rows * 2))  # facts of a batch, at two columns a row
+    return 4 * (kept + (3 * HEAD_CHUNK + min(batch, facts)) * layout.vocab)
+
+
+def _at(row: Row) -> int:
+    assert row.subject_last is not None
+    return row.subject_last
+
+
+def _rows(lm: LM, edits: Sequence[Edit], heads: Sequence[str]) -> list[list[Row]]:
+    """Per fact one row for each prefix and, last, the essence row "{subject} is a"."""
+    prompts = [head + e.prompt for e in edits for head in heads]
+    targets = [e.target for e in edits for _ in heads]
+    subjects = [e.subject for e in edits for _ in heads]
+    after = [len(head) for _ in edits for head in heads]
+    told = encode_all(lm, prompts, targets, subjects, after)
+    essence = encode_all(lm, [f"{e.subject} is a" for e in edits], None, [e.subject for e in edits])
+    n = len(heads)
+    return [[*told[i * n : (i + 1) * n], essence[i]] for i in range(len(edits))]
+
+
+class _Search:
+    """One batch of facts. Rows of fact e are e*R .. e*R+R-1, the last of them its essence row."""
+
+    def __init__(
+        self, lm: LM, groups: list[list[Row]], layers: list[int], cfg: Numbers, site: str, hits: int | None
+    ) -> None:
+        self.lm, self.cfg, self.site, self.layers, self.hits = lm, cfg, site, layers, hits
+        self.facts, self.per_fact = len(groups), len(groups[0])
+        flat = [row for group in groups for row in group]
+        is_essence = [i % self.per_fact == self.per_fact - 1 for i in range(len(flat))]
+        ids = [row.ids if last else row.ids[:-1] for row, last in zip(flat, is_essence, strict=True)]
+        self.full = record(lm, ids, [_at(row) for row in flat], lowest=layers[0])
+        spots = [  # (row, suffix column, label, weight) of every position that predicts a target token
+            (i, t - 1 - _at(row), row.ids[t], 1 / ((self.per_fact - 1) * (len(row.ids) - row.target)))
+            for i, row in enumerate(flat)
+            if not is_essence[i]
+            for t in range(row.target, len(row.ids))
+        ]
+        device = lm.device
+        self.row, self.column, self.label = (torch.tensor(c, device=device) for c in list(zip(*spots, strict=True))[:3])
+        self.weight = torch.tensor([s[3] for s in spots], device=device)
+        essence = range(self.per_fact - 1, len(flat), self.per_fact)
+        ends = [0 if cfg.faithful else len(flat[i].ids) - 1 - _at(flat[i]) for i in essence]
+        self.essence_column = torch.tensor(ends, device=device)
+        bare = torch.arange(0, len(flat), self.per_fact, device=device)
+        if site == "block":
+            self.clean = self.full.hidden[layers[0] + 1][bare, :1].float()  # [u, 1, d]
+        else:
+            self.clean = torch.stack([self.full.values[layer][bare].float() for layer in layers], 1)  # [u, n, d]
+        with torch.no_grad():
+            rows = torch.tensor(list(essence), device=device)
+            base = self.full.hidden[lm.layout.n_layers][rows, self.essence_column]
+            self.base_logp = logits(lm, base).log_softmax(-1)  # [u, V]
+
+    def values(self, tell: Any) -> Values:
+        delta, steps, losses = self._optimise(tell)
+        keys, written = self._final_keys(delta)
+        return Values(delta, self.clean, keys, written, steps, losses)
+
+    def _optimise(self, tell: Any) -> tuple[Tensor, list[int], list[float]]:
+        cfg, device = self.cfg, self.lm.device
+        norm = self.clean.norm(dim=-1, keepdim=True)  # [u, n, 1]
+        rate = cfg.lr * norm / self.clean.shape[-1] ** 0.5
+        delta, m, v = (torch.zeros_like(self.clean) for _ in range(3))
+        steps, losses, streak = [0] * self.facts, [0.0] * self.facts, [0] * self.facts
+        live = list(range(self.facts))
+        state = self.full
+        for step in range(1, cfg.steps + 1):
+            at = torch.tensor(live, device=device)
+            with torch.enable_grad():
+                leaf = delta[at].requires_grad_()
+                loss, hit = self._loss(leaf, state, at)
+                (grad,) = torch.autograd.grad(loss.sum(), leaf)
+            seen = loss.tolist()
+            if not all(x == x and abs(x) != float("inf") for x in seen):
+                raise Diverged(f"the value search left the finite numbers at step {step}. Lower lr, now {cfg.lr}.")
+            streak = [s + 1 if h else s for s, h in zip(streak, hit, strict=True)]
+            ended = [
+                x < cfg.stop or (self.hits is not None and s >= self.hits) for x, s in zip(seen, streak, strict=True)
+            ]
+            keep = [i for i, stop in enumerate(ended) if not stop]
+            for i, fact in enumerate(live):
+                losses[fact] = seen[i]
+            if cfg.faithful and step == cfg.steps:
+                break  # released code leaves its loop before the last update
+            if keep:
+                pick = torch.tensor(keep, device=device)
+                go, grad = at[pick], grad[pick]
+                m[go] = BETA1 * m[go] + (1 - BETA1) * grad
+                v[go] = BETA2 * v[go] + (1 - BETA2) * grad**2
+                moved = delta[go] - rate[go] * (m[go] / (1 - BETA1**step)) / ((v[go] / (1 - BETA2**step)).sqrt() + EPS)
+                limit = cfg.clamp * norm[go]
+                delta[go] = moved * (limit / moved.norm(dim=-1, keepdim=True).clamp(min=EPS)).clamp(max=1)
+                for i in keep:
+                    steps[live[i]] = step
+            tell(step)
+            if not keep:
+                break
+            if len(keep) < len(live):
+                live, streak = [live[i] for i in keep], [streak[i] for i in keep]
+                state = state.select(self._rows_of(torch.tensor(keep, device=device)))
+        return delta, steps, losses
+
+    def _rows_of(self, facts: Tensor) -> Tensor:
+        """Row indices [r] of the facts [u], fact after fact."""
+        return (facts[:, None] * self.per_fact + torch.arange(self.per_fact, device=facts.device)).reshape(-1)
+
+    def _loss(self, delta: Tensor, state: Recording, facts: Tensor) -> tuple[Tensor, list[bool]]:
+        """Loss [u] of the facts still in ``state``, and which of them have every target token as argmax."""
+        cfg, u = self.cfg, len(facts)
+        out = self._forward(delta, state)  # [rows, S, d]
+        place = torch.full((self.facts,), -1, device=facts.device)
+        place[facts] = torch.arange(u, device=facts.device)
+        fact = place[self.row // self.per_fact]  # [answer positions] place of each position's fact, -1: gone
+        here = fact >= 0
+        fact, row = fact[here], fact[here] * self.per_fact + self.row[here] % self.per_fact
+        found: list[Tensor] | None = None if self.hits is None else []
+        per_token = nll(self.lm, out[row, self.column[here]], self.label[here], hits=found)
+        loss = torch.zeros(u, device=facts.device).index_add(0, fact, per_token * self.weight[here])
+        last = torch.arange(self.per_fact - 1, len(out), self.per_fact, device=facts.device)
+        loss = loss + cfg.kl * kl(self.lm, out[last, self.essence_column[facts]], self.base_logp[facts])
+        size, scale = delta.norm(dim=-1), self.clean[facts].norm(dim=-1)
+        loss = loss + cfg.decay * ((size if cfg.faithful else size**2) / scale**2).mean(-1)
+        if found is None:
+            return loss, [False] * u
+        missed = torch.zeros(u, device=facts.device).index_add(0, fact, (~torch.cat(found)).float())
+        return loss, (missed == 0).tolist()
+
+    def _forward(self, delta: Tensor, state: Recording, see: dict[int, tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """States after the last block [rows, S, d] with ``delta`` [u, n, d] added at column 0 of every row."""
+        delta = delta.repeat_interleave(self.per_fact, 0).to(self.lm.dtype)  # [rows, n, d]
+        low = self.layers[0]
+        if self.site == "block":
+            changed = state.hidden[low + 1][:, :1] + delta
+        else:  # within block `low` only column 0 changes: its attention sees nothing of δ
+            changed = self._with_delta(state, state.hidden[low][:, :1], low, delta[:, 0], see)
+        hidden = torch.cat([changed, state.hidden[low + 1][:, 1:]], 1)
+        for place, layer in enumerate(self.layers[1:], start=1):
+            hidden = state.forward(hidden, self.layers[place - 1] + 1, end=layer)
+            hidden = self._with_delta(state, hidden, layer, delta[:, place], see)
+        return state.forward(hidden, self.layers[-1] + 1)
+
+    def _with_delta(
+        self, state: Recording, hidden: Tensor, layer: int, delta: Tensor, see: dict[int, tuple[Tensor, Tensor]] | None
+    ) -> Tensor:
+        """Run one block with ``delta`` [rows, d] added to its down-projection's output at column 0."""
+        n, s = hidden.shape[:2]
+        add = torch.cat([delta[:, None], delta.new_zeros(n, s - 1, delta.shape[-1])], 1)  # [rows, s, d]
+
+        def hook(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if see is not None:
+                key, value = (x.reshape(n, s, x.shape[-1])[:, 0] for x in (args[0], output))
+                see[layer] = key, value
+            return output + add.reshape(output.shape)
+
+        with hooked(self.lm.module(self.lm.layout.downs[layer]).register_forward_hook(hook)):
+            return state.forward(hidden, layer, end=layer + 1)
+
+    @torch.no_grad()
+    def _final_keys(self, delta: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        seen = {layer: (self.full.keys[layer], self.full.values[layer]) for layer in self.layers}
+        if len(self.layers) > 1:
+            self._forward(delta, self.full, seen)
+        shape = (self.facts, self.per_fact, -1)
+        keys = {layer: k.reshape(shape)[:, :-1].float() for layer, (k, _) in seen.items()}  # [u, J, f]
+        written = {layer: y.reshape(shape)[:, 0].float() for layer, (_, y) in seen.items()}  # [u, d]
+        return keys, written
+
+
+def _joined(parts: list[Values], order: list[int]) -> Values:
+    """Batches put together again, in the order the facts were given."""
+    back = torch.tensor(order).argsort()
+
+    def cat(get: Any) -> Tensor:
+        whole = torch.cat([get(part) for part in parts])
+        return whole[back.to(whole.device)]
+
+    layers = parts[0].keys
+    steps, losses = ([x for part in parts for x in getattr(part, name)] for name in ("steps", "loss"))
+    return Values(
+        cat(lambda p: p.delta),
+        cat(lambda p: p.clean),
+        {i: cat(lambda p, i=i: p.keys[i]) for i in layers},
+        {i: cat(lambda p, i=i: p.written[i]) for i in layers},
+        [steps[i] for i in back.tolist()],
+        [losses[i] for i in back.tolist()],
+    )

@@ -1,0 +1,11 @@
+"""IRCAN: make the neurons that carry a context into the answer louder.
+
+Source: Shi et al. 2024, "IRCAN: Mitigating Knowledge Conflicts in LLM Generation via Identifying and Reweighting
+Context-Aware Neurons" (arXiv:2406.18406).
+"""
+
+from .method import Config as Config
+from .method import estimate as estimate
+from .method import example as example
+from .method import fit as fit
+from .method import reads as reads

@@ -1,0 +1,212 @@
+"""Accuracy of many (count, factor) settings at once, without editing a weight.
+
+Multiplying a down-projection's column is multiplying its input. So settings travel as rows of one batch, each with its
+own factor, and those of one count start at its lowest scaled block, from states that were computed once. The edit acts
+on every token, so every token above that block is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.context import ContextRecord, one_line
+from ...errors import BadInput
+from ...inference.forward import HEAD_CHUNK, hooked
+from ...inference.generate import Ends
+from ...inference.interventions import Rule, combined, memories, streams
+from ...inference.multiple_choice import combined_options, option_tokens
+from ...inference.replay import Recording, record
+from ...inference.tokens import batches_of_tokens
+from ...models.lm import LM
+from ...models.units import Neuron
+from ...progress import Progress
+
+TOKENS = 4096  # per forward; more gains nothing on a CPU
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A record as token ids."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """With context; with a rule on the model also without. Both end in ``answer``."""
+    answer: tuple[int, ...]
+    """Empty where there are options: then the row ends where their letters part."""
+    letters: tuple[int, ...]
+    """Each letter's token there."""
+    right: int
+    """Which letter is the answer."""
+    line: bool = False
+    """A new line ends the answer."""
+
+
+@torch.no_grad()
+def accuracies(
+    lm: LM,
+    records: Sequence[ContextRecord],
+    neurons: Sequence[Neuron],
+    settings: Sequence[tuple[int, float]],
+    *,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Share of records answered as their context says, for each setting, under the rules that are on the model.
+
+    With options: the letter with the highest logit is the answer's. Without: each token of the answer is the argmax
+    behind the right ones, and behind the last one comes an end, a period, or behind a question a new line. Then the
+    greedy text up to there is the answer, as the bench ``memotrap`` asks. An answer said with other tokens counts there
+    and not here.
+
+    Args:
+        neurons: ranked; a setting (h, factor) scales the first h of them.
+    Returns:
+        [settings], in 0..1.
+    Raises:
+        BadInput: a record longer than the model's window, letters that begin alike, or a patch on the model that puts
+            vectors before prompts.
+    """
+    rules, cases = _cases(lm, records)
+    ends = Ends(lm, ())
+    lowest = _lowest(lm, neurons)
+    right = torch.zeros(len(settings))
+    done = 0
+    for lettered in (True, False):
+        found = [case for case in cases if bool(case.letters) is lettered]
+        lengths = [sum(map(len, case.rows)) for case in found]
+        for batch in batches_of_tokens(lengths, TOKENS // 4):  # four settings or more a forward
+            part = [found[i] for i in batch]
+            width = len(part[0].rows)
+            rows = [case.rows[s] for s in range(width) for case in part]  # stream after stream
+            recording = record(lm, rows, [0] * len(rows), lowest=lowest)
+            each = max(1, TOKENS // (len(rows) * recording.suffix))
+            for count, group in groupby(range(len(settings)), lambda i: settings[i][0]):
+                same = list(group)
+                for some in (same[start : start + each] for start in range(0, len(same), each)):
+                    states = scaled_states(recording, neurons[:count], [settings[i][1] for i in some])
+                    states = states.unflatten(1, (width, len(part)))  # [c, streams, n, S, d]
+                    right[some] += (
+                        _chosen(lm, states, part, rules) if lettered else _said(lm, states, part, rules, ends)
+                    )
+            done += len(part)
+            if progress:
+                progress(done, len(records), "trying settings")
+    return right / len(records)
+
+
+def _cases(lm: LM, records: Sequence[ContextRecord]) -> tuple[tuple[Rule, ...], list[_Case]]:
+    told = streams(lm, [r.asked for r in records], [r.answer for r in records])
+    if told.vectors is not None:
+        raise BadInput("a patch on the model puts vectors before prompts, and settings are not tried behind them.")
+    cases: list[_Case] = []
+    for r, pair in zip(records, told.rows, strict=True):
+        if r.options:
+            before, letters = option_tokens(lm, r.prompt, r.letters)
+            if len(set(letters)) < len(letters):
+                raise BadInput(
+                    f"letters of {r.prompt[-60:]!r} begin with the same token, so one logit cannot tell them."
+                )
+            shared = len(before.ids) - before.target
+            rows = tuple(row.ids[: row.target + shared] for row in pair)
+            cases.append(_Case(rows, (), letters, r.letters.index(r.answer)))
+        else:
+            answer = pair[0].ids[pair[0].target :]
+            cases.append(_Case(tuple(row.ids for row in pair), answer, (), 0, one_line(r.prompt)))
+    return told.rules, cases
+
+
+def _lowest(lm: LM, neurons: Sequence[Neuron]) -> int:
+    return min((n.layer for n in neurons), default=lm.layout.n_layers)
+
+
+def scaled_states(recording: Recording, neurons: Sequence[Neuron], factors: Sequence[float]) -> Tensor:
+    """States after the last block with these neurons scaled by each factor, [factors, n, S, d]."""
+    lm, n, c = recording.lm, recording.n, len(factors)
+    lowest = _lowest(lm, neurons)
+    hidden = recording.hidden[lowest].repeat(c, 1, 1)  # [c * n, S, d], factor after factor
+    rows = torch.arange(n, device=hidden.device).repeat(c)
+    handles = []
+    for layer in sorted({neuron.layer for neuron in neurons}):
+        scale = torch.ones(c, lm.layout.d_ff)
+        scale[:, [neuron.index for neuron in neurons if neuron.layer == layer]] = torch.tensor(factors)[:, None]
+        by_row = scale.to(hidden).repeat_interleave(n, 0)[:, None]  # [c * n, 1, f]
+        handles.append(lm.module(lm.layout.downs[layer]).register_forward_pre_hook(_times(by_row)))
+    with hooked(*handles):
+        return recording.forward(hidden, lowest, rows=rows).reshape(c, n, *hidden.shape[1:])
+
+
+def _times(factors: Tensor) -> Any:
+    def scale(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        whole = x.reshape(len(factors), -1, x.shape[-1]) * factors  # some models flatten rows and tokens
+        return whole.reshape(x.shape), *args[1:]
+
+    return scale
+
+
+def _at(states: Tensor, cases: Sequence[_Case], setting: Tensor, row: Tensor, k: int) -> Tensor:
+    """The states that say token k of the answers, [streams, r, d], for r pairs of a setting and a row."""
+    width = states.shape[1]
+    place = torch.tensor([[len(case.rows[s]) - len(case.answer) - 1 for case in cases] for s in range(width)])
+    stream = torch.arange(width, device=states.device)[:, None]
+    return states[setting, stream, row, place.to(states.device)[:, row] + k]
+
+
+def _chosen(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule]) -> Tensor:
+    """How many records have the highest logit at the right letter, [settings]; ``states`` [c, streams, n, S, d]."""
+    c, n = len(states), len(cases)
+    setting, row = (x.flatten() for x in torch.meshgrid(torch.arange(c), torch.arange(n), indexing="ij"))
+    columns = sorted({token for case in cases for token in case.letters})
+    device = states.device
+    z = combined_options(lm, _at(states, cases, setting.to(device), row.to(device), 0), rules, columns)  # [c * n, k]
+    hits = torch.zeros(c, n)
+    for i, (case, own) in enumerate(zip(cases, z.cpu().unflatten(0, (c, n)).unbind(1), strict=True)):
+        best = own[:, [columns.index(token) for token in case.letters]].argmax(-1)
+        hits[:, i] = (best == case.right).float()
+    return hits.sum(1)
+
+
+def _said(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule], ends: Ends) -> Tensor:
+    """How many records are answered with the answer and nothing more, [settings]; ``states`` as in ``_chosen``.
+
+    Token after token: what missed one needs no more of the head, and a rule may remember.
+    """
+    c, n = len(states), len(cases)
+    right = torch.ones(c, n, dtype=torch.bool)
+    memory = memories(lm, rules, c * n)
+    for k in range(max(len(case.answer) for case in cases) + 1):
+        going = torch.tensor([k <= len(case.answer) for case in cases])
+        setting, row = (right & going).nonzero(as_tuple=True)
+        if not len(row):
+            break
+        at = (setting * n + row).to(states.device)
+        known = memory[:, at]
+        picked = _at(states, cases, setting.to(states.device), row.to(states.device), k)
+        best = torch.cat([z.argmax(-1) for _, z in combined(lm, picked, rules, known)]).tolist()
+        memory[:, at] = known
+        asked = [cases[i] for i in row.tolist()]
+        right[setting, row] = torch.tensor(
+            [
+                token == case.answer[k] if k < len(case.answer) else _closes(lm, token, ends, case.line)
+                for token, case in zip(best, asked, strict=True)
+            ]
+        )
+    return right.sum(1).float()
+
+
+def _closes(lm: LM, token: int, ends: Ends, line: bool) -> bool:
+    """Nothing that follows this token belongs to the answer."""
+    if token in ends:
+        return True
+    text = lm.tokenizer.decode([token])
+    return text.strip().startswith(".") or (line and text.strip(" ").startswith("\n"))
+
+
+def memory(lm: LM) -> int:
+    """Bytes one batch takes, rounded up."""
+    layout = lm.layout
+    return 4 * (TOKENS * (12 * layout.d_model + 4 * layout.d_ff) + 2 * HEAD_CHUNK * layout.vocab)

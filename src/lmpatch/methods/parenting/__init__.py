@@ -1,0 +1,11 @@
+"""Parenting: follow a document that answers, shrug off one that does not, by tuning each kind of parameter its own way.
+
+Source: Xu et al. 2025, "Parenting: Optimizing Knowledge Selection of Retrieval-Augmented Language Models with Parameter
+Decoupling and Tailored Tuning" (arXiv:2410.10360).
+"""
+
+from .method import Config as Config
+from .method import estimate as estimate
+from .method import example as example
+from .method import fit as fit
+from .method import reads as reads

@@ -1,0 +1,164 @@
+"""Rows that Parenting trains on: the three sets tokenised, and which rows each step takes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ...data.rag.reader import RagRecord, holds, known, refused
+from ...distributed import ALONE, Team
+from ...errors import BadInput
+from ...inference.closed_book import closed_book_answers
+from ...inference.forward import hooked, nll
+from ...inference.interventions import need_window
+from ...inference.tokens import Row, encode_all
+from ...models.lm import LM
+from ...progress import Progress
+from ...training.answers import answer_states
+
+if TYPE_CHECKING:
+    from .method import Config
+
+SETS = ("adherence", "robustness", "extraction")
+WHOLE = ("mixed", "plain")
+"""Modes that have no units: all that can be trained is one."""
+UNKNOWN = "I do not know."
+HELD = 12  # rows of each set that only validate, or a few more: whole questions; at most an eighth of it
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One set as token rows. ``sure`` marks rows whose answer the model knew without documents."""
+
+    train: list[Row]
+    validate: list[Row]
+    sure: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Material:
+    """The three sets, and what happened to records on the way."""
+
+    sets: dict[str, Rows]
+    notes: dict[str, Any]
+
+
+def prepare(lm: LM, records: Sequence[RagRecord], cfg: Config, units: int, progress: Progress | None) -> Material:
+    """Targets for every record, tokenised.
+
+    Raises:
+        BadInput: a set has fewer records than there are units, or none for a loss that is asked for; a record is longer
+            than the model's window.
+    """
+    groups = {kind: [r for r in records if r.kind == kind] for kind in SETS}
+    _enough({kind: len(group) for kind, group in groups.items()}, cfg, units)  # before the model is asked anything
+    told, sure, notes = _own_answers(lm, groups["robustness"], cfg, progress)
+    pairs: dict[str, list[tuple[RagRecord, str, bool]]] = {
+        kind: [(r, r.answer, False) for r in groups[kind]] for kind in ("adherence", "extraction")
+    }
+    pairs["robustness"] = list(zip(*told, sure, strict=True)) if told[0] else []
+    _enough({kind: len(pairs[kind]) for kind in SETS}, cfg, units)
+    order = random.Random(f"{cfg.seed}/rows")
+    sets = {}
+    for kind in SETS:
+        order.shuffle(pairs[kind])
+        apart = _apart([r for r, _, _ in pairs[kind]])
+        rows = _encode(lm, [r.prompt for r, _, _ in pairs[kind]], [target for _, target, _ in pairs[kind]])
+        train, held = ([i for i, flag in enumerate(apart) if flag is side] for side in (False, True))
+        sets[kind] = Rows([rows[i] for i in train], [rows[i] for i in held], [pairs[kind][i][2] for i in train])
+    return Material(sets, notes | {"rows": {kind: len(rows.train) for kind, rows in sets.items()}})
+
+
+def _apart(records: Sequence[RagRecord]) -> list[bool]:
+    """Which of the shuffled records only validate: all of a question or none, since a pair differs by a word."""
+    held: set[str] = set()
+    for record in records:
+        if sum(_question(r) in held for r in records) >= min(HELD, len(records) // 8):
+            break
+        held.add(_question(record))
+    return [_question(r) in held for r in records]
+
+
+def _question(record: RagRecord) -> str:
+    return record.id.partition(":")[0] or record.question
+
+
+def _enough(found: dict[str, int], cfg: Config, units: int) -> None:
+    for kind, count in found.items():
+        wanted = kind != "extraction" or (cfg.delta < 1 and cfg.rows_extraction > 0)
+        if wanted and count == 0:
+            hint = " or set delta=1" if kind == "extraction" else ""
+            raise BadInput(f"no {kind} records. Build sets with `lmpatch data rag`{hint}.")
+        if kind != "extraction" and cfg.mode not in WHOLE and count < units:
+            raise BadInput(
+                f"{count} {kind} records for {units} units: scores would be noise with fewer records than units. Give "
+                f"more records, or larger units (now {cfg.units}), or train without them: mode=mixed."
+            )
+
+
+def _own_answers(
+    lm: LM, records: Sequence[RagRecord], cfg: Config, progress: Progress | None
+) -> tuple[tuple[list[RagRecord], list[str]], list[bool], dict[str, Any]]:
+    """Robustness records with the model's own answers. Refusals, answers that were cut off, and those the documents
+    give are left out and counted."""
+    answers = closed_book_answers(lm, [r.question for r in records], progress=progress)
+    kept: tuple[list[RagRecord], list[str]] = ([], [])
+    sure: list[bool] = []
+    empty = cut = told = 0
+    for record, own in zip(records, answers, strict=True):
+        answer = own.text
+        if refused(answer) or not own.ended:
+            empty, cut = empty + refused(answer), cut + (not refused(answer))
+            if not cfg.refusals or known(answer, record.gold):
+                continue
+            answer = UNKNOWN
+        elif any(holds(document, [answer]) for document in record.documents):
+            told += 1
+            continue
+        kept[0].append(record)
+        kept[1].append(answer)
+        sure.append(known(answer, record.gold))
+    counts = {"known": sum(sure), "refused": empty, "cut_off": cut, "in_documents": told, "asked": len(records)}
+    return kept, sure, {"own_answers": counts}
+
+
+def _encode(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]:
+    """Prompt, target, end token."""
+    end = lm.tokenizer.eos_token_id
+    rows = encode_all(lm, prompts, targets)
+    ended = rows if end is None else [replace(row, ids=(*row.ids, int(end))) for row in rows]
+    need_window(lm, [row.ids for row in ended])
+    return ended
+
+
+def draws(rows: Rows, count: int, step: int, seed: str, share: float = 0.0) -> list[Row]:
+    """``count`` rows of one step. Everything depends on seed and step, so a resumed run is the same run.
+
+    Args:
+        share: of the rows that are taken from the sure ones, where there are any. 0: all rows alike.
+    """
+    sure = [i for i, flag in enumerate(rows.sure) if flag and share]
+    rest = sorted({*range(len(rows.train))} - {*sure}) or sure
+    picked = []
+    for place in range(step * count, (step + 1) * count):
+        first = bool(sure) and int((place + 1) * share) > int(place * share)
+        at = int(place * share) if first else place - (int(place * share) if sure else 0)
+        pool = sure if first else rest
+        turn, within = divmod(at, len(pool))
+        picked.append(pool[random.Random(f"{seed}/{first}/{turn}").sample(range(len(pool)), len(pool))[within]])
+    return [rows.train[i] for i in picked]
+
+
+def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Any]], team: Team = ALONE) -> Tensor:
+    """Mean cross-entropy over the answer tokens of the rows, nats; the head runs at those positions only.
+
+    Args:
+        team: each process has its part of the sum, or runs the first row for nothing; their sum is the mean.
+    """
+    with hooked(*hooks()):
+        states, labels, _ = answer_states(lm, rows, team)
+    return nll(lm, states, labels).sum() / sum(len(row.ids) - row.target for row in rows)

@@ -1,0 +1,321 @@
+"""``fit`` of Parenting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...data.rag.reader import RagRecord
+from ...distributed import team
+from ...errors import BadInput
+from ...inference.forward import HEAD_CHUNK, frozen
+from ...models.lm import LM
+from ...models.sharding import sharded
+from ...patches.ledger import applied
+from ...patches.weight.delta import Delta, LowRank
+from ...patches.weight.patch import WeightPatch, fingerprint
+from ...progress import Progress
+from ...provenance import hash_json
+from ...training import checkpoint as _checkpoint
+from .data import SETS, WHOLE, Material, prepare
+from .mine import Cue, Mined, balance, correlation, mine, typed, z_scores
+from .plot import plots as plots
+from .tune import Mix, Tuner, mixes
+from .units import TYPES, Adapter, Type, Unit, Units, counted, cut
+
+reads = "rag"
+"""The kind of records ``fit`` takes."""
+
+SKILLS = ("adherence", "robustness")
+MERGE: dict[Type, tuple[float, float, float]] = {
+    "entangled": (0.4, 0.4, 0.2),
+    "adherence": (0.8, 0.0, 0.2),
+    "robustness": (0.0, 0.8, 0.2),
+    "others": (0.1, 0.1, 0.8),
+}
+"""Weights of the adherence, the robustness and the mixed adapter in each type of unit, as released."""
+TOKENS = 384  # of a long row, for the estimate of memory
+MINING = (
+    "units", "modules", "rank", "alpha", "cue_rows", "mine_steps", "mine_rows", "mine_lr", "mine_warmup", "beta1",
+    "beta2", "update_point", "decay", "clip", "known_share", "refusals", "seed",
+)  # fmt: skip
+"""What decides the scores of units: a run that differs elsewhere may use those of another."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Parenting. LoRA, β and δ1 are the paper's; rates and sizes are for a model of 270M parameters on a CPU."""
+
+    units: Units = "matrix"
+    """What is scored and typed as one: A and B of a projection together (``matrix``), each alone (``factor``, as
+    released), a row of A with its column of B (``lora_rank``), or a full weight without LoRA (``full_matrix``)."""
+    modules: Literal["attention", "mlp", "all"] = "attention"
+    """Projections that have units; the paper's are those of attention."""
+    rank: int = 8
+    """Of the LoRA."""
+    alpha: float = 16.0
+    """The LoRA is multiplied by alpha / rank."""
+    mode: Literal["masked", "merge", "mixed", "plain"] = "masked"
+    """``masked``: each type of unit has its own losses, as the paper says. ``merge``: three adapters trained apart and
+    averaged unit by unit, as the released code does. ``mixed``: no units, one mix of the three losses for all.
+    ``plain``: no units and no mix, one mean over all answer tokens of a step: fine-tuning on the rows together."""
+    merge_space: Literal["factors", "delta"] = "delta"
+    """What ``merge`` averages: A and B apart, as released, or their product."""
+    cue: Cue = "rate"
+    """Layer weights from shares of active tokens, from counts as released, or none."""
+    cue_rows: int = 100
+    """Rows of each set whose activations are counted at most."""
+    mine_steps: int = 30
+    """Steps of the short tuning that scores units, on each of the two sets."""
+    mine_rows: int = 4
+    """Rows of such a step."""
+    mine_lr: float = 1e-4
+    """Its rate."""
+    mine_warmup: int = 10
+    """Its steps of rising rate."""
+    beta1: float = 0.85
+    """Smoothing of sensitivity."""
+    beta2: float = 0.85
+    """Smoothing of uncertainty."""
+    update_point: Literal["before_step", "after_step"] = "before_step"
+    """When scores are taken: before the optimiser's step on unclipped gradients; after it on clipped, as released."""
+    threshold: float = 0.0
+    """τ: a unit is important for a skill if its z-score is above."""
+    rule: Literal["z", "variance"] = "z"
+    """``variance``: important is what exceeds mean + variance of the raw scores, as released; threshold is not used."""
+    delta: float = 0.8
+    """δ1, weight of the two skills; document extraction has the rest. 1: no document extraction, in any mode."""
+    boundary: bool = True
+    """Each type of unit learns from its own losses. False: all that are not ``others`` from one mix."""
+    steps: int = 80
+    """Steps of tailored tuning."""
+    rows_adherence: int = 2
+    """Rows of a step whose document answers."""
+    rows_robustness: int = 2
+    """Rows of a step whose documents do not."""
+    rows_extraction: int = 1
+    """Rows of a step that tell documents apart."""
+    lr: float = 2.5e-4
+    """AdamW's rate at its height, the best of three on dev articles; it falls to 0 in a line."""
+    warmup: int = 10
+    """Steps of rising rate."""
+    decay: float = 0.01
+    """AdamW's weight decay."""
+    clip: float = 1.0
+    """Norm that gradients are cut to."""
+    known_share: float = 0.5
+    """Share of robustness rows whose closed-book answer is right, as far as there are such records."""
+    refusals: bool = False
+    """Train closed-book answers that are empty, refused or cut off too, as "I do not know."; otherwise they are left
+    out and counted."""
+    validate_every: int = 20
+    """Steps between validation losses, checkpoints, and looks at whether the run still converges."""
+    seed: int = 0
+    """Of A and of the order of rows."""
+
+
+def fit(
+    lm: LM,
+    records: Sequence[RagRecord],
+    cfg: Config,
+    *,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> WeightPatch:
+    """Find the units that carry adherence and robustness, and tune each type with its own losses.
+
+    Args:
+        records: of the training articles (``data.rag.read_rag``): adherence, robustness, document extraction.
+        out: folder of scores and checkpoints. A run that is there goes on where it stopped.
+    Returns:
+        one LowRank per projection that was tuned (Dense with full parameters). Notes: every unit's type and scores,
+        how much the scores of the two skills correlate over units, layer weights, validation losses, how many own
+        answers were known, refused, cut off or given by the documents.
+    Raises:
+        BadInput: a set is missing or has fewer records than units, the settings contradict each other, or
+            ``full_matrix`` is asked of a model that is shared among processes.
+        Diverged: the run diverged before its first good state. Later it stops, and the last good state is kept.
+    Source: Xu et al. 2025 (arXiv:2410.10360), sec. 3.
+    Differs: scores are taken on unclipped gradients before the step; A and B of a projection are one unit; units of no
+    skill are frozen, where released code trains and averages them (``mode="merge"``).
+    """
+    _check(lm, cfg)
+    start = time.perf_counter()
+    units = cut(lm, cfg.units, cfg.rank, cfg.modules)
+    folder = Path(out) if out is not None else None
+    given = [fingerprint(lm), str(lm.dtype), _on(lm), [r.id + r.prompt + r.answer for r in records]]
+    with frozen(lm):
+        material = prepare(lm, records, cfg, len(units), progress)
+        mined = {} if cfg.mode in WHOLE else _mined(lm, units, material, cfg, folder, given, progress)
+        importance = {name: found.importance(units, cfg.cue) for name, found in mined.items()}
+        types, gamma = _types(importance, cfg, len(units))
+        alike = round(correlation(*importance.values()), 5) if mined else None
+        if progress and mined:
+            found = ", ".join(f"{count} {t}" for t, count in counted(types).items())
+            progress(1, 1, f"units: {found}; z-scores correlate {alike:.2f}, gamma {gamma:.2f}")
+        stamp = hash_json([asdict(cfg), *given])
+        deltas, notes = _tuned(lm, units, types, gamma, material, cfg, folder, stamp, progress)
+    notes |= material.notes | {
+        "types": counted(types) if mined else {},
+        "gamma": round(gamma, 5),
+        "correlation": alike,
+        "parameters": sum(u.size for u, t in zip(units, types, strict=True) if t != "others" or cfg.mode == "merge"),
+        "units": [[u.name, u.layer, u.projection, t] for u, t in zip(units, types, strict=True)] if mined else [],
+        "scores": {name: {"z": z_scores(x).tolist(), "importance": x.tolist()} for name, x in importance.items()},
+        "layers": {name: found.layers(cfg.cue).tolist() for name, found in mined.items()},
+        "mining": {name: found.notes for name, found in mined.items()},
+    }
+    edits = [{"id": r.id, "kind": r.kind, "variant": r.variant} for r in records]
+    seconds = time.perf_counter() - start
+    return WeightPatch.make(lm, deltas, method="parenting", config=cfg, edits=edits, seconds=seconds, notes=notes)
+
+
+def _check(lm: LM, cfg: Config) -> None:
+    whole = ("rank", "mine_steps", "mine_rows", "steps", "rows_adherence", "rows_robustness", "validate_every")
+    if low := [name for name in whole if getattr(cfg, name) < 1]:
+        raise BadInput(f"{low[0]} is {getattr(cfg, low[0])}; it must be at least 1.")
+    shares = ("beta1", "beta2", "delta", "known_share")
+    if odd := [name for name in shares if not 0 <= getattr(cfg, name) <= 1]:
+        raise BadInput(f"{odd[0]} is {getattr(cfg, odd[0])}; it must be in 0..1.")
+    if cfg.mode == "merge" and cfg.merge_space == "delta" and cfg.units == "factor":
+        raise BadInput("units=factor weighs A and B apart, which no product has. Set merge_space=factors.")
+    if cfg.units == "full_matrix" and sharded(lm):
+        raise BadInput(
+            "units=full_matrix needs whole weights, and the model is shared among processes. Leave --shard out, or set "
+            "units=matrix."
+        )
+
+
+def _on(lm: LM) -> list[str]:
+    """The patches on the model: it is another one then."""
+    return [on.patch.hash() for on in applied(lm)]
+
+
+def _mined(
+    lm: LM, units: Sequence[Unit], material: Material, cfg: Config, folder: Path | None, given: list[Any],
+    progress: Progress | None,
+) -> dict[str, Mined]:  # fmt: skip
+    """Scores of both skills; those a stopped run has finished are read."""
+    stamp = hash_json([{name: getattr(cfg, name) for name in MINING}, *given])
+    found = {}
+    for name in SKILLS:
+        path = folder / f"mined-{name}.safetensors" if folder else None
+        if path and path.exists():
+            found[name] = _read(path, stamp)
+            continue
+        found[name] = mine(lm, units, material.sets[name], cfg, name, progress)
+        if path and team().leads:
+            _write(path, found[name], stamp)
+    return found
+
+
+def _write(path: Path, mined: Mined, stamp: str) -> None:
+    head = {"tokens": str(mined.tokens)} | {f"note/{key}": str(value) for key, value in mined.notes.items()}
+    _checkpoint.write(path, stamp, head, {"scores": mined.scores, "counts": mined.counts})
+
+
+def _read(path: Path, stamp: str) -> Mined:
+    head, tensors = _checkpoint.read(path, stamp)
+    notes = {key.removeprefix("note/"): float(value) for key, value in head.items() if key.startswith("note/")}
+    return Mined(tensors["scores"], tensors["counts"], int(head["tokens"]), notes)
+
+
+def _types(importance: dict[str, Tensor], cfg: Config, count: int) -> tuple[list[Type], float]:
+    """Each unit's type, and the part of adherence in entangled ones."""
+    if not importance:
+        return ["entangled"] * count, 0.5
+    adherence, robustness = (importance[name] for name in SKILLS)
+    types = typed(adherence, robustness, cfg.threshold, cfg.rule)
+    return types, balance(adherence, robustness, types)
+
+
+def _tuned(
+    lm: LM, units: Sequence[Unit], types: Sequence[Type], gamma: float, material: Material, cfg: Config,
+    folder: Path | None, stamp: str, progress: Progress | None,
+) -> tuple[dict[str, Delta], dict[str, Any]]:  # fmt: skip
+    """The change of weights, and what is worth knowing about the run."""
+    scale = cfg.alpha / cfg.rank if cfg.units != "full_matrix" else 1.0
+    one = mixes(cfg.delta, 0.5)["entangled"]
+    own_mix: Mix = mixes(cfg.delta, gamma) if cfg.boundary else dict.fromkeys(TYPES, one)
+    plans: dict[str, tuple[Sequence[Type], Mix]] = {"tuning": (types, own_mix)}
+    if cfg.mode == "merge":
+        everything: list[Type] = ["entangled"] * len(units)
+        plans = {f"tuning {name}": (everything, {"entangled": {name: 1.0}}) for name in SKILLS}
+        kinds = SKILLS if cfg.delta == 1 else SETS
+        plans["tuning all"] = (everything, {"entangled": dict.fromkeys(kinds, 1 / len(kinds))})
+    made: list[Adapter] = []
+    curves: dict[str, Any] = {}
+    stopped: list[str] = []
+    seconds = 0.0
+    for name, (own_types, mix) in plans.items():
+        tuner = Tuner(lm, Adapter(lm, units, scale, cfg.seed, own_types), material.sets, mix, cfg, name)
+        tuner.run(folder, stamp, progress)
+        made.append(tuner.adapter)
+        curves[name] = tuner.curve
+        stopped += [tuner.stopped] if tuner.stopped else []
+        seconds += tuner.seconds
+    notes = {"validation": curves, "stopped": stopped, "tuning_seconds": round(seconds, 3)}
+    return _averaged(lm, made, types, cfg) if cfg.mode == "merge" else made[0].deltas(lm), notes
+
+
+@torch.no_grad()
+def _averaged(lm: LM, adapters: Sequence[Adapter], types: Sequence[Type], cfg: Config) -> dict[str, Delta]:
+    """Adherence, robustness and mixed adapter, unit by unit with the released weights."""
+    first = adapters[0]
+    shares: list[dict[Any, float]] = [
+        {piece: MERGE[t][k] for unit, t in zip(first.units, types, strict=True) for piece in unit.pieces}
+        for k in range(len(adapters))
+    ]
+    if cfg.merge_space == "factors" or cfg.units == "full_matrix":
+        values = [adapter.values() for adapter in adapters]
+        mean = [
+            sum((v[p] * s[p] for v, s in zip(values, shares, strict=True)), torch.zeros(())).reshape(-1)
+            for u in first.order["entangled"] for p in u.pieces
+        ]  # fmt: skip
+        first.flat["entangled"].copy_(torch.cat(mean))
+        return first.deltas(lm)
+    stacked: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    for adapter, share in zip(adapters, shares, strict=True):
+        for piece, value in adapter.values().items():  # only B is weighed: the product is then, exactly
+            if piece.factor == "b":
+                value.mul_(share[piece])
+        for module, own in adapter.factors().items():
+            b, a = stacked.setdefault(module, ([], []))
+            b.append(own["b"] * adapter.scale)
+            a.append(own["a"])
+    return {lm.layout.weight(module): LowRank(torch.cat(b, 1), torch.cat(a)) for module, (b, a) in stacked.items()}
+
+
+def estimate(lm: LM, count: int, cfg: Config) -> int:
+    """Bytes a fit takes on top of the model, rounded up: the adapter with gradients, moments and scores, what autograd
+    keeps of one batch, and logits of one head chunk."""
+    layout = lm.layout
+    units = cut(lm, cfg.units, cfg.rank, cfg.modules)
+    parameters = sum(unit.size for unit in units) * (3 if cfg.mode == "merge" else 1)
+    rows = max(cfg.mine_rows, cfg.rows_adherence, cfg.rows_robustness, cfg.rows_extraction)
+    batch = rows * TOKENS * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)
+    return 4 * (8 * parameters + batch + 3 * HEAD_CHUNK * layout.vocab)
+
+
+def example(lm: LM) -> tuple[list[RagRecord], Config]:
+    """Records and settings that run in milliseconds on a tiny model."""
+    towns = ("Paris", "Rome", "Tokyo", "Seattle", "Lima", "Oslo", "Cairo", "Quito", "Delhi", "Seoul", "Accra", "Turin")
+    records = []
+    for i in range(24):
+        town, other = towns[i % len(towns)], towns[(i + 1 + i // len(towns)) % len(towns)]
+        ask, text = f"Where is tower {i}?", f"Tower {i} is in {town}."
+        noise = f"The mayor of {other} is away."
+        records.append(RagRecord(ask, (text,), "adherence", "original", town, (town,), id=f"{i}:original"))
+        records.append(RagRecord(ask, (noise,), "robustness", "foreign", "", (town,), id=f"{i}:foreign"))
+        if i % 6 == 0:
+            answer = f"Doc 1: relevant\nDoc 2: off-topic noise\n{text}"
+            records.append(RagRecord(ask, (text, noise), "extraction", "three", answer, (town,), id=f"{i}:three"))
+    quick = {"rank": 2, "mine_steps": 2, "mine_rows": 2, "cue_rows": 4, "steps": 3, "warmup": 0, "validate_every": 3}
+    # not attention: a random one amplifies what bf16 rounds, until mounts that agree seem not to
+    return records, Config(**quick, modules="mlp", lr=0.05, clip=10.0, refusals=True)  # type: ignore[arg-type]

@@ -1,0 +1,211 @@
+"""Which units carry adherence and which robustness: a cue from activations, a cue from gradients, four types.
+
+Source: Xu et al. 2025, Parenting (arXiv:2410.10360), sec. 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...distributed import team
+from ...errors import Diverged
+from ...inference.tokens import Row
+from ...locate.activations import watch
+from ...models.lm import LM
+from ...progress import Progress
+from .data import Rows, draws, loss
+from .units import Adapter, Type, Unit
+
+if TYPE_CHECKING:
+    from .method import Config
+
+Cue = Literal["rate", "count", "none"]
+FLOOR = 0.1  # of the mean excess: what the least active layer still counts
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What one set says about the units."""
+
+    scores: Tensor
+    """[units] fp64: mean of sensitivity · uncertainty."""
+    counts: Tensor
+    """[layers] fp64: tokens a neuron is active at, on average over neurons."""
+    tokens: int
+    """Tokens that were looked at."""
+    notes: dict[str, Any]
+
+    def layers(self, cue: Cue) -> Tensor:
+        """[layers], sums to 1; see ``layer_weights``."""
+        return layer_weights(self.counts, self.tokens, cue)
+
+    def importance(self, units: Sequence[Unit], cue: Cue) -> Tensor:
+        """[units] fp64: layer weight times score."""
+        return self.layers(cue)[[unit.layer for unit in units]] * self.scores
+
+
+def mine(lm: LM, units: Sequence[Unit], rows: Rows, cfg: Config, name: str, progress: Progress | None = None) -> Mined:
+    """Tune an adapter on one set for a while, and score its units by what the tuning would miss.
+
+    Raises:
+        Diverged: scores or parameters left the finite numbers.
+    """
+    counts, tokens = active_tokens(lm, rows.train[: cfg.cue_rows])
+    adapter = Adapter(lm, units, cfg.alpha / cfg.rank if cfg.units != "full_matrix" else 1.0, cfg.seed)
+    (leaf,) = adapter.leaves.values()
+    tracker = Tracker(leaf, _weights(lm, adapter) if cfg.units == "full_matrix" else None, cfg.beta1, cfg.beta2)
+    adam = torch.optim.AdamW([leaf], lr=cfg.mine_lr, weight_decay=cfg.decay)
+    start, spent, processes = perf_counter(), 0.0, team()
+    for step in range(cfg.mine_steps):
+        picked = draws(rows, cfg.mine_rows, step, f"{cfg.seed}/mine/{name}", cfg.known_share)
+        with torch.enable_grad():
+            (leaf.grad,) = torch.autograd.grad(loss(lm, picked, lambda: adapter.hooks(lm), processes), leaf)
+        processes.sum([leaf.grad])
+        for group in adam.param_groups:
+            group["lr"] = cfg.mine_lr * min(1.0, (step + 1) / max(1, cfg.mine_warmup))
+        before = cfg.update_point == "before_step"
+        spent += tracker.update(leaf.grad) if before else 0.0
+        torch.nn.utils.clip_grad_norm_([leaf], cfg.clip)
+        adam.step()
+        spent += tracker.update(leaf.grad) if not before else 0.0
+        if progress:
+            progress(step + 1, cfg.mine_steps, f"mining {name}")
+    seconds = perf_counter() - start
+    scores, odd = tracker.reduced([unit.size for unit in units])
+    finite = bool(scores.isfinite().all()) and bool(leaf.isfinite().all())  # entries that are not count as 0 above
+    if not finite or odd * 2 > leaf.numel() * cfg.mine_steps:
+        raise Diverged(f"mining {name} left the finite numbers. Lower mine_lr, now {cfg.mine_lr}.")
+    notes = {
+        "seconds": round(seconds, 3),
+        "tracking_share": round(spent / (seconds - spent), 5) if seconds > spent else 0.0,
+        "tracking_bytes": tracker.nbytes,
+        "not_finite": odd,
+    }
+    return Mined(scores, counts, tokens, notes)
+
+
+class Tracker:
+    """Sensitivity s = |θ · g|, smoothed: S ← β1 S + (1 - β1) s, then U ← β2 U + (1 - β2)|s - S| with the new S.
+
+    Three fp32 tensors of the parameters' size; no step waits for the device.
+    """
+
+    def __init__(self, theta: Tensor, base: Tensor | None, beta1: float, beta2: float) -> None:
+        self.theta, self.base, self.betas = theta, base, (beta1, beta2)
+        self.s, self.u, self.now = ([torch.zeros_like(theta, requires_grad=False)] for _ in range(3))
+        self.odd = torch.zeros((), dtype=torch.int64, device=theta.device)
+
+    @torch.no_grad()
+    def update(self, grad: Tensor) -> float:
+        """Take in one gradient; returns seconds (on a GPU: until everything is queued)."""
+        start = perf_counter()
+        (now,) = self.now
+        theta = self.theta.detach() if self.base is None else torch.add(self.theta.detach(), self.base, out=now)
+        torch.mul(theta, grad, out=now).abs_()
+        odd = ~now.isfinite()
+        self.odd += odd.sum()
+        now.masked_fill_(odd, 0.0)
+        torch._foreach_lerp_(self.s, self.now, 1 - self.betas[0])
+        torch._foreach_sub_(self.now, self.s)
+        torch._foreach_abs_(self.now)
+        torch._foreach_lerp_(self.u, self.now, 1 - self.betas[1])
+        return perf_counter() - start
+
+    def reduced(self, sizes: Sequence[int]) -> tuple[Tensor, int]:
+        """Mean of S · U of each unit, [units] fp64 on the CPU, and how many entries were not finite."""
+        parts = zip(self.s[0].split(list(sizes)), self.u[0].split(list(sizes)), strict=True)
+        means = [
+            (s.double() * u.double()).mean() for s, u in parts
+        ]  # a unit at a time: fp64 of all would be 16 bytes more
+        packed = torch.stack([*means, self.odd.double()]).cpu()  # one transfer
+        return packed[:-1], int(packed[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of S and U, and of the step's own s."""
+        return sum(t.numel() * t.element_size() for part in (self.s, self.u, self.now) for t in part)
+
+
+def _weights(lm: LM, adapter: Adapter) -> Tensor:
+    """The projections' own weights in the order of the flat tensor: with full parameters θ is W + ΔW."""
+    found = []
+    for unit in adapter.units:
+        weight = lm.parameter(lm.layout.weight(unit.pieces[0].module)).detach()
+        found.append((weight.T if lm.layout.transposed else weight).reshape(-1))
+    return torch.cat(found).to(adapter.flat["entangled"])
+
+
+def active_tokens(lm: LM, rows: Sequence[Row]) -> tuple[Tensor, int]:
+    """c_l: how many prompt and answer tokens a neuron of layer l is active at, on average over neurons.
+
+    Returns:
+        [layers] fp64, and the number of tokens; padding counts nowhere.
+    """
+    counts = torch.zeros(lm.layout.n_layers, dtype=torch.int64, device=lm.device)
+
+    def see(layer: int, _: slice, values: Tensor, real: Tensor) -> None:
+        counts[layer] += ((values > 0) & real[..., None]).sum()
+
+    watch(lm, rows, see)
+    return counts.cpu().double() / lm.layout.d_ff, sum(len(row.ids) for row in rows)
+
+
+def layer_weights(counts: Tensor, tokens: int, cue: Cue) -> Tensor:
+    """Weights of the layers from c_l, [layers] fp64 summing to 1; ``none``: all equal.
+
+    ``count`` is the released softmax(log1p(c - c_min)), which is 1 + c - c_min over its sum; it depends on how many
+    tokens were counted. ``rate`` takes shares of tokens; the least active layer counts a tenth of the mean excess.
+    """
+    if cue == "none":
+        return torch.full_like(counts, 1 / len(counts))
+    if cue == "count":
+        return (counts - counts.min()).log1p().softmax(0)
+    excess = (counts - counts.min()) / max(1, tokens)
+    if not bool(excess.any()):
+        return torch.full_like(counts, 1 / len(counts))
+    weights = excess + FLOOR * excess.mean()
+    return weights / weights.sum()
+
+
+def z_scores(importance: Tensor) -> Tensor:
+    """Over all units of one set; zeros where all are equal."""
+    spread = importance.std(unbiased=False)
+    return (importance - importance.mean()) / spread if float(spread) > 0 else torch.zeros_like(importance)
+
+
+def typed(adherence: Tensor, robustness: Tensor, threshold: float, rule: Literal["z", "variance"] = "z") -> list[Type]:
+    """Each unit's type from its importance for the two skills.
+
+    Args:
+        threshold: τ of the z-scores.
+        rule: ``variance``: important is what exceeds mean + variance, as released; that is z > 0 wherever the variance
+            is small.
+    """
+    if rule == "variance":
+        high = [x > x.mean() + x.var(unbiased=False) for x in (adherence, robustness)]
+    else:
+        high = [z_scores(x) > threshold for x in (adherence, robustness)]
+    names: dict[tuple[bool, bool], Type] = {
+        (True, True): "entangled", (True, False): "adherence", (False, True): "robustness", (False, False): "others",
+    }  # fmt: skip
+    return [names[pair] for pair in zip(*(x.tolist() for x in high), strict=True)]
+
+
+def correlation(adherence: Tensor, robustness: Tensor) -> float:
+    """Of the z-scores of the two skills over all units, in -1..1: near 1 few units are of one skill alone."""
+    return float((z_scores(adherence) * z_scores(robustness)).mean())
+
+
+def balance(adherence: Tensor, robustness: Tensor, types: Sequence[Type]) -> float:
+    """gamma_a = E[z_a] / (E[z_a] + E[z_r]) over entangled units, each mean at least 0; ½ without any."""
+    entangled = torch.tensor([t == "entangled" for t in types])
+    if not bool(entangled.any()):
+        return 0.5
+    a, r = (max(0.0, float(z_scores(x)[entangled].mean())) for x in (adherence, robustness))
+    return a / (a + r) if a + r > 0 else 0.5

@@ -1,0 +1,174 @@
+"""The losses of RECIPE: three that teach retrieval, three that teach the prompt vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...distributed import ALONE, Team
+from ...inference.forward import head_loss, logits
+from ...inference.interventions import inserted
+from ...inference.tokens import Row, batches_of_tokens
+from ...models.lm import LM
+from ...training.answers import answer_states
+
+BATCH_TOKENS = 1024  # of one forward with gradients, in each process
+
+
+def clear(logp: Tensor, target: Tensor, margin: float | None) -> Tensor:
+    """[n] bool: p(target) is at least ``margin`` times every other probability. None: never."""
+    if margin is None:
+        return torch.zeros(len(logp), dtype=torch.bool, device=logp.device)
+    own = logp.gather(1, target[:, None])[:, 0]
+    rest = logp.scatter(1, target[:, None], -torch.inf).amax(1)
+    return own - rest >= torch.tensor(margin).log()
+
+
+def contrast(scores: Tensor, target: Tensor, margin: float | None = None) -> Tensor:
+    """Mean cross-entropy of rows [n, classes] that are not ``clear`` yet; 0 if all are."""
+    logp = scores.log_softmax(-1)
+    open_ = ~clear(logp.detach(), target, margin)
+    each = F.nll_loss(logp, target, reduction="none")
+    return (each * open_).sum() / open_.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The retrieval losses of one batch."""
+
+    own: Tensor
+    """L_no: the fact's key among all keys and the sentinel."""
+    neighbour: Tensor
+    """L_so1: with its own key taken away, the sentinel is nearest."""
+    unrelated: Tensor
+    """L_so2: for an unrelated question the sentinel is nearest."""
+
+    @property
+    def total(self) -> Tensor:
+        return self.own + self.neighbour + self.unrelated
+
+
+def retrieval(
+    keys: Tensor,
+    sentinel: Tensor,
+    first: Tensor,
+    second: Tensor,
+    unrelated: Tensor,
+    *,
+    margin: float | None = 1.2,
+) -> Retrieval:
+    """Contrastive losses of b facts.
+
+    Args:
+        keys: [b, M]; sentinel: [M].
+        first, second: [b, M] queries of the two wordings of each fact; first is matched, second is warned off.
+        unrelated: [b, M] queries of unrelated questions.
+        margin: rows whose target is this many times likelier than every other class are left out of the two
+            sentinel terms. None: no row is.
+    Source: Chen et al. 2024 (arXiv:2405.03279) eq. 9-12, and the released code.
+    """
+    b, root = len(keys), keys.shape[1] ** 0.5
+    classes = torch.cat([keys, sentinel[None]])  # [b + 1, R]
+    at = torch.arange(b, device=keys.device)
+    own = contrast(first @ classes.T / root, at)
+    scores = second @ keys.T / root  # [b, b]
+    scores = scores.index_put((at, at), second @ sentinel / root)
+    neighbour = contrast(scores, at, margin)
+    last = torch.full((len(unrelated),), b, device=keys.device)
+    far = contrast(unrelated @ classes.T / root, last, margin)
+    return Retrieval(own, neighbour, far)
+
+
+@dataclass(frozen=True)
+class Told:
+    """One row for the language model: a prompt and answer behind the prompt vectors of one fact of the batch."""
+
+    row: Row
+    fact: int
+
+
+def behind(lm: LM, rows: Sequence[Told], width: int, at: str) -> list[Row]:
+    """Rows with ``width`` virtual tokens: -1 - i is row i of the flattened prompt vectors [b * width, d]."""
+    return [inserted(lm, t.row, tuple(-1 - t.fact * width - k for k in range(width)), at) for t in rows]
+
+
+def answers(
+    lm: LM, rows: Sequence[Row], vectors: Tensor | None, team: Team = ALONE
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Run rows in batches of near length; the graph of one is free before the next.
+
+    Args:
+        team: each process runs its part of every batch, or the first row for nothing: the passes must be as many.
+    Yields:
+        for each batch: states [m, d] that predict an answer token, their labels [m], and which row each belongs to.
+    """
+    for batch in batches_of_tokens([len(row.ids) for row in rows], BATCH_TOKENS * team.count):
+        states, labels, owners = answer_states(lm, [rows[i] for i in batch], team, vectors)
+        yield states, labels, [batch[i] for i in owners]
+
+
+def told(
+    lm: LM, rows: Sequence[Row], vectors: Tensor, margin: float | None = 1.2, team: Team = ALONE
+) -> tuple[Tensor, int]:
+    """-log p summed over the answer tokens that are not ``clear`` yet, backpropagated into ``vectors``.
+
+    Args:
+        vectors: [m, d] a leaf; its gradient is added to.
+        team: sum and gradient are over this process's rows.
+    Returns:
+        the sum in nats, without a graph, and how many tokens it is over.
+    """
+    total, count = torch.zeros(()), 0
+    for states, labels, _ in answers(lm, rows, vectors, team):
+
+        def loss(z: Tensor, part: slice, labels: Tensor = labels) -> Tensor:
+            logp = z.log_softmax(-1)
+            open_ = ~clear(logp.detach(), labels[part], margin)
+            return F.nll_loss(logp, labels[part], reduction="none") * open_
+
+        each = head_loss(lm, states, loss)
+        each.sum().backward()
+        total = total + each.detach().sum().cpu()
+        count += len(each) if margin is None else int((each > 0).sum())
+    return total, count
+
+
+def kept(
+    lm: LM, rows: Sequence[Row], vectors: Tensor, base: Sequence[Tensor], team: Team = ALONE
+) -> tuple[Tensor, int]:
+    """KL(p_base || p_with_prompt) summed over answer tokens, backpropagated into ``vectors``.
+
+    Args:
+        base: for each row [answer tokens, d] states of the model without the prompt.
+    Returns:
+        as ``told``.
+    """
+    total, count = torch.zeros(()), 0
+    for states, _, owners in answers(lm, rows, vectors, team):
+        in_order = [base[i].to(states) for i in dict.fromkeys(owners)]  # as the rows of the batch
+        before = torch.cat([states.detach()[:0], *in_order])
+
+        def loss(z: Tensor, part: slice, before: Tensor = before) -> Tensor:
+            with torch.no_grad():
+                p = logits(lm, before[part]).log_softmax(-1)
+            return (p.exp() * (p - z.log_softmax(-1))).sum(-1)
+
+        each = head_loss(lm, states, loss)
+        each.sum().backward()
+        total = total + each.detach().sum().cpu()
+        count += len(each)
+    return total, count
+
+
+@torch.no_grad()
+def base_states(lm: LM, rows: Sequence[Row]) -> list[Tensor]:
+    """States [answer tokens, d] of each row that predict its answer, in the model as it is."""
+    made: list[list[Tensor]] = [[] for _ in rows]
+    for states, _, owners in answers(lm, rows, None):
+        for owner, state in zip(owners, states, strict=True):
+            made[owner].append(state)
+    return [torch.stack(states) for states in made]

@@ -1,0 +1,1 @@
+"""Rules that combine two streams while a model answers."""

@@ -1,0 +1,87 @@
+"""``DecodePatch``: a rule that weighs what a model says with a context against what it says without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ...errors import BadInput, BadPatch
+from ...inference.interventions import Actor, Rule
+from ...models.lm import LM
+from ...provenance import made_now
+from ..patch import Base, RunPatch, plain, plain_edits
+from ..weight.patch import fingerprint
+from .rules import AdaCAD, Arr, Coiecd, Grd, Power
+
+RULES: dict[str, Any] = {"power": Power, "adacad": AdaCAD, "arr": Arr, "grd": Grd, "coiecd": Coiecd}
+"""The rules by their names in a file; each is a dataclass of numbers."""
+NAMES = {rule: name for name, rule in RULES.items()}
+
+
+@dataclass(eq=False)
+class DecodePatch(RunPatch):
+    """One rule, or several in the order they act. It holds numbers and no tensor.
+
+    It acts in lmpatch's ``generate``, ``stream``, ``score`` and ``next_logits``, which read every prompt twice, with
+    its context and without (``InContext``). A plain ``model.generate`` reads one prompt and does not see it: the first
+    such call is logged as a warning.
+    """
+
+    kind: ClassVar[str] = "decode"
+    rules: tuple[Rule, ...] = field(kw_only=True)
+
+    @classmethod
+    def make(
+        cls, lm: LM, rule: Rule, *, method: str, config: Any = None, edits: Sequence[Any] = (), seconds: float = 0.0
+    ) -> DecodePatch:
+        """A patch of one rule.
+
+        Args:
+            config: the method's ``Config``, or a dict.
+            edits: the records it was made for, if any.
+        """
+        return cls(
+            method=method,
+            config=plain(config or {}),
+            base=Base(fingerprint(lm), lm.name),
+            edits=plain_edits(edits),
+            made=made_now(seconds),
+            rules=(rule,),
+        )
+
+    def parts(self) -> dict[str, Any]:
+        return {"rules": [{"rule": NAMES[type(rule)], **plain(rule)} for rule in self.rules]}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> DecodePatch:
+        try:
+            listed = [dict(one) for one in parts["rules"]]
+            rules = tuple(RULES[one.pop("rule")](**one) for one in listed)
+        except (BadInput, KeyError, TypeError, ValueError) as error:
+            raise BadPatch(f"it is no decode patch ({error}).") from None
+        if tensors or not rules or set(parts) != {"rules"}:
+            raise BadPatch(f"a decode patch holds rules and no tensors, found {sorted(parts)} and {sorted(tensors)}.")
+        return cls(**common, rules=rules)
+
+    def describe(self) -> list[str]:
+        return [f"  {NAMES[type(rule)]}: {_numbers(rule)}".rstrip(": ") for rule in self.rules]
+
+    def attach(self, lm: LM) -> Combine:
+        return Combine(self.rules)
+
+
+class Combine(Actor):
+    """A decode patch at work."""
+
+    def __init__(self, rules: tuple[Rule, ...]) -> None:
+        self.rules = rules
+
+
+def _numbers(rule: Any) -> str:
+    return ", ".join(f"{name}={value}" for name, value in asdict(rule).items())

@@ -1,0 +1,154 @@
+"""The rules of context-aware decoding: what a model says with a context, weighed against what it says without.
+
+Most are of the power family, log p = τ log p_context + (1 - τ) log p_bare (up to a constant): τ = 0 is the answer from
+memory, 1 the answer with the context, between them is a mixture, and above 1 the context counts more than it did.
+They differ in where τ comes from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.special import entr
+
+from ...errors import BadInput
+from ...inference.interventions import Rule
+
+
+def mixed(full: Tensor, bare: Tensor, tau: Tensor | float) -> Tensor:
+    """The power family, in place of ``full``. Its logits need no normalising: that would shift all tokens alike."""
+    return full.lerp_(bare, 1 - tau)  # τ = 1 gives back every bit
+
+
+def divergence(full: Tensor, bare: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of the two next-token distributions, [n, 1] nats in 0..ln 2."""
+    p, q = full.softmax(-1), bare.softmax(-1)
+    return (_entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2).clamp(0, math.log(2))
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """In nats, [n, 1]."""
+    out: Tensor = entr(p).sum(-1, keepdim=True)
+    return out
+
+
+@dataclass(frozen=True)
+class Power(Rule):
+    """A fixed τ. CAD (arXiv:2305.14739) of strength s is τ = 1 + s."""
+
+    tau: float
+
+    pointwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _need(math.isfinite(self.tau), "tau", self.tau, "a finite number; 1 is the model with its context")
+
+    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
+        return mixed(full, bare, self.tau)
+
+
+@dataclass(frozen=True)
+class AdaCAD(Rule):
+    """τ = 1 + the divergence of the two distributions in nats: little changes where they agree (arXiv:2409.07394)."""
+
+    floor: float
+    """The strength is at least this."""
+
+    def __post_init__(self) -> None:
+        _need(0 <= self.floor < math.inf, "floor", self.floor, "a number from 0")
+
+    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
+        return mixed(full, bare, 1 + divergence(full, bare).clamp(min=self.floor))
+
+
+@dataclass(frozen=True)
+class Arr(Rule):
+    """τ = 1 ± the divergence in units of ln 2; plus where the model is surer with the context (arXiv:2606.10298)."""
+
+    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
+        share = divergence(full, bare) / math.log(2)  # [n, 1]
+        surer = _log_top(full) > _log_top(bare)
+        return mixed(full, bare, 1 + torch.where(surer, share, -share))
+
+
+def _log_top(z: Tensor) -> Tensor:
+    """Log probability of the first choice, [n, 1]."""
+    return z.amax(-1, keepdim=True) - z.logsumexp(-1, keepdim=True)
+
+
+UNDECIDED, CONTEXT, PRIOR = 0, 1, 2
+"""Whom ``Grd`` trusts in an answer; its memory."""
+
+
+@dataclass(frozen=True)
+class Grd(Rule):
+    """Trusts the context or the model for a whole answer, from the first token on which they differ (arXiv:2606.10298).
+
+    The model is trusted if without context it is sure of its token and surer than with the context. Then every
+    disagreement is decided for it: τ = (1 - lam) τ*, where τ* is the mixture in which both tokens are equally likely.
+    """
+
+    lam: float
+    """λ: 0 leaves the two tokens even, 1 takes the model's own distribution."""
+    gate: Literal["full", "confidence", "entropy"] = "full"
+    """What makes the model trusted: p(its token) > 0.5 without context, a lower entropy than with it, or both."""
+
+    def __post_init__(self) -> None:
+        _need(0 <= self.lam <= 1, "lam", self.lam, "a number in 0..1")
+        gates = ("full", "confidence", "entropy")
+        _need(self.gate in gates, "gate", self.gate, f"one of {', '.join(gates)}")
+
+    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
+        ours, theirs = full.argmax(-1, keepdim=True), bare.argmax(-1, keepdim=True)  # [n, 1]
+        differ = ours != theirs
+        trusted = torch.where(self._trusts(full, bare), PRIOR, CONTEXT)
+        fresh = differ & (memory == UNDECIDED)[:, None]
+        memory.copy_(torch.where(fresh, trusted, memory[:, None])[:, 0])
+        for_context = full.gather(-1, ours) - full.gather(-1, theirs)
+        for_prior = bare.gather(-1, theirs) - bare.gather(-1, ours)
+        even = for_prior / (for_context + for_prior).clamp(min=torch.finfo(full.dtype).tiny)  # τ*
+        tau = torch.where(differ & (memory == PRIOR)[:, None], (1 - self.lam) * even, 1.0)
+        return mixed(full, bare, tau)
+
+    def _trusts(self, full: Tensor, bare: Tensor) -> Tensor:
+        sure = _log_top(bare) > math.log(0.5)  # [n, 1]
+        if self.gate == "confidence":
+            return sure
+        surer = _entropy(bare.softmax(-1)) < _entropy(full.softmax(-1))
+        return surer if self.gate == "entropy" else surer & sure
+
+
+@dataclass(frozen=True)
+class Coiecd(Rule):
+    """Log p_context for tokens near the context's first choice, log p_bare for the rest, both plus ``alpha`` times
+    their difference (arXiv:2402.11893).
+
+    The paper compares a token's information with the entropy without context. That entropy is the same for every token
+    and cancels: what is left is p_context > its maximum / ratio, unless the first choice alone is above that.
+    """
+
+    alpha: float
+    ratio: float
+    tail: bool = False
+    """As released, tokens below ``ratio`` times the smallest probability count as near, too."""
+
+    def __post_init__(self) -> None:
+        _need(math.isfinite(self.alpha), "alpha", self.alpha, "a finite number")
+        _need(1 <= self.ratio < math.inf, "ratio", self.ratio, "a number from 1")
+
+    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
+        full, bare = full.log_softmax(-1), bare.log_softmax(-1)
+        near = full > full.amax(-1, keepdim=True) - math.log(self.ratio)
+        near &= near.sum(-1, keepdim=True) > 1
+        if self.tail:
+            near |= full < full.amin(-1, keepdim=True) + math.log(self.ratio)
+        return torch.where(near, full, bare) + self.alpha * (full - bare)
+
+
+def _need(good: bool, name: str, value: object, what: str) -> None:
+    if not good:
+        raise BadInput(f"{name} is {value!r}. Give {what}.")

@@ -1,0 +1,1 @@
+"""Constants added to what modules read, by hooks."""

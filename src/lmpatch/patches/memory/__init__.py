@@ -1,0 +1,1 @@
+"""Facts that are looked up for each question and put before it."""

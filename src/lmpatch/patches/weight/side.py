@@ -1,0 +1,129 @@
+"""The side mount: hooks on a module that act as if its weight were changed. The weight is not touched."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...errors import CannotMount
+from .delta import Addition, Delta, LowRank, Scale, Sparse
+from .patch import Target
+
+
+class Side:
+    """All side changes of one weight: y = W (s * x) + sum(ΔW) x, in the dtype of x.
+
+    Two hooks stay on while there are changes: the first scales the input, the second adds to the output. The
+    additions act on the input as it came; the scaled input carries it along as an attribute, which stays right
+    when several threads run the model. A vector (a bias, a norm's weight) can be scaled only, by one hook.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.changes: tuple[tuple[Any, Delta], ...] = ()  # (who put it there, change)
+        self._handles: list[Any] = []
+        self._ready: tuple[Any, Tensor | None, list[Addition]] = (None, None, [])
+
+    def add(self, owner: Any, delta: Delta) -> Tensor:
+        """Add a change. Nothing is rounded into a weight, so nothing is lost: returns zeros [2].
+
+        Raises:
+            CannotMount: an addition to a vector.
+        """
+        if self.target.vector and not isinstance(delta, Scale):
+            raise CannotMount(
+                f"cannot mount on the side: {self.target.name} is a vector, which hooks can scale but not add to. Pass "
+                "mount='bake' to write it instead."
+            )
+        self.write((*self.changes, (owner, delta)))
+        return torch.zeros(2)
+
+    def write(self, changes: tuple[tuple[Any, Delta], ...]) -> None:
+        """Have exactly these changes; without any the hooks go off."""
+        self.changes = changes
+        self._ready = (None, None, [])
+        module = self.target.module
+        if changes and not self._handles and self.target.vector:
+            self._handles = [module.register_forward_hook(self._scale_vector)]
+        elif changes and not self._handles:
+            self._handles = [module.register_forward_pre_hook(self._scale), module.register_forward_hook(self._add)]
+        if not changes:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+        if "torch._dynamo" in sys.modules:  # code compiled before would go on without the hooks and say nothing
+            torch.compiler.reset()
+
+    def check(self) -> None:
+        """Nothing can be written behind a hook's back."""
+
+    def _scale(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        scale, additions = self._prepared(args[0])
+        if scale is None:
+            return None
+        scaled = args[0] * scale  # [..., in]
+        if additions:
+            scaled._lmpatch_raw = args[0]
+        return (scaled, *args[1:])
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = getattr(args[0], "_lmpatch_raw", args[0])  # [..., in]
+        for addition in self._prepared(x)[1]:
+            output = output + addition.times(x).to(output)  # [..., out]
+        return output
+
+    def _scale_vector(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        scale, _ = self._prepared(output)
+        assert scale is not None
+        if self.target.attribute == "weight":  # of a norm without bias, whose output it multiplies
+            return output * scale
+        return output + (scale - 1) * self.target.parameter.to(output.dtype)
+
+    def _prepared(self, x: Tensor) -> tuple[Tensor | None, list[Addition]]:
+        """The factor of each input and the additions, where ``x`` is and in its dtype."""
+        key = (x.device, x.dtype)
+        ready = self._ready
+        if ready[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # made in inference mode it could serve no backward
+                self._ready = ready = (key, *prepare([d for _, d in self.changes], *key))
+        return ready[1], ready[2]
+
+
+def prepare(deltas: Sequence[Delta], device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, list[Addition]]:
+    """The product of all scales, [in] or None, and the additions, with all low-rank ones joined into one."""
+    scales = [d.to(device, torch.float32).factors() for d in deltas if isinstance(d, Scale)]
+    low = [d for d in deltas if isinstance(d, LowRank)]
+    rest = [d for d in deltas if isinstance(d, Addition) and not isinstance(d, LowRank)]
+    additions = [*([join(low)] if low else []), *(d.to_rows() if isinstance(d, Sparse) else d for d in rest)]
+    scale = torch.stack(scales).prod(0).to(dtype) if scales else None
+    return scale, [d.to(device, dtype, copy=True) for d in additions]
+
+
+def join(deltas: Sequence[LowRank]) -> LowRank:
+    """Their sum, with the ranks side by side."""
+    return LowRank(torch.cat([d.b for d in deltas], dim=1), torch.cat([d.a for d in deltas]))
+
+
+def refuse(target: Target) -> None:
+    """Raise ``CannotMount`` unless hooks on the module do what a changed weight would."""
+    if len(target.names) > 1:
+        found = f"{' and '.join(target.names)} are one weight, and a hook would change one of its uses only"
+    elif target.vector and _scalable(target):
+        return
+    elif not isinstance(target.module, (nn.Linear, Conv1D)) or target.attribute != "weight":
+        found = f"{target.name} belongs to a {type(target.module).__name__}, and hooks are for linear layers"
+    else:
+        return
+    raise CannotMount(f"cannot mount on the side: {found}. Pass mount='bake' to write the weight instead.")
+
+
+def _scalable(target: Target) -> bool:
+    """A bias of a linear layer, or the only parameter of a norm."""
+    if isinstance(target.module, (nn.Linear, Conv1D)):
+        return target.attribute == "bias"
+    return target.attribute == "weight" and len(list(target.module.parameters())) == 1

@@ -1,0 +1,11 @@
+"""Causal tracing: which states, restored one at a time, bring back a fact that noise has destroyed.
+
+Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT" (arXiv:2202.05262), sec. 2.
+"""
+
+from .probe import Config as Config
+from .probe import Trace as Trace
+from .probe import example as example
+from .probe import run as run
+from .probe import save as save
+from .probe import table as table

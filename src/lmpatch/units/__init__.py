@@ -1,1 +1,0 @@
-"""Addresses of things inside a model."""
