@@ -41,12 +41,20 @@ def records(lm: LM, tokens: int) -> list[ContextRecord]:
     """Questions whose prompts with context are that long."""
     made = []
     for thing, answer in FACTS:
-        bare = f"Question: what about the {thing}? Answer: the"
+        without_context = f"Question: what about the {thing}? Answer: the"
         words = PASSAGE.split()
-        room = tokens - len(encode(lm, f"\n{bare}").ids)
+        room = tokens - len(encode(lm, f"\n{without_context}").ids)
         while len(encode(lm, " ".join(words)).ids) > max(room, 2):
             words.pop()
-        made.append(ContextRecord(" ".join(words), thing, answer, prompt=f"{' '.join(words)}\n{bare}", bare=bare))
+        made.append(
+            ContextRecord(
+                " ".join(words),
+                thing,
+                answer,
+                prompt=f"{' '.join(words)}\n{without_context}",
+                without_context=without_context,
+            )
+        )
     return made
 
 
@@ -55,10 +63,10 @@ def plain_layer(lm: LM, case: Case, layer: int, steps: int) -> torch.Tensor:
     module = lm.module(lm.layout.downs[layer])
     seen: list[torch.Tensor] = []
     with torch.no_grad(), hooked(module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))):
-        for prompt in (case.bare, case.full):
+        for prompt in (case.without_context, case.with_context):
             lm.model(torch.tensor([prompt]))
     start, end = (x.reshape(-1, x.shape[-1])[-1] for x in seen)
-    ids = torch.tensor([case.full])
+    ids = torch.tensor([case.with_context])
     total = torch.zeros_like(start)
     for k in range(1, steps + 1):
         leaf = torch.lerp(start, end, k / steps).requires_grad_()
@@ -95,8 +103,8 @@ def timed(lm: LM, tokens: int, plain_layers: int) -> dict[str, object]:
     got = alone.scores[0, layers]
     top, reference = (set(x.flatten().topk(cfg.top).indices.tolist()) for x in (got, wanted))
     return {
-        "what": f"credits of {n} x {lm.layout.d_ff} neurons, {cfg.steps} steps", "tokens": len(found[0].full),
-        "tokens_without_context": len(found[0].bare), "plain_layers": layers, "records_in_batch": len(found),
+        "what": f"credits of {n} x {lm.layout.d_ff} neurons, {cfg.steps} steps", "tokens": len(found[0].with_context),
+        "tokens_without_context": len(found[0].without_context), "plain_layers": layers, "records_in_batch": len(found),
         "plain_s_per_record": plain, "fast_s_per_record": single, "batched_s_per_record": batched,
         "ratio": plain / single, "batched_ratio": plain / batched,
         "largest_relative_difference": float((got - wanted).abs().max() / wanted.abs().max()),

@@ -22,10 +22,10 @@ import torch
 
 import lmpatch as lp
 from lmpatch.data.context import InContext, render
-from lmpatch.inference.generate import Ends
+from lmpatch.inference.generate import StopTokens
 from lmpatch.inference.interventions import Prompt, Rule, streams
 from lmpatch.inference.run import _steps
-from lmpatch.inference.sampling import Choice
+from lmpatch.inference.sampling import Sampling
 from lmpatch.inference.tokens import encode
 from lmpatch.locate.neurons import drawn, scaling
 from lmpatch.models.lm import LM
@@ -54,9 +54,9 @@ def questions(count: int) -> list[InContext]:
 def answers(lm: LM, prompts: list[Prompt], tokens: int) -> list[list[int]]:
     """``generate`` in one batch, without any end."""
     told = streams(lm, prompts)
-    ends = Ends(lm, ())
+    ends = StopTokens(lm, ())
     ends.known.clear()
-    choice = Choice()
+    choice = Sampling()
     new: list[list[int]] = [[] for _ in prompts]
     batch = [tuple(row.ids for row in rows) for rows in told.rows]
     for step in _steps(lm, told, batch, ends, choice, choice.numbers(len(batch), tokens), [False] * len(batch)):
@@ -68,11 +68,11 @@ def answers(lm: LM, prompts: list[Prompt], tokens: int) -> list[list[int]]:
 @torch.no_grad()
 def released(lm: LM, asked: InContext, tokens: int) -> list[int]:
     """CAD of strength 0.5 as IRCAN's code runs it."""
-    rows = [encode(lm, text).ids for text in (asked.prompt, asked.bare)]
+    rows = [encode(lm, text).ids for text in (asked.prompt, asked.without_context)]
     new: list[int] = []
     for _ in range(tokens):
-        full, bare = (lm.model(torch.tensor([[*ids, *new]])).logits[0, -1].float() for ids in rows)
-        new.append(int((1.5 * full - 0.5 * bare).argmax()))
+        full, without_context = (lm.model(torch.tensor([[*ids, *new]])).logits[0, -1].float() for ids in rows)
+        new.append(int((1.5 * full - 0.5 * without_context).argmax()))
     return new
 
 
@@ -88,7 +88,7 @@ def seconds(run: Callable[[], object], repeats: int) -> list[float]:
 def timed(lm: LM, count: int, tokens: int, repeats: int) -> dict[str, object]:
     """Plain and every rule in turns, so that what else the machine does meets all alike."""
     asked: list[Prompt] = list(questions(count))
-    texts: list[Prompt] = [text for one in questions(count) for text in (one.prompt, one.bare)]
+    texts: list[Prompt] = [text for one in questions(count) for text in (one.prompt, one.without_context)]
     patches = {name: DecodePatch.make(lm, rule, method=name) for name, rule in RULES.items()}
     answers(lm, texts, 2)  # the first call of anything is slow
     edit = scaling(lm, drawn(lm, 8, 0), 2.0, method="ircan")
@@ -102,7 +102,8 @@ def timed(lm: LM, count: int, tokens: int, repeats: int) -> dict[str, object]:
                 times[name] += seconds(lambda: answers(lm, asked, tokens), 1)
     with lp.apply(lm, patches["cad"]):
         (cached,) = answers(lm, asked[:1], tokens)
-    (slow,) = seconds(lambda: released(lm, questions(1)[0], tokens), 1)
+    (one,) = questions(1)
+    (slow,) = seconds(lambda: released(lm, one, tokens), 1)
     ratios = {
         name: median(a / b for a, b in zip(each, times["plain"], strict=True))
         for name, each in times.items()
@@ -110,7 +111,7 @@ def timed(lm: LM, count: int, tokens: int, repeats: int) -> dict[str, object]:
     }
     return {
         "what": "seconds over plain generation of two rows per question", "questions": count, "new_tokens": tokens,
-        "prompt_tokens": [len(encode(lm, text).ids) for text in (questions(1)[0].prompt, questions(1)[0].bare)],
+        "prompt_tokens": [len(encode(lm, text).ids) for text in (one.prompt, one.without_context)],
         "ratio": ratios, "plain_s": median(times["plain"]), "cad_s_per_question": median(times["cad"]) / count,
         "released_s_per_question": slow, "released_over_cad": slow / (median(times["cad"]) / count),
         "same_tokens": cached == released(lm, questions(1)[0], tokens),

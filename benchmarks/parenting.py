@@ -156,7 +156,10 @@ class Bench:
     def _conflicts(self) -> list[lp.ContextRecord]:
         found = [r for r in self.train if r.variant == "substituted"][: self.args.ircan_examples]
         return [
-            lp.ContextRecord(r.documents[0], r.question, r.answer, prompt=r.prompt, bare=r.bare, id=r.id) for r in found
+            lp.ContextRecord(
+                r.documents[0], r.question, r.answer, prompt=r.prompt, without_context=r.without_context, id=r.id
+            )
+            for r in found
         ]
 
     def _decoded(self, settings: dict[str, Any]) -> lp.Patch:

@@ -32,7 +32,7 @@ from lmpatch.benches import facts
 from lmpatch.benches._report import read_report
 from lmpatch.data.readers import read_edits
 from lmpatch.methods.recipe import method as recipe
-from lmpatch.patches.memory.patch import Finder, encoded
+from lmpatch.patches.memory.patch import Finder, encode_keys
 from lmpatch.patches.patch import plain
 from lmpatch.provenance import hardware, now, versions
 
@@ -212,7 +212,7 @@ def speed(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
     network = whole.network()
     weights = network.encoder_weights()
     found: dict[str, Any] = {"facts": len(whole.edits), "bytes_per_edit": whole.keys.nbytes / len(whole.keys)}
-    found["edit_s"] = timed(lambda i: encoded(network, edits[i : i + 1], weights), 50)
+    found["edit_s"] = timed(lambda i: encode_keys(network, edits[i : i + 1], weights), 50)
     with tempfile.TemporaryDirectory() as folder:
         memory = lp.Memory.create(Path(folder) / "memory", editor)
         start = perf_counter()

@@ -74,7 +74,11 @@ def logits(lm: LM) -> Tensor:
     """[n, V] after prompts of several lengths, through the call that every patch acts in."""
     # the two end differently: a tiny model with tied embeddings repeats its last token, and both would say the same
     pairs = [(PROMPT[:end], PROMPT[end // 2 : end - 1]) for end in range(8, len(PROMPT), 8)]
-    prompts = [InContext(*pair) for full, bare in pairs for pair in ((full, bare), (bare, full))]
+    prompts = [
+        InContext(*pair)
+        for full, without_context in pairs
+        for pair in ((full, without_context), (without_context, full))
+    ]
     return next_logits(lm, prompts, range(len(lm.parameter(lm.layout.weight(lm.layout.head)))))
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import tiny_lm
 
 from lmpatch import BadInput
-from lmpatch.distributed import ALONE, Team, join, team
+from lmpatch.distributed import SINGLE, World, join, world
 from lmpatch.methods.parenting import method as parenting
 from lmpatch.methods.recipe import method as recipe
 from lmpatch.methods.recipe.trainer import CHECKPOINT
@@ -58,7 +58,7 @@ def both(out: str, sharded: bool, device: str | None = None) -> None:
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in blocks_of(lm))
     editor = recipe.train(lm, FACTS, training, out=Path(out) / "work")
     patch = parenting.fit(lm, parenting.example(lm)[0], tuning, out=Path(out) / "parenting")
-    if team().leads:
+    if world().is_main:
         editor.save(Path(out) / "editor.safetensors")
         patch.save(Path(out) / "patch")
         (Path(out) / "held.json").write_text(json.dumps({"held": held, "device": device}))
@@ -121,16 +121,16 @@ def test_two_processes_train_what_one_trains(sharded: bool, tmp_path: Path) -> N
 
 def test_every_item_belongs_to_one_process() -> None:
     items = list(range(7))
-    parts = [Team(i, 3).part(items) for i in range(3)]
+    parts = [World(i, 3).part(items) for i in range(3)]
     assert sorted(i for part in parts for i in part) == items and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     x = torch.ones(3, 2)
-    assert team() == ALONE and join() is None
-    assert ALONE.gathered(x, 3) is x
-    ALONE.mean([x])
+    assert world() == SINGLE and join() is None
+    assert SINGLE.gathered(x, 3) is x
+    SINGLE.mean([x])
     assert torch.equal(x, torch.ones(3, 2))
     with pytest.raises(BadInput, match="accelerate launch"):
         shard(tiny_lm("llama"))

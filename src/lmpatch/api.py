@@ -21,7 +21,7 @@ from .patches.merge import merge
 from .patches.patch import Mount, Patch
 from .progress import Progress
 from .registry import get
-from .resources import need_room
+from .resources import require_memory
 
 
 def fit(
@@ -62,7 +62,7 @@ def fit(
         check_contradictions(edits)
     material = _material(module.fit, method, text=text, anchors=anchors, editor=editor, out=out)
     if hasattr(module, "estimate"):
-        need_room(module.estimate(lm, len(edits), config), lm.device, f"{method} with {len(edits)} edits")
+        require_memory(module.estimate(lm, len(edits), config), lm.device, f"{method} with {len(edits)} edits")
     patch: Patch = module.fit(lm, edits, config, progress=progress, **material)
     return patch
 

@@ -20,20 +20,20 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Team:
+class World:
     """This process among all."""
 
-    index: int = 0
-    count: int = 1
+    rank: int = 0
+    size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the files."""
-        return self.index == 0
+        return self.rank == 0
 
     def part(self, items: Sequence[T]) -> list[T]:
         """Every ``count``-th item, from this process's own place on."""
-        return list(items[self.index :: self.count])
+        return list(items[self.rank :: self.size])
 
     def gathered(self, own: Tensor, n: int) -> Tensor:
         """What all processes made of their parts, in the order of the items. Differentiable.
@@ -44,14 +44,14 @@ class Team:
             own: [items of this process, ...].
             n: items of all processes.
         """
-        if self.count == 1:
+        if self.size == 1:
             return own
         out: Tensor = _Gather.apply(own, n, self)  # type: ignore[no-untyped-call]
         return out
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add up over the processes, in place."""
-        if self.count == 1:
+        if self.size == 1:
             return
         for t in tensors:
             dist.all_reduce(t)
@@ -60,32 +60,32 @@ class Team:
         """As ``sum``, divided by the processes."""
         self.sum(tensors)
         for t in tensors:
-            t.div_(self.count)
+            t.div_(self.size)
 
 
-ALONE = Team()
+SINGLE = World()
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: Tensor, n: int, team: Team) -> Tensor:
-        ctx.own, ctx.team = len(own), team
-        most = -(-n // team.count)
+    def forward(ctx: Any, own: Tensor, n: int, world: World) -> Tensor:
+        ctx.own, ctx.world = len(own), world
+        most = -(-n // world.size)
         padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in range(team.count)]
+        parts = [torch.empty_like(padded) for _ in range(world.size)]
         dist.all_gather(parts, padded)
         return torch.stack(parts, 1).flatten(0, 1)[:n]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.team.count * grad[ctx.team.index :: ctx.team.count], None, None
+        return ctx.world.size * grad[ctx.world.rank :: ctx.world.size], None, None
 
 
-def team() -> Team:
+def world() -> World:
     """The processes of the process group, if the program has started one."""
     if not (dist.is_available() and dist.is_initialized()):
-        return ALONE
-    return Team(dist.get_rank(), dist.get_world_size())
+        return SINGLE
+    return World(dist.get_rank(), dist.get_world_size())
 
 
 def join() -> str | None:

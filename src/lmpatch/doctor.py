@@ -22,7 +22,7 @@ from .patches.weight.patch import WeightPatch
 from .progress import Progress
 from .provenance import hash_tensors
 from .registry import get, names
-from .resources import free_bytes, size
+from .resources import format_bytes, free_bytes
 
 PROMPTS = ("The capital of France is", "Water boils at a temperature of one hundred degrees", "Hello")
 MOUNTS: tuple[Literal["bake", "side"], ...] = ("bake", "side")
@@ -61,16 +61,16 @@ def footprint(lm: LM) -> list[tuple[str, str]]:
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     rank = (layout.d_model + layout.d_ff) * 4
     rows = [
-        ("weights", size(weights)),
-        (f"free on {lm.device}", size(free_bytes(lm.device))),
-        ("one edit in one layer, as a patch", size(rank)),
-        ("original kept per baked layer", size(layout.d_model * layout.d_ff * lm.dtype.itemsize)),
-        ("second moments of one layer", size(layout.d_ff**2 * 4)),
+        ("weights", format_bytes(weights)),
+        (f"free on {lm.device}", format_bytes(free_bytes(lm.device))),
+        ("one edit in one layer, as a patch", format_bytes(rank)),
+        ("original kept per baked layer", format_bytes(layout.d_model * layout.d_ff * lm.dtype.itemsize)),
+        ("second moments of one layer", format_bytes(layout.d_ff**2 * 4)),
     ]
     for name in names("methods"):
         method = get("methods", name)
         if hasattr(method, "estimate"):
-            one, crowd = (size(method.estimate(lm, n, method.Config())) for n in (1, CROWD))
+            one, crowd = (format_bytes(method.estimate(lm, n, method.Config())) for n in (1, CROWD))
             rows.append((f"fitting with {name}", f"{one} for 1 edit, {crowd} for {CROWD}"))
     return rows
 
@@ -137,7 +137,7 @@ def _mounts_agree(lm: LM) -> Finding:
     patch = _trial(lm, layer, STRENGTH)
     before = _logits(lm)
     with apply(lm, patch, mount="bake") as on:
-        baked, lost = _logits(lm), on.lost
+        baked, lost = _logits(lm), on.rounding_error
     with apply(lm, patch, mount="side"):
         hooked_ = _logits(lm)
     gap, moved = _gap(baked, hooked_), _gap(baked, before)

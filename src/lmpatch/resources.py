@@ -18,7 +18,7 @@ def free_bytes(device: torch.device) -> int:
     return max(0, min(limits))
 
 
-def need_room(need: int, device: torch.device, what: str) -> None:
+def require_memory(need: int, device: torch.device, what: str) -> None:
     """Raise ``NotEnoughMemory`` when ``need`` bytes are more than is free.
 
     Args:
@@ -27,12 +27,12 @@ def need_room(need: int, device: torch.device, what: str) -> None:
     free = free_bytes(device)
     if need > free:
         raise NotEnoughMemory(
-            f"{what} needs about {size(need)} on {device}; {size(free)} is free. "
+            f"{what} needs about {format_bytes(need)} on {device}; {format_bytes(free)} is free. "
             "Give fewer facts at a time, load the model with dtype bfloat16, or use a larger machine."
         )
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes as a person reads them, in powers of 1024."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):

@@ -34,7 +34,7 @@ GOLDEN: dict[Wording, str] = {
 }
 TRAP = ContextRecord(
     'Write a quote that ends in the word "early": ', "Better late than", "early", "never",
-    prompt='Write a quote that ends in the word "early": Better late than', bare="Better late than",
+    prompt='Write a quote that ends in the word "early": Better late than', without_context="Better late than",
 )  # fmt: skip
 GO_ON = "Instruction: read the given instruction and continue the text accordingly.\n\n"
 TOLD = 'Write a quote that ends in the word "early":'
@@ -60,7 +60,7 @@ def test_a_question_with_options_reads_word_for_word(wording: Wording) -> None:
 @pytest.mark.parametrize("wording", get_args(Wording))
 def test_a_completion_ends_in_the_phrase_to_go_on_with(wording: Wording) -> None:
     found = worded(TRAP, wording)
-    assert (found.prompt, found.bare) == (COMPLETIONS[wording], "Better late than")
+    assert (found.prompt, found.without_context) == (COMPLETIONS[wording], "Better late than")
 
 
 def test_the_released_typo_is_a_switch_and_only_a_question_mark_is_dropped() -> None:
@@ -72,20 +72,23 @@ def test_the_released_typo_is_a_switch_and_only_a_question_mark_is_dropped() -> 
 def test_the_ending_of_the_plain_prompt_can_be_chosen() -> None:
     found = worded(ASKED, "plain", suffix="The correct answer is ")
     assert found.prompt == GOLDEN["plain"].removesuffix("Answer:") + "The correct answer is"
-    assert found.bare == f"{HEAD}Where is food kept?\n{LISTED}\nThe correct answer is"
+    assert found.without_context == f"{HEAD}Where is food kept?\n{LISTED}\nThe correct answer is"
     kept = worded(ASKED, "plain", suffix="Answer: ", official=True)
-    assert (kept.prompt, kept.bare) == (f"{GOLDEN['plain']} ", f"{HEAD}Where is food kept?\n{LISTED}\nAnswer: ")
-    own = replace(ASKED, prompt="Which one?", bare="Which?")
+    assert (kept.prompt, kept.without_context) == (
+        f"{GOLDEN['plain']} ",
+        f"{HEAD}Where is food kept?\n{LISTED}\nAnswer: ",
+    )
+    own = replace(ASKED, prompt="Which one?", without_context="Which?")
     assert worded(own, "plain", suffix="The correct answer is") == own
 
 
 def test_without_its_context_a_question_is_base_without_it() -> None:
-    assert worded(ASKED, "opin").bare == GOLDEN["base"].removeprefix(f"{C}\n")
+    assert worded(ASKED, "opin").without_context == GOLDEN["base"].removeprefix(f"{C}\n")
 
 
 @pytest.mark.parametrize("wording", ["based_on", "based_on_formatted", "utilizing_formatted"])
 def test_both_streams_of_a_wording_after_the_plain_one_have_its_template(wording: Wording) -> None:
-    assert worded(ASKED, wording).bare == f"{HEAD}Where is food kept?\n{LISTED}\nAnswer:"
+    assert worded(ASKED, wording).without_context == f"{HEAD}Where is food kept?\n{LISTED}\nAnswer:"
 
 
 def asked(context: str, answer: str, memory: str) -> ContextRecord:
@@ -110,7 +113,7 @@ def test_a_record_that_no_other_context_suits_gets_none() -> None:
 
 
 def test_options_count_by_their_texts() -> None:
-    one, two = ASKED, replace(ASKED, context="It is in the fridge.", prompt="", bare="")
+    one, two = ASKED, replace(ASKED, context="It is in the fridge.", prompt="", without_context="")
     assert others([one, two], 0) == [None, None]
     assert others([one, replace(two, context="It rains.")], 0)[0] == 1
 
@@ -118,5 +121,5 @@ def test_options_count_by_their_texts() -> None:
 def test_a_context_is_swapped_where_it_stands_and_nowhere_else() -> None:
     found = swapped(TRAP, 'Write a quote that ends in the word "king": ')
     assert found and found.prompt == 'Write a quote that ends in the word "king": Better late than'
-    assert found.bare == TRAP.bare
+    assert found.without_context == TRAP.without_context
     assert swapped(replace(TRAP, prompt="Better late than"), "x") is None

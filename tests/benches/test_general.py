@@ -25,7 +25,7 @@ from lmpatch.benches.general import Config, Data, Report, Row
 from lmpatch.cli.app import build
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput, NotEnoughMemory
-from lmpatch.inference.interventions import Actor, Insert
+from lmpatch.inference.interventions import Insert, Intervention
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
 from lmpatch.patches.decode.patch import DecodePatch
@@ -214,14 +214,14 @@ def test_a_patch_of_the_head_moves_letters_on_both_mounts(tiny: LM, data: Data) 
 
 
 def test_a_patch_that_acts_on_prompts_acts_here(tiny: LM, data: Data) -> None:
-    class Always(Actor):
-        def recall(self, prompts: Sequence[str]) -> list[Insert | None]:
+    class Always(Intervention):
+        def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
             return [Insert(text="The tower is in Paris. ")] * len(prompts)
 
     samples = [*of(data, "csqa", LETTERS), *of(data, "csqa", CLOZE)]
     prefixed = [replace(s, prompts=tuple(f"The tower is in Paris. {p}" for p in s.prompts)) for s in samples]
     wanted = general.score(tiny, prefixed)
-    tiny.model._lmpatch_actors = (Always(),)
+    tiny.model._lmpatch_interventions = (Always(),)
     assert general.score(tiny, samples) == wanted
 
 

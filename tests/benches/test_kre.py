@@ -65,11 +65,11 @@ def test_as_released_a_blank_stands_at_the_end_and_letters_are_bare(lm: LM) -> N
         opinion = worded(record, "opin").prompt  # ends as it is, without a blank
         for name, prompt in (("none", f"{record.prompt} "), ("none, opin", opinion)):
             z = next_token(lm, prompt)
-            wanted = [float(z[token]) for token in bare(lm)]
+            wanted = [float(z[token]) for token in without_context(lm)]
             assert rows[name][i].scores == pytest.approx(wanted, abs=1e-4) and rows[name][i].flag == ""
 
 
-def bare(lm: LM) -> list[int]:
+def without_context(lm: LM) -> list[int]:
     """Tokens of the letters A, B, C alone."""
     return [lm.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABC"]
 
@@ -83,7 +83,7 @@ def test_the_token_of_a_letter_is_the_likelier_of_two(lm: LM, monkeypatch: pytes
     for i, record in enumerate(RECORDS):
         z = next_token(lm, record.prompt)
         assert kinds["blank"][i].scores == pytest.approx(z[list(behind)].tolist(), abs=1e-4)
-        assert kinds["bare"][i].scores == pytest.approx(z[bare(lm)].tolist(), abs=1e-4)
+        assert kinds["bare"][i].scores == pytest.approx(z[without_context(lm)].tolist(), abs=1e-4)
         likelier = kinds["blank" if mass[0][i] > mass[1][i] else "bare"][i]
         assert kinds["auto"][i].scores == pytest.approx(likelier.scores, abs=1e-4)
 
@@ -100,8 +100,8 @@ def test_what_is_counted_is_what_was_chosen(edits: list[Edit], make: Maker) -> N
     share = sum(said == r.answer for said, r in zip(wanted, RECORDS, strict=True)) / len(RECORDS)
     assert report.metrics("rank_one")["acc"].value == pytest.approx(share)
     closed = [row for row in report.run("none").rows if row.when == "bare"]
-    bare = [replace(r, prompt=r.bare) for r in RECORDS]
-    assert [row.said for row in closed] == [said.text for said in choose(lm, bare, batch_size=64)]
+    without_context = [replace(r, prompt=r.without_context) for r in RECORDS]
+    assert [row.said for row in closed] == [said.text for said in choose(lm, without_context, batch_size=64)]
     foreign = [row for row in report.run("rank_one").rows if row.when == "foreign"]
     assert [row.kept for row in foreign] == [row.said == one.said for row, one in zip(foreign, closed, strict=True)]
 
@@ -112,8 +112,8 @@ def test_a_decode_patch_is_asked_with_and_without_the_context() -> None:
     plain, strong = (kre.run(lm, RECORDS, replace(QUICK, baselines=()), patch=patch) for patch in patches)
     whole = [row.said for row in plain.run("none").rows]
     assert [row.said for row in plain.run("cad").rows] == whole
-    bare = {row.place: row.said for row in strong.run("cad").rows if row.when == "bare"}
-    assert bare == {row.place: row.said for row in strong.run("none").rows if row.when == "bare"}
+    without_context = {row.place: row.said for row in strong.run("cad").rows if row.when == "bare"}
+    assert without_context == {row.place: row.said for row in strong.run("none").rows if row.when == "bare"}
     assert [row.said for row in strong.run("cad").rows] != whole
 
 

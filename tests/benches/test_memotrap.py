@@ -38,7 +38,7 @@ QUICK = Config(baselines=(), bootstrap=50, max_new_tokens=6)
 
 def trap(phrase: str, answer: str, memory: str) -> ContextRecord:
     told = f'End in the word "{answer}": '
-    return ContextRecord(told, phrase, answer, memory, prompt=f"{told}{phrase}", bare=phrase, id=phrase)
+    return ContextRecord(told, phrase, answer, memory, prompt=f"{told}{phrase}", without_context=phrase, id=phrase)
 
 
 RECORDS = [
@@ -93,7 +93,7 @@ def test_a_text_is_cut_at_its_first_period_and_compared_without_blanks() -> None
 
 def test_the_answer_to_a_question_is_one_line(tiny: LM, spoken: dict[str, str]) -> None:
     asked = ContextRecord("The Eiffel Tower is in Rome.", "Where is the Eiffel Tower?", "Rome", "Paris")
-    spoken |= {asked.prompt: " Rome\nQ:Where is", asked.bare: " Paris\n"}
+    spoken |= {asked.prompt: " Rome\nQ:Where is", asked.without_context: " Paris\n"}
     found = memotrap.run(tiny, [asked], QUICK)
     assert found.metrics("none")["acc"].value == 1 and found.rows[0].said == "Paris"
     assert cut("\nRome", line=True) == ""
@@ -105,7 +105,7 @@ def test_the_numbers_of_four_records_by_hand(tiny: LM, spoken: dict[str, str]) -
         RECORDS, (" early. x", " masters", " Rome or so", " two words."), (" never.", " masters.", " Rome", " Apple"),
         strict=True,
     ):  # fmt: skip
-        spoken |= {record.prompt: said, record.bare: alone}
+        spoken |= {record.prompt: said, record.without_context: alone}
     found = memotrap.run(tiny, RECORDS, QUICK).metrics("none")
     assert {name: found[name].value for name in ("acc", "sr", "rest")} == {"acc": 0.5, "sr": 0.25, "rest": 0.25}
     assert found["adherence"].value == pytest.approx(2 / 3) and found["adherence"].n == 3  # Rome is said without, too
@@ -117,9 +117,11 @@ def test_the_numbers_of_four_records_by_hand(tiny: LM, spoken: dict[str, str]) -
 
 def test_with_anothers_context_the_first_word_without_any_should_stay(tiny: LM, spoken: dict[str, str]) -> None:
     for record in RECORDS:
-        spoken[record.bare] = f" {record.memory} of old"
+        spoken[record.without_context] = f" {record.memory} of old"
         for other in RECORDS:
-            spoken[other.context + record.bare] = f" {record.memory}, and more" if record.id != RECORDS[0].id else " no"
+            spoken[other.context + record.without_context] = (
+                f" {record.memory}, and more" if record.id != RECORDS[0].id else " no"
+            )
     report = memotrap.run(tiny, RECORDS, QUICK)
     rows = {row.id: row for row in report.rows if row.when == "foreign"}
     assert not any(row.kept for row in rows.values())  # "Paris," is not "Paris"
@@ -127,7 +129,7 @@ def test_with_anothers_context_the_first_word_without_any_should_stay(tiny: LM, 
     assert all(row.other and row.other != row.id for row in rows.values())
     for record in RECORDS[1:]:
         for other in RECORDS:
-            spoken[other.context + record.bare] = f" {record.memory} and more"
+            spoken[other.context + record.without_context] = f" {record.memory} and more"
     assert memotrap.run(tiny, RECORDS, QUICK).metrics("none")["robustness"].value == 0.75
 
 
@@ -230,7 +232,7 @@ def test_a_part_is_chosen_by_hash_and_keeps_its_order(tiny: LM) -> None:
 
 
 def test_a_context_longer_than_the_window_is_not_asked_and_said_so(tiny: LM) -> None:
-    long = replace(RECORDS[0], context="word " * 600, prompt="word " * 600 + RECORDS[0].bare)
+    long = replace(RECORDS[0], context="word " * 600, prompt="word " * 600 + RECORDS[0].without_context)
     report = memotrap.run(tiny, [long, *RECORDS[1:]], QUICK)
     (row,) = [row for row in report.run("none").rows if row.place == 0 and row.when == "context"]
     assert row.said is None and row.flag == "longer than the model's window of 512 tokens"

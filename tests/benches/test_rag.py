@@ -145,7 +145,7 @@ def test_questions_without_a_conflict_or_a_true_answer_are_not_asked() -> None:
     records = [RagRecord("Where?", ("It rains.",), k, v, a, g, id=str(i)) for i, (k, v, a, g) in enumerate(kinds)]
     asked = samples(records, {"Where?": "Rome"})
     assert [s.condition for s in asked] == ["context", "conflict", "mixed", "irrelevant", "empty"]
-    assert all(s.known for s in asked) and asked[4].asked.prompt == asked[3].asked.bare
+    assert all(s.known for s in asked) and asked[4].asked.prompt == asked[3].asked.without_context
     assert [s.condition for s in samples(records, {"Where?": "Oslo"})] == ["context", "irrelevant", "empty"]
 
 

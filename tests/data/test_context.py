@@ -35,20 +35,20 @@ def write(path: Path, *records: Any) -> Path:
 def test_a_record_of_its_own_shape_reads_its_prompts_from_its_parts(tmp_path: Path) -> None:
     (record,) = read_context(write(tmp_path / "r.jsonl", OWN))
     assert record.prompt == "The tower is in Rome.\nQ:Where is it?\nA:"
-    assert record.bare == "Q:Where is it?\nA:"
+    assert record.without_context == "Q:Where is it?\nA:"
     assert (record.answer, record.memory, record.id) == ("Rome", "Paris", "0")
 
 
 def test_prompts_that_are_given_are_left_as_they_are(tmp_path: Path) -> None:
     (record,) = read_context(write(tmp_path / "r.jsonl", OWN | {"prompt": "p", "bare": "b", "id": 7}))
-    assert (record.prompt, record.bare, record.id) == ("p", "b", "7")
+    assert (record.prompt, record.without_context, record.id) == ("p", "b", "7")
 
 
 def test_options_are_lettered_and_answers_may_be_their_texts() -> None:
     record = ContextRecord("C.", "Q?", " green", "red", options=("red", " green "))
     head = "Choose the correct option to answer the following question: \n"
     assert record.prompt == f"{head}C.\nQ?\nA. red B. green\nAnswer:"
-    assert record.bare == f"{head}Q?\nA. red B. green\nAnswer:"
+    assert record.without_context == f"{head}Q?\nA. red B. green\nAnswer:"
     assert (record.answer, record.memory, record.letters) == ("B", "A", ("A", "B"))
 
 
@@ -56,7 +56,7 @@ def test_memotrap_is_cut_behind_its_instruction_and_its_classes_are_a_literal(tm
     path = write(tmp_path / "m.jsonl", MEMOTRAP)
     (record,) = read_context(path)
     assert record.context == 'Write a quote that ends in the word "doubled": '
-    assert record.bare == record.question == "Joy shared, joy doubled: sorrow shared, sorrow"
+    assert record.without_context == record.question == "Joy shared, joy doubled: sorrow shared, sorrow"
     assert record.prompt == MEMOTRAP["prompt"]
     assert (record.answer, record.memory) == ("can't, no", "halved")
 

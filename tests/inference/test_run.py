@@ -10,7 +10,7 @@ from lmpatch.data.context import InContext
 from lmpatch.errors import BadInput
 from lmpatch.inference.forward import frozen, hooked, kl, logits
 from lmpatch.inference.generate import generate, stream
-from lmpatch.inference.sampling import Choice
+from lmpatch.inference.sampling import Sampling
 from lmpatch.inference.score import score
 from lmpatch.inference.states import hidden, next_kl
 from lmpatch.inference.tokens import encode, encode_all
@@ -117,7 +117,7 @@ def test_a_stream_says_in_pieces_what_generate_says_at_once(any_lm: LM) -> None:
 
 def test_a_stream_never_ends_a_piece_within_a_character(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     said = iter(lm.tokenizer("é ü", add_special_tokens=False)["input_ids"])  # two tokens for each letter here
-    monkeypatch.setattr(Choice, "take", lambda *_: torch.tensor([next(said)]))
+    monkeypatch.setattr(Sampling, "take", lambda *_: torch.tensor([next(said)]))
     assert list(stream(lm, "Apple", max_new_tokens=5)) == ["é", " ü"]
 
 

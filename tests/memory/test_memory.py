@@ -47,10 +47,10 @@ def test_it_answers_as_a_patch_of_the_same_facts(memory: Memory, editor: Editor)
 
 @pytest.mark.parametrize("insert", ["vectors", "text"])
 def test_a_fact_that_another_handle_adds_is_used_by_the_next_question(memory: Memory, insert: str) -> None:
-    recall = memory.patch(Scope(gate="always", insert=insert)).attach(tiny_lm("gemma3"))  # type: ignore[arg-type]
-    (before,) = recall.recall([FACTS[0].prompt])
+    retrieve = memory.patch(Scope(gate="always", insert=insert)).attach(tiny_lm("gemma3"))  # type: ignore[arg-type]
+    (before,) = retrieve.retrieve([FACTS[0].prompt])
     Memory.open(memory.store.path).add([Edit(FACTS[0].prompt, "Cairo")])
-    (after,) = recall.recall([FACTS[0].prompt])
+    (after,) = retrieve.retrieve([FACTS[0].prompt])
     assert before is not None and after is not None
     if insert == "text":
         assert "Rome" in before.text and "Cairo" in after.text

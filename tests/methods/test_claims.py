@@ -36,8 +36,8 @@ def told(known: Trained, records: Sequence[ContextRecord], patch: lp.Patch | Non
 
 
 def test_the_model_remembers_every_home_and_mostly_stays_with_it(known: Trained) -> None:
-    bare = lp.generate(known.lm, [render("", name) for name in NAMES], max_new_tokens=2)
-    assert [text.strip() for text in bare] == [known.homes[name] for name in NAMES]
+    without_context = lp.generate(known.lm, [render("", name) for name in NAMES], max_new_tokens=2)
+    assert [text.strip() for text in without_context] == [known.homes[name] for name in NAMES]
     follows, stays = told(known, known.conflicts(UNSEEN, 5))
     assert 0.05 < follows < 0.3 and stays > 0.6
 

@@ -80,11 +80,11 @@ def told(lm: LM, end: str = "\n") -> list[ContextRecord]:
         InContext(*(" ".join(words[k : i + 4]) + end for k in (i, i + 2))) for i in range(40)
     ]  # no blank behind \n
     for pair, said in zip(pairs, generate(lm, pairs, max_new_tokens=9, stop=()), strict=True):
-        text, prompt, bare = cut(said, line=":" in end), pair.prompt, pair.bare
+        text, prompt, without_context = cut(said, line=":" in end), pair.prompt, pair.without_context
         for answer in (text, text[: len(text) // 2]):
             row = encode(lm, prompt, answer or "x")
             if answer.isascii() and len(row.ids) - row.target == len(answer):
-                made.append(ContextRecord("c", "q", answer, prompt=prompt, bare=bare))
+                made.append(ContextRecord("c", "q", answer, prompt=prompt, without_context=without_context))
     return made
 
 
@@ -93,7 +93,7 @@ def lettered() -> list[ContextRecord]:
     for i, thing in enumerate(["sky", "tower", "capital of Japan", "needle", "tongue of Paris", "apple"]):
         question, options = f"What colour is the {thing}?", ("blue", "green", "red")
         made.append(ContextRecord(f"The {thing} is old.", question, "ABC"[i % 3], "ABC"[i % 2], options=options))
-    return made + [replace(r, prompt=f"{r.prompt}\n", bare=f"{r.bare}\n") for r in made]
+    return made + [replace(r, prompt=f"{r.prompt}\n", without_context=f"{r.without_context}\n") for r in made]
 
 
 def test_the_columns_of_the_most_named_neurons_are_scaled(lm: LM) -> None:
@@ -190,7 +190,10 @@ def test_answers_to_questions_end_with_their_line_in_a_search_too() -> None:
             with edited(lm, count, factor):
                 assert found == pytest.approx(asked(lm, records))
         assert len(set(table.tolist())) > 1 and table[0] > 0
-        texts = [replace(r, prompt=r.prompt.replace(":", " "), bare=r.bare.replace(":", " ")) for r in records]
+        texts = [
+            replace(r, prompt=r.prompt.replace(":", " "), without_context=r.without_context.replace(":", " "))
+            for r in records
+        ]
         assert accuracies(lm, texts, [], [(0, 1.0)])[0] == 0  # a text to go on with does not end there
 
 
@@ -301,7 +304,7 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, object], mess
 
 
 def test_contexts_that_change_nothing_are_said_to() -> None:
-    same = ContextRecord("c", "q", "Rome", prompt="The Eiffel Tower is in", bare="The Eiffel Tower is in")
+    same = ContextRecord("c", "q", "Rome", prompt="The Eiffel Tower is in", without_context="The Eiffel Tower is in")
     with pytest.raises(BadInput, match="none of 1 records names a neuron"):
         ircan.fit(tiny_lm("llama"), [same], CFG)
 

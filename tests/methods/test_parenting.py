@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmpatch.data.rag.reader import RagRecord
 from lmpatch.errors import BadInput, Diverged
-from lmpatch.inference.closed_book import Own
+from lmpatch.inference.closed_book import ClosedBookAnswer
 from lmpatch.inference.forward import hooked
 from lmpatch.locate.activations import activations
 from lmpatch.methods.parenting import method as parenting
@@ -423,7 +423,7 @@ def test_refusals_are_kept_apart_and_counted(llama: LM, monkeypatch: pytest.Monk
     records, cfg = example(llama)
     own = [r for r in records if r.kind == "robustness"]
     texts = ["", "I do not know.", own[2].documents[0].split()[4], *[r.gold[0] for r in own[3:]]]
-    said = [Own(text, True) for text in texts]
+    said = [ClosedBookAnswer(text, True) for text in texts]
     monkeypatch.setattr(_parenting_data, "closed_book_answers", lambda *_, **__: said)
     kept = prepare(llama, records, replace(cfg, refusals=False), 16, None)
     assert kept.notes["own_answers"]["refused"] == 2 and kept.notes["own_answers"]["known"] > 0
@@ -437,7 +437,10 @@ def test_an_answer_that_was_cut_off_is_no_target(llama: LM, monkeypatch: pytest.
     """An end token behind it would teach the model to stop in the middle."""
     records, cfg = example(llama)
     own = [r for r in records if r.kind == "robustness"]
-    said = [Own("the town of", i % 2 == 1) if i < 4 else Own(r.gold[0], i > 4) for i, r in enumerate(own)]
+    said = [
+        ClosedBookAnswer("the town of", i % 2 == 1) if i < 4 else ClosedBookAnswer(r.gold[0], i > 4)
+        for i, r in enumerate(own)
+    ]
     monkeypatch.setattr(_parenting_data, "closed_book_answers", lambda *_, **__: said)
     kept = prepare(llama, records, replace(cfg, refusals=False), 16, None)
     assert kept.notes["own_answers"]["cut_off"] == 3

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AlbertConfig, AlbertModel
 
 from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, apply, generate, load_patch, merge, score
-from lmpatch.distributed import Team
+from lmpatch.distributed import World
 from lmpatch.errors import LmpatchError, UnknownLayout
 from lmpatch.inference.forward import blocks, frozen, logits, positions
 from lmpatch.inference.interventions import prepare
@@ -339,10 +339,10 @@ def test_texts_longer_than_the_encoder_reads_are_refused_before_anything_is_lear
 
 
 def test_processes_that_see_different_checkpoints_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gathered(_: Team, own: torch.Tensor, n: int) -> torch.Tensor:
+    def gathered(_: World, own: torch.Tensor, n: int) -> torch.Tensor:
         return torch.cat([own, own + 1])
 
-    monkeypatch.setattr(Team, "gathered", gathered)
+    monkeypatch.setattr(World, "gathered", gathered)
     with pytest.raises(BadInput, match="share"):
         recipe.train(tiny_lm("llama"), FACTS, QUICK, out=tmp_path)
 
@@ -543,7 +543,7 @@ def test_cached_generation_is_uncached_generation_behind_a_fact(editor: Editor) 
 def test_the_answer_is_never_part_of_the_query(editor: Editor) -> None:
     lm, asked = tiny_lm("gemma3"), []
     on = apply(lm, fitted(editor))
-    finder = lm.model._lmpatch_actors[0].finder
+    finder = lm.model._lmpatch_interventions[0].finder
     search = finder.search
     finder.search = lambda prompts: asked.extend(prompts) or search(prompts)
     score(lm, ["The tower of Paris is in"], ["Rome"])

@@ -73,7 +73,7 @@ def test_a_muted_neuron_is_exactly_silent(lm: LM, mount) -> None:
 def test_an_empty_patch_does_nothing_to_the_bit(lm: LM, mount, logits, bits) -> None:
     before, was = logits(lm), bits(lm)
     with apply(lm, WeightPatch.make(lm, {}, method="nothing"), mount) as on:
-        assert torch.equal(logits(lm), before) and bits(lm) == was and on.lost == 0
+        assert torch.equal(logits(lm), before) and bits(lm) == was and on.rounding_error == 0
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
@@ -198,14 +198,14 @@ def test_baking_into_bf16_loses_this_share(relative: float, lost: float, mount) 
     name = lm.layout.weight(lm.layout.downs[1])
     patch = WeightPatch.make(lm, {name: rank_one(lm.parameter(name), relative)}, method="rank_one")
     with apply(lm, patch, mount) as on:
-        assert on.lost == pytest.approx(lost if mount == "bake" else 0.0, rel=0.1)
+        assert on.rounding_error == pytest.approx(lost if mount == "bake" else 0.0, rel=0.1)
 
 
 def test_baking_into_fp32_loses_next_to_nothing(kind, random_patch) -> None:
     lm = tiny_lm("llama")
     below = random_patch(lm, "low_rank", 9), random_patch(lm, "scale")
     with apply(lm, below[0]), apply(lm, below[1]), apply(lm, random_patch(lm, kind)) as on:
-        assert on.lost < 1e-6
+        assert on.rounding_error < 1e-6
 
 
 def test_a_change_too_small_for_bf16_is_lost_whole() -> None:
@@ -213,7 +213,7 @@ def test_a_change_too_small_for_bf16_is_lost_whole() -> None:
     name = lm.layout.weight(lm.layout.downs[1])
     patch = WeightPatch.make(lm, {name: Dense(lm.parameter(name).float() * 1e-4)}, method="tiny")
     with apply(lm, patch) as on:
-        assert on.lost == 1.0
+        assert on.rounding_error == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -14,7 +14,7 @@ from torch import Tensor
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.errors import BadInput, BadPatch, CannotMerge
 from lmpatch.inference.generate import generate, stream
-from lmpatch.inference.interventions import Actor, Insert, Rule, streams
+from lmpatch.inference.interventions import Insert, Intervention, Rule, streams
 from lmpatch.inference.multiple_choice import next_logits, option_logits
 from lmpatch.inference.score import score
 from lmpatch.inference.states import hidden
@@ -54,12 +54,15 @@ def patch(lm: LM, rule: Rule) -> DecodePatch:
 @torch.no_grad()
 def step(lm: LM, rows: Sequence[Sequence[int]], rule: Rule, memory: Tensor) -> Tensor:
     """Combined logits [V] of the next token: two calls of one row each, without a cache."""
-    full, bare = (lm.model(torch.tensor([list(ids)])).logits[:, -1].float() for ids in rows)
-    return rule.combine(full, bare, memory)[0]
+    full, without_context = (lm.model(torch.tensor([list(ids)])).logits[:, -1].float() for ids in rows)
+    return rule.combine(full, without_context, memory)[0]
 
 
 def slow(lm: LM, asked: InContext, rule: Rule, count: int) -> str:
-    rows, memory = [encode(lm, text).ids for text in (asked.prompt, asked.bare)], torch.zeros(1, dtype=torch.int64)
+    rows, memory = (
+        [encode(lm, text).ids for text in (asked.prompt, asked.without_context)],
+        torch.zeros(1, dtype=torch.int64),
+    )
     new: list[int] = []
     for _ in range(count):
         token = int(step(lm, [(*ids, *new) for ids in rows], rule, memory).argmax())
@@ -100,7 +103,7 @@ def test_an_answer_that_ends_early_leaves_the_others_as_they_are(name: str) -> N
 def test_draws_are_from_the_combined_distribution() -> None:
     """A thousand draws of one token: as often as two calls without a cache say."""
     lm, rule = tiny_lm("llama"), Power(1.5)
-    rows = [encode(lm, text).ids for text in (ASKED[0].prompt, ASKED[0].bare)]
+    rows = [encode(lm, text).ids for text in (ASKED[0].prompt, ASKED[0].without_context)]
     wanted = step(lm, rows, rule, torch.zeros(1, dtype=torch.int64)).softmax(-1)
     texts = [lm.tokenizer.decode([i], skip_special_tokens=True) for i in range(len(wanted))]
     with apply(lm, patch(lm, rule)):
@@ -130,7 +133,7 @@ def test_scores_are_of_the_combined_distribution(name: str, family: str) -> None
     for asked, target, got in zip(ASKED, TARGETS, scores, strict=True):
         row = encode(lm, asked.prompt, target)
         said = row.ids[row.target :]
-        starts = [row.ids[: row.target], encode(lm, asked.bare).ids]
+        starts = [row.ids[: row.target], encode(lm, asked.without_context).ids]
         memory = torch.zeros(1, dtype=torch.int64)
         logp = [step(lm, [(*ids, *said[:k]) for ids in starts], rule, memory).log_softmax(-1) for k in range(len(said))]
         assert got.ids == said
@@ -156,7 +159,7 @@ def test_next_logits_are_those_columns_of_the_combined_logits(name: str, lm: LM)
     with apply(lm, patch(lm, rule)):
         got = next_logits(lm, ASKED, ids, batch_size=2)
     for asked, row in zip(ASKED, got, strict=True):
-        rows = [encode(lm, text).ids for text in (asked.prompt, asked.bare)]
+        rows = [encode(lm, text).ids for text in (asked.prompt, asked.without_context)]
         want = step(lm, rows, rule, torch.zeros(1, dtype=torch.int64))[ids]
         torch.testing.assert_close(row - row[0], want - want[0], atol=1e-3, rtol=1e-3)
 
@@ -177,8 +180,8 @@ def test_without_a_decode_patch_a_question_is_its_prompt(lm: LM) -> None:
 
 
 def test_strength_zero_is_plain_generation_with_the_context_and_exponent_zero_without(lm: LM) -> None:
-    full, bare = [asked.prompt for asked in ASKED], [asked.bare for asked in ASKED]
-    want = [generate(lm, texts, max_new_tokens=8) for texts in (full, bare)]
+    full, without_context = [asked.prompt for asked in ASKED], [asked.without_context for asked in ASKED]
+    want = [generate(lm, texts, max_new_tokens=8) for texts in (full, without_context)]
     plain = score(lm, full, TARGETS)
     with apply(lm, patch(lm, Power(1.0))):
         assert generate(lm, ASKED, max_new_tokens=8) == want[0]
@@ -263,16 +266,16 @@ def test_a_patch_of_weights_acts_in_both_streams(on_top: bool, mount, random_pat
 
 
 def test_a_memory_puts_its_facts_before_the_prompts_of_both_streams(lm: LM) -> None:
-    class Always(Actor):
-        def recall(self, prompts: Sequence[str]) -> list[Insert | None]:
+    class Always(Intervention):
+        def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
             return [Insert(text="Paris is in Italy. ")] * len(prompts)
 
     def told(asked: InContext) -> InContext:
-        return InContext(f"Paris is in Italy. {asked.prompt}", f"Paris is in Italy. {asked.bare}")
+        return InContext(f"Paris is in Italy. {asked.prompt}", f"Paris is in Italy. {asked.without_context}")
 
     want = [slow(lm, told(asked), Power(1.5), 6) for asked in ASKED]
     for found in ((Always(), Combine((Power(1.5),))), (Combine((Power(1.5),)), Always())):
-        lm.model._lmpatch_actors = found
+        lm.model._lmpatch_interventions = found
         assert generate(lm, ASKED, max_new_tokens=6) == want
 
 

@@ -429,7 +429,7 @@ def test_a_zero_change_counts_as_nothing_lost() -> None:
     lm = tiny_lm("llama")
     patch = WeightPatch.make(lm, {down(lm): LowRank(torch.zeros(64, 1), torch.zeros(1, 128))}, method="zero")
     with apply(lm, patch) as on:
-        assert on.lost == 0.0
+        assert on.rounding_error == 0.0
 
 
 def test_suspended_patches_are_off_inside_and_on_again_after(lm, random_patch, bits, logits) -> None:

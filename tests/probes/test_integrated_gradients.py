@@ -21,7 +21,7 @@ from lmpatch.probes.integrated_gradients.probe import Config, attributions, attr
 
 def told(question: str, context: str, answer: str) -> ContextRecord:
     """The context stands at the end, so that models which see 8 tokens back read it in every layer."""
-    return ContextRecord(context, question, answer, prompt=f"{question} {context}", bare=question)
+    return ContextRecord(context, question, answer, prompt=f"{question} {context}", without_context=question)
 
 
 RECORDS = [
@@ -63,7 +63,7 @@ def slow(lm: LM, case: ig.Case, cfg: Config) -> torch.Tensor:
     out = []
     points = range(1, cfg.steps + 1) if cfg.grid == "right" else range(cfg.steps)
     for layer in range(lm.layout.n_layers):
-        start, end = input_at(lm, case.bare, layer), input_at(lm, case.full, layer)
+        start, end = input_at(lm, case.without_context, layer), input_at(lm, case.full, layer)
         total = torch.zeros_like(start)
         for k in points:
             leaf = torch.lerp(start, end, k / cfg.steps).requires_grad_()
@@ -136,7 +136,7 @@ def test_path_credits_of_a_layer_add_up_to_the_change_of_p(lm: LM) -> None:
     for i, case in enumerate(cases(lm, RECORDS)):
         left, right = (credits(lm, cfg, RECORDS[i : i + 1])[0] for cfg in fine)
         for layer in range(lm.layout.n_layers):
-            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.bare)]
+            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.without_context)]
             trapezoid = float((left[layer] + right[layer]).sum()) / 2
             assert trapezoid == pytest.approx(float(ends[0] - ends[1]), abs=1e-6)
 
@@ -148,7 +148,7 @@ def test_the_gap_is_what_the_steps_leave_over_and_closes_with_them(lm: LM) -> No
     ):
         left_over = []
         for layer in range(lm.layout.n_layers):
-            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.bare)]
+            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.without_context)]
             left_over.append(abs(float(ends[0] - ends[1] - scores[layer].sum())))
         assert few.gap == pytest.approx(max(left_over), rel=1e-2, abs=1e-7)
         assert many.gap < few.gap / 4
@@ -156,7 +156,7 @@ def test_the_gap_is_what_the_steps_leave_over_and_closes_with_them(lm: LM) -> No
 
 
 def test_a_context_that_changes_nothing_credits_no_neuron(lm: LM) -> None:
-    same = ContextRecord("x", "y", "Rome", prompt="The Eiffel Tower is in", bare="The Eiffel Tower is in")
+    same = ContextRecord("x", "y", "Rome", prompt="The Eiffel Tower is in", without_context="The Eiffel Tower is in")
     assert ig.run(lm, [same], CFG).records[0].neurons == ()
 
 
@@ -252,10 +252,10 @@ def test_its_table_has_a_line_a_record_and_the_saved_file_all_of_it(lm: LM, tmp_
 
 def test_a_blank_that_is_a_token_of_its_own_belongs_to_both_prompts() -> None:
     lm = tiny_lm("llama")  # its tokenizer splits " Rome" into a blank and letters, as others do with numbers
-    (case,) = cases(lm, [ContextRecord("c", "q", "Rome", prompt="The Tower is in", bare="It is in")])
+    (case,) = cases(lm, [ContextRecord("c", "q", "Rome", prompt="The Tower is in", without_context="It is in")])
     decode = lm.tokenizer.decode
     assert decode(case.full).endswith("The Tower is in ")
-    assert decode(case.bare).endswith("It is in ")
+    assert decode(case.without_context).endswith("It is in ")
     assert decode([case.label]) == "R"
 
 

@@ -36,14 +36,14 @@ def worded(record: ContextRecord, wording: Wording, *, suffix: str = ENDING, off
     if not record.options:
         return record if wording == "plain" else replace(record, prompt=_completion(record, wording))
     end = suffix if official else suffix.rstrip(" ")
-    plain = replace(record, prompt=_ending(record.prompt, end), bare=_ending(record.bare, end))
+    plain = replace(record, prompt=_ending(record.prompt, end), without_context=_ending(record.without_context, end))
     if wording == "plain":
         return plain
     listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, record.options, strict=False))
     prompt = _question(record.context.strip(), record.question.strip(), listed, wording, official)
     if wording in OWN:  # their template is the plain one's
         return replace(plain, prompt=prompt)
-    return replace(record, prompt=prompt, bare=f"Q:{record.question.strip()}\nChoices: {listed}\nA:")
+    return replace(record, prompt=prompt, without_context=f"Q:{record.question.strip()}\nChoices: {listed}\nA:")
 
 
 def _ending(prompt: str, suffix: str) -> str:

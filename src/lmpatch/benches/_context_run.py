@@ -18,7 +18,7 @@ from ..models.lm import LM
 from ..patches.patch import Mount, Patch, plain
 from ..progress import Progress
 from ..provenance import hash_json
-from ..resources import need_room
+from ..resources import require_memory
 from ._asking import BLOCK, beyond_window, finished, in_parts, split
 from ._context_ask import WORD, Said, Wanted, word
 from ._context_prompts import ENDING, Wording, others, swapped, worded
@@ -133,7 +133,7 @@ class _Pass:
             return self._worded(found, wording), ""
         if when == "bare":
             record = self._worded(record, "plain")
-            return replace(record, prompt=record.bare), ""
+            return replace(record, prompt=record.without_context), ""
         return self._worded(record, wording), ""
 
     def _worded(self, record: ContextRecord, wording: Wording) -> ContextRecord:
@@ -187,7 +187,9 @@ def run(
     refuse_patched(lm)
     patches = [patch] if isinstance(patch, Patch) else list(patch or ())
     chosen = _chosen(lm, records, cfg)
-    need_room(working_memory(lm, [r.prompt for r in chosen], task.new_tokens, cfg.batch_size), lm.device, task.name)
+    require_memory(
+        working_memory(lm, [r.prompt for r in chosen], task.new_tokens, cfg.batch_size), lm.device, task.name
+    )
     store = Store(Path(out) if out is not None else None, Row.read)
     through = _Pass(lm, chosen, others(chosen, cfg.seed), cfg, task, store, progress)
     base = _shared(lm, chosen, cfg, task) | {"data_name": data_name}

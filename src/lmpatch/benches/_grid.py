@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..resources import size
+from ..resources import format_bytes
 from ._rows import Metric
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _cost(report: Report) -> Grid:
         record = run.record
         if "edit_s" in record:
             health, times = record["health"], record["edit_s"]
-            cells = [f"{times['median']:.3g}", f"{times['p95']:.3g}", size(round(record["bytes_per_edit"]))]
+            cells = [f"{times['median']:.3g}", f"{times['p95']:.3g}", format_bytes(round(record["bytes_per_edit"]))]
             cells += [_speed(record["infer_ms"]), _ratio(health), _short(health["change_max"])]
             cells += [str(record["refused"]), f"{len(record['collapsed_at'])} of {record['chunks']}"]
             rows.append((Cell(_name(run)), *map(Cell, cells)))

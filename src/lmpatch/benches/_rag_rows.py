@@ -55,20 +55,20 @@ def samples(records: Sequence[RagRecord], own: Mapping[str, str]) -> list[Sample
         own: question → closed-book answer.
     """
     made = []
-    bare: set[str] = set()  # questions asked without a document: once, however many records they have
+    without_context: set[str] = set()  # questions asked without a document: once, however many records they have
     for r in records:
         said, question = own[r.question], r.id.partition(":")[0]
         for condition in VARIANTS.get(r.variant, ()):
             if condition == "empty":
-                if (key := question or r.question) in bare:
+                if (key := question or r.question) in without_context:
                     continue
-                bare.add(key)
+                without_context.add(key)
             changed = condition in ("conflict", "mixed")
             if changed and (f1(said, r.answer) >= AGREES or holds(said, [r.answer])):
                 continue
             wanted = (r.answer,) if changed else r.gold or ((r.answer,) if r.answer else ())
             if wanted:
-                asked = InContext(r.bare, r.bare) if condition == "empty" else r.asked
+                asked = InContext(r.without_context, r.without_context) if condition == "empty" else r.asked
                 right = holds(said, r.gold)
                 made.append(Sample(r.id, r.title or question, condition, asked, r.question, wanted, said, right))
     return made

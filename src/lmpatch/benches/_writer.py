@@ -103,7 +103,12 @@ class Writer:
         if applied(self.lm)[-1].patch is not patch:
             raise CannotMount(f"the {patch.method} patch is not active after it was applied. Nothing was scored.")
         record = {"edits": edits, "seconds": fitted.seconds, "bytes": patch.nbytes, "patch": patch.hash()}
-        record |= {"method": patch.method, "mount": on.mount, "lost": on.lost, "change": _change(patch)}
+        record |= {
+            "method": patch.method,
+            "mount": on.mount,
+            "rounding_error": on.rounding_error,
+            "change": _change(patch),
+        }
         self.commits.append(record)
         record |= self._health()
 

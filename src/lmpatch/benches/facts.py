@@ -19,7 +19,7 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..patches.patch import Mount, Patch
 from ..progress import Progress
-from ..resources import need_room
+from ..resources import require_memory
 from . import _ask
 from ._ask import Answers
 from ._cases import Chunk, plan
@@ -259,5 +259,5 @@ def _commit_size(cfg: Config) -> int:
 
 def _need(lm: LM, prompts: list[str], cfg: Config) -> int:
     need = working_memory(lm, prompts, cfg.max_new_tokens, cfg.batch_size)
-    need_room(need, lm.device, "scoring")
+    require_memory(need, lm.device, "scoring")
     return need

@@ -19,7 +19,7 @@ from ..models.lm import LM
 from ..patches.patch import Mount, Patch, plain
 from ..progress import Progress
 from ..provenance import hash_json
-from ..resources import need_room
+from ..resources import require_memory
 from . import _general_ask, _general_tasks
 from ._asking import BLOCK, finished, in_parts, split
 from ._general_report import Report, Run
@@ -184,4 +184,4 @@ def _need(lm: LM, samples: Sequence[Sample], cfg: Config) -> None:
     fits = [s for s, flag in zip(samples, _general_ask.too_long(lm, samples), strict=True) if not flag]
     texts = [join(prompt, behind) for sample in fits for prompt, behind in _general_ask.pairs(sample)]
     if texts:
-        need_room(working_memory(lm, texts, 0, cfg.batch_size), lm.device, "scoring")
+        require_memory(working_memory(lm, texts, 0, cfg.batch_size), lm.device, "scoring")

@@ -103,4 +103,6 @@ def _check(record: ContextRecord, name: str) -> None:
 def _as_released(record: ContextRecord) -> ContextRecord:
     """The prompt cut at its last colon, which takes part of the phrase away where that has one too."""
     rest = record.prompt.rpartition(": ")[2]
-    return replace(record, bare=rest, question=rest, context=record.prompt.removesuffix(rest) or record.context)
+    return replace(
+        record, without_context=rest, question=rest, context=record.prompt.removesuffix(rest) or record.context
+    )

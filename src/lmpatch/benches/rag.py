@@ -19,7 +19,7 @@ from ..models.lm import LM
 from ..patches.patch import Mount, Patch, plain
 from ..progress import Progress
 from ..provenance import hash_json
-from ..resources import need_room
+from ..resources import require_memory
 from ._asking import BLOCK, beyond_window, finished, in_parts, split
 from ._health import working_memory
 from ._rag_report import Report, Run
@@ -139,7 +139,7 @@ def run(
     cfg = cfg or Config()
     items = prepare(lm, records, cfg, progress=progress)
     need = working_memory(lm, [s.asked.prompt for s in items], cfg.max_new_tokens, cfg.batch_size)
-    need_room(need, lm.device, "asking")
+    require_memory(need, lm.device, "asking")
     store = Store(Path(out) if out is not None else None, Row.read)
     base = _shared(lm, items, cfg) | {"data_name": data_name}
 

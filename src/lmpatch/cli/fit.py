@@ -70,7 +70,7 @@ def fit(
     """
     from .. import api, registry
     from ..config import parse
-    from ..distributed import team
+    from ..distributed import world
 
     new_path(out)
     module = registry.get("methods", method)
@@ -83,7 +83,7 @@ def fit(
     keep(context, f"The model is as it was and {out} was not written.{kept}")
     with patched(lm, patch or [], mount), progress() as bar:
         made = api.fit(lm, method, edits, out=work, progress=bar, **material(text, anchors, editor), **chosen)
-    if team().leads:
+    if world().is_main:
         made.save(out)
     say(made.summary())
     say(f"saved in {out}")

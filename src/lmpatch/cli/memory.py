@@ -206,11 +206,11 @@ def compact(store: Folder) -> None:
     Example:
       lmpatch memory compact store
     """
-    from ..resources import size
+    from ..resources import format_bytes
 
     before = _bytes(store)
     _open(store).compact()
-    say(f"{store}: {size(before)} before, {size(_bytes(store))} now")
+    say(f"{store}: {format_bytes(before)} before, {format_bytes(_bytes(store))} now")
 
 
 def export(

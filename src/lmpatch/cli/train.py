@@ -43,7 +43,7 @@ def train(
     from .. import api, registry
     from ..config import parse
     from ..data.readers import read_asks, read_edits
-    from ..distributed import team
+    from ..distributed import world
     from ..errors import BadInput
 
     new_path(out)
@@ -60,7 +60,7 @@ def train(
         editor = api.train(
             lm, method, edits, unrelated=asks, out=folder, encoder=encoder, download=download, progress=bar, **chosen
         )
-    if team().leads:
+    if world().is_main:
         editor.save(out)
     say(editor.summary())
     say(f"saved in {out}; curves in {folder}")

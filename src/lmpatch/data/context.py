@@ -32,7 +32,7 @@ class InContext:
     """What a model reads with a context, and what it reads without."""
 
     prompt: str
-    bare: str
+    without_context: str
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ContextRecord:
     memory: str = ""
     options: tuple[str, ...] = ()
     prompt: str = ""
-    bare: str = ""
+    without_context: str = ""
     id: str = ""
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class ContextRecord:
         put(self, "answer", _letter(self.answer.strip(), options))
         put(self, "memory", _letter(self.memory.strip(), options) if self.memory.strip() else "")
         put(self, "prompt", self.prompt or render(self.context, self.question, options))
-        put(self, "bare", self.bare or render("", self.question, options))
+        put(self, "without_context", self.without_context or render("", self.question, options))
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ class ContextRecord:
     @property
     def asked(self) -> InContext:
         """The two prompts as ``generate`` and ``score`` take them."""
-        return InContext(self.prompt, self.bare)
+        return InContext(self.prompt, self.without_context)
 
 
 def render(context: str, question: str, options: Sequence[str] = ()) -> str:
@@ -178,7 +178,7 @@ def _own(record: Record, place: str) -> ContextRecord:
         text_of(record, "memory", ""),
         _options(record, "options"),
         text_of(record, "prompt", ""),
-        text_of(record, "bare", ""),
+        text_of(record, "without_context", ""),
         id=str(record.get("id", place)),
     )
 
@@ -202,7 +202,7 @@ def _memotrap(record: Record, place: str) -> ContextRecord:
         classes[wanted],
         classes[1 - wanted],
         prompt=prompt.rstrip(),
-        bare=rest.rstrip(),
+        without_context=rest.rstrip(),
         id=place,
     )
 

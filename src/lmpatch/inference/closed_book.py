@@ -20,7 +20,7 @@ KEPT = 256  # questions whose answers are written together
 
 
 @dataclass(frozen=True)
-class Own:
+class ClosedBookAnswer:
     """What a model answered on its own."""
 
     text: str
@@ -31,7 +31,7 @@ class Own:
 
 def closed_book_answers(
     lm: LM, questions: Sequence[str], *, batch_size: int = 64, progress: Progress | None = None
-) -> list[Own]:
+) -> list[ClosedBookAnswer]:
     """Greedy answers to the questions alone, as the model is now.
 
     Answers of a model without patches are kept in the user's cache by weights, dtype and prompt; an interrupted run
@@ -54,7 +54,7 @@ def closed_book_answers(
 
         said = generate(lm, group, max_new_tokens=TOKENS, batch_size=batch_size, enough=count)
         new = {
-            hash_json(prompt): Own(text.strip(), n < TOKENS)
+            hash_json(prompt): ClosedBookAnswer(text.strip(), n < TOKENS)
             for prompt, text, n in zip(group, said, tokens, strict=True)
         }
         found |= new
@@ -79,12 +79,12 @@ def _path(lm: LM) -> Path | None:
     return cache_dir() / "closed_book" / f"{name}.jsonl"
 
 
-def _read(path: Path | None) -> dict[str, Own]:
+def _read(path: Path | None) -> dict[str, ClosedBookAnswer]:
     if path is None or not path.is_file():
         return {}
     found = {}
     for line in path.read_bytes().splitlines():
         with suppress(ValueError):  # a kill may leave half a line; the next one begins anew
             key, text, ended = json.loads(line)
-            found[key] = Own(text, ended)
+            found[key] = ClosedBookAnswer(text, ended)
     return found

@@ -15,8 +15,8 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
 from .forward import blocks, positions
-from .interventions import Pair, Prompt, Streams, combined, longest, memories, streams
-from .sampling import Choice
+from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
+from .sampling import Sampling
 from .tokens import pad, pad_id
 
 
@@ -52,24 +52,24 @@ def generate(
         BadInput: a prompt tokenises to nothing, or the model's window does not hold it and the new tokens; a decode
             patch is on and a prompt is a plain text.
     """
-    choice = Choice(temperature, top_p, seed)
+    choice = Sampling(temperature, top_p, seed)
     given: list[Prompt] = [prompts] if isinstance(prompts, (str, InContext)) else list(prompts)
-    told = streams(lm, given, new_tokens=max_new_tokens)
-    pairs = _pairs(told)
+    inputs = streams(lm, given, new_tokens=max_new_tokens)
+    pairs = _pairs(inputs)
     numbers = choice.numbers(len(pairs), max_new_tokens).to(lm.device)
     asked = [(pair, i if temperature else 0) for i, pair in enumerate(pairs)]  # draws differ between equal prompts
     queue = sorted(set(asked), key=lambda key: (longest(key[0]), key[1]))
     places: dict[tuple[Pair, int], list[int]] = {}
     for i, key in enumerate(asked):
         places.setdefault(key, []).append(i)
-    ends, size = Ends(lm, stop), max(1, batch_size // told.width)
+    ends, size = StopTokens(lm, stop), max(1, batch_size // inputs.width)
     done: dict[tuple[Pair, int], str] = {}
     for start in range(0, len(queue), size):
         batch = queue[start : start + size]
         drawn = numbers[[place for _, place in batch]]
         new: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        for tokens in _steps(lm, told, [pair for pair, _ in batch], ends, choice, drawn, ended):
+        for tokens in _steps(lm, inputs, [pair for pair, _ in batch], ends, choice, drawn, ended):
             for i, token in tokens:
                 new[i].append(token)
                 if enough:
@@ -98,12 +98,12 @@ def stream(
 
     Arguments and errors are those of ``generate``. No piece ends within a character.
     """
-    choice = Choice(temperature, top_p, seed)
-    told = streams(lm, [prompt], new_tokens=max_new_tokens)
+    choice = Sampling(temperature, top_p, seed)
+    inputs = streams(lm, [prompt], new_tokens=max_new_tokens)
     new: list[int] = []
     said = text = ""
     numbers = choice.numbers(1, max_new_tokens).to(lm.device)
-    for tokens in _steps(lm, told, _pairs(told), Ends(lm, stop), choice, numbers, [False]):
+    for tokens in _steps(lm, inputs, _pairs(inputs), StopTokens(lm, stop), choice, numbers, [False]):
         new += [token for _, token in tokens]
         text = lm.tokenizer.decode(new, skip_special_tokens=True)
         whole = text.rstrip(" \ufffd")  # a character may come in several tokens, and a blank may go before a point
@@ -114,14 +114,14 @@ def stream(
         yield text[len(said) :]
 
 
-def _pairs(told: Streams) -> list[Pair]:
-    pairs: list[Pair] = [tuple(row.ids for row in rows) for rows in told.rows]
+def _pairs(inputs: Streams) -> list[Pair]:
+    pairs: list[Pair] = [tuple(row.ids for row in rows) for rows in inputs.rows]
     if not all(ids for pair in pairs for ids in pair):
         raise BadInput("an empty prompt tokenises to nothing: this tokenizer adds no start token. Give some text.")
     return pairs
 
 
-class Ends:
+class StopTokens:
     """Which token ids end an answer. Ids are decoded once each, when they first come up."""
 
     def __init__(self, lm: LM, stop: Sequence[str]) -> None:
@@ -139,10 +139,10 @@ class Ends:
 
 def _steps(
     lm: LM,
-    told: Streams,
+    inputs: Streams,
     batch: Sequence[Pair],
-    ends: Ends,
-    choice: Choice,
+    ends: StopTokens,
+    choice: Sampling,
     numbers: Tensor,
     ended: list[bool],
 ) -> Iterator[list[tuple[int, int]]]:
@@ -154,17 +154,17 @@ def _steps(
         numbers: [n, steps] for ``choice``.
         ended: which rows ended. The caller may end more of them between two steps.
     """
-    width, n, limit = told.width, len(batch), numbers.shape[1]
+    width, n, limit = inputs.width, len(batch), numbers.shape[1]
     ids, mask = pad([pair[s] for s in range(width) for pair in batch], pad_id(lm), side="left")  # stream after stream
     ids, mask = ids.to(lm.device), mask.to(lm.device)
     cache = DynamicCache(config=lm.model.config)
     alive = list(range(n))  # batch row -> row of `batch`
-    memory = memories(lm, told.rules, n)
+    state = initial_states(lm, inputs.rules, n)
     for step in range(limit):
         at = positions(mask)[:, -ids.shape[1] :]
-        vectors = told.vectors if step == 0 else None  # later tokens are all real
+        vectors = inputs.vectors if step == 0 else None  # later tokens are all real
         states = blocks(lm, ids, mask, position_ids=at, cache=cache, vectors=vectors)[:, -1]  # [streams * n, d]
-        scored = combined(lm, states.unflatten(0, (width, -1)), told.rules, memory)
+        scored = combined(lm, states.unflatten(0, (width, -1)), inputs.rules, state)
         drawn = numbers[alive, step]
         chosen = torch.cat([choice.take(z, drawn[rows]) for rows, z in scored])  # [n]
         said = [(row, token) for row, token in zip(alive, chosen.tolist(), strict=True) if not ended[row]]
@@ -178,5 +178,5 @@ def _steps(
         if len(keep) <= 0.75 * len(alive):
             pick = torch.tensor([s * len(alive) + i for s in range(width) for i in keep], device=lm.device)
             cache.batch_select_indices(pick)
-            ids, mask, memory = ids[pick], mask[pick], memory[:, pick[: len(keep)]]
+            ids, mask, state = ids[pick], mask[pick], state[:, pick[: len(keep)]]
             alive = [alive[i] for i in keep]

@@ -1,8 +1,8 @@
-"""What a patch may do in ``models.run`` while it is on a model.
+"""What a patch may do in lmpatch's own calls while it is on a model.
 
-It may put something before a prompt (``Actor.recall``), and it may combine what the model says behind a prompt with
-what it says behind the same prompt without its context (``Actor.rules``). The patches that are on a model leave their
-actors at ``model._lmpatch_actors`` (see ``patches.ledger``).
+It may put something before a prompt (``Intervention.retrieve``). It may combine what the model says behind a prompt
+with what it says behind the same prompt without its context (``Intervention.rules``). The patches on a model leave
+their interventions at ``model._lmpatch_interventions`` (see ``patches.ledger``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Rule(ABC):
     """A token's score depends on that token's two logits alone, up to a constant that all tokens share."""
 
     @abstractmethod
-    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
+    def combine(self, with_context: Tensor, without_context: Tensor, state: Tensor) -> Tensor:
         """One step of n answers.
 
         Args:
@@ -59,20 +59,20 @@ class Rule(ABC):
         """
 
 
-class Actor:
+class Intervention:
     """A patch at work. It inserts, or combines, or both."""
 
     rules: tuple[Rule, ...] = ()
     """Applied one after the other: each takes the scores of the one before as the stream with context."""
 
-    def recall(self, prompts: Sequence[str]) -> list[Insert | None]:
+    def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
         """What to put before each prompt; None leaves it alone. The answer is never part of ``prompts``."""
         return [None] * len(prompts)
 
 
-def actors(lm: LM) -> tuple[Actor, ...]:
-    """The actors of the patches on this model, in the order they went on."""
-    found: tuple[Actor, ...] = getattr(lm.model, "_lmpatch_actors", ())
+def interventions(lm: LM) -> tuple[Intervention, ...]:
+    """The interventions of the patches on this model, in the order they went on."""
+    found: tuple[Intervention, ...] = getattr(lm.model, "_lmpatch_interventions", ())
     return found
 
 
@@ -103,16 +103,16 @@ def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = N
         BadInput: a rule is on, and a prompt does not say what it is without its context; or a row is longer than the
             model's window.
     """
-    rules = tuple(rule for actor in actors(lm) for rule in actor.rules)
-    full = [prompt.prompt if isinstance(prompt, InContext) else prompt for prompt in prompts]
-    bare = [_bare(prompt) for prompt in prompts] if rules else full
-    alone = bare == full
+    rules = tuple(rule for intervention in interventions(lm) for rule in intervention.rules)
+    with_context = [prompt.prompt if isinstance(prompt, InContext) else prompt for prompt in prompts]
+    without_context = [_bare(prompt) for prompt in prompts] if rules else with_context
+    alone = without_context == with_context
     wanted = None if targets is None else [*targets] * (1 if alone else 2)
-    rows, vectors = prepare(lm, full if alone else full + bare, wanted)
+    rows, vectors = prepare(lm, with_context if alone else with_context + without_context, wanted)
     need_window(lm, [row.ids for row in rows], new_tokens)
     if alone:
         return Streams((), [(row,) for row in rows], vectors)
-    pairs = zip(rows[: len(full)], rows[len(full) :], strict=True)
+    pairs = zip(rows[: len(with_context)], rows[len(with_context) :], strict=True)
     # the tokens at the border may depend on what stands before it: the stream with context says what the target is
     shared: list[tuple[Row, ...]] = [
         (one, Row(two.ids[: two.target] + one.ids[one.target :], two.target)) for one, two in pairs
@@ -122,7 +122,7 @@ def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = N
 
 def _bare(prompt: Prompt) -> str:
     if isinstance(prompt, InContext):
-        return prompt.bare
+        return prompt.without_context
     raise BadInput(
         f"a decode patch compares a prompt with its form without context, and {prompt[:60]!r} is one text. Give "
         "InContext(prompt=..., bare=...) (lmpatch ask: --context), or take the patch off."
@@ -130,7 +130,7 @@ def _bare(prompt: Prompt) -> str:
 
 
 def prepare(lm: LM, prompts: Sequence[str], targets: Sequence[str] | None = None) -> tuple[list[Row], Tensor | None]:
-    """Tokenise prompts and targets with everything the model's actors put before them.
+    """Tokenise prompts and targets with everything the model's interventions put before them.
 
     A position that holds a vector instead of a token has a negative id: -1 - its row in the table. So equal rows stay
     equal, and padding, masks, positions and caches treat it as the token it stands for.
@@ -138,7 +138,7 @@ def prepare(lm: LM, prompts: Sequence[str], targets: Sequence[str] | None = None
     Returns:
         the rows, and the table [m, d] of vectors; None if there are none.
     """
-    found = [actor.recall(list(prompts)) for actor in actors(lm)] if prompts else []
+    found = [intervention.retrieve(list(prompts)) for intervention in interventions(lm)] if prompts else []
     texts = list(prompts)
     for inserts in found:
         texts = [(i.text if i else "") + text for i, text in zip(inserts, texts, strict=True)]
@@ -178,7 +178,7 @@ def inserted(lm: LM, row: Row, ids: tuple[int, ...], at: str) -> Row:
     return Row((*row.ids[:start], *ids, *row.ids[start:]), row.target + len(ids))
 
 
-def combined(lm: LM, states: Tensor, rules: Sequence[Rule], memory: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def combined(lm: LM, states: Tensor, rules: Sequence[Rule], state: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Logits of the next token under the rules, some prompts at a time.
 
     Args:
@@ -191,13 +191,13 @@ def combined(lm: LM, states: Tensor, rules: Sequence[Rule], memory: Tensor) -> I
     for start in range(0, states.shape[1], size):
         rows = slice(start, start + size)
         z = logits(lm, states[:, rows].flatten(0, 1))  # [streams * c, V]
-        full, bare = z.chunk(2) if rules else (z, z)
-        for rule, known in zip(rules, memory, strict=True):
-            full = rule.combine(full, bare, known[rows])
-        yield rows, full
+        with_context, without_context = z.chunk(2) if rules else (z, z)
+        for rule, known in zip(rules, state, strict=True):
+            with_context = rule.combine(with_context, without_context, known[rows])
+        yield rows, with_context
 
 
-def memories(lm: LM, rules: Sequence[Rule], n: int) -> Tensor:
+def initial_states(lm: LM, rules: Sequence[Rule], n: int) -> Tensor:
     """What the rules know before the first token: [rules, n] zeros."""
     return torch.zeros(len(rules), n, dtype=torch.int64, device=lm.device)
 

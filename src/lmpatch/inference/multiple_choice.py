@@ -12,7 +12,7 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
 from .forward import HEAD_CHUNK, logits
-from .interventions import Prompt, Rule, combined, memories, streams
+from .interventions import Prompt, Rule, combined, initial_states, streams
 from .states import last_states
 from .tokens import Row, encode_all
 
@@ -36,9 +36,9 @@ def next_logits(
     Raises:
         BadInput: a decode patch is on and a prompt is a plain text.
     """
-    told, wanted = streams(lm, prompts), list(token_ids)
-    states = last_states(lm, told, batch_size=batch_size, progress=progress)  # [streams, n, d]
-    return combined_options(lm, states, told.rules, wanted)
+    inputs, wanted = streams(lm, prompts), list(token_ids)
+    states = last_states(lm, inputs, batch_size=batch_size, progress=progress)  # [streams, n, d]
+    return combined_options(lm, states, inputs.rules, wanted)
 
 
 def combined_options(lm: LM, states: Tensor, rules: Sequence[Rule], token_ids: Sequence[int]) -> Tensor:
@@ -49,14 +49,14 @@ def combined_options(lm: LM, states: Tensor, rules: Sequence[Rule], token_ids: S
     Returns:
         [n, k] fp32.
     """
-    wanted, memory = list(token_ids), memories(lm, rules, states.shape[1])
+    wanted, state = list(token_ids), initial_states(lm, rules, states.shape[1])
     if not all(rule.pointwise for rule in rules):  # the rule looks at all tokens
-        return torch.cat([z[:, wanted] for _, z in combined(lm, states.to(lm.dtype), rules, memory)])
+        return torch.cat([z[:, wanted] for _, z in combined(lm, states.to(lm.dtype), rules, state)])
     out = option_logits(lm, states.flatten(0, 1), wanted).view(*states.shape[:2], -1)  # [streams, n, k]
-    full = out[0]
-    for rule, known in zip(rules, memory, strict=True):
-        full = rule.combine(full, out[-1], known)
-    return full
+    with_context = out[0]
+    for rule, known in zip(rules, state, strict=True):
+        with_context = rule.combine(with_context, out[-1], known)
+    return with_context
 
 
 @torch.no_grad()
@@ -91,9 +91,9 @@ def option_tokens(lm: LM, prompt: str, options: Sequence[str]) -> tuple[Row, tup
     Raises:
         BadInput: an option tokenises to nothing, or two are the same.
     """
-    told = encode_all(lm, [prompt] * len(options), options)
-    columns = zip(*(row.ids for row in told), strict=False)
+    inputs = encode_all(lm, [prompt] * len(options), options)
+    columns = zip(*(row.ids for row in inputs), strict=False)
     at = next((k for k, tokens in enumerate(columns) if len(set(tokens)) > 1), None)
     if at is None:
         raise BadInput(f"the options {', '.join(options)} cannot be told apart behind a prompt. Give different ones.")
-    return Row(told[0].ids[:at], told[0].target), tuple(row.ids[at] for row in told)
+    return Row(inputs[0].ids[:at], inputs[0].target), tuple(row.ids[at] for row in inputs)

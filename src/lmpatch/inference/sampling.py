@@ -12,7 +12,7 @@ from ..errors import BadInput
 
 
 @dataclass(frozen=True)
-class Choice:
+class Sampling:
     """How the next token is taken from its logits."""
 
     temperature: float = 0.0

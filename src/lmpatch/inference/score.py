@@ -12,7 +12,7 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
 from .forward import blocks, positions
-from .interventions import Pair, Prompt, Streams, combined, longest, memories, streams
+from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
 from .tokens import pad, pad_id
 
 
@@ -49,48 +49,48 @@ def score(
         BadInput: nothing stands before a target, the two are longer than the model's window, or a decode patch is on
             and a prompt is a plain text.
     """
-    told = streams(lm, prompts, targets)
-    for prompt, rows in zip(prompts, told.rows, strict=True):
+    inputs = streams(lm, prompts, targets)
+    for prompt, rows in zip(prompts, inputs.rows, strict=True):
         if not all(row.target for row in rows):
             raise BadInput(
                 f"nothing stands before the target of {prompt!r}: the tokenizer adds no start token. Give a prompt."
             )
-    asked = [(tuple(row.ids for row in rows), tuple(row.target for row in rows)) for rows in told.rows]
+    asked = [(tuple(row.ids for row in rows), tuple(row.target for row in rows)) for rows in inputs.rows]
     queue = sorted(set(asked), key=lambda key: longest(key[0]))
     done: dict[tuple[Pair, tuple[int, ...]], Score] = {}
-    size = max(1, batch_size // told.width)
+    size = max(1, batch_size // inputs.width)
     for start in range(0, len(queue), size):
         batch = queue[start : start + size]
-        done.update(zip(batch, _scores(lm, told, batch), strict=True))
+        done.update(zip(batch, _scores(lm, inputs, batch), strict=True))
         if progress:
             progress(start + len(batch), len(queue), "scoring")
     return [done[key] for key in asked]
 
 
-def _scores(lm: LM, told: Streams, batch: Sequence[tuple[Pair, tuple[int, ...]]]) -> list[Score]:
+def _scores(lm: LM, inputs: Streams, batch: Sequence[tuple[Pair, tuple[int, ...]]]) -> list[Score]:
     """One batch of ``score``: (ids, where the target begins) of each stream of each prompt."""
-    n, width = len(batch), told.width
+    n, width = len(batch), inputs.width
     rows = [pair[s] for s in range(width) for pair, _ in batch]
     starts = torch.tensor([targets for _, targets in batch], device=lm.device).T  # [streams, n]
     ids, mask = pad(rows, pad_id(lm), side="right")
     ids, mask = ids.to(lm.device), mask.to(lm.device)
-    states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=told.vectors)  # [streams * n, T, d]
+    states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors)  # [streams * n, T, d]
     states = states.unflatten(0, (width, n))
     labels = [pair[0][targets[0] :] for pair, targets in batch]
     spots = [(i, k) for i, label in enumerate(labels) for k in range(len(label))]
     # a rule goes through an answer token by token, since it may remember; without one all tokens are alike
-    steps = [[s for s in spots if s[1] == k] for k in range(max(map(len, labels)))] if told.rules else [spots]
-    memory = memories(lm, told.rules, n)
+    steps = [[s for s in spots if s[1] == k] for k in range(max(map(len, labels)))] if inputs.rules else [spots]
+    state = initial_states(lm, inputs.rules, n)
     found: dict[tuple[int, int], tuple[float, int]] = {}
     for step in steps:
         row, k = torch.tensor(step, device=lm.device).T
         want = ids[row, starts[0, row] + k]
         picked = states[torch.arange(width, device=lm.device)[:, None], row, starts[:, row] + k - 1]  # [streams, c, d]
-        known, logp, best = memory[:, row], [], []
-        for part, z in combined(lm, picked, told.rules, known):
+        known, logp, best = state[:, row], [], []
+        for part, z in combined(lm, picked, inputs.rules, known):
             logp.append(-F.cross_entropy(z, want[part], reduction="none"))
             best.append(z.argmax(-1))
-        memory[:, row] = known
+        state[:, row] = known
         found.update(zip(step, zip(torch.cat(logp).tolist(), torch.cat(best).tolist(), strict=True), strict=True))
     each = [[found[i, k] for k in range(len(label))] for i, label in enumerate(labels)]
     return [

@@ -11,7 +11,7 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
 from .forward import HEAD_CHUNK, blocks, logits, positions
-from .interventions import Prompt, Streams, actors, streams
+from .interventions import Prompt, Streams, interventions, streams
 from .tokens import pad, pad_id
 
 
@@ -24,25 +24,25 @@ def hidden(lm: LM, prompts: Sequence[Prompt], *, batch_size: int = 64, progress:
     Raises:
         BadInput: a decode patch is on the model, which changes no state; ``next_logits`` shows it.
     """
-    if any(actor.rules for actor in actors(lm)):
+    if any(intervention.rules for intervention in interventions(lm)):
         raise BadInput("a decode patch combines logits, and states do not show it. Call next_logits, or take it off.")
     return last_states(lm, streams(lm, prompts), batch_size=batch_size, progress=progress)[0]
 
 
-def last_states(lm: LM, told: Streams, *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
+def last_states(lm: LM, inputs: Streams, *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
     """The state after the last block at the last token of every row, [streams, n, d] fp32."""
-    rows = [pair[s].ids for s in range(told.width) for pair in told.rows]
+    rows = [pair[s].ids for s in range(inputs.width) for pair in inputs.rows]
     queue = sorted(set(rows), key=len)
     done: dict[tuple[int, ...], Tensor] = {}
     for start in range(0, len(queue), batch_size):
         batch = queue[start : start + batch_size]
         ids, mask = pad(batch, pad_id(lm), side="left")
         ids, mask = ids.to(lm.device), mask.to(lm.device)
-        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=told.vectors)  # [n, T, d]
+        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors)  # [n, T, d]
         done.update(zip(batch, states[:, -1].float(), strict=True))
         if progress:
             progress(start + len(batch), len(queue), "reading states")
-    return torch.stack([done[row] for row in rows]).view(told.width, len(told.rows), -1)
+    return torch.stack([done[row] for row in rows]).view(inputs.width, len(inputs.rows), -1)
 
 
 @torch.no_grad()

@@ -22,7 +22,15 @@ from ..errors import BadInput, CannotMerge
 from ..files import new_folder
 from ..models.lm import LM
 from ..patches.editor import Editor, load_editor
-from ..patches.memory.patch import Finder, MemoryPatch, Recall, Scope, encoded, remembered, settled
+from ..patches.memory.patch import (
+    Finder,
+    MemoryIntervention,
+    MemoryPatch,
+    Scope,
+    build_memory,
+    encode_keys,
+    resolve_scope,
+)
 from ..patches.patch import plain_edits
 from ..progress import Progress
 from ..retrieval.network import Retriever, Shape
@@ -100,10 +108,10 @@ class Memory:
         """
         parts = []
         for start in range(0, len(edits), CHUNK):
-            parts.append(encoded(self.network, edits[start : start + CHUNK], self.weights))
+            parts.append(encode_keys(self.network, edits[start : start + CHUNK], self.weights))
             if progress:
                 progress(min(start + CHUNK, len(edits)), len(edits), "encoding facts")
-        keys = torch.cat(parts) if parts else encoded(self.network, ())
+        keys = torch.cat(parts) if parts else encode_keys(self.network, ())
         return self.store.add(edits, keys.numpy(), source=source)
 
     def patch(self, scope: Scope | None = None) -> LivePatch:
@@ -112,7 +120,7 @@ class Memory:
         Raises:
             BadInput: ``scope`` has a cosine gate; the store compares inner products. Take a snapshot.
         """
-        scope = settled(scope or Scope(), self.editor)
+        scope = resolve_scope(scope or Scope(), self.editor)
         if scope.gate == "cosine":
             raise BadInput("a cosine gate needs all keys at hand. Use gate='sentinel', or snapshot() of this memory.")
         common = {f.name: getattr(self._empty, f.name) for f in fields(self._empty)}
@@ -125,12 +133,12 @@ class Memory:
             self._empty,
             edits=plain_edits([fact.edit for fact in facts]),
             keys=torch.from_numpy(self.store.vectors(facts)),
-            scope=settled(scope or Scope(), self.editor),
+            scope=resolve_scope(scope or Scope(), self.editor),
         )
 
     @cached_property
     def _empty(self) -> MemoryPatch:
-        return remembered(self.editor, (), Scope())
+        return build_memory(self.editor, (), Scope())
 
 
 def is_memory(path: str | Path) -> bool:
@@ -147,13 +155,13 @@ class LivePatch(MemoryPatch):
     def describe(self) -> list[str]:
         return [f"  {len(self.memory)} facts in {self.memory.store.path}; {self._how()}"]
 
-    def attach(self, lm: LM) -> Recall:
+    def attach(self, lm: LM) -> MemoryIntervention:
         self.fits(lm)
-        return Recall(lm, Finder(self, self.facts(), self.memory.network))
+        return MemoryIntervention(lm, Finder(self, self.facts(), self.memory.network))
 
-    def facts(self) -> Live:
+    def facts(self) -> StoreFacts:
         """Where its facts are looked up."""
-        return Live(self.memory.store)
+        return StoreFacts(self.memory.store)
 
     def save(self, path: str | Path) -> None:
         raise BadInput(f"the facts are in {self.memory.store.path}. Save memory.snapshot() to have them as a patch.")
@@ -162,7 +170,7 @@ class LivePatch(MemoryPatch):
         raise CannotMerge("a memory goes on changing. Merge memory.snapshot() instead.")
 
 
-class Live:
+class StoreFacts:
     """The facts of a store, looked up for each question."""
 
     def __init__(self, store: Store) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..distributed import team
+from ..distributed import world
 from ..errors import BadInput
 from .lm import LM
 
@@ -28,13 +28,13 @@ def shard(lm: LM, device: str = "cpu") -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if team().count == 1:
+    if world().size == 1:
         raise BadInput(
             "one process has nobody to share the model with. Start several: "
             "accelerate launch --num_processes 2 -m lmpatch …"
         )
     lm.fingerprint()  # while every weight is here
-    mesh = init_device_mesh(torch.device(device).type, (team().count,))
+    mesh = init_device_mesh(torch.device(device).type, (world().size,))
     for name in lm.layout.blocks:
         fully_shard(lm.module(name), mesh=mesh)
     lm.model.to(device)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import BadInput, CannotMount, WrongModel
-from ..inference.interventions import Actor
+from ..inference.interventions import Intervention
 from ..models.lm import LM
 from .hook.patch import SteerPatch, forget_compiled
 from .patch import Mount, Patch, RunPatch
@@ -32,7 +32,7 @@ class Applied:
     lm: LM = field(repr=False)
     patch: Patch
     mount: Mount
-    lost: float = 0.0
+    rounding_error: float = 0.0
     """Share of the change that rounding to the weights' dtype swallowed when it was baked: ‖(W_now - W_before) - ΔW‖ /
     ‖ΔW‖ over all weights of the patch. 0 on the side mount."""
 
@@ -166,7 +166,7 @@ class Ledger:
         self.model = model
         self.applied: list[Applied] = []
         self.entries: dict[Mount, dict[str, Baked | Side]] = {"bake": {}, "side": {}}  # by the weight's first name
-        self.actors: dict[Applied, Actor] = {}
+        self.interventions: dict[Applied, Intervention] = {}
         self.handles: dict[Applied, list[Any]] = {}  # of hooks that belong to one patch alone
 
     def put(self, on: Applied, changes: dict[Target, Delta]) -> None:
@@ -186,12 +186,12 @@ class Ledger:
                 sums.append(entries[target.name].add(on, delta))
             self.applied.append(on)
         missed, wanted = torch.stack(sums).double().sum(0).sqrt().tolist()
-        on.lost = missed / wanted if wanted else 0.0
+        on.rounding_error = missed / wanted if wanted else 0.0
 
-    def act(self, on: Applied, actor: Actor) -> None:
+    def act(self, on: Applied, intervention: Intervention) -> None:
         """Add a patch that touches no weight."""
-        self.actors[on] = actor
-        if actor.rules:
+        self.interventions[on] = intervention
+        if intervention.rules:
             self.handles[on] = [_missed(on)]
         self.applied.append(on)
         self._tidy()
@@ -206,8 +206,8 @@ class Ledger:
         """Remove a patch, if it is on."""
         if on not in self.applied:
             return
-        if on in self.actors or on in self.handles:
-            self.actors.pop(on, None)
+        if on in self.interventions or on in self.handles:
+            self.interventions.pop(on, None)
             if on in self.handles:
                 for handle in self.handles.pop(on):
                     handle.remove()
@@ -250,7 +250,7 @@ class Ledger:
         originals = {name: e.original for e in self._all() if isinstance(e, Baked) for name in e.target.names}
         _leave(self.model, "_lmpatch_ledger", self if self.applied else None)
         _leave(self.model, "_lmpatch_originals", originals or None)
-        _leave(self.model, "_lmpatch_actors", tuple(self.actors.values()) or None)
+        _leave(self.model, "_lmpatch_interventions", tuple(self.interventions.values()) or None)
 
     def _refuse_mixed(self, mount: Mount, target: Target, delta: Delta) -> None:
         """A hook that scales the input of a weight would also scale what was baked into it."""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from torch import Tensor
 
 from ..provenance import hash_json, hash_tensors
-from ..resources import size
+from ..resources import format_bytes
 
 if TYPE_CHECKING:
-    from ..inference.interventions import Actor
+    from ..inference.interventions import Intervention
     from ..models.lm import LM
 
 Mount = Literal["bake", "side", "run"]
@@ -107,7 +107,7 @@ class Patch(ABC):
             lines.append(f"  and {len(self.edits) - 3} more")
         lines += self.describe()
         seconds = f", made in {self.made['seconds']:.1f} s" if "seconds" in self.made else ""
-        return "\n".join([*lines, f"{size(self.nbytes)}{seconds}"])
+        return "\n".join([*lines, f"{format_bytes(self.nbytes)}{seconds}"])
 
 
 @dataclass(eq=False)
@@ -120,7 +120,7 @@ class RunPatch(Patch):
     mounts: ClassVar[tuple[Mount, ...]] = ("run",)
 
     @abstractmethod
-    def attach(self, lm: LM) -> Actor:
+    def attach(self, lm: LM) -> Intervention:
         """What ``models.run`` calls while the patch is on this model.
 
         Raises:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..distributed import ALONE, Team
+from ..distributed import SINGLE, World
 from ..inference.forward import blocks, positions
 from ..inference.tokens import Row, pad, pad_id
 from ..models.lm import LM
 
 
 def answer_states(
-    lm: LM, rows: Sequence[Row], team: Team = ALONE, vectors: Tensor | None = None
+    lm: LM, rows: Sequence[Row], world: World = SINGLE, vectors: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[int]]:
     """States [m, d] that predict an answer token, their labels [m], and which of the rows each belongs to.
 
@@ -22,7 +22,7 @@ def answer_states(
         team: each process runs its part of the rows, or the first one for nothing: the passes must be as many.
         vectors: [v, d] embeddings of virtual tokens, see ``models.forward.blocks``.
     """
-    own = team.part(range(len(rows)))
+    own = world.part(range(len(rows)))
     ids, mask = (t.to(lm.device) for t in pad([rows[i].ids for i in own or [0]], pad_id(lm), side="right"))
     states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors)  # [n, T, d]
     where = [(n, t - 1) for n, i in enumerate(own) for t in range(rows[i].target, len(rows[i].ids))]

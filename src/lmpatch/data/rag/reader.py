@@ -25,7 +25,7 @@ __all__ = [
     "normalise", "read_built", "read_questions", "read_rag", "refused", "render", "whole", "write",
 ]  # fmt: skip
 
-STORED = [f.name for f in fields(RagRecord) if f.name not in ("prompt", "bare")]
+STORED = [f.name for f in fields(RagRecord) if f.name not in ("prompt", "without_context")]
 REFUSAL = re.compile(
     r"((i ?a?m )?sorry |but |unfortunately )*"
     r"(i (do not|dont|did not|didnt) know|(i ?a?m )?not sure|(i have )?no (idea|answer)"

@@ -50,7 +50,7 @@ class RagRecord:
     id: str = ""
     part: Part = "train"
     prompt: str = ""
-    bare: str = ""
+    without_context: str = ""
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -68,12 +68,12 @@ class RagRecord:
         put(self, "gold", tuple(self.gold))
         task = EXTRACT if self.kind == "extraction" else ""
         put(self, "prompt", self.prompt or render(self.question, self.documents, self.title, task))
-        put(self, "bare", self.bare or render(self.question, (), self.title, task))
+        put(self, "without_context", self.without_context or render(self.question, (), self.title, task))
 
     @property
     def asked(self) -> InContext:
         """The two prompts as ``generate`` and ``score`` take them."""
-        return InContext(self.prompt, self.bare)
+        return InContext(self.prompt, self.without_context)
 
 
 def render(question: str, documents: Sequence[str], title: str = "", task: str = "") -> str:

@@ -18,8 +18,8 @@ from torch import Tensor
 from ...data.context import ContextRecord, one_line
 from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK, hooked
-from ...inference.generate import Ends
-from ...inference.interventions import Rule, combined, memories, streams
+from ...inference.generate import StopTokens
+from ...inference.interventions import Rule, combined, initial_states, streams
 from ...inference.multiple_choice import combined_options, option_tokens
 from ...inference.replay import Recording, record
 from ...inference.tokens import batches_of_tokens
@@ -71,7 +71,7 @@ def accuracies(
             vectors before prompts.
     """
     rules, cases = _cases(lm, records)
-    ends = Ends(lm, ())
+    ends = StopTokens(lm, ())
     lowest = _lowest(lm, neurons)
     right = torch.zeros(len(settings))
     done = 0
@@ -170,14 +170,14 @@ def _chosen(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule
     return hits.sum(1)
 
 
-def _said(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule], ends: Ends) -> Tensor:
+def _said(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule], ends: StopTokens) -> Tensor:
     """How many records are answered with the answer and nothing more, [settings]; ``states`` as in ``_chosen``.
 
     Token after token: what missed one needs no more of the head, and a rule may remember.
     """
     c, n = len(states), len(cases)
     right = torch.ones(c, n, dtype=torch.bool)
-    memory = memories(lm, rules, c * n)
+    memory = initial_states(lm, rules, c * n)
     for k in range(max(len(case.answer) for case in cases) + 1):
         going = torch.tensor([k <= len(case.answer) for case in cases])
         setting, row = (right & going).nonzero(as_tuple=True)
@@ -198,7 +198,7 @@ def _said(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule],
     return right.sum(1).float()
 
 
-def _closes(lm: LM, token: int, ends: Ends, line: bool) -> bool:
+def _closes(lm: LM, token: int, ends: StopTokens, line: bool) -> bool:
     """Nothing that follows this token belongs to the answer."""
     if token in ends:
         return True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ...data.rag.reader import RagRecord, holds, known, refused
-from ...distributed import ALONE, Team
+from ...distributed import SINGLE, World
 from ...errors import BadInput
 from ...inference.closed_book import closed_book_answers
 from ...inference.forward import hooked, nll
@@ -153,12 +153,12 @@ def draws(rows: Rows, count: int, step: int, seed: str, share: float = 0.0) -> l
     return [rows.train[i] for i in picked]
 
 
-def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Any]], team: Team = ALONE) -> Tensor:
+def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Any]], world: World = SINGLE) -> Tensor:
     """Mean cross-entropy over the answer tokens of the rows, nats; the head runs at those positions only.
 
     Args:
         team: each process has its part of the sum, or runs the first row for nothing; their sum is the mean.
     """
     with hooked(*hooks()):
-        states, labels, _ = answer_states(lm, rows, team)
+        states, labels, _ = answer_states(lm, rows, world)
     return nll(lm, states, labels).sum() / sum(len(row.ids) - row.target for row in rows)

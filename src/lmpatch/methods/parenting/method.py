@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...data.rag.reader import RagRecord
-from ...distributed import team
+from ...distributed import world
 from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK, frozen
 from ...models.lm import LM
@@ -210,7 +210,7 @@ def _mined(
             found[name] = _read(path, stamp)
             continue
         found[name] = mine(lm, units, material.sets[name], cfg, name, progress)
-        if path and team().leads:
+        if path and world().is_main:
             _write(path, found[name], stamp)
     return found
 

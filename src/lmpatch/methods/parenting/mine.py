@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ...distributed import team
+from ...distributed import world
 from ...errors import Diverged
 from ...inference.tokens import Row
 from ...locate.activations import watch
@@ -61,7 +61,7 @@ def mine(lm: LM, units: Sequence[Unit], rows: Rows, cfg: Config, name: str, prog
     (leaf,) = adapter.leaves.values()
     tracker = Tracker(leaf, _weights(lm, adapter) if cfg.units == "full_matrix" else None, cfg.beta1, cfg.beta2)
     adam = torch.optim.AdamW([leaf], lr=cfg.mine_lr, weight_decay=cfg.decay)
-    start, spent, processes = perf_counter(), 0.0, team()
+    start, spent, processes = perf_counter(), 0.0, world()
     for step in range(cfg.mine_steps):
         picked = draws(rows, cfg.mine_rows, step, f"{cfg.seed}/mine/{name}", cfg.known_share)
         with torch.enable_grad():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...distributed import ALONE, Team, team
+from ...distributed import SINGLE, World, world
 from ...errors import BadInput, Diverged
 from ...inference.tokens import Row
 from ...models.lm import LM
@@ -52,7 +52,7 @@ def by_tokens(rows: Mapping[str, Sequence[Row]]) -> Mix:
 
 
 def gradients(
-    lm: LM, adapter: Adapter, rows: Mapping[str, Sequence[Row]], mix: Mix, team: Team = ALONE
+    lm: LM, adapter: Adapter, rows: Mapping[str, Sequence[Row]], mix: Mix, world: World = SINGLE
 ) -> dict[Type, Tensor]:
     """Σ_k coefficient · ∂L_k of every type that trains. A type takes no part in the backward pass of a loss it does not
     learn from."""
@@ -62,11 +62,11 @@ def gradients(
         if not users or not rows.get(kind):
             continue
         with torch.enable_grad():
-            value = loss(lm, rows[kind], lambda: adapter.hooks(lm), team)
+            value = loss(lm, rows[kind], lambda: adapter.hooks(lm), world)
             found = torch.autograd.grad(value, [adapter.leaves[t] for t in users])
         for t, grad in zip(users, found, strict=True):
             total[t].add_(grad, alpha=mix[t][kind])
-    team.sum(list(total.values()))
+    world.sum(list(total.values()))
     return total
 
 
@@ -77,7 +77,7 @@ class Tuner:
         self, lm: LM, adapter: Adapter, sets: Mapping[str, Rows], mix: Mix, cfg: Config, name: str = "tuning"
     ) -> None:
         self.lm, self.adapter, self.sets, self.mix, self.cfg, self.name = lm, adapter, sets, mix, cfg, name
-        self.leaves, self.team = adapter.leaves, team()
+        self.leaves, self.world = adapter.leaves, world()
         if not self.leaves:
             raise BadInput("every unit is of the type others, so nothing would be trained. Lower threshold.")
         self.adam = torch.optim.AdamW(list(self.leaves.values()), lr=cfg.lr, weight_decay=cfg.decay)
@@ -132,7 +132,7 @@ class Tuner:
             for kind, count in self.counts.items()
         }  # fmt: skip
         mix = by_tokens(rows) if cfg.mode == "plain" else self.mix
-        for t, grad in gradients(self.lm, self.adapter, rows, mix, self.team).items():
+        for t, grad in gradients(self.lm, self.adapter, rows, mix, self.world).items():
             self.leaves[t].grad = grad
         torch.nn.utils.clip_grad_norm_(list(self.leaves.values()), cfg.clip)
         warm = min(1.0, (self.step + 1) / max(1, cfg.warmup))
@@ -174,7 +174,7 @@ class Tuner:
 
     def _save(self, path: Path | None, stamp: str) -> None:
         """Values, moments, last good state and step: at once or not at all. A divergent state is not written."""
-        if path is None or self.stopped or not self.team.leads:
+        if path is None or self.stopped or not self.world.is_main:
             return
         tensors = {f"value/{t}": leaf.detach() for t, leaf in self.leaves.items()}
         tensors |= {f"good/{t}": value for t, value in self.good.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...distributed import ALONE, Team
+from ...distributed import SINGLE, World
 from ...inference.forward import head_loss, logits
 from ...inference.interventions import inserted
 from ...inference.tokens import Row, batches_of_tokens
@@ -97,7 +97,7 @@ def behind(lm: LM, rows: Sequence[Told], width: int, at: str) -> list[Row]:
 
 
 def answers(
-    lm: LM, rows: Sequence[Row], vectors: Tensor | None, team: Team = ALONE
+    lm: LM, rows: Sequence[Row], vectors: Tensor | None, world: World = SINGLE
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """Run rows in batches of near length; the graph of one is free before the next.
 
@@ -106,13 +106,13 @@ def answers(
     Yields:
         for each batch: states [m, d] that predict an answer token, their labels [m], and which row each belongs to.
     """
-    for batch in batches_of_tokens([len(row.ids) for row in rows], BATCH_TOKENS * team.count):
-        states, labels, owners = answer_states(lm, [rows[i] for i in batch], team, vectors)
+    for batch in batches_of_tokens([len(row.ids) for row in rows], BATCH_TOKENS * world.size):
+        states, labels, owners = answer_states(lm, [rows[i] for i in batch], world, vectors)
         yield states, labels, [batch[i] for i in owners]
 
 
 def told(
-    lm: LM, rows: Sequence[Row], vectors: Tensor, margin: float | None = 1.2, team: Team = ALONE
+    lm: LM, rows: Sequence[Row], vectors: Tensor, margin: float | None = 1.2, world: World = SINGLE
 ) -> tuple[Tensor, int]:
     """-log p summed over the answer tokens that are not ``clear`` yet, backpropagated into ``vectors``.
 
@@ -123,7 +123,7 @@ def told(
         the sum in nats, without a graph, and how many tokens it is over.
     """
     total, count = torch.zeros(()), 0
-    for states, labels, _ in answers(lm, rows, vectors, team):
+    for states, labels, _ in answers(lm, rows, vectors, world):
 
         def loss(z: Tensor, part: slice, labels: Tensor = labels) -> Tensor:
             logp = z.log_softmax(-1)
@@ -138,7 +138,7 @@ def told(
 
 
 def kept(
-    lm: LM, rows: Sequence[Row], vectors: Tensor, base: Sequence[Tensor], team: Team = ALONE
+    lm: LM, rows: Sequence[Row], vectors: Tensor, base: Sequence[Tensor], world: World = SINGLE
 ) -> tuple[Tensor, int]:
     """KL(p_base || p_with_prompt) summed over answer tokens, backpropagated into ``vectors``.
 
@@ -148,7 +148,7 @@ def kept(
         as ``told``.
     """
     total, count = torch.zeros(()), 0
-    for states, _, owners in answers(lm, rows, vectors, team):
+    for states, _, owners in answers(lm, rows, vectors, world):
         in_order = [base[i].to(states) for i in dict.fromkeys(owners)]  # as the rows of the batch
         before = torch.cat([states.detach()[:0], *in_order])
 

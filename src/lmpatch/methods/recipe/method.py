@@ -15,12 +15,12 @@ from ...errors import BadInput, WrongModel
 from ...inference.forward import HEAD_CHUNK
 from ...models.lm import LM
 from ...patches.editor import Editor, load_editor
-from ...patches.memory.patch import MemoryPatch, Scope, remembered
+from ...patches.memory.patch import MemoryPatch, Scope, build_memory
 from ...patches.patch import Base, plain
 from ...patches.weight.patch import fingerprint
 from ...progress import Progress
 from ...provenance import made_now
-from ...resources import need_room
+from ...resources import require_memory
 from ...retrieval.encoder import Encoder, load_encoder, shared_encoder
 from ...retrieval.network import Retriever, Shape
 from .data import drawable, usable, without
@@ -162,7 +162,7 @@ def train(
         pooler=cfg.pooler,
     )
     net = Retriever(shape, found)
-    need_room(_training_bytes(lm, net, len(texts)), lm.device, f"training on {len(edits)} facts")
+    require_memory(_training_bytes(lm, net, len(texts)), lm.device, f"training on {len(edits)} facts")
     net.start(cfg.seed, words, [(e.prompt, e.target) for e in edits[:TYPICAL]])
     found.module.to(lm.device)
     trainer = run_training(
@@ -242,7 +242,7 @@ def fit(
         )
     edits = list({prompt_key(edit.prompt): edit for edit in edits}.values())
     base = Base(fingerprint(lm), lm.name)
-    patch = replace(remembered(editor, edits, Scope(**asdict(cfg))), base=base, config=plain(cfg))
+    patch = replace(build_memory(editor, edits, Scope(**asdict(cfg))), base=base, config=plain(cfg))
     if progress:
         progress(len(edits), len(edits), "encoding facts")
     patch.made = made_now(perf_counter() - start)

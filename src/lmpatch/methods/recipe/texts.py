@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...distributed import Team
+from ...distributed import World
 from ...progress import Progress
 from ...retrieval.network import Retriever
 
@@ -17,9 +17,9 @@ TOGETHER = 2048  # texts between two reports of progress
 class Features:
     """Called with texts, gives their features. Several processes encode a part each."""
 
-    def __init__(self, net: Retriever, team: Team, bf16: bool, learning: bool) -> None:
+    def __init__(self, net: Retriever, world: World, bf16: bool, learning: bool) -> None:
         """``learning``: gradients flow into the encoder, and nothing can be kept."""
-        self.net, self.team, self.bf16, self.learning = net, team, bf16, learning
+        self.net, self.world, self.bf16, self.learning = net, world, bf16, learning
         self.places: dict[str, int] = {}
         self.kept = torch.zeros(0)  # [n, F] fp16
 
@@ -28,7 +28,7 @@ class Features:
         parts = []
         for start in range(0, len(texts), TOGETHER):
             parts.append(self._encode(texts[start : start + TOGETHER]).half().cpu())
-            if progress and self.team.leads:
+            if progress and self.world.is_main:
                 progress(min(start + TOGETHER, len(texts)), len(texts), "encoding texts")
         self.places, self.kept = {text: i for i, text in enumerate(texts)}, torch.cat(parts)
 
@@ -44,8 +44,8 @@ class Features:
         return found
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
-        own, device = self.team.part(texts), self.net.scale.device
+        own, device = self.world.part(texts), self.net.scale.device
         with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 found = self.net.features(own) if own else torch.zeros(0, self.net.inputs, device=device)
-            return self.team.gathered(found.float(), len(texts))
+            return self.world.gathered(found.float(), len(texts))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...data.edit import Ask, Edit
-from ...distributed import team
+from ...distributed import world
 from ...errors import BadInput, Diverged
 from ...inference.forward import frozen, logits
 from ...inference.tokens import Row, encode_all, join
@@ -44,7 +44,7 @@ class Trainer:
     def __init__(
         self, lm: LM, net: Retriever, edits: Sequence[Edit], unrelated: Sequence[Ask], cfg: Training, out: Path | None
     ) -> None:
-        self.lm, self.net, self.cfg, self.out, self.team = lm, net, cfg, out, team()
+        self.lm, self.net, self.cfg, self.out, self.world = lm, net, cfg, out, world()
         order = list(range(len(edits)))
         random.Random(f"{cfg.seed}/held out").shuffle(order)
         held = min(cfg.validate, len(edits) // 4)
@@ -55,7 +55,7 @@ class Trainer:
             raise BadInput(f"a batch has {most} facts, {len(self.edits)} are left to train on. Lower key_batch.")
         self.step, self.total = 0, cfg.key_steps + cfg.prompt_steps
         self.adam = self._adam()
-        self.features = Features(net, self.team, cfg.bf16, learning=bool(net.learned))
+        self.features = Features(net, self.world, cfg.bf16, learning=bool(net.learned))
         self.pools = [words(lm.tokenizer), sorted({edit.target for edit in self.edits})]
         self.base: dict[tuple[str, str], Tensor] = {}
         self.started = perf_counter()
@@ -72,7 +72,7 @@ class Trainer:
     def _agree(self) -> None:
         """Raise ``BadInput`` if the processes would go on from different steps: they cannot see the same folder."""
         own = torch.tensor([[self.step, int(self.stamp[:12], 16)]], device=self.net.scale.device)
-        if len(self.team.gathered(own, self.team.count).unique(dim=0)) > 1:
+        if len(self.world.gathered(own, self.world.size).unique(dim=0)) > 1:
             raise BadInput(
                 f"the processes see different checkpoints in {self.out}. Give a folder that all of them share."
             )
@@ -109,7 +109,7 @@ class Trainer:
                     self._note({"step": self.step, **_rounded(self.recent), **_rounded(self.validate())})
                 if self.step % self.cfg.save_every == 0:
                     self.save()
-                if progress and self.team.leads:
+                if progress and self.world.is_main:
                     progress(self.step, self.total, "training")
         finally:
             if self.whole:
@@ -145,7 +145,7 @@ class Trainer:
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * self._rate(step)
         trained = [p for g in self.adam.param_groups for p in g["params"]]
-        self.team.mean([p.grad for p in trained if p.grad is not None])
+        self.world.mean([p.grad for p in trained if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
         if not norm.isfinite():
             raise Diverged(f"training left the finite numbers at step {step}. Lower lr, now {cfg.lr}.")
@@ -180,8 +180,8 @@ class Trainer:
         others = [(samples[i].other, samples[i].other_answer) for i in some]
         told, kept = self._behind(wordings, range(len(samples))), self._behind(others, some)
         base, flat = self._base(others), prompts.detach().flatten(0, 1).to(self.lm.device)
-        stated = self._mean(flat, lambda leaf: losses.told(self.lm, told, leaf, self.cfg.margin, self.team))
-        left = self._mean(flat, lambda leaf: losses.kept(self.lm, kept, leaf, base, self.team))
+        stated = self._mean(flat, lambda leaf: losses.told(self.lm, told, leaf, self.cfg.margin, self.world))
+        left = self._mean(flat, lambda leaf: losses.kept(self.lm, kept, leaf, base, self.world))
         prompts.backward((stated[1] + left[1]).to(prompts.device).reshape(prompts.shape))
         return {"told": stated[0], "other": left[0]}
 
@@ -190,7 +190,7 @@ class Trainer:
         leaf = flat.clone().requires_grad_()
         summed = torch.tensor(loss(leaf), device=flat.device)
         gradient = torch.zeros_like(flat) if leaf.grad is None else leaf.grad
-        self.team.sum([summed, gradient])
+        self.world.sum([summed, gradient])
         total, count = summed.tolist()
         return total / max(1, count), gradient / max(1, count)
 
@@ -268,7 +268,7 @@ class Trainer:
 
     def _note(self, line: dict[str, Any]) -> None:
         """Add a line to the curves, in place of those that a stopped run wrote after its last checkpoint."""
-        if self.out is None or not self.team.leads:
+        if self.out is None or not self.world.is_main:
             return
         path = self.out / CURVES
         old = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -283,7 +283,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint: weights, Adam's moments, the step. At once or not at all."""
-        if self.out is None or not self.team.leads:
+        if self.out is None or not self.world.is_main:
             return
         tensors = {f"net/{name}": p.detach() for name, p in self.net.state_dict().items()}
         tensors |= self._moments()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...errors import BadInput, BadPatch
-from ...inference.interventions import Actor, Rule
+from ...inference.interventions import Intervention, Rule
 from ...models.lm import LM
 from ...provenance import made_now
 from ..patch import Base, RunPatch, plain, plain_edits
@@ -76,7 +76,7 @@ class DecodePatch(RunPatch):
         return Combine(self.rules)
 
 
-class Combine(Actor):
+class Combine(Intervention):
     """A decode patch at work."""
 
     def __init__(self, rules: tuple[Rule, ...]) -> None:

@@ -19,14 +19,14 @@ from ...errors import BadInput
 from ...inference.interventions import Rule
 
 
-def mixed(full: Tensor, bare: Tensor, tau: Tensor | float) -> Tensor:
+def mixed(with_context: Tensor, without_context: Tensor, tau: Tensor | float) -> Tensor:
     """The power family, in place of ``full``. Its logits need no normalising: that would shift all tokens alike."""
-    return full.lerp_(bare, 1 - tau)  # τ = 1 gives back every bit
+    return with_context.lerp_(without_context, 1 - tau)  # τ = 1 gives back every bit
 
 
-def divergence(full: Tensor, bare: Tensor) -> Tensor:
+def divergence(with_context: Tensor, without_context: Tensor) -> Tensor:
     """Jensen-Shannon divergence of the two next-token distributions, [n, 1] nats in 0..ln 2."""
-    p, q = full.softmax(-1), bare.softmax(-1)
+    p, q = with_context.softmax(-1), without_context.softmax(-1)
     return (_entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2).clamp(0, math.log(2))
 
 
@@ -47,8 +47,8 @@ class Power(Rule):
     def __post_init__(self) -> None:
         _need(math.isfinite(self.tau), "tau", self.tau, "a finite number; 1 is the model with its context")
 
-    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
-        return mixed(full, bare, self.tau)
+    def combine(self, with_context: Tensor, without_context: Tensor, state: Tensor) -> Tensor:
+        return mixed(with_context, without_context, self.tau)
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,18 @@ class AdaCAD(Rule):
     def __post_init__(self) -> None:
         _need(0 <= self.floor < math.inf, "floor", self.floor, "a number from 0")
 
-    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
-        return mixed(full, bare, 1 + divergence(full, bare).clamp(min=self.floor))
+    def combine(self, with_context: Tensor, without_context: Tensor, state: Tensor) -> Tensor:
+        return mixed(with_context, without_context, 1 + divergence(with_context, without_context).clamp(min=self.floor))
 
 
 @dataclass(frozen=True)
 class Arr(Rule):
     """τ = 1 ± the divergence in units of ln 2; plus where the model is surer with the context (arXiv:2606.10298)."""
 
-    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
-        share = divergence(full, bare) / math.log(2)  # [n, 1]
-        surer = _log_top(full) > _log_top(bare)
-        return mixed(full, bare, 1 + torch.where(surer, share, -share))
+    def combine(self, with_context: Tensor, without_context: Tensor, state: Tensor) -> Tensor:
+        share = divergence(with_context, without_context) / math.log(2)  # [n, 1]
+        surer = _log_top(with_context) > _log_top(without_context)
+        return mixed(with_context, without_context, 1 + torch.where(surer, share, -share))
 
 
 def _log_top(z: Tensor) -> Tensor:
@@ -102,23 +102,23 @@ class Grd(Rule):
         gates = ("full", "confidence", "entropy")
         _need(self.gate in gates, "gate", self.gate, f"one of {', '.join(gates)}")
 
-    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
-        ours, theirs = full.argmax(-1, keepdim=True), bare.argmax(-1, keepdim=True)  # [n, 1]
+    def combine(self, with_context: Tensor, without_context: Tensor, state: Tensor) -> Tensor:
+        ours, theirs = with_context.argmax(-1, keepdim=True), without_context.argmax(-1, keepdim=True)  # [n, 1]
         differ = ours != theirs
-        trusted = torch.where(self._trusts(full, bare), PRIOR, CONTEXT)
-        fresh = differ & (memory == UNDECIDED)[:, None]
-        memory.copy_(torch.where(fresh, trusted, memory[:, None])[:, 0])
-        for_context = full.gather(-1, ours) - full.gather(-1, theirs)
-        for_prior = bare.gather(-1, theirs) - bare.gather(-1, ours)
-        even = for_prior / (for_context + for_prior).clamp(min=torch.finfo(full.dtype).tiny)  # τ*
-        tau = torch.where(differ & (memory == PRIOR)[:, None], (1 - self.lam) * even, 1.0)
-        return mixed(full, bare, tau)
+        trusted = torch.where(self._trusts(with_context, without_context), PRIOR, CONTEXT)
+        fresh = differ & (state == UNDECIDED)[:, None]
+        state.copy_(torch.where(fresh, trusted, state[:, None])[:, 0])
+        for_context = with_context.gather(-1, ours) - with_context.gather(-1, theirs)
+        for_prior = without_context.gather(-1, theirs) - without_context.gather(-1, ours)
+        even = for_prior / (for_context + for_prior).clamp(min=torch.finfo(with_context.dtype).tiny)  # τ*
+        tau = torch.where(differ & (state == PRIOR)[:, None], (1 - self.lam) * even, 1.0)
+        return mixed(with_context, without_context, tau)
 
-    def _trusts(self, full: Tensor, bare: Tensor) -> Tensor:
-        sure = _log_top(bare) > math.log(0.5)  # [n, 1]
+    def _trusts(self, with_context: Tensor, without_context: Tensor) -> Tensor:
+        sure = _log_top(without_context) > math.log(0.5)  # [n, 1]
         if self.gate == "confidence":
             return sure
-        surer = _entropy(bare.softmax(-1)) < _entropy(full.softmax(-1))
+        surer = _entropy(without_context.softmax(-1)) < _entropy(with_context.softmax(-1))
         return surer if self.gate == "entropy" else surer & sure
 
 
@@ -140,13 +140,13 @@ class Coiecd(Rule):
         _need(math.isfinite(self.alpha), "alpha", self.alpha, "a finite number")
         _need(1 <= self.ratio < math.inf, "ratio", self.ratio, "a number from 1")
 
-    def combine(self, full: Tensor, bare: Tensor, memory: Tensor) -> Tensor:
-        full, bare = full.log_softmax(-1), bare.log_softmax(-1)
-        near = full > full.amax(-1, keepdim=True) - math.log(self.ratio)
+    def combine(self, with_context: Tensor, without_context: Tensor, state: Tensor) -> Tensor:
+        with_context, without_context = with_context.log_softmax(-1), without_context.log_softmax(-1)
+        near = with_context > with_context.amax(-1, keepdim=True) - math.log(self.ratio)
         near &= near.sum(-1, keepdim=True) > 1
         if self.tail:
-            near |= full < full.amin(-1, keepdim=True) + math.log(self.ratio)
-        return torch.where(near, full, bare) + self.alpha * (full - bare)
+            near |= with_context < with_context.amin(-1, keepdim=True) + math.log(self.ratio)
+        return torch.where(near, with_context, without_context) + self.alpha * (with_context - without_context)
 
 
 def _need(good: bool, name: str, value: object, what: str) -> None:

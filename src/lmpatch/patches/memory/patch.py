@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...data.edit import Edit, prompt_key
 from ...errors import BadInput, BadPatch, CannotMerge, WrongModel
-from ...inference.interventions import Actor, Insert
+from ...inference.interventions import Insert, Intervention
 from ...inference.tokens import join, statement
 from ...models.lm import LM
 from ...retrieval.encoder import shared_encoder
@@ -116,9 +116,9 @@ class MemoryPatch(RunPatch):
             )
         return Retriever.of(self.shape, encoder, self.editor)
 
-    def attach(self, lm: LM) -> Recall:
+    def attach(self, lm: LM) -> MemoryIntervention:
         self.fits(lm)
-        return Recall(lm, Finder(self))
+        return MemoryIntervention(lm, Finder(self))
 
     def fits(self, lm: LM) -> None:
         """Raise ``WrongModel`` if its prompt vectors are no embeddings of this model."""
@@ -146,7 +146,7 @@ class MemoryPatch(RunPatch):
 
 
 @dataclass(frozen=True)
-class Found:
+class Hit:
     """What retrieval says about one prompt."""
 
     place: int
@@ -161,12 +161,12 @@ class Found:
         return self.score > self.gate
 
 
-def settled(scope: Scope, editor: Editor) -> Scope:
+def resolve_scope(scope: Scope, editor: Editor) -> Scope:
     """The scope with nothing left open."""
     return scope if scope.at else replace(scope, at=editor.config.get("at", Insert.at))
 
 
-def remembered(editor: Editor, edits: Sequence[Edit], scope: Scope, **common: Any) -> MemoryPatch:
+def build_memory(editor: Editor, edits: Sequence[Edit], scope: Scope, **common: Any) -> MemoryPatch:
     """A patch with these facts, of which none supersedes another.
 
     Args:
@@ -184,16 +184,16 @@ def remembered(editor: Editor, edits: Sequence[Edit], scope: Scope, **common: An
         editor=editor.tensors,
         editor_hash=editor.hash(),
         keys=torch.zeros(0, shape.width, dtype=torch.float16),
-        scope=settled(scope, editor),
+        scope=resolve_scope(scope, editor),
         **{"config": {}, **common},
     )
     if edits:
-        patch.keys = encoded(patch.network(), edits)
+        patch.keys = encode_keys(patch.network(), edits)
     return patch
 
 
 @torch.no_grad()
-def encoded(network: Retriever, edits: Sequence[Edit], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+def encode_keys(network: Retriever, edits: Sequence[Edit], weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """Keys [n, R] fp16 of facts.
 
     Raises:
@@ -225,7 +225,7 @@ class Facts(Protocol):
         """Keys [n, R] of facts that were just found."""
 
 
-class Held:
+class PatchFacts:
     """The facts of a patch."""
 
     def __init__(self, patch: MemoryPatch) -> None:
@@ -258,13 +258,13 @@ class Finder:
 
     def __init__(self, patch: MemoryPatch, facts: Facts | None = None, network: Retriever | None = None) -> None:
         self.scope, self.root = patch.scope, patch.shape.matched**0.5
-        self.facts, self.network = facts or Held(patch), network or patch.network()
+        self.facts, self.network = facts or PatchFacts(patch), network or patch.network()
         with torch.no_grad():
             self.weights = self.network.encoder_weights()
             self.sentinel = self.network.sentinel(self.weights)
 
     @torch.no_grad()
-    def search(self, prompts: Sequence[str]) -> list[list[Found]]:
+    def search(self, prompts: Sequence[str]) -> list[list[Hit]]:
         """The facts nearest to each prompt, best first, fired or not. Prompts beyond the encoder's limit find none."""
         if not len(self.facts):
             return [[] for _ in prompts]
@@ -275,7 +275,7 @@ class Finder:
                 "%d of %d prompts are longer than the %d tokens %s reads: no fact was looked up for them",
                 len(prompts) - len(short), len(prompts), encoder.limit, encoder.name,
             )  # fmt: skip
-        found: list[list[Found]] = [[] for _ in prompts]
+        found: list[list[Hit]] = [[] for _ in prompts]
         if not short:
             return found
         queries = self.network.queries([prompts[i] for i in short], self.weights)  # [m, M]
@@ -287,18 +287,18 @@ class Finder:
         unit = 1.0 if self.scope.gate == "cosine" else self.root
         for i, score, place, gate in zip(short, scores.tolist(), places.tolist(), gates, strict=True):
             bar = gate / self.root if self.scope.gate == "sentinel" else gate
-            found[i] = [Found(p, s / unit, bar) for s, p in zip(score, place, strict=True)]
+            found[i] = [Hit(p, s / unit, bar) for s, p in zip(score, place, strict=True)]
         return found
 
 
-class Recall(Actor):
+class MemoryIntervention(Intervention):
     """A memory patch at work: facts that are found go before the prompt."""
 
     def __init__(self, lm: LM, finder: Finder) -> None:
         self.lm, self.finder, self.scope = lm, finder, finder.scope
         self._ready: OrderedDict[int, Tensor] = OrderedDict()
 
-    def recall(self, prompts: Sequence[str]) -> list[Insert | None]:
+    def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
         distinct = list(dict.fromkeys(prompts))
         fired = [tuple(f.place for f in found if f.fired) for found in self.finder.search(distinct)]
         self._prepare({place for places in fired for place in places})

@@ -55,9 +55,9 @@ class Config(Steps):
 class Case:
     """One record as token ids."""
 
-    full: tuple[int, ...]
+    with_context: tuple[int, ...]
     """The prompt with context."""
-    bare: tuple[int, ...]
+    without_context: tuple[int, ...]
     """The prompt without."""
     label: int
     """First visible token of the answer. Where a tokenizer makes the blank before it a token of its own (numbers,
@@ -126,18 +126,18 @@ def cases(lm: LM, records: Sequence[ContextRecord]) -> list[Case]:
     """
     texts = [r.prompt for r in records]
     told, alone = encode_all(lm, texts, [r.answer for r in records]), encode_all(lm, texts)
-    bare = encode_all(lm, [r.bare for r in records])
+    without_context = encode_all(lm, [r.without_context for r in records])
     made = []
-    for i, (row, prompt, short) in enumerate(zip(told, alone, bare, strict=True), 1):
+    for i, (row, prompt, short) in enumerate(zip(told, alone, without_context, strict=True), 1):
         if row.ids[: row.target] != prompt.ids or not prompt.ids or not short.ids:
             raise BadInput(
                 f"record {i}: the answer {records[i - 1].answer!r} shares a token with the end of its prompt "
                 f"{records[i - 1].prompt[-30:]!r}. Let the prompt end in a word, without a blank behind it."
             )
         at = first_visible(lm, row)
-        full, blank = row.ids[:at], row.ids[row.target : at]
-        need_window(lm, [full])
-        made.append(Case(full, short.ids + blank, row.ids[at]))
+        with_context, blank = row.ids[:at], row.ids[row.target : at]
+        need_window(lm, [with_context])
+        made.append(Case(with_context, short.ids + blank, row.ids[at]))
     return made
 
 
@@ -201,18 +201,19 @@ def _layer_bytes(lm: LM, layer: int, points: int) -> int:
 
 
 def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor, weights: Tensor) -> list[Credits]:
-    full, bare = (
-        record(lm, rows, [len(row) - 1 for row in rows]) for rows in ([c.full for c in batch], [c.bare for c in batch])
+    context, plain = (
+        record(lm, rows, [len(row) - 1 for row in rows])
+        for rows in ([c.with_context for c in batch], [c.without_context for c in batch])
     )
     labels = torch.tensor([case.label for case in batch], device=lm.device)
     scores: list[list[Tensor]] = [[] for _ in cfgs]
     moved = []  # by each layer, p(answer) from the first point to the last
     for layers in _groups(lm, len(batch) * len(nodes), cfgs[0].budget * MIB):
-        p, grads = _wavefront(lm, full, bare, labels, layers, nodes.to(lm.device), weights.to(lm.device))
+        p, grads = _wavefront(lm, context, plain, labels, layers, nodes.to(lm.device), weights.to(lm.device))
         for i, layer in enumerate(layers):
-            step = (full.keys[layer] - bare.keys[layer]).float() / cfgs[0].steps  # [n, f]
+            step = (context.keys[layer] - plain.keys[layer]).float() / cfgs[0].steps  # [n, f]
             for found, grad in zip(scores, grads[i].unbind(1), strict=True):
-                found.append(step * _pulled_back(lm, layer, full.keys[layer], grad))
+                found.append(step * _pulled_back(lm, layer, context.keys[layer], grad))
             moved.append(p[:, i, -1] - p[:, i, 0])
     made = []
     for cfg, found in zip(cfgs, scores, strict=True):
@@ -236,7 +237,13 @@ def _groups(lm: LM, points: int, budget: int) -> list[range]:
 
 
 def _wavefront(
-    lm: LM, full: Recording, bare: Recording, labels: Tensor, layers: range, nodes: Tensor, weights: Tensor
+    lm: LM,
+    context: Recording,
+    plain: Recording,
+    labels: Tensor,
+    layers: range,
+    nodes: Tensor,
+    weights: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:
     """Send every point of these layers to the top, and p(answer)'s gradients back.
 
@@ -244,22 +251,22 @@ def _wavefront(
         p [n, layers, points], and per layer the weighted sums of the gradients at the down-projection's output, before
         any norm that follows it, [n, settings, d].
     """
-    n, m = full.n, len(nodes)
+    n, m = context.n, len(nodes)
     a, w = nodes[:, None], weights.T  # [m, 1], [m, settings]
     leaves: list[Tensor] = []
-    hidden = full.hidden[layers.start][:, :0]  # [n, 0, d]
+    hidden = context.hidden[layers.start][:, :0]  # [n, 0, d]
     with torch.enable_grad():
         for layer in range(layers.start, lm.layout.n_layers):
             handles = []
             if layer in layers:
-                start, end = (r.values[layer].float()[:, None] for r in (bare, full))  # [n, 1, d]
+                start, end = (r.values[layer].float()[:, None] for r in (plain, context))  # [n, 1, d]
                 # a leaf that moves each point by its weight receives the weighted sum of their gradients
                 leaves.append(start.new_zeros(n, w.shape[1], start.shape[-1]).requires_grad_())
                 values = torch.lerp(start, end, a) + w @ leaves[-1]  # [n, m, d]
-                hidden = torch.cat([hidden, full.hidden[layer].expand(-1, m, -1)], 1)
+                hidden = torch.cat([hidden, context.hidden[layer].expand(-1, m, -1)], 1)
                 handles.append(lm.module(lm.layout.downs[layer]).register_forward_hook(_newest(values)))
             with hooked(*handles):
-                hidden = full.fan(hidden, layer, end=layer + 1)
+                hidden = context.fan(hidden, layer, end=layer + 1)
         top = hidden.reshape(-1, hidden.shape[-1])  # [n * layers * m, d]
         p, grad = _answer(lm, top.detach(), labels.repeat_interleave(len(top) // n))
         grads = torch.autograd.grad(top, leaves, grad)

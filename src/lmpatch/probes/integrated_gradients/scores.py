@@ -71,7 +71,7 @@ def header(lm: LM, data: Sequence[Any], settings: Mapping[str, Any]) -> dict[str
         "model": fingerprint(lm),
         "dtype": str(lm.dtype),
         "patches": [on.patch.hash() for on in applied(lm)],
-        "records": hash_json([(r.prompt, r.bare, r.answer) for r in data]),
+        "records": hash_json([(r.prompt, r.without_context, r.answer) for r in data]),
     }
 
 
