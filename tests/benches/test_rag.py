@@ -27,7 +27,7 @@ from lmpatch.data.context import InContext
 from lmpatch.data.rag.reader import Build, RagRecord, closed_book, read_questions, write
 from lmpatch.data.rag.reader import build as built
 from lmpatch.errors import BadInput
-from lmpatch.inference.closed_book import Own
+from lmpatch.inference.closed_book import ClosedBookAnswer
 from lmpatch.inference.generate import generate
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
@@ -313,7 +313,7 @@ def test_items_the_model_knows_come_first_among_irrelevant_ones(
 ) -> None:
     foreign = [r for r in records if r.variant == "foreign"]
     right = {r.question: r.gold[0] for r in foreign[-2:]}
-    own = {q: Own(right.get(q, "nothing"), True) for q in (r.question for r in records)}
+    own = {q: ClosedBookAnswer(right.get(q, "nothing"), True) for q in (r.question for r in records)}
     monkeypatch.setattr(rag, "closed_book_answers", lambda _, asked, **__: [own[q] for q in asked])
     items = rag.prepare(tiny, records, Config(n=3, conditions=("irrelevant",)))
     assert [s.known for s in items] == [True, True, False]

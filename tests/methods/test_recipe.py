@@ -24,9 +24,9 @@ from lmpatch.inference.forward import blocks, frozen, logits, positions
 from lmpatch.inference.interventions import prepare
 from lmpatch.inference.states import hidden
 from lmpatch.inference.tokens import encode, encode_all, join
+from lmpatch.methods.recipe import losses
 from lmpatch.methods.recipe import method as recipe
 from lmpatch.methods.recipe.data import batches, drawable, exchanged, sample, without, words
-from lmpatch.methods.recipe.method import losses as losses
 from lmpatch.methods.recipe.trainer import CHECKPOINT, CURVES
 from lmpatch.patches.editor import Editor, load_editor
 from lmpatch.patches.memory.patch import Finder, MemoryPatch

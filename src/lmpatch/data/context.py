@@ -46,7 +46,7 @@ class ContextRecord:
         memory: what the model answers from memory, if that is known; a letter where there are ``options``.
         options: choices, lettered A, B, ... in the prompt.
         prompt: everything the model reads before the answer. Left out, it is made of the parts above.
-        bare: the same without the context.
+        without_context: the same without the context.
         id: how reports name the case.
     Raises:
         BadInput: no context, question or answer, or an answer that is none of the options.
@@ -170,7 +170,7 @@ def _shape(record: Record) -> str:
 
 
 def _own(record: Record, place: str) -> ContextRecord:
-    only(record, [field.name for field in fields(ContextRecord)])
+    only(record, [*(field.name for field in fields(ContextRecord)), "bare"])
     return ContextRecord(
         text_of(record, "context"),
         text_of(record, "question"),
@@ -178,7 +178,7 @@ def _own(record: Record, place: str) -> ContextRecord:
         text_of(record, "memory", ""),
         _options(record, "options"),
         text_of(record, "prompt", ""),
-        text_of(record, "without_context", ""),
+        text_of(record, "without_context", text_of(record, "bare", "")),  # its name in files of lmpatch 0.1
         id=str(record.get("id", place)),
     )
 
