@@ -250,7 +250,7 @@ def make_tiny(out: Path, *, small: bool = False) -> None:
 
 def make_real(out: Path) -> None:
     """ROME and RECIPE on the packaged model."""
-    lm = lp.load("gemma-3-270m")
+    lm = lp.load("gemma-3-270m", dtype="float32", device="cpu")
     with fresh_cache():
         facts = [*REAL_EDITS, *FACTS[: 100 - len(REAL_EDITS)]]
         lp.fit(lm, "recipe", facts).save(out / "recipe-gemma-3-270m")
