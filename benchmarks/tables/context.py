@@ -17,7 +17,8 @@ CHOSEN = {
     "ircan": "{0:g} neurons, factor {1:g}", "ircan + cad": "{0:g} neurons, factor {1:g}",
     "scone": "{0:g} neurons, factor {1:g}", "param_mute": "{0:g} layers, factor {1:g}",
     "iti probe": "{0:g} heads, strength {1:g}", "iti mass_mean": "{0:g} heads, strength {1:g}",
-    "cad": "alpha = {1:g}", "coiecd": "alpha = {1:g}", "adacad": "floor {1:g}", "power": "tau = {1:g}", "grd": "lambda = {1:g}",
+    "cad": "alpha = {1:g}", "coiecd": "alpha = {1:g}",
+    "adacad": "floor {1:g}", "power": "tau = {1:g}", "grd": "lambda = {1:g}",
 }  # fmt: skip
 WORDINGS = {"memotrap": "instr+opin", "cose": "instr"}
 """The one with the highest ACC on test: the best a prompt can do, chosen in hindsight."""

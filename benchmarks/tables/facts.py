@@ -6,8 +6,10 @@ from .facts_rows import metric
 from .rows import of, runs, summary
 from .stats import Mean, mean, number, percent, size, table
 
-HEAD = ("method", "facts in the model", "n", "states the new fact (efficacy)", "in other words (paraphrase)")
-HEAD += ("says it twice or more", "distinct-2", "KL, same relation", "KL, unrelated", "bytes a fact")
+HEAD = (
+    "method", "facts in the model", "n", "states the new fact (efficacy)", "in other words (paraphrase)",
+    "says it twice or more", "distinct-2", "KL, same relation", "KL, unrelated", "bytes a fact",
+)  # fmt: skip
 CELLS = ("stated", "reworded", "twice", "distinct", "KL near", "KL far")
 Line = tuple[str, str, str]
 """What the table calls it, folder, run."""
@@ -99,16 +101,16 @@ def facts_verdict() -> str:
     twice = [share("twice", *run) for run in ((many, "recipe"), (many, "fact_in_prompt"), (one, "rome"))]
     reworded = [share("reworded", *run) for run in ((one, "rome"), (commit, "memit"), (one, "ft_m"))]
     said = [
-        f"**Plain text states names more often.** The fact in the prompt is stated in {text[0]} on zsRE and in {text[1]} "
-        f"on wiki facts; with `recipe` it is {recipe[0]} and {recipe[1]}.",
+        f"**Plain text states names more often.** The fact in the prompt is stated in {text[0]} on zsRE and in "
+        f"{text[1]} on wiki facts; with `recipe` it is {recipe[0]} and {recipe[1]}.",
         f"**Answers repeat themselves.** With `recipe` (1,000 facts) {twice[0]} of the answers say the target twice or "
         f"more, with the fact in the prompt {twice[1]}, with `rome` {twice[2]}.",
         f"**`recipe` takes more neighbours for its facts the more it holds**: {fired[0]} of them with 1,000 facts, "
         f"{fired[1]} with 5,000.",
         f"**Fine-tuning does most harm to other facts**: the next-token distribution of neighbours moves by "
         f"{kl(one, 'ft_m')} nats, with `rome` by {kl(one, 'rome')}.",
-        f"**Methods that write weights do not carry over to other words**: `rome` {reworded[0]}, `memit` {reworded[1]}, "
-        f"FT-M {reworded[2]}.",
+        f"**Methods that write weights do not carry over to other words**: `rome` {reworded[0]}, `memit` "
+        f"{reworded[1]}, FT-M {reworded[2]}.",
     ]
     return "\n".join(f"- {line}" for line in said)
 
@@ -145,8 +147,8 @@ def facts_stream() -> str:
     worse = health["perplexity_max"] / health["base_perplexity"]
     told = (
         f"`memit`, {record['n_edits']:,} facts in commits of {record['commit_size']}, of which a sample is followed. "
-        f"After {record['collapsed_at'][0]} facts the perplexity is {worse:.1f} times the unpatched model's and the run "
-        f"stops. Of the {len(right)} facts that were right just after their commit {lost} are lost, "
+        f"After {record['collapsed_at'][0]} facts the perplexity is {worse:.1f} times the unpatched model's and the "
+        f"run stops. Of the {len(right)} facts that were right just after their commit {lost} are lost, "
         f"{100 * lost / len(right):.0f} %."
     )
     return told + "\n\n" + table(("states the new fact", "% or points", "n"), lines)

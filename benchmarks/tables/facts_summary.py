@@ -26,7 +26,7 @@ def folders() -> list[str]:
 
 
 def _is_facts(folder: Path) -> bool:
-    return next(iter(runs(folder.name).values()))["bench"] == "facts"
+    return bool(next(iter(runs(folder.name).values()))["bench"] == "facts")
 
 
 def moments() -> list[tuple[str, str, str]]:
