@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from recipe_train import data
@@ -30,7 +31,11 @@ def main() -> None:
     args = parser.parse_args()
     train, _ = data(args.data)
     asked = read_edits(args.data / "counterfact/eval.jsonl.gz")
-    parts = {"template": template, "target": lambda edit: edit.target.strip(), "subject": lambda edit: edit.subject}
+    parts: dict[str, Callable[[lp.Edit], str | None]] = {
+        "template": template,
+        "target": lambda edit: edit.target.strip(),
+        "subject": lambda edit: edit.subject,
+    }
     found: dict[str, float] = {"evaluation_facts": len(asked), "training_facts": len(train)}
     for name, part in parts.items():
         seen = {part(edit) for edit in train}

@@ -20,17 +20,22 @@ KEYS: dict[str, tuple[str, ...]] = {
     "case_id": ("case_id", "kind", "prompt"),
     "place": ("place", "when"),
     "task": ("task", "protocol", "id"),
+    "condition": ("condition", "id"),
 }
 """Field by which a bench is told -> fields that name one prompt, whoever answers it."""
 SHARED: dict[str, tuple[str, ...]] = {
     "case_id": ("aliases", "old_aliases"),
     "place": ("answer", "memory", "closed", "id", "other"),
     "task": ("source", "gold"),
+    "condition": ("article", "question", "wanted", "own", "known"),
 }
 """Fields that are written once, with the unpatched model's row."""
 DIGITS = {"tf_acc": 5, "tf_same": 5, "tf_new": 5, "tf_old": 5, "kl": 5, "value": 6}
 """Significant digits of the numbers that a model gives."""
-KEPT_EMPTY = ("text", "said", "em", "contains", "old_first", "was_right", "kept", "value", "tf_acc", "tf_same", "kl")
+KEPT_EMPTY = {
+    "text", "said", "em", "contains", "old_first", "was_right", "kept", "value", "tf_acc", "tf_same", "kl",
+    "hit", "exact",
+}  # fmt: skip
 """Fields in which empty, false or 0 is an answer. Others are left out where they are so, and null always is."""
 
 
