@@ -23,8 +23,10 @@ from tables.rows import RESULTS, WORK, keep
 
 import lmpatch as lp
 from lmpatch.benches import facts
-from lmpatch.data.readers import read_asks, read_text
-from lmpatch.methods import finetune, memit, r_rome, rome
+from lmpatch.data.edits import read_asks
+from lmpatch.data.lines import read_text
+from lmpatch.methods import finetune, memit, rome
+from lmpatch.methods.rome import r_rome
 
 PREFIXES: dict[str, Any] = {"short_prefixes": 2, "long_prefixes": 2}
 MEMIT: dict[str, Any] = {"long_prefixes": 2, "hits": 2}

@@ -21,7 +21,8 @@ from tables.rows import WORK
 
 import lmpatch as lp
 from lmpatch.benches import facts, general
-from lmpatch.data.readers import read_edits, read_text
+from lmpatch.data.edits import read_edits
+from lmpatch.data.lines import read_text
 from lmpatch.methods.recipe import method as recipe
 from lmpatch.progress import Progress
 

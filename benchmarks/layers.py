@@ -16,7 +16,8 @@ from time import perf_counter
 from typing import Any
 
 import lmpatch as lp
-from lmpatch.data.readers import read_edits, read_text
+from lmpatch.data.edits import read_edits
+from lmpatch.data.lines import read_text
 from lmpatch.inference.forward import frozen
 from lmpatch.inference.generate import generate
 from lmpatch.locate.covariance import second_moments

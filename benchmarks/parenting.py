@@ -37,7 +37,7 @@ from lmpatch.config import parse, resolve
 from lmpatch.data.rag.reader import Build, RagRecord, build, read_questions, read_rag, write
 from lmpatch.files import replacing
 from lmpatch.inference.closed_book import closed_book_answers
-from lmpatch.methods import cad
+from lmpatch.methods.decoding import CAD, METHODS
 from lmpatch.methods.ircan import method as ircan
 from lmpatch.methods.parenting import method as parenting
 from lmpatch.probes.integrated_gradients import probe as integrated_gradients
@@ -166,7 +166,7 @@ class Bench:
         ]
 
     def _decoded(self, settings: dict[str, Any]) -> lp.Patch:
-        return cad.fit(self.lm, self._conflicts(), resolve(cad.Config, settings))
+        return METHODS["cad"].fit(self.lm, self._conflicts(), resolve(CAD, settings))
 
     def _scaled(self, settings: dict[str, Any]) -> lp.Patch:
         records, kept = self._conflicts(), self.out / "work/ircan.jsonl"

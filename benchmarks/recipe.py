@@ -30,7 +30,7 @@ from tables.rows import RESULTS, WORK
 
 import lmpatch as lp
 from lmpatch.benches import facts
-from lmpatch.data.readers import read_edits
+from lmpatch.data.edits import read_edits
 from lmpatch.methods.recipe import method as recipe
 from lmpatch.patches.memory.patch import Finder, encode_keys
 from lmpatch.patches.patch import plain

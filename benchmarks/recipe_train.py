@@ -16,7 +16,7 @@ from pathlib import Path
 
 import lmpatch as lp
 from lmpatch.config import parse, resolve
-from lmpatch.data.readers import read_asks, read_edits
+from lmpatch.data.edits import read_asks, read_edits
 from lmpatch.methods.recipe import method as recipe
 from lmpatch.methods.recipe.data import without
 

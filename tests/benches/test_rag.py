@@ -248,7 +248,7 @@ def test_a_run_leaves_no_trace_and_its_rows_are_the_patched_models(
 
 
 def test_parenting_ircan_cad_and_a_memory_are_on_at_once_and_leave_every_bit(records: list[RagRecord]) -> None:
-    from lmpatch.methods import cad
+    from lmpatch.methods.decoding import CAD, METHODS
     from lmpatch.methods.ircan import method as ircan
     from lmpatch.methods.parenting import method as parenting
     from lmpatch.methods.recipe import method as recipe
@@ -258,7 +258,8 @@ def test_parenting_ircan_cad_and_a_memory_are_on_at_once_and_leave_every_bit(rec
     before = hash_tensors(sorted(lm.model.state_dict().items()), exact=True)
     told, facts = ircan.example(lm), [lp.Edit(s, "Rome") for s in ("The tower is in", "The mayor lives in")]
     patches: list[Patch] = [
-        parenting.fit(lm, *parenting.example(lm)), ircan.fit(lm, *told), cad.fit(lm, told[0], cad.Config(alpha=1.0)),
+        parenting.fit(lm, *parenting.example(lm)), ircan.fit(lm, *told),
+        METHODS["cad"].fit(lm, told[0], CAD(alpha=1.0)),
         recipe.fit(lm, facts, recipe.Config(gate="always"), editor=recipe.example_editor(lm)),
     ]  # fmt: skip
     report = rag.run(lm, records, QUICK, patch=patches)

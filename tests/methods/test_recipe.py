@@ -288,7 +288,7 @@ import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from methods.test_recipe import FACTS, QUICK, recipe, tiny_lm
-from lmpatch.methods import _checkpoint
+from lmpatch.training import checkpoint as _checkpoint
 from safetensors.torch import save_file
 
 def save(tensors, path, head):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..data.edit import Edit
+from ..data.edits import Edit
 from ..models.lm import LM
 from ..patches.patch import Mount, Patch
 from ..provenance import hardware, hash_json, now, versions

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from ...errors import BadInput
 from ..context import InContext
+from ..record import Record
 
 Kind = Literal["adherence", "robustness", "extraction"]
 Variant = Literal["original", "substituted", "mixed", "foreign", "unanswerable", "three"]
@@ -20,7 +21,7 @@ EXTRACT = (
 
 
 @dataclass(frozen=True)
-class RagRecord:
+class RagRecord(Record):
     """A question with documents, and which skill it trains or measures.
 
     Args:

@@ -5,9 +5,12 @@ nearest fact's vectors in front if that fact beats a learned key, the knowledge 
 """
 
 from .method import Config as Config
+from .method import Record as Record
 from .method import Training as Training
 from .method import example as example
 from .method import example_editor as example_editor
 from .method import fit as fit
 from .method import packaged_editor as packaged_editor
 from .method import train as train
+
+AIM = "facts"

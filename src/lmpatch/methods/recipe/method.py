@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ...data.edit import Ask, Edit, prompt_key
+from ...data.edits import Ask, Edit, prompt_key
 from ...errors import BadInput, WrongModel
 from ...inference.forward import HEAD_CHUNK
 from ...models.lm import LM
@@ -29,6 +29,8 @@ from .trainer import train as run_training
 
 TYPICAL = 256  # facts whose mean feature is taken for the centre of all
 PACKAGED = Path(__file__).parents[1] / "editors"
+
+Record = Edit
 
 
 @dataclass(frozen=True)

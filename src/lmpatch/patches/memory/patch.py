@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ...data.edit import Edit, prompt_key
+from ...data.edits import Edit, prompt_key
 from ...errors import BadInput, BadPatch, CannotMerge, WrongModel
 from ...inference.interventions import Insert, Intervention
 from ...inference.tokens import join, statement

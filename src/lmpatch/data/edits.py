@@ -1,4 +1,4 @@
-"""Readers: files of facts, of questions and of plain text become records.
+"""Facts to change, with the prompts that test them, and the files they are read from.
 
 A file of facts is JSON lines (``.jsonl``, ``.jsonl.gz``) or one JSON list (``.json``, ``.json.gz``). Its shape is
 told from the keys of its first record:
@@ -17,25 +17,141 @@ told from the keys of its first record:
 
 from __future__ import annotations
 
-import difflib
-import gzip
-import json
-import random
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ..errors import BadInput, BadRecord
-from .edit import Ask, Edit, check_contradictions
+from ..errors import BadInput, BadRecord, Contradiction, SubjectNotFound
+from .lines import Line, cut, only, read_records, text_of
+from .record import Record
 
-T = TypeVar("T")
-Record = Mapping[str, Any]
-
-LISTED = 10  # bad lines named in one message
 KINDS = {"Relation_Specificity": "same_subject", "Forgetfulness": "other_objects"}
 """KnowEdit's locality names → ours: another relation of the subject; other objects of a one-to-many relation."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt and the answers that count as right; ``answers`` are aliases of one answer."""
+
+    prompt: str
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, init=False)
+class Edit(Record):
+    """One fact: after the edit, ``prompt`` is continued by ``target``.
+
+    Args:
+        prompt: the text before the answer, without a trailing blank.
+        target: the new answer.
+        subject: what the fact is about; occurs in ``prompt``. Methods that locate (ROME, MEMIT) need it.
+        old: answers the model is expected to give before the edit, aliases of one answer.
+        aliases: further spellings that count as the new answer.
+        rephrases: other wordings of the same question (generality).
+        locality: kind → prompts whose answers must not move; ``same_relation``, ``same_subject``, ...
+        portability: axis → prompts whose answers follow from the new fact.
+        id: how reports name the case; defaults to its place in the file.
+        relation: optional relation id, used to find collisions.
+    Raises:
+        BadInput: prompt or target is empty.
+    """
+
+    prompt: str
+    target: str
+    subject: str = ""
+    old: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[tuple[str, tuple[Ask, ...]], ...] = ()
+    portability: tuple[tuple[str, tuple[Ask, ...]], ...] = ()
+    id: str = ""
+    relation: str = ""
+
+    def __init__(  # a list is as good as a tuple to the caller; the record itself stays hashable
+        self,
+        prompt: str,
+        target: str,
+        subject: str = "",
+        old: str | Sequence[str] = (),
+        aliases: Sequence[str] = (),
+        rephrases: Sequence[str] = (),
+        locality: object = (),
+        portability: object = (),
+        id: str = "",
+        relation: str = "",
+    ) -> None:
+        if not prompt.strip():
+            raise BadInput("an edit has an empty prompt. Give the text that stands before the answer.")
+        if not target.strip():
+            raise BadInput(f"the edit {prompt!r} has an empty target. Give the answer the model should state.")
+        put = object.__setattr__
+        put(self, "prompt", prompt.rstrip())
+        put(self, "target", target.strip())
+        put(self, "subject", subject.strip())
+        put(self, "old", (old,) if isinstance(old, str) else tuple(old))
+        put(self, "aliases", tuple(aliases))
+        put(self, "rephrases", tuple(rephrases))
+        put(self, "locality", _groups(locality))
+        put(self, "portability", _groups(portability))
+        put(self, "id", id)
+        put(self, "relation", relation)
+
+    @classmethod
+    def read(cls, path: str | Path, *, limit: int | None = None, check: bool = False) -> list[Edit]:
+        """``read_edits``."""
+        return read_edits(path, limit=limit, check=check)
+
+    @staticmethod
+    def check(records: Sequence[Edit]) -> None:
+        """``check_contradictions``."""
+        check_contradictions(records)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The new answer in every accepted spelling."""
+        return (self.target, *self.aliases)
+
+    def need_subject(self) -> None:
+        """Raise ``SubjectNotFound`` unless the subject occurs in the prompt."""
+        if not self.subject:
+            raise SubjectNotFound(f"the edit {self.prompt!r} names no subject. Add subject=..., a part of the prompt.")
+        if self.subject not in self.prompt:
+            raise SubjectNotFound(
+                f"subject {self.subject!r} does not occur in prompt {self.prompt!r}. "
+                "Write the subject exactly as the prompt does."
+            )
+
+
+def _groups(groups: object) -> tuple[tuple[str, tuple[Ask, ...]], ...]:
+    items = groups.items() if isinstance(groups, dict) else groups
+    return tuple((kind, tuple(asks)) for kind, asks in items)  # type: ignore[attr-defined]
+
+
+def prompt_key(prompt: str) -> str:
+    """What two facts must share for the newer to supersede: the prompt, whatever its case and white space.
+
+    Memories keep it in their logs, so another rule would need another format of them.
+    """
+    return " ".join(prompt.split()).casefold()
+
+
+def check_contradictions(edits: Sequence[Edit], where: Sequence[str] | None = None) -> None:
+    """Raise ``Contradiction`` listing every prompt that is asked to have two different targets.
+
+    Args:
+        edits: the edits of one commit.
+        where: how to name each edit in the message, e.g. ``line 12``; its place otherwise.
+    """
+    first: dict[str, int] = {}
+    clashes: list[str] = []
+    for i, edit in enumerate(edits):
+        j = first.setdefault(prompt_key(edit.prompt), i)
+        if edits[j].target.casefold() != edit.target.casefold():
+            a, b = (where[j], where[i]) if where else (f"edit {j + 1}", f"edit {i + 1}")
+            clashes.append(f"{a} says {edits[j].target!r}, {b} says {edit.target!r} for {edit.prompt!r}")
+    if clashes:
+        raise Contradiction("contradictory facts: " + "; ".join(clashes) + ". Keep one of each.")
 
 
 def read_edits(
@@ -63,7 +179,7 @@ def read_edits(
         raise BadInput(f"no format is called {format!r}. There are: {', '.join(SHAPES)}.")
     chosen: list[str] = [format] if format else []
 
-    def make(record: Record, place: int) -> Edit:
+    def make(record: Line, place: int) -> Edit:
         if not chosen:
             chosen.append(_shape(record))
         return SHAPES[chosen[0]](record, str(place))
@@ -81,105 +197,13 @@ def read_asks(path: str | Path, *, limit: int | None = None, seed: int | None = 
         BadInput, BadRecord: as ``read_edits``.
     """
 
-    def make(record: Record, _: int) -> Ask:
+    def make(record: Line, _: int) -> Ask:
         return _ask(record.get("prompt", record.get("question")), record.get("answers", record.get("answer")))
 
     return cut([ask for _, ask in read_records(Path(path), make)], limit, seed)
 
 
-def read_text(path: str | Path, *, limit: int | None = None) -> list[str]:
-    """Read plain text: the ``text`` of each JSON line, or the paragraphs of a ``.txt`` or ``.txt.gz`` file.
-
-    Args:
-        limit: at most this many texts, the first ones.
-    Returns:
-        texts without surrounding white space, empty ones left out.
-    Raises:
-        BadInput: no such file, or no text in it.
-        BadRecord: a JSON line without ``text``.
-    """
-    path = Path(path)
-    if _suffix(path) in (".jsonl", ".json"):
-        texts = [text for _, text in read_records(path, lambda record, _: text_of(record, "text"))]
-    else:
-        texts = re.split(r"\n[ \t]*\n", "".join(line for _, line in _lines(path)))
-    found = [stripped for text in texts if (stripped := text.strip())]
-    if not found:
-        raise BadInput(f"{path} holds no text.")
-    return found[:limit]
-
-
-def cut(records: list[T], limit: int | None, seed: int | None) -> list[T]:
-    if limit is not None and limit < 1:
-        raise BadInput(f"limit is {limit}; give 1 or more.")
-    if seed is not None:
-        random.Random(seed).shuffle(records)
-    return records[:limit]
-
-
-# Files
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of each line."""
-    if not path.is_file():
-        raise BadInput(f"there is no file {path}. Give the path of a data file.")
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            yield from enumerate(file, 1)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}. It must be UTF-8 text, gzipped if it ends in .gz.") from error
-
-
-def read_records(path: Path, make: Callable[[Record, int], T]) -> list[tuple[int, T]]:
-    """(line number, record) of every record; all bad lines are gathered into one ``BadRecord``."""
-    made: list[tuple[int, T]] = []
-    bad: list[str] = []
-    for number, record in _records(path):
-        try:
-            if isinstance(record, BadRecord):
-                raise record
-            if not isinstance(record, dict):
-                raise BadRecord(f"a record must be an object, found {type(record).__name__}")
-            made.append((number, make(record, len(made))))
-        except BadInput as error:
-            bad.append(f"line {number}: {error}")
-    if bad:
-        more = f"\n  ... and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-        count = f"{len(bad)} bad line{'s' if len(bad) > 1 else ''}"
-        raise BadRecord(f"{path} has {count}:\n  " + "\n  ".join(bad[:LISTED]) + more)
-    if not made:
-        raise BadInput(f"{path} holds no records. Write one JSON object a line.")
-    return made
-
-
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, parsed value, or a ``BadRecord`` that says why not); in a ``.json`` list the number counts records."""
-    if _suffix(path) == ".json":
-        items = _parsed("".join(line for _, line in _lines(path)))
-        yield from enumerate(items if isinstance(items, list) else [items], 1)
-        return
-    for number, line in _lines(path):
-        if line.strip():
-            yield number, _parsed(line)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        return BadRecord(f"no valid JSON ({error.msg}, character {error.pos + 1})")
-
-
-# Shapes
-
-
-def _shape(record: Record) -> str:
+def _shape(record: Line) -> str:
     if "requested_rewrite" in record:
         return "rome"
     if "target_new" in record:
@@ -192,7 +216,7 @@ def _shape(record: Record) -> str:
     )
 
 
-def _own(record: Record, place: str) -> Edit:
+def _own(record: Line, place: str) -> Edit:
     only(record, [field.name for field in fields(Edit)])
     return Edit(
         text_of(record, "prompt"),
@@ -201,14 +225,14 @@ def _own(record: Record, place: str) -> Edit:
         old=_answers(record.get("old")),
         aliases=_answers(record.get("aliases")),
         rephrases=_answers(record.get("rephrases")),
-        locality=_groups(record, "locality", "answers"),
-        portability=_groups(record, "portability", "answers"),
+        locality=_group_asks(record, "locality", "answers"),
+        portability=_group_asks(record, "portability", "answers"),
         id=str(record.get("id", place)),
         relation=text_of(record, "relation", ""),
     )
 
 
-def _counterfact(record: Record, place: str) -> Edit:
+def _counterfact(record: Line, place: str) -> Edit:
     near = _ask(text_of(record, "locality_prompt"), record.get("locality_ground_truth"))
     return Edit(
         text_of(record, "prompt"),
@@ -221,7 +245,7 @@ def _counterfact(record: Record, place: str) -> Edit:
     )
 
 
-def _rome(record: Record, place: str) -> Edit:
+def _rome(record: Line, place: str) -> Edit:
     rewrite = record["requested_rewrite"]
     if not isinstance(rewrite, dict) or not isinstance(rewrite.get("target_new"), dict):
         raise BadRecord("requested_rewrite must be an object whose target_new is an object")
@@ -239,44 +263,17 @@ def _rome(record: Record, place: str) -> Edit:
     )
 
 
-def _knowedit(record: Record, place: str) -> Edit:
+def _knowedit(record: Line, place: str) -> Edit:
     return Edit(
         text_of(record, "prompt"),
         text_of(record, "target_new"),
         subject=text_of(record, "subject"),
         old=_answers(record.get("ground_truth")),
         rephrases=_answers(record.get("rephrase", record.get("rephrase_prompt"))),
-        locality=_groups(record, "locality", "ground_truth"),
-        portability=_groups(record, "portability", "ground_truth"),
+        locality=_group_asks(record, "locality", "ground_truth"),
+        portability=_group_asks(record, "portability", "ground_truth"),
         id=place,
     )
-
-
-SHAPES: dict[str, Callable[[Record, str], Edit]] = {
-    "lmpatch": _own,
-    "counterfact": _counterfact,
-    "rome": _rome,
-    "knowedit": _knowedit,
-}
-
-
-# Fields
-
-
-def only(record: Record, known: Sequence[str]) -> None:
-    """Raise ``BadRecord`` at a key that is not known."""
-    for key in record:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
-            raise BadRecord(f"unknown key {key!r}. {hint}")
-
-
-def text_of(record: Record, key: str, default: str | None = None) -> str:
-    value = record.get(key, default)
-    if not isinstance(value, str):
-        raise BadRecord(f"{key} is missing" if value is None else f"{key} must be a text, found {value!r}")
-    return value
 
 
 def _answers(value: Any) -> tuple[str, ...]:
@@ -304,7 +301,7 @@ def _joined(asks: Iterable[Ask]) -> list[Ask]:
     return [Ask(prompt, tuple(dict.fromkeys(answers))) for prompt, answers in found.items()]
 
 
-def _groups(record: Record, key: str, answers: str) -> dict[str, list[Ask]]:
+def _group_asks(record: Line, key: str, answers: str) -> dict[str, list[Ask]]:
     groups = record.get(key) or {}
     if not isinstance(groups, dict):
         raise BadRecord(f"{key} must be an object of lists, found {groups!r}")
@@ -316,3 +313,11 @@ def _groups(record: Record, key: str, answers: str) -> dict[str, list[Ask]]:
         if asks:
             made[KINDS.get(name, name.lower())] = asks
     return made
+
+
+SHAPES: dict[str, Callable[[Line, str], Edit]] = {
+    "lmpatch": _own,
+    "counterfact": _counterfact,
+    "rome": _rome,
+    "knowedit": _knowedit,
+}
