@@ -52,6 +52,34 @@ def facts_table() -> str:
     return table(HEAD, whole)
 
 
+SHORT: dict[str, tuple[Line, ...]] = {
+    "CounterFact": (
+        ("no edit", "facts-commit", "none"),
+        ("fact in the prompt", "facts-commit", "fact_in_prompt"),
+        ("`rome`", "facts-single", "rome"),
+        ("`memit` (AlphaEdit)", "facts-commit", "memit_alphaedit"),
+        ("fine-tuning (FT-M)", "facts-commit", "ft_m"),
+        ("`recipe`", "recipe-counterfact-1000", "recipe"),
+    ),
+    "zsRE, questions unlike the editor's training": (
+        ("fact in the prompt", "recipe-zsre-402", "fact_in_prompt"),
+        ("`recipe`", "recipe-zsre-402", "recipe"),
+    ),
+}
+
+
+def facts_short() -> str:
+    """The first page's table: few methods, few columns."""
+    head = ("method", "facts in the model", "n", "efficacy", "paraphrase", "says it twice", "KL elsewhere")
+    lines = []
+    for name, rows in SHORT.items():
+        lines.append([f"**{name}**", *[""] * (len(head) - 1)])
+        for row in rows:
+            label, facts, n, stated, reworded, twice, _, near, far, _ = _line(row)
+            lines.append([label, facts, n, stated, reworded, twice, near or far])
+    return table(head, lines)
+
+
 def _line(line: Line) -> list[str]:
     label, folder, run = line
     found = {name: metric(folder, run, name) for name in CELLS}
@@ -101,16 +129,16 @@ def facts_verdict() -> str:
     twice = [share("twice", *run) for run in ((many, "recipe"), (many, "fact_in_prompt"), (one, "rome"))]
     reworded = [share("reworded", *run) for run in ((one, "rome"), (commit, "memit"), (one, "ft_m"))]
     said = [
-        f"**Plain text states names more often.** The fact in the prompt is stated in {text[0]} on zsRE and in "
+        f"**Plain text states rare names more often.** The fact in the prompt is stated in {text[0]} on zsRE and in "
         f"{text[1]} on wiki facts; with `recipe` it is {recipe[0]} and {recipe[1]}.",
         f"**Answers repeat themselves.** With `recipe` (1,000 facts) {twice[0]} of the answers say the target twice or "
         f"more, with the fact in the prompt {twice[1]}, with `rome` {twice[2]}.",
-        f"**`recipe` takes more neighbours for its facts the more it holds**: {fired[0]} of them with 1,000 facts, "
+        f"**`recipe` fires on more neighbours the more facts it holds**: {fired[0]} of them with 1,000 facts, "
         f"{fired[1]} with 5,000.",
         f"**Fine-tuning does most harm to other facts**: the next-token distribution of neighbours moves by "
         f"{kl(one, 'ft_m')} nats, with `rome` by {kl(one, 'rome')}.",
-        f"**Methods that write weights do not carry over to other words**: `rome` {reworded[0]}, `memit` "
-        f"{reworded[1]}, FT-M {reworded[2]}.",
+        f"**Methods that write weights reach few paraphrases**: `rome` {reworded[0]}, `memit` {reworded[1]}, "
+        f"FT-M {reworded[2]}.",
     ]
     return "\n".join(f"- {line}" for line in said)
 

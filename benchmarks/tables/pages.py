@@ -17,6 +17,7 @@ from .rows import HERE, RESULTS
 ROOT = HERE.parent
 BLOCKS: dict[str, Callable[[], str]] = {
     "facts-verdict": facts.facts_verdict,
+    "facts-short": facts.facts_short,
     "facts-table": facts.facts_table,
     "facts-settings": facts.facts_settings,
     "facts-stream": facts.facts_stream,
