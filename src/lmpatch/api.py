@@ -96,10 +96,12 @@ def train(
     if not hasattr(module, "train"):
         raise BadInput(f"{method} learns nothing ahead of its edits. Call fit.")
     config = resolve(module.Training, settings)
-    given = {} if encoder is None else {"encoder": encoder}
-    editor: Editor = module.train(
-        lm, edits, config, unrelated=unrelated, out=out, download=download, progress=progress, **given
-    )
+    extra = {"unrelated": unrelated or None, "encoder": encoder, "download": download or None}
+    given = {name: value for name, value in extra.items() if value is not None}
+    if given and not hasattr(module, "TrainingData"):
+        raise BadInput(f"{method} is trained on facts alone. Leave {', '.join(given)} out.")
+    data = module.TrainingData(edits, **given) if given else edits
+    editor: Editor = module.train(lm, data, config, out=out, progress=progress)
     return editor
 
 

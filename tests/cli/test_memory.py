@@ -16,7 +16,7 @@ from lmpatch.data.edit import Edit
 from lmpatch.data.readers import read_edits
 from lmpatch.memory.memory import Memory
 from lmpatch.memory.store import Store
-from lmpatch.methods.recipe import method as recipe
+from lmpatch.methods import recipe
 
 pytest.importorskip("lancedb")
 

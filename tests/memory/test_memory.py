@@ -11,9 +11,9 @@ from tiny import tiny_lm
 from lmpatch import BadInput, BadPatch, CannotMerge, Edit, LmpatchError, Memory, WrongModel, apply, generate, score
 from lmpatch.memory.memory import EDITOR
 from lmpatch.memory.store import Store
-from lmpatch.methods.recipe import method as recipe
+from lmpatch.methods import recipe
 from lmpatch.patches.editor import Editor
-from lmpatch.patches.memory.patch import Finder, Scope
+from lmpatch.retrieval import Scope
 
 pytest.importorskip("lancedb")
 
@@ -60,9 +60,9 @@ def test_a_fact_that_another_handle_adds_is_used_by_the_next_question(memory: Me
 
 def test_retrieval_says_which_row_it_found(memory: Memory) -> None:
     patch = memory.patch(Scope(gate="always", top_k=2))
-    hits = Finder(patch, patch.facts(), memory.network).search([FACTS[1].prompt])[0]
+    hits = patch.finder().search([FACTS[1].prompt])[0]
     rows = {fact.seq: fact.edit.target for fact in memory.store.facts()}
-    held = Finder(memory.snapshot(Scope(gate="always", top_k=2))).search([FACTS[1].prompt])[0]
+    held = memory.snapshot(Scope(gate="always", top_k=2)).finder().search([FACTS[1].prompt])[0]
     assert [rows[hit.place] for hit in hits] == [FACTS[hit.place].target for hit in held]
     assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in held], rel=1e-5)
 
