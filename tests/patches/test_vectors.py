@@ -16,7 +16,8 @@ from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.merge import merge
 from lmpatch.patches.weight.delta import Delta, Dense, Scale
-from lmpatch.patches.weight.patch import WeightPatch, find_targets
+from lmpatch.patches.weight.patch import WeightPatch
+from lmpatch.patches.weight.target import find_targets
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 PLACES = {  # family -> (vector, the module that uses it)

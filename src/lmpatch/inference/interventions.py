@@ -1,8 +1,8 @@
 """What a patch may do in lmpatch's own calls while it is on a model.
 
 It may put something before a prompt (``Intervention.retrieve``). It may combine what the model says behind a prompt
-with what it says behind the same prompt without its context (``Intervention.rules``). The patches on a model leave
-their interventions at ``model._lmpatch_interventions`` (see ``patches.ledger``).
+with what it says behind the same prompt without its context (``Intervention.rules``). The ledger on a patched model
+has the interventions of its patches (see ``patches.ledger``).
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Intervention:
 
 def interventions(lm: LM) -> tuple[Intervention, ...]:
     """The interventions of the patches on this model, in the order they went on."""
-    found: tuple[Intervention, ...] = getattr(lm.model, "_lmpatch_interventions", ())
-    return found
+    ledger = getattr(lm.model, "_lmpatch_ledger", None)  # see patches.ledger
+    return ledger.interventions if ledger else ()
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ class LivePatch(MemoryPatch):
     def save(self, path: str | Path) -> None:
         raise BadInput(f"the facts are in {self.memory.store.path}. Save memory.snapshot() to have them as a patch.")
 
-    def unite(self, *others: MemoryPatch) -> MemoryPatch:
+    def merged(self, others: Sequence[MemoryPatch]) -> MemoryPatch:
         raise CannotMerge("a memory goes on changing. Merge memory.snapshot() instead.")
 
 

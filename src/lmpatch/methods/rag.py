@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from ..data.edit import Edit, prompt_key
 from ..models.lm import LM
+from ..patches.base import Base, fingerprint
 from ..patches.editor import Editor
 from ..patches.memory.patch import MemoryPatch, build_memory
-from ..patches.patch import Base, plain
-from ..patches.weight.patch import fingerprint
+from ..patches.patch import plain
 from ..progress import Progress
 from ..provenance import made_now
 from ..retrieval import Scope

@@ -18,8 +18,7 @@ from ..errors import BadInput, BadPatch, WrongModel
 from ..files import replacing
 from ..models.lm import LM
 from ..provenance import hash_json, hash_tensors
-from .patch import Base
-from .weight.patch import fingerprint
+from .base import Base, fingerprint
 
 SCHEMA = 2  # of schema 1 the hash covers method, parts and tensors alone
 KEY = "lmpatch_editor"

@@ -15,10 +15,10 @@ from ...data.edit import Edit, prompt_key
 from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK
 from ...models.lm import LM
+from ...patches.base import Base, fingerprint
 from ...patches.editor import Editor, find_editor
 from ...patches.memory.patch import MemoryPatch, build_memory
-from ...patches.patch import Base, plain
-from ...patches.weight.patch import fingerprint
+from ...patches.patch import plain
 from ...progress import Progress
 from ...provenance import made_now
 from ...resources import require_memory

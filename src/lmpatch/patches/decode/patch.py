@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -12,10 +13,13 @@ from ...errors import BadInput, BadPatch
 from ...inference.interventions import Intervention, Rule
 from ...models.lm import LM
 from ...provenance import made_now
-from ..patch import Base, RunPatch, plain, plain_edits
-from ..weight.patch import fingerprint
+from ..base import Base, fingerprint
+from ..handle import Handle, Hook
+from ..merge import merged_fields
+from ..patch import Law, Mount, RunPatch, plain, plain_edits
 from .rules import AdaCAD, Arr, Coiecd, Grd, Power
 
+log = logging.getLogger(__name__)
 RULES: dict[str, Any] = {"power": Power, "adacad": AdaCAD, "arr": Arr, "grd": Grd, "coiecd": Coiecd}
 """The rules by their names in a file; each is a dataclass of numbers."""
 NAMES = {rule: name for name, rule in RULES.items()}
@@ -31,6 +35,7 @@ class DecodePatch(RunPatch):
     """
 
     kind: ClassVar[str] = "decode"
+    needs_context: ClassVar[bool] = True
     rules: tuple[Rule, ...] = field(kw_only=True)
 
     @classmethod
@@ -72,8 +77,18 @@ class DecodePatch(RunPatch):
     def describe(self) -> list[str]:
         return [f"  {NAMES[type(rule)]}: {_numbers(rule)}".rstrip(": ") for rule in self.rules]
 
-    def attach(self, lm: LM) -> Combine:
+    def intervention(self, lm: LM) -> Combine:
         return Combine(self.rules)
+
+    def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
+        return Handle(interventions=[self.intervention(lm)], hooks=[Hook(lm.model, _missed(self.method))])
+
+    def merged(self, others: Sequence[DecodePatch]) -> DecodePatch:
+        patches = (self, *others)
+        return DecodePatch(**merged_fields(patches), rules=tuple(rule for p in patches for rule in p.rules))
+
+    def law(self) -> Law:
+        return Law.STACK
 
 
 class Combine(Intervention):
@@ -81,6 +96,22 @@ class Combine(Intervention):
 
     def __init__(self, rules: tuple[Rule, ...]) -> None:
         self.rules = rules
+
+
+def _missed(method: str) -> Any:
+    """A hook that says once that the patch is passed by. Our own calls stop at the last block, before it."""
+    calls: list[int] = []
+
+    def say(*_: Any) -> None:
+        if not calls:
+            calls.append(1)
+            log.warning(
+                "this call of the model does not see the %s patch that is on it: the patch acts in lmpatch's generate, "
+                "stream, score and next_logits.",
+                method,
+            )
+
+    return say
 
 
 def _numbers(rule: Any) -> str:

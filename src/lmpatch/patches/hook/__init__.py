@@ -1,1 +1,5 @@
 """Constants added to what modules read, by hooks."""
+
+from .patch import SteerPatch
+
+KIND = SteerPatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,8 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import BadInput, BadPatch, CannotMerge, Diverged, WrongModel
 from ...models.lm import LM
 from ...provenance import made_now
-from ..patch import Base, Mount, Patch, plain, plain_edits
-from ..weight.patch import fingerprint
+from ..base import Base, fingerprint
+from ..handle import Handle, Hook
+from ..merge import merged_fields
+from ..patch import Law, Mount, Patch, plain, plain_edits
 
 
 @dataclass(eq=False)
@@ -92,45 +93,34 @@ class SteerPatch(Patch):
         where = "at the newest token" if self.newest else "at every token"
         return [f"  {name}: a vector of length {v.norm():.3g} on its input {where}" for name, v in self.vectors.items()]
 
-    def hook(self, lm: LM) -> list[Any]:
-        """Put the hooks on, and return them.
-
-        Raises:
-            WrongModel: the model has no such projections.
-        """
+    def fits(self, lm: LM) -> None:
         try:
             for name, vector in self.vectors.items():
                 _check(lm, name, vector)
         except LookupError as error:
             raise WrongModel(f"a {self.method} patch does not fit {lm.name}: {error}") from None
+
+    def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
         # before other hooks: a scale on the side must also scale what is added here, as it would a larger input
-        hooks = [
-            lm.module(name).register_forward_pre_hook(_adding(vector, self.newest), prepend=True)
-            for name, vector in self.vectors.items()
-        ]
-        forget_compiled()
-        return hooks
+        return Handle(
+            hooks=[
+                Hook(lm.module(name), _adding(vector, self.newest), before=True, first=True)
+                for name, vector in self.vectors.items()
+            ]
+        )
 
+    def merged(self, others: Sequence[SteerPatch]) -> SteerPatch:
+        patches = (self, *others)
+        if len({p.newest for p in patches}) > 1:
+            raise CannotMerge("one patch acts at every token and another at the newest alone. Apply both instead.")
+        total: dict[str, Tensor] = {}
+        for patch in patches:
+            for name, vector in patch.vectors.items():
+                total[name] = total[name] + vector if name in total else vector
+        return SteerPatch(**merged_fields(patches), vectors=total, newest=self.newest)
 
-def summed(patches: Sequence[SteerPatch]) -> dict[str, Any]:
-    """What one patch adds that does what all of them do, as the fields of ``SteerPatch``.
-
-    Raises:
-        CannotMerge: some act at every token and others at the newest.
-    """
-    if len({p.newest for p in patches}) > 1:
-        raise CannotMerge("one patch acts at every token and another at the newest alone. Apply both instead.")
-    total: dict[str, Tensor] = {}
-    for patch in patches:
-        for name, vector in patch.vectors.items():
-            total[name] = total[name] + vector if name in total else vector
-    return {"vectors": total, "newest": patches[0].newest}
-
-
-def forget_compiled() -> None:
-    """Code compiled before would go on as if no hook had come or gone."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    def law(self) -> Law:
+        return Law.STACK
 
 
 def _adding(vector: Tensor, newest: bool) -> Any:

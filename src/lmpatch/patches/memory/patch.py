@@ -17,7 +17,7 @@ from ...models.lm import LM
 from ...provenance import hash_json, hash_tensors
 from ...retrieval import Retriever, Scope, load_retriever
 from ..editor import Editor
-from ..patch import RunPatch, plain_edits
+from ..patch import Law, RunPatch, plain_edits
 from .search import Facts, Finder, ListedFacts, MemoryIntervention
 
 FIRST = "recipe"  # the retriever of files that name none: those of the first release
@@ -75,11 +75,13 @@ class MemoryPatch(RunPatch):
         """What finds the facts of a question."""
         return Finder(self.retriever, self.scope, self.facts())
 
-    def attach(self, lm: LM) -> MemoryIntervention:
-        self.retriever.check(lm, self.scope)
+    def intervention(self, lm: LM) -> MemoryIntervention:
         return MemoryIntervention(lm, self.finder())
 
-    def unite(self, *others: MemoryPatch) -> MemoryPatch:
+    def fits(self, lm: LM) -> None:
+        self.retriever.check(lm, self.scope)
+
+    def merged(self, others: Sequence[MemoryPatch]) -> MemoryPatch:
         """The facts of all in one memory. Of two about the same prompt the later one stays.
 
         Raises:
@@ -97,6 +99,9 @@ class MemoryPatch(RunPatch):
         last = {prompt_key(edit["prompt"]): i for i, edit in enumerate(edits)}  # the later one wins
         kept = sorted(last.values())
         return replace(self, edits=tuple(edits[i] for i in kept), keys=keys[kept])
+
+    def law(self) -> Law:
+        return Law.UNION
 
 
 def identity(retriever: Retriever) -> str:
