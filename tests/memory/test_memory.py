@@ -11,7 +11,7 @@ from tiny import tiny_lm
 from lmpatch import BadInput, BadPatch, CannotMerge, Edit, LmpatchError, Memory, WrongModel, apply, generate, score
 from lmpatch.memory.memory import EDITOR
 from lmpatch.memory.store import Store
-from lmpatch.methods import recipe
+from lmpatch.methods import rag, recipe
 from lmpatch.patches.editor import Editor
 from lmpatch.retrieval import Scope
 
@@ -65,6 +65,24 @@ def test_retrieval_says_which_row_it_found(memory: Memory) -> None:
     held = memory.snapshot(Scope(gate="always", top_k=2)).finder().search([FACTS[1].prompt])[0]
     assert [rows[hit.place] for hit in hits] == [FACTS[hit.place].target for hit in held]
     assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in held], rel=1e-5)
+
+
+def test_facts_as_text_are_kept_for_a_model_without_an_editor(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    memory = Memory.create(tmp_path / "m", rag.editor_for(lm))
+    memory.add(FACTS)
+    questions = [FACTS[1].prompt, "What is the weather like?"]
+    with apply(lm, rag.fit(lm, FACTS, rag.Config())):
+        answers = score(lm, questions, ["Rome", "Oslo"]), generate(lm, questions, max_new_tokens=6)
+    for one in (memory.patch(), memory.snapshot(), Memory.open(memory.store.path).patch()):
+        with apply(lm, one):
+            assert (score(lm, questions, ["Rome", "Oslo"]), generate(lm, questions, max_new_tokens=6)) == answers
+    (before, other) = memory.patch().intervention(lm).retrieve(questions)
+    assert before is not None and before.text == "The opera of Japan is in Oslo. " and other is None
+    with pytest.raises(WrongModel):
+        Memory.open(memory.store.path, rag.editor_for(tiny_lm("gemma3")))
+    with pytest.raises(BadInput, match="no prompt vectors"):
+        apply(lm, memory.patch(ALWAYS))
 
 
 def test_an_empty_memory_changes_nothing(editor: Editor, tmp_path: Path) -> None:

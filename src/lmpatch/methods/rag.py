@@ -29,7 +29,9 @@ class Config:
     gate: Literal["cosine", "always"] = "cosine"
     """A fact is used if it reaches a cosine, or always."""
     threshold: float = 0.75
-    """Cosine of question and fact that ``gate=cosine`` asks for."""
+    """Cosine of the question and a fact's prompt that ``gate=cosine`` asks for. Default: with the packaged encoder, on
+    the facts of ``examples/facts.jsonl``, 62 % of the rewordings then find their fact, and 5 % of the questions about
+    another subject find one."""
     top_k: int = 1
     """Facts used at most."""
 

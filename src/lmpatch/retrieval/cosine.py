@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..inference.interventions import Insert
-from ..inference.tokens import batches_of_rows, join, statement
+from ..inference.tokens import batches_of_rows, statement
 from ..models.lm import LM
 from . import Fact, Form, Scope
 from .encoder import Encoder, mean_pooled, same_encoder
@@ -54,8 +54,8 @@ class Cosine:
         return same_encoder(self.encoder_name, self.encoder_fingerprint)
 
     def keys(self, facts: Sequence[Fact]) -> Tensor:
-        """Keys [n, w] of facts; the encoder reads prompt and target."""
-        return self.queries([join(*fact) for fact in facts])
+        """Keys [n, w] of facts; the encoder reads the prompt alone, so the prompt itself has a cosine of 1."""
+        return self.queries([prompt for prompt, _ in facts])
 
     @torch.no_grad()
     def queries(self, prompts: Sequence[str]) -> Tensor:

@@ -84,6 +84,7 @@ class Finder:
 
     def __init__(self, retriever: Retriever, scope: Scope, facts: Facts) -> None:
         self.retriever, self.scope, self.facts = retriever, scope, facts
+        self.encoder = retriever.encoder  # a wrong one is refused here, not at the first question
 
     @torch.no_grad()
     def search(self, prompts: Sequence[str]) -> list[list[Hit]]:
@@ -108,12 +109,12 @@ class Finder:
 
     def _readable(self, prompts: Sequence[str]) -> list[int]:
         """Which prompts the encoder reads whole."""
-        encoder = self.retriever.encoder
-        short = [i for i, ids in enumerate(encoder.tokenise(prompts)) if len(ids) <= encoder.limit]
+        limit = self.encoder.limit
+        short = [i for i, ids in enumerate(self.encoder.tokenise(prompts)) if len(ids) <= limit]
         if len(short) < len(prompts):
             log.warning(
                 "%d of %d prompts are longer than the %d tokens %s reads: no fact was looked up for them",
-                len(prompts) - len(short), len(prompts), encoder.limit, encoder.name,
+                len(prompts) - len(short), len(prompts), limit, self.encoder.name,
             )  # fmt: skip
         return short
 
