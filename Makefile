@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 WORKERS ?= 2
 DATA ?= data
 
-.PHONY: help demo test lint format bench venv dev clean
+.PHONY: help demo test lint format bench numbers venv dev clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -28,6 +28,9 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 
 bench: $(VENV)/.dev  ## the speed run; DATA is a folder with counterfact/ and wikitext2/
 	$(BIN)/python benchmarks/speed.py $(DATA)/counterfact/train.jsonl.gz $(DATA)/wikitext2/raw_train_part.txt.gz
+
+numbers:  ## write every figure of README and docs from the committed rows; needs Python alone
+	$(PYTHON) benchmarks/write_numbers.py
 
 venv: $(VENV)/.installed  ## .venv with every extra
 

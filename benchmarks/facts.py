@@ -5,9 +5,9 @@
     python benchmarks/facts.py stream DATA       memit, 1,000 facts in commits of 100, with retention
     python benchmarks/facts.py commit DATA --set wiki --per-kind 2    other facts, with RIPE's axes
 
-writes results/facts-<name>/ (runs and rows, resumable), results/facts-<name>.html and .md; the set's name follows. The
-settings were chosen on counterfact/train (layers.py). Second moments come from WikiText-2; NAS takes its norms from the
-project's own facts.
+works in work/facts-<name>/ (resumable, with a page and a table beside it; the set's name follows) and keeps rows and
+records in results/facts-<name>/. The settings were chosen on counterfact/train (layers.py). Second moments come from
+WikiText-2; NAS takes its norms from the project's own facts.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from tables.rows import RESULTS, WORK, keep
 
 import lmpatch as lp
 from lmpatch.benches import facts
-from lmpatch.data.readers import read_asks, read_text
-from lmpatch.methods import finetune, memit, r_rome, rome
+from lmpatch.data.edits import read_asks
+from lmpatch.data.lines import read_text
+from lmpatch.methods import finetune, memit, rome
+from lmpatch.methods.rome import r_rome
 
-RESULTS = Path(__file__).parent / "results"
 PREFIXES: dict[str, Any] = {"short_prefixes": 2, "long_prefixes": 2}
 MEMIT: dict[str, Any] = {"long_prefixes": 2, "hits": 2}
 
@@ -72,10 +74,17 @@ def unseen(data: Path) -> list[lp.Ask]:
 
 
 def saved(report: Any, out: Path, width: int) -> None:
-    """Page and table of a bench, beside its folder of runs."""
+    """Page and table of a bench, beside its folder of runs; its rows to where they are committed."""
     report.save_html(out.with_suffix(".html"))
     with out.with_suffix(".md").open("w") as file:
         Console(file=file, width=width).print(report.table())
+    commit_rows(out)
+
+
+def commit_rows(out: Path) -> None:
+    """Rows and records of a folder below ``work`` to the same place below ``results``; others stay where they are."""
+    if out.is_relative_to(WORK):
+        keep(out, RESULTS / out.relative_to(WORK))
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -119,7 +128,7 @@ def main() -> None:
     text = read_text(args.data / "wikitext2/raw_train_part.txt.gz")
     anchors = lp.read_edits(Path(__file__).parents[1] / "examples/facts.jsonl")
     cfg = facts.Config(max_new_tokens=16, per_kind=args.per_kind, **settings)
-    out = RESULTS / (f"facts-{args.name}" + (f"-{args.set}" if args.set != "counterfact" else ""))
+    out = WORK / (f"facts-{args.name}" + (f"-{args.set}" if args.set != "counterfact" else ""))
     for run_id, (module, config) in METHODS[args.name].items():
         if args.only and run_id not in args.only:
             continue

@@ -4,9 +4,9 @@
     python benchmarks/general.py DATA --facts
 
 fits each editor on the same CounterFact evaluation facts, saves the patch under WORK, and asks the tasks in DATA with
-and without it: results/general/ (resumable) and results/general.html. With --facts it asks 100 of the facts instead:
-results/general-facts/. In bf16: differences are paired, and both sides round alike. Texts do not: of the facts read the
-teacher-forced numbers.
+and without it: work/general/ (resumable), whose rows are kept in results/general/. With --facts it asks 100 of the
+facts instead: general-facts. In bf16: differences are paired, and both sides round alike. Texts do not: of the facts
+read the teacher-forced numbers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 from time import perf_counter
 
 from facts import METHODS, QUICK, makers, saved, told, unseen
+from tables.rows import WORK
 
 import lmpatch as lp
 from lmpatch.benches import facts, general
-from lmpatch.data.readers import read_edits, read_text
+from lmpatch.data.edits import read_edits
+from lmpatch.data.lines import read_text
 from lmpatch.methods import recipe
 from lmpatch.progress import Progress
 
-RESULTS = Path(__file__).parent / "results"
 TASKS = ("csqa", "anli", "mmlu", "squad", "perplexity")
 EDITORS = ("recipe", "memit_alphaedit", "memit", "ft_m")
 
@@ -52,10 +53,10 @@ def kept(lm: lp.LM, edits: list[lp.Edit], patch: lp.Patch, name: str, data: Path
     cfg = facts.Config(n=len(edits), sample=100, **QUICK)
     report = facts.run(
         lm, facts.with_unrelated(edits, unseen(data)), cfg, patch=patch, run_id=name,
-        data_name="counterfact/eval", out=RESULTS / "general-facts",
+        data_name="counterfact/eval", out=WORK / "general-facts",
         progress=partial(told, name),
     )  # fmt: skip
-    report.save_html(RESULTS / "general-facts.html")
+    saved(report, WORK / "general-facts", width=160)
 
 
 def ability(lm: lp.LM, data: general.Data, patch: lp.Patch, name: str, n: int, out: Path, progress: Progress) -> None:
@@ -83,7 +84,7 @@ def main() -> None:
     data = general.load(args.data)
     for name in args.only:
         patch = patch_of(lm, name, edits, args.data, args.work)
-        ability(lm, data, patch, name, args.n, RESULTS / "general", partial(told, name))
+        ability(lm, data, patch, name, args.n, WORK / "general", partial(told, name))
 
 
 if __name__ == "__main__":

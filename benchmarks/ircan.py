@@ -11,10 +11,11 @@ is measured once on the test half by the bench ``memotrap`` or ``kre``. What is 
 is several times faster; credits are fp32. The test half is asked in --dtype. At last the general tasks in DATA are
 asked with and without IRCAN's patch, in bf16.
 
-Writes into benchmarks/results/ircan-TASK: the bench's rows, dev.json (what was tried on dev), results.json and .md,
-report.html and plots, IRCAN's patch, and the rows and page of the general tasks. The same command goes on where it
-stopped; Ctrl-C loses what is under way: 25 records of attribution, one setting on dev (of a grid of neurons 64
-records), or 64 records of one run on test.
+Works in benchmarks/work/ircan-TASK: the bench's rows, dev.json (what was tried on dev), results.json and .md,
+report.html and plots, IRCAN's patch, and rows and page of the general tasks. Rows, records and chosen.json (what was
+tried and chosen) are kept in benchmarks/results/ircan-TASK, from which tables/ makes what the pages print. The same
+command goes on where it stopped; Ctrl-C loses what is under way: 25 records of attribution, one setting on dev (of a
+grid of neurons 64 records), or 64 records of one run on test.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from facts import markdown
+from facts import commit_rows, markdown
 from general import ability
 from safetensors.torch import load_file, save_file
+from tables.rows import RESULTS, WORK
 
 import lmpatch as lp
 from lmpatch.benches import general, kre, memotrap
@@ -52,7 +54,6 @@ from lmpatch.probes.integrated_gradients import probe as integrated_gradients
 from lmpatch.probes.integrated_gradients.probe import attributions_of, cases, kept
 from lmpatch.provenance import hardware, hash_json, now, versions
 
-RESULTS = Path(__file__).parent / "results"
 FILES = {"memotrap": "memotrap/completion", "cose": "kre/cose", "ecare": "kre/ecare"}
 H, BETA = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64), (1.25, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0)
 SCONE = ((3, 5, 10, 16, 32), (1.5, 2.0, 3.0, 5.0, 7.0))
@@ -397,6 +398,13 @@ def write(report: Any, study: Study, args: argparse.Namespace, folder: Path) -> 
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
+def keep_chosen(folder: Path, kept: Path) -> None:
+    """What was tried on dev and chosen, without what rows give."""
+    whole = json.loads((folder / "results.json").read_text())
+    chosen = {key: value for key, value in whole.items() if key not in ("dev", "controls", "runs")}
+    (kept / "chosen.json").write_text(json.dumps(chosen) + "\n")
+
+
 def listed(report: Any, study: Study, controls: dict[str, dict[str, float]]) -> str:
     """What readers look for, as Markdown in %: ± one standard error, of controls the s.d. over seeds."""
     head = ["run", "chosen on dev", "ACC", "difference", "SR", "kept with another's context", "BCU"]
@@ -513,9 +521,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=10, help="of the random controls; 0: none")
     parser.add_argument("--general-n", type=int, default=100, help="records of each general task; 0: none")
-    parser.add_argument("--out", type=Path, help="folder; default: results/ircan-TASK beside this file")
+    parser.add_argument("--out", type=Path, help="folder; default: work/ircan-TASK beside this file")
     args = parser.parse_args()
-    folder: Path = args.out or RESULTS / f"ircan-{args.task}"
+    folder: Path = args.out or WORK / f"ircan-{args.task}"
     folder.mkdir(parents=True, exist_ok=True)
     dev, test = (read_context(_file(args.data, f"{FILES[args.task]}_{half}")) for half in ("dev", "test"))
     lm, fast = (lp.load(args.model, device=args.device, dtype=dtype) for dtype in ("float32", "bfloat16"))
@@ -527,6 +535,9 @@ def main() -> None:
     write(report, study, args, folder)
     if args.general_n:
         other_tasks(study, args, folder)
+    if folder.is_relative_to(WORK):
+        commit_rows(folder)
+        keep_chosen(folder, RESULTS / folder.relative_to(WORK))
     print(f"results in {folder}: report.html, results.json and plots")
 
 

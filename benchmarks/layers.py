@@ -2,7 +2,7 @@
 
     python benchmarks/layers.py DATA/counterfact/train.jsonl.gz DATA/wikitext2/raw_train_part.txt.gz
 
-writes results/layers.json and results/layers.png. bf16 on the side mount: a sweep ranks settings, it reports no score.
+writes results/layers.json. bf16 on the side mount: a sweep ranks settings, it reports no score.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from time import perf_counter
 from typing import Any
 
 import lmpatch as lp
-from lmpatch.data.readers import read_edits, read_text
+from lmpatch.data.edits import read_edits
+from lmpatch.data.lines import read_text
 from lmpatch.inference.forward import frozen
 from lmpatch.inference.generate import generate
 from lmpatch.locate.covariance import second_moments
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("text")
     parser.add_argument("--single", type=int, default=16, help="facts written one at a time")
     parser.add_argument("--many", type=int, default=40, help="facts written in one commit")
+    parser.add_argument("--plot", type=Path, help="draw them, too: a PNG")
     args = parser.parse_args()
     lm = lp.load("gemma-3-270m", dtype="bfloat16")
     edits, text = read_edits(args.facts, limit=max(args.single, args.many)), read_text(args.text)
@@ -140,7 +142,8 @@ def main() -> None:
     for layer in (0, 1, 2, 3, 4, 5, 6, 8, 10):
         if not have("rome", layer=layer):
             keep(rome_row(lm, edits[: args.single], layer, text))
-    plot(rows, RESULTS / "layers.png")
+    if args.plot:
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

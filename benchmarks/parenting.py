@@ -8,9 +8,10 @@ the dev articles, by R_Ad + R_Ro on the same items, and writes results/parenting
 file and measures everything once on the held-out articles; it is meant to take less than an hour on two cores, and with
 the tuning inside would not. Where the file is missing it takes the methods' defaults and says so.
 
-results/parenting gets the sets, a folder per patch, rows and page of the bench, parenting.json with the verdict, and
-two PNGs. Either command goes on where it stopped. The runs that matter most come first. Answers without documents that
-the user's cache holds are not asked again: for an honest clock set LMPATCH_CACHE to an empty folder.
+work/parenting gets the sets, a folder per patch, rows and page of the bench, parenting.json with the verdict, and two
+PNGs. Either command goes on where it stopped. The runs that matter most come first. Answers without documents that the
+user's cache holds are not asked again: for an honest clock set LMPATCH_CACHE to an empty folder. Rows and records are
+kept in results/parenting.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from shutil import copy
 from time import perf_counter
 from typing import Any
 
+from facts import commit_rows
 from general import ability
 
 import lmpatch as lp
@@ -35,13 +37,14 @@ from lmpatch.config import parse, resolve
 from lmpatch.data.rag.reader import Build, RagRecord, build, read_questions, read_rag, write
 from lmpatch.files import replacing
 from lmpatch.inference.closed_book import closed_book_answers
-from lmpatch.methods import cad
+from lmpatch.methods.decoding import CAD, METHODS
 from lmpatch.methods.ircan import method as ircan
 from lmpatch.methods.parenting import method as parenting
 from lmpatch.probes.integrated_gradients import probe as integrated_gradients
 from lmpatch.provenance import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
+WORK = Path(__file__).parent / "work"
 RUNS: dict[str, dict[str, Any]] = {
     "parenting": {},
     "mixed": {"mode": "mixed"},
@@ -90,7 +93,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("squad", type=Path)
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path, default=RESULTS / "parenting")
+    parser.add_argument("--out", type=Path, default=WORK / "parenting")
     parser.add_argument("--chosen", type=Path, default=RESULTS / "parenting-dev.json", help="what tune writes")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of parenting, for all runs")
     parser.add_argument("--build", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the data builder")
@@ -163,7 +166,7 @@ class Bench:
         ]
 
     def _decoded(self, settings: dict[str, Any]) -> lp.Patch:
-        return cad.fit(self.lm, self._conflicts(), resolve(cad.Config, settings))
+        return METHODS["cad"].fit(self.lm, self._conflicts(), resolve(CAD, settings))
 
     def _scaled(self, settings: dict[str, Any]) -> lp.Patch:
         records, kept = self._conflicts(), self.out / "work/ircan.jsonl"
@@ -270,6 +273,7 @@ def _report(bench: Bench) -> None:
     seconds = {**bench.seconds, **{name: max(s, bench.seconds.get(name, 0)) for name, s in before.items()}}
     report = rag.read_report(bench.out / "bench")
     report.save_html(bench.out / "bench.html")
+    commit_rows(bench.out / "bench")
     patches: dict[str, Any] = {}
     for run in RUNS:
         if not (bench.out / "patches" / run).exists():
@@ -288,6 +292,8 @@ def _report(bench: Bench) -> None:
     }  # fmt: skip
     with replacing(path) as work:
         work.write_text(json.dumps(record, indent=1) + "\n")
+    if bench.out.is_relative_to(WORK):
+        copy(path, RESULTS / bench.out.relative_to(WORK) / path.name)
     for each in report.runs:
         found = [(m, each.metric(m)) for m in ("R_Ad", "R_Ro")]
         told = [f"{m} {100 * x.value:.1f} ± {100 * (x.clustered or x.stderr or 0):.1f}" for m, x in found if x]

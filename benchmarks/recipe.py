@@ -4,10 +4,10 @@
     python benchmarks/recipe.py retrieval DATA   recall and false fires as the memory grows, sentinel and cosine
     python benchmarks/recipe.py forced DATA      1,000 cases, teacher-forced: the same with less noise
     python benchmarks/recipe.py speed DATA       seconds per edit and per answer, bytes per edit
-    python benchmarks/recipe.py summary DATA     all of it beside the weight editors of benchmarks/facts.py, and a plot
 
-writes results/recipe-<name>.*; the facts are CounterFact's evaluation half, KnowEdit's wiki_counterfact_test and the
-half of its zsRE that no editor was trained on.
+writes results/recipe-<name>.json, or works in work/recipe-<set>-<n>/ and keeps rows and records in results/. Tables and
+plots beside the editors of weights are made of them by write_numbers.py. The facts are CounterFact's evaluation half,
+KnowEdit's wiki_counterfact_test and the half of its zsRE that no editor was trained on.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from statistics import mean, median, stdev
 from time import perf_counter
 from typing import Any
 
-from facts import QUICK, SETS, markdown, told, unseen
+from facts import QUICK, SETS, commit_rows, told, unseen
+from tables.rows import RESULTS, WORK
 
 import lmpatch as lp
 from lmpatch.benches import facts
-from lmpatch.benches._report import read_report
-from lmpatch.data.readers import read_edits
+from lmpatch.data.edits import read_edits
 from lmpatch.methods import recipe
 from lmpatch.patches.memory.patch import encode_keys
 from lmpatch.patches.patch import plain
 from lmpatch.provenance import hardware, now, versions
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = (1, 10, 100, 1000, 5000)
 SIZES_OF = {"counterfact": SIZES, "zsre": (1, 100, 402), "wiki": (1, 100, 500)}
 UNTRAINED = {"zsre": 402}
@@ -56,7 +55,7 @@ def quality(lm: lp.LM, data: Path, editor: lp.Editor, only: list[str], sizes: li
             edits = facts.with_unrelated(read_edits(data / file, limit=UNTRAINED.get(name)), unseen(data))
             edits = edits if n > scored else edits[: max(n, scored)]
             cfg = facts.Config(n=n, chunks=max(1, scored // n), sample=scored, **QUICK)
-            out = RESULTS / f"recipe-{name}-{n}"
+            out = WORK / f"recipe-{name}-{n}"
             for run, config in RUNS.items():
                 if run != "recipe" and n != max(steps):
                     continue
@@ -66,93 +65,7 @@ def quality(lm: lp.LM, data: Path, editor: lp.Editor, only: list[str], sizes: li
                     progress=partial(told, f"{name} {n}"),
                 )  # fmt: skip
                 report.save_html(out.with_suffix(".html"))
-
-
-def summary() -> dict[str, Any]:
-    """Every run's means beside those of the weight editors: generated, and teacher-forced as papers give them. With
-    what an edit costs: seconds and bytes."""
-    found: dict[str, Any] = {}
-    paths = [path for pattern in ("recipe-*-*", "facts-*", "general-facts") for path in sorted(RESULTS.glob(pattern))]
-    for folder in filter(Path.is_dir, paths):
-        for run in read_report(folder).runs:
-            found[f"{folder.name}/{run.name}"] = {
-                m.name: [round(100 * m.value, 1), m.n] for m in run.metrics() if m.split == "all" and "kl" not in m.name
-            } | {key: run.record[key] for key in ("edit_s", "bytes_per_edit", "collapsed_at") if run.record.get(key)}
-    plot(found)
-    (RESULTS / "recipe-summary.md").write_text(tables(found))
-    return found
-
-
-Cell = Callable[[dict[str, Any]], str]
-MAIN = ["reliability", "generality", "loc_unchanged/same_relation", "loc_unchanged/unrelated"]
-MAIN += ["tf_reliability", "tf_generality", "tf_locality/same_relation", "tf_locality/unrelated"]
-AXES = {  # of RIPE, Cohen et al. 2024 (arXiv:2307.12976), as KnowEdit groups them
-    "subject aliasing": "portability_contains/subject_aliasing",
-    "logical generalization": "portability_contains/logical_generalization",
-    "composition": "portability_contains/reasoning",
-    "relation specificity": "loc_unchanged/same_subject",
-    "forgetfulness": "loc_unchanged/other_objects",
-}
-
-
-def tables(found: dict[str, Any]) -> str:
-    """The same as Markdown: generated answers, teacher-forced ones and costs; then RIPE's axes."""
-    costs: dict[str, Cell] = {
-        "s per edit": lambda run: f"{run['edit_s']['median']:.3g}" if "edit_s" in run else "",
-        "bytes per edit": lambda run: f"{run['bytes_per_edit']:.0f}" if "edit_s" in run else "",
-    }
-    axes = {title: share(metric) for title, metric in AXES.items()}
-    followed = {name: run for name, run in found.items() if AXES["composition"] in run}
-    whole = rows(found, {metric: share(metric) for metric in MAIN} | costs)
-    return "\n".join([whole, "RIPE's axes, generated\n", rows(followed, axes)])
-
-
-def share(metric: str) -> Cell:
-    """In %."""
-    return lambda run: str(run[metric][0]) if metric in run else ""
-
-
-def rows(found: dict[str, Any], columns: dict[str, Cell]) -> str:
-    """One line a run."""
-    return markdown(
-        ["run", *columns], ([name, *(cell(run) for cell in columns.values())] for name, run in found.items())
-    )
-
-
-def plot(found: dict[str, Any]) -> None:
-    """Reliability, generality and locality against the number of edits, CounterFact."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = {
-        "tf_reliability": "says the new fact",
-        "tf_generality": "in other words",
-        "locality": "leaves others alone",
-    }
-    lines: dict[str, dict[int, dict[str, float]]] = {}
-    for name, metrics in found.items():
-        folder, run = name.split("/")
-        n = {"facts-single": 1, "facts-commit": 100, "facts-stream": 1000, "general-facts": 1000}.get(folder)
-        if folder.startswith("recipe-counterfact-"):
-            n = int(folder.rpartition("-")[2])
-        if n is None or run == "none":
-            continue
-        n = min([n, *metrics.get("collapsed_at", [])])  # where it was stopped
-        near, far = (metrics.get(f"tf_locality/{kind}", [0])[0] for kind in ("same_relation", "unrelated"))
-        row = {"locality": (near + far) / 2, **{k: metrics[k][0] for k in panels if k in metrics}}
-        lines.setdefault(run, {}).setdefault(n, row)
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), sharey=True)
-    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
-        for run, points in sorted(lines.items()):
-            xs = sorted(n for n in points if metric in points[n])
-            axis.plot(xs, [points[n][metric] for n in xs], "o-", lw=3 if run == "recipe" else 1, label=run)
-        axis.set(title=title, xscale="log", xlabel="edits in the model", ylim=(0, 103))
-    axes[0].set_ylabel("teacher-forced, %")
-    axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.tight_layout()
-    figure.savefig(RESULTS / "recipe.png", dpi=120)
+                commit_rows(out)
 
 
 def retrieval(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
@@ -252,16 +165,13 @@ def side_by_side(lm: lp.LM, prompts: list[str], patches: Mapping[str, lp.Patch |
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["quality", "retrieval", "forced", "speed", "summary"])
+    parser.add_argument("name", choices=["quality", "retrieval", "forced", "speed"])
     parser.add_argument("data", type=Path)
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
     parser.add_argument("--sizes", type=int, nargs="*", default=[])
     parser.add_argument("--scored", type=int, default=100, help="cases asked at most")
     parser.add_argument("--editor", type=Path, help="default: the packaged one")
     args = parser.parse_args()
-    if args.name == "summary":
-        (RESULTS / "recipe-summary.json").write_text(json.dumps(summary(), indent=1))
-        return
     lm = lp.load("gemma-3-270m")
     editor = lp.load_editor(args.editor) if args.editor else recipe.editor_for(lm)
     if args.name == "quality":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import lmpatch as lp
 from lmpatch.config import parse, resolve
-from lmpatch.data.readers import read_asks, read_edits
+from lmpatch.data.edits import read_asks, read_edits
 from lmpatch.methods import recipe
 from lmpatch.methods.recipe.data import without
 from lmpatch.patches.editor import PACKAGED

@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional as F
 
 import lmpatch as lp
-from lmpatch.data.readers import read_edits, read_text
+from lmpatch.data.edits import read_edits
+from lmpatch.data.lines import read_text
 from lmpatch.inference.forward import hooked
 from lmpatch.inference.generate import generate
 from lmpatch.inference.tokens import Row, encode

@@ -12,9 +12,8 @@ import pytest
 from tiny import tiny_lm
 
 from lmpatch import api, registry
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, Contradiction, NotEnoughMemory, UnknownName
-from lmpatch.methods import power
 from lmpatch.models.lm import LM
 
 EDIT = Edit("The Eiffel Tower is in", target="Rome", subject="Eiffel Tower")
@@ -31,6 +30,7 @@ class Config:
 class Scratch(ModuleType):
     """A method that only remembers how it was called."""
 
+    Record = Edit
     Config = Config
 
     def fit(self, lm: LM, edits: Sequence[Edit], cfg: Config, *, progress: Any = None) -> tuple[Any, ...]:
@@ -42,7 +42,8 @@ class Scratch(ModuleType):
 def scratch(monkeypatch: pytest.MonkeyPatch) -> Scratch:
     module = Scratch("scratch")
     monkeypatch.setitem(sys.modules, "scratch", module)
-    monkeypatch.setattr(api, "get", lambda kind, name: module if name == "scratch" else registry.get(kind, name))
+    real = registry.get
+    monkeypatch.setattr(registry, "get", lambda kind, name: module if name == "scratch" else real(kind, name))
     return module
 
 
@@ -108,7 +109,7 @@ def test_several_patches_are_put_on_in_order_or_merged(
     module = Bench("scratch")
     module.stacks = stacks  # type: ignore[attr-defined]
     monkeypatch.setattr(api, "get", lambda kind, name: module)
-    one, two = (power.fit(model, [], power.Config(alpha)) for alpha in (1.5, 2.0))
+    one, two = (api.fit(model, "power", [], tau=tau) for tau in (1.5, 2.0))
     found = api.bench(model, "scratch", [], patch=[one, two])
     assert found == [one, two] if stacks else found.rules == (*one.rules, *two.rules)
     alone = api.bench(model, "scratch", [], patch=[one])

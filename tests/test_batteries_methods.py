@@ -23,7 +23,7 @@ from torch import Tensor
 from lmpatch import registry
 from lmpatch.config import describe_fields
 from lmpatch.data.context import InContext
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.inference.multiple_choice import next_logits
 from lmpatch.models.lm import LM
 from lmpatch.patches.file import load_patch

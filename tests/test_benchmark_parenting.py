@@ -11,7 +11,7 @@ import pytest
 from rag_files import records, squad
 from tiny import tiny_model, tiny_tokenizer
 
-from lmpatch.inference.closed_book import Own
+from lmpatch.inference.closed_book import ClosedBookAnswer
 from lmpatch.models.load import wrap
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "parenting.py"
@@ -29,8 +29,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     lm = wrap(tiny_model("llama", max_position_embeddings=4096), tiny_tokenizer(), name="tiny")
     monkeypatch.setattr(module.lp, "load", lambda *_, **__: lm)
 
-    def own(_: Any, asked: Any, **__: Any) -> list[Own]:
-        return [Own(GOLD.get(q, "a mouse") if len(q) % 2 else "a mouse", True) for q in asked]
+    def own(_: Any, asked: Any, **__: Any) -> list[ClosedBookAnswer]:
+        return [ClosedBookAnswer(GOLD.get(q, "a mouse") if len(q) % 2 else "a mouse", True) for q in asked]
 
     for place in ("lmpatch.benches.rag", "lmpatch.methods.parenting.data"):
         monkeypatch.setattr(f"{place}.closed_book_answers", own)

@@ -24,11 +24,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.edit import Edit
+from ..data.edits import Edit
 from ..models.lm import LM
 from ..progress import Progress
 from ..patches.weight.delta import LowRank
 from ..patches.weight.patch import WeightPatch
+
+
+AIM = "facts"
+Record = Edit
 
 
 @dataclass(frozen=True)

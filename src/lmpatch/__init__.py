@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from .data.context import ContextRecord as ContextRecord
     from .data.context import InContext as InContext
     from .data.context import read_context as read_context
-    from .data.edit import Ask as Ask
-    from .data.edit import Edit as Edit
-    from .data.readers import read_asks as read_asks
-    from .data.readers import read_edits as read_edits
-    from .data.readers import read_text as read_text
+    from .data.edits import Ask as Ask
+    from .data.edits import Edit as Edit
+    from .data.edits import read_asks as read_asks
+    from .data.edits import read_edits as read_edits
+    from .data.lines import read_text as read_text
     from .doctor import examine as examine
     from .errors import BadInput as BadInput
     from .errors import BadPatch as BadPatch
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Applied": "patches.ledger",
-    "Ask": "data.edit",
+    "Ask": "data.edits",
     "BadInput": "errors",
     "BadPatch": "errors",
     "BadRecord": "errors",
@@ -86,7 +86,7 @@ _HOMES = {
     "DecodePatch": "patches.decode.patch",
     "Dense": "patches.weight.delta",
     "Diverged": "errors",
-    "Edit": "data.edit",
+    "Edit": "data.edits",
     "Editor": "patches.editor",
     "ForeignWrite": "errors",
     "Head": "models.units",
@@ -129,10 +129,10 @@ _HOMES = {
     "names": "registry",
     "next_logits": "inference.multiple_choice",
     "probe": "api",
-    "read_asks": "data.readers",
+    "read_asks": "data.edits",
     "read_context": "data.context",
-    "read_edits": "data.readers",
-    "read_text": "data.readers",
+    "read_edits": "data.edits",
+    "read_text": "data.lines",
     "score": "inference.score",
     "stream": "inference.generate",
     "train": "api",

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .config import resolve
-from .data.context import read_context
-from .data.edit import Ask, Edit, check_contradictions
-from .data.rag.reader import read_rag
-from .data.readers import read_edits
+from .data.edits import Ask, Edit
+from .data.record import Record
 from .errors import BadInput
 from .models.lm import LM
 from .patches.editor import Editor
 from .patches.merge import merge
 from .patches.patch import Mount, Patch
 from .progress import Progress
-from .registry import get
+from .registry import get, keywords, taken
+from .registry import method as find_method
 from .resources import require_memory
 
 
 def fit(
     lm: LM,
     method: str,
-    edits: Sequence[Any],
+    edits: Sequence[Any] | str | Path,
     *,
     text: Sequence[str] | None = None,
     anchors: Sequence[Edit] | None = None,
@@ -40,8 +38,8 @@ def fit(
 
     Args:
         method: a name from ``registry.names("methods")``.
-        edits: the facts of one commit, or whatever records the method reads (``ircan``: questions with contexts); may
-            be empty for methods that learn nothing, such as ``cad``.
+        edits: the facts of one commit, or whatever records the method reads (``ircan``: questions with contexts), or
+            the path of a file of them; may be empty for methods that learn nothing, such as ``cad``.
         text: plain text for methods that take second moments; each has its own default.
         anchors: facts outside the test set, for methods that measure on them first (memit's ``nas``).
         editor: from ``train``, for methods that have one; None: the one that comes with lmpatch for this model.
@@ -54,23 +52,34 @@ def fit(
         Contradiction: two edits ask for different answers to one prompt.
         NotEnoughMemory: the method's estimate is above what is free.
     """
-    module = get("methods", method)
-    config = resolve(module.Config, settings)
-    if not edits and needs_records(module):
+    chosen = find_method(method)
+    config = resolve(chosen.config, settings, method)
+    records = _records(chosen.record, edits)
+    if not records and chosen.needs_records:
         raise BadInput(f"{method} was given no edits. Give at least one.")
-    if reads(module) == "edits":
-        check_contradictions(edits)
-    material = _material(module.fit, method, text=text, anchors=anchors, editor=editor, out=out)
-    if hasattr(module, "estimate"):
-        require_memory(module.estimate(lm, len(edits), config), lm.device, f"{method} with {len(edits)} edits")
-    patch: Patch = module.fit(lm, edits, config, progress=progress, **material)
+    if chosen.record:
+        chosen.record.check(records)
+    material = chosen.material({"text": text, "anchors": anchors, "editor": editor, "out": out})
+    if chosen.estimate:
+        need = chosen.estimate(lm, len(records), config)
+        require_memory(need, lm.device, f"{method} with {len(records)} edits")
+    patch: Patch = chosen.fit(lm, records, config, progress=progress, **material)
     return patch
+
+
+def _records(record: type[Record] | None, data: Sequence[Any] | str | Path, limit: int | None = None) -> Sequence[Any]:
+    """The records themselves, or those of a file."""
+    if not isinstance(data, (str, Path)):
+        return data
+    if record is None:
+        raise BadInput(f"nothing is read from {data} here. Leave it out.")
+    return record.read(data, limit=limit)
 
 
 def train(
     lm: LM,
     method: str,
-    edits: Sequence[Edit],
+    edits: Sequence[Any] | str | Path,
     *,
     unrelated: Sequence[Ask] = (),
     out: str | Path | None = None,
@@ -92,16 +101,13 @@ def train(
     Raises:
         BadInput: the method has no editor, or as the method says.
     """
-    module = get("methods", method)
-    if not hasattr(module, "train"):
+    chosen = find_method(method)
+    if chosen.train is None or chosen.training is None:
         raise BadInput(f"{method} learns nothing ahead of its edits. Call fit.")
-    config = resolve(module.Training, settings)
+    config = resolve(chosen.training, settings, method)
+    records = _records(chosen.record, edits)
     extra = {"unrelated": unrelated or None, "encoder": encoder, "download": download or None}
-    given = {name: value for name, value in extra.items() if value is not None}
-    if given and not hasattr(module, "TrainingData"):
-        raise BadInput(f"{method} is trained on facts alone. Leave {', '.join(given)} out.")
-    data = module.TrainingData(edits, **given) if given else edits
-    editor: Editor = module.train(lm, data, config, out=out, progress=progress)
+    editor: Editor = chosen.train(lm, chosen.training_data(records, extra), config, out=out, progress=progress)
     return editor
 
 
@@ -130,33 +136,9 @@ def probe(
         BadInput: an unknown setting, or one of another type.
     """
     module = get("probes", name)
-    config = resolve(module.Config, settings)
-    records = read(module, data, limit=limit) if isinstance(data, (str, Path)) else data
-    return module.run(lm, records, config, progress=progress, **_material(module.run, name, out=out))
-
-
-def needs_records(module: ModuleType) -> bool:
-    """Whether a method learns from records; one that only packs a rule says ``needs_records = False``."""
-    return bool(getattr(module, "needs_records", True))
-
-
-def reads(module: ModuleType) -> str:
-    """The kind of records a method or probe takes: what its module says in ``reads``, else ``edits``."""
-    kind: str = getattr(module, "reads", "edits")
-    return kind
-
-
-def read(module: ModuleType, path: str | Path, *, limit: int | None = None, check: bool = False) -> list[Any]:
-    """The records of a file, as a method or probe takes them.
-
-    Args:
-        check: refuse facts that contradict each other.
-    """
-    if reads(module) == "context":
-        return list(read_context(path, limit=limit))
-    if reads(module) == "rag":
-        return list(read_rag(path, limit=limit))
-    return list(read_edits(path, limit=limit, check=check))
+    config = resolve(module.Config, settings, name)
+    records = _records(module.Record, data, limit)
+    return module.run(lm, records, config, progress=progress, **taken(name, keywords(module.run), {"out": out}))
 
 
 def bench(
@@ -199,18 +181,17 @@ def bench(
     if patch is not None and method is not None:
         raise BadInput("give either a patch or a method that makes patches, not both.")
     module = get("benches", name)
-    if method is not None and "make" not in inspect.signature(module.run).parameters:
+    if method is not None and "make" not in keywords(module.run):
         raise BadInput(f"{name} makes no patches. Fit one with {method} first, and give it as patch.")
-    config = resolve(module.Config, settings)
+    config = resolve(module.Config, settings, name)
     path = data if isinstance(data, (str, Path)) else None
-    edits = (
-        data if path is None else module.load(path, limit=limit, **_material(module.load, name, unrelated=unrelated))
-    )
+    if path is not None:
+        data = module.load(path, limit=limit, **taken(name, keywords(module.load), {"unrelated": unrelated}))
     makers: dict[str, Any] = {"patch": _stacked(module, patch)}
     if method is not None:
         makers = _makers(method, dict(method_settings or {}), {"text": text, "anchors": anchors, "editor": editor})
     source = "" if path is None else Path(path).name
-    return module.run(lm, edits, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
+    return module.run(lm, data, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
 
 
 def _stacked(module: ModuleType, patch: Patch | Sequence[Patch] | None) -> Patch | Sequence[Patch] | None:
@@ -220,26 +201,17 @@ def _stacked(module: ModuleType, patch: Patch | Sequence[Patch] | None) -> Patch
     return merge(*patch) if patch else None
 
 
-def _makers(method: str, settings: dict[str, Any], material: dict[str, Any]) -> dict[str, Any]:
+def _makers(name: str, settings: dict[str, Any], material: dict[str, Any]) -> dict[str, Any]:
     """What a bench needs to make patches with a method: one commit at a time, or many single edits in one go."""
-    module = get("methods", method)
-    config = resolve(module.Config, settings)
-    given = _material(module.fit, method, **material)
+    chosen = find_method(name)
+    config = resolve(chosen.config, settings, name)
+    given = chosen.material(material)
     makers = {
-        "make": lambda lm, edits: fit(lm, method, edits, **material, **settings),
+        "make": lambda lm, edits: fit(lm, name, edits, **material, **settings),
         "settings": asdict(config),
-        "run_id": method,
+        "run_id": name,
     }
-    if hasattr(module, "fit_each"):
-        makers["make_each"] = lambda lm, edits: module.fit_each(lm, edits, config, **given)
+    if chosen.fit_each:
+        each = chosen.fit_each
+        makers["make_each"] = lambda lm, edits: each(lm, edits, config, **given)
     return makers
-
-
-def _material(function: Callable[..., Any], name: str, **given: Any) -> dict[str, Any]:
-    """What was given, once it is certain that the function takes it."""
-    known = inspect.signature(function).parameters
-    given = {key: value for key, value in given.items() if value is not None}
-    for key in given:
-        if key not in known:
-            raise BadInput(f"{name} reads no {key}. Leave {key} out.")
-    return given

@@ -20,19 +20,21 @@ from .errors import BadInput
 C = TypeVar("C")
 
 
-def resolve(config: type[C], given: Mapping[str, Any]) -> C:
+def resolve(config: type[C], given: Mapping[str, Any], name: str = "") -> C:
     """``config(**given)`` after checking every name and every type.
 
     Whole numbers are taken where a float is expected, lists where a tuple is.
 
+    Args:
+        name: whose settings they are, for messages.
     Raises:
         BadInput: a setting the class does not have, or a value of another type.
     """
     hints = get_type_hints(config)
-    return config(**{name: _check(name, value, _hint(config, hints, name)) for name, value in given.items()})
+    return config(**{key: _check(key, value, _hint(config, hints, key, name)) for key, value in given.items()})
 
 
-def parse(config: type[Any], pairs: Iterable[str]) -> dict[str, Any]:
+def parse(config: type[Any], pairs: Iterable[str], owner: str = "") -> dict[str, Any]:
     """Settings from ``key=value`` texts, read by the type each field has; tuples are written ``4,5,6``.
 
     Raises:
@@ -45,7 +47,7 @@ def parse(config: type[Any], pairs: Iterable[str]) -> dict[str, Any]:
         if not equals:
             raise BadInput(f"cannot read the setting {pair!r}. Write it as key=value.")
         name = name.strip()
-        read[name] = _read(name, text.strip(), _hint(config, hints, name))
+        read[name] = _read(name, text.strip(), _hint(config, hints, name, owner))
     return read
 
 
@@ -65,13 +67,13 @@ def describe_fields(config: type[Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _hint(config: type[Any], hints: Mapping[str, Any], name: str) -> Any:
+def _hint(config: type[Any], hints: Mapping[str, Any], name: str, owner: str) -> Any:
     known = [field.name for field in fields(config)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=2)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known) or 'none'}."
-        method = config.__module__.rpartition(".")[2]
-        raise BadInput(f"{method} has no setting {name!r}. {hint}")
+        owner = owner or config.__module__.rpartition(".")[2]
+        raise BadInput(f"{owner} has no setting {name!r}. {hint}")
     return hints[name]
 
 

@@ -21,7 +21,7 @@ from .patches.weight.delta import LowRank
 from .patches.weight.patch import WeightPatch
 from .progress import Progress
 from .provenance import hash_tensors
-from .registry import get, names
+from .registry import method, names
 from .resources import format_bytes, free_bytes
 
 PROMPTS = ("The capital of France is", "Water boils at a temperature of one hundred degrees", "Hello")
@@ -68,9 +68,9 @@ def footprint(lm: LM) -> list[tuple[str, str]]:
         ("second moments of one layer", format_bytes(layout.d_ff**2 * 4)),
     ]
     for name in names("methods"):
-        method = get("methods", name)
-        if hasattr(method, "estimate"):
-            one, crowd = (format_bytes(method.estimate(lm, n, method.Config())) for n in (1, CROWD))
+        found = method(name)
+        if found.estimate:
+            one, crowd = (format_bytes(found.estimate(lm, n, found.config())) for n in (1, CROWD))
             rows.append((f"fitting with {name}", f"{one} for 1 edit, {crowd} for {CROWD}"))
     return rows
 

@@ -1,23 +1,129 @@
 """What methods, probes and benches there are: the files of each folder are the registry.
 
-A module in ``methods/``, ``probes/`` or ``benches/`` whose name has no leading underscore is listed by its name.
-Another package adds its own through the entry-point group ``lmpatch.methods`` (``.probes``, ``.benches``)::
+A module or package in ``methods/``, ``probes/`` or ``benches/`` whose name has no leading underscore is listed by its
+name. Another package adds its own through the entry-point group ``lmpatch.methods`` (``.probes``, ``.benches``)::
 
     [project.entry-points."lmpatch.methods"]
     mine = "my_package.mine"
+
+Listing reads files as text and imports none of them. A folder whose ``__init__`` names no ``Config`` is no module of
+its own but holds what several share.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
-import pkgutil
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
+from pathlib import Path
+from typing import Any
 
+from .data.record import Record
 from .errors import BadInput, UnknownName
 
 KINDS = {"methods": "method", "probes": "probe", "benches": "bench"}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What can be known of a module without importing it."""
+
+    name: str
+    what: str
+    """The first line of its docstring."""
+    aim: str
+    """``facts``, ``context``, ``documents``, or nothing."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as every caller sees it; what it does not have is None. See ``lmpatch.methods``."""
+
+    name: str
+    doc: str
+    record: type[Record] | None
+    needs_records: bool
+    config: type[Any]
+    fit: Callable[..., Any]
+    takes: frozenset[str]
+    """Keywords of ``fit`` beside ``progress``."""
+    fit_each: Callable[..., Any] | None
+    estimate: Callable[..., int] | None
+    train: Callable[..., Any] | None
+    training: type[Any] | None
+    data: type[Any] | None
+    """What ``train`` reads beside plain records: a ``TrainingData`` of records and more."""
+    example: Callable[..., Any] | None
+
+    def material(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What was given, once it is certain that ``fit`` takes it.
+
+        Raises:
+            BadInput: it does not.
+        """
+        return taken(self.name, self.takes, given)
+
+    def training_data(self, records: Any, extra: Mapping[str, Any]) -> Any:
+        """What ``train`` reads: the records, or a ``TrainingData`` of them and of what else was given.
+
+        Raises:
+            BadInput: it reads nothing else.
+        """
+        known = frozenset(field.name for field in fields(self.data)) if self.data else frozenset()
+        values = taken(self.name, known, extra)
+        return self.data(records, **values) if self.data and values else records
+
+
+def taken(name: str, takes: frozenset[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not None, once it is certain that all of them are taken."""
+    values = {key: value for key, value in given.items() if value is not None}
+    for key in values:
+        if key not in takes:
+            raise BadInput(f"{name} reads no {key}. Leave {key} out.")
+    return values
+
+
+def method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        UnknownName: there is none; the message lists the nearest names.
+    """
+    return as_method(name, get("methods", name))
+
+
+def as_method(name: str, module: Any) -> Method:
+    """What a module offers, told in one place."""
+
+    def optional(attribute: str) -> Any:
+        return getattr(module, attribute, None)
+
+    return Method(
+        name=name,
+        doc=inspect.cleandoc(module.__doc__ or ""),
+        record=optional("Record"),
+        needs_records=getattr(module, "needs_records", True),
+        config=module.Config,
+        fit=module.fit,
+        takes=keywords(module.fit),
+        fit_each=optional("fit_each"),
+        estimate=optional("estimate"),
+        train=optional("train"),
+        training=optional("Training"),
+        data=optional("TrainingData"),
+        example=optional("example"),
+    )
+
+
+def keywords(function: Callable[..., Any]) -> frozenset[str]:
+    """The names a function takes by keyword alone, but for ``progress``."""
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY) - {"progress"}
 
 
 def names(kind: str) -> list[str]:
@@ -28,32 +134,67 @@ def names(kind: str) -> list[str]:
     Raises:
         BadInput: another kind.
     """
-    return sorted({*_files(kind), *_outsiders(kind)})
+    return sorted({*_own(kind), *_outsiders(kind)})
 
 
-def get(kind: str, name: str) -> ModuleType:
-    """The module of that name.
+def listing(kind: str) -> list[Listed]:
+    """Every name of one kind with what it does, by aim and name. Nothing is imported; outsiders are listed by name."""
+    own = _own(kind)
+    outside = [Listed(name, f"from {point.value}", "") for name, point in _outsiders(kind).items() if name not in own]
+    return sorted([*(listed for listed, _ in own.values()), *outside], key=lambda each: (each.aim, each.name))
+
+
+def get(kind: str, name: str) -> Any:
+    """The module of that name, or its entry in a module of several.
 
     Raises:
         UnknownName: there is none; the message lists the nearest names.
     """
-    if name in _files(kind):
-        return importlib.import_module(f"{__package__}.{kind}.{name}")
+    own = _own(kind)
+    if name in own:
+        module = importlib.import_module(f"{__package__}.{kind}.{own[name][1]}")
+        return module if own[name][1] == name else module.entry(name)
     outsiders = _outsiders(kind)
     if name in outsiders:
-        module: ModuleType = outsiders[name].load()
-        return module
+        return outsiders[name].load()
     known = names(kind)
     near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known) or 'none'}."
     raise UnknownName(f"no {KINDS[kind]} is called {name!r}. {hint}")
 
 
-def _files(kind: str) -> list[str]:
+def _own(kind: str) -> dict[str, tuple[Listed, str]]:
+    """Name -> what is known of it and the module it is in."""
     if kind not in KINDS:
         raise BadInput(f"no kind {kind!r} of module. There are: {', '.join(KINDS)}.")
-    folder = importlib.import_module(f"{__package__}.{kind}").__path__
-    return [module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_")]
+    own: dict[str, tuple[Listed, str]] = {}
+    for folder in importlib.import_module(f"{__package__}.{kind}").__path__:
+        for path in sorted(Path(folder).iterdir()):
+            source = path / "__init__.py" if path.is_dir() else path
+            if path.name.startswith("_") or source.suffix != ".py" or not source.is_file():
+                continue
+            own |= {listed.name: (listed, path.stem) for listed in _read(source, path.stem, path.is_dir())}
+    return own
+
+
+@cache
+def _read(source: Path, stem: str, folder: bool) -> tuple[Listed, ...]:
+    """The entries of one file, read as text."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    if folder and not any(
+        isinstance(node, (ast.alias, ast.ClassDef)) and node.name == "Config" for node in ast.walk(tree)
+    ):
+        return ()
+    literals = {
+        statement.targets[0].id: ast.literal_eval(statement.value)
+        for statement in tree.body
+        if isinstance(statement, ast.Assign)
+        and isinstance(statement.targets[0], ast.Name)
+        and statement.targets[0].id in ("AIM", "ENTRIES")
+    }
+    first = (ast.get_docstring(tree) or "").partition("\n")[0].replace("``", "")
+    entries = literals.get("ENTRIES", {stem: first})
+    return tuple(Listed(name, what, literals.get("AIM", "")) for name, what in entries.items())
 
 
 def _outsiders(kind: str) -> dict[str, EntryPoint]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lmpatch.benches.facts import Config
-from lmpatch.data.edit import Ask, Edit
+from lmpatch.data.edits import Ask, Edit
 from lmpatch.models.lm import LM
 from lmpatch.patches.weight.delta import LowRank
 from lmpatch.patches.weight.patch import WeightPatch

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmpatch.benches._cases import Chunk, plan, sentence, with_fact
-from lmpatch.data.edit import Ask, Edit
+from lmpatch.data.edits import Ask, Edit
 from lmpatch.errors import BadInput
 
 

@@ -13,7 +13,7 @@ from tiny import CORE, tiny_lm
 
 from lmpatch.benches import _ask, facts
 from lmpatch.benches.facts import Config, Row
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, ForeignWrite, NotEnoughMemory, SubjectNotFound
 from lmpatch.inference.generate import generate
 from lmpatch.inference.score import score

@@ -24,7 +24,7 @@ from lmpatch.benches import _general_ask, general
 from lmpatch.benches._general_tasks import CLOZE, LETTERS, TASKS, TEXT, Sample
 from lmpatch.benches.general import Config, Data, Report, Row
 from lmpatch.cli.app import build
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, NotEnoughMemory
 from lmpatch.inference.interventions import Insert, Intervention
 from lmpatch.models.lm import LM

@@ -16,7 +16,7 @@ from lmpatch.benches._context_ask import WHOLE, Letters, Said, choose
 from lmpatch.benches._context_prompts import worded
 from lmpatch.benches.kre import Config
 from lmpatch.data.context import ContextRecord
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput
 from lmpatch.inference.score import score
 from lmpatch.inference.tokens import encode

@@ -24,7 +24,7 @@ from lmpatch.benches._context_rows import Metric, Row, mean, metrics
 from lmpatch.benches.memotrap import Config, Report
 from lmpatch.cli.app import build
 from lmpatch.data.context import ContextRecord, InContext
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, BadRecord
 from lmpatch.inference.generate import generate
 from lmpatch.models.lm import LM

@@ -27,7 +27,7 @@ from lmpatch.data.context import InContext
 from lmpatch.data.rag.reader import Build, RagRecord, closed_book, read_questions, write
 from lmpatch.data.rag.reader import build as built
 from lmpatch.errors import BadInput
-from lmpatch.inference.closed_book import Own
+from lmpatch.inference.closed_book import ClosedBookAnswer
 from lmpatch.inference.generate import generate
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
@@ -248,7 +248,7 @@ def test_a_run_leaves_no_trace_and_its_rows_are_the_patched_models(
 
 
 def test_parenting_ircan_cad_and_a_memory_are_on_at_once_and_leave_every_bit(records: list[RagRecord]) -> None:
-    from lmpatch.methods import cad
+    from lmpatch.methods.decoding import CAD, METHODS
     from lmpatch.methods.ircan import method as ircan
     from lmpatch.methods.parenting import method as parenting
     from lmpatch.methods.recipe import method as recipe
@@ -258,7 +258,8 @@ def test_parenting_ircan_cad_and_a_memory_are_on_at_once_and_leave_every_bit(rec
     before = hash_tensors(sorted(lm.model.state_dict().items()), exact=True)
     told, facts = ircan.example(lm), [lp.Edit(s, "Rome") for s in ("The tower is in", "The mayor lives in")]
     patches: list[Patch] = [
-        parenting.fit(lm, *parenting.example(lm)), ircan.fit(lm, *told), cad.fit(lm, told[0], cad.Config(alpha=1.0)),
+        parenting.fit(lm, *parenting.example(lm)), ircan.fit(lm, *told),
+        METHODS["cad"].fit(lm, told[0], CAD(alpha=1.0)),
         recipe.fit(lm, facts, recipe.Config(gate="always"), editor=recipe.example_editor(lm)),
     ]  # fmt: skip
     report = rag.run(lm, records, QUICK, patch=patches)
@@ -313,7 +314,7 @@ def test_items_the_model_knows_come_first_among_irrelevant_ones(
 ) -> None:
     foreign = [r for r in records if r.variant == "foreign"]
     right = {r.question: r.gold[0] for r in foreign[-2:]}
-    own = {q: Own(right.get(q, "nothing"), True) for q in (r.question for r in records)}
+    own = {q: ClosedBookAnswer(right.get(q, "nothing"), True) for q in (r.question for r in records)}
     monkeypatch.setattr(rag, "closed_book_answers", lambda _, asked, **__: [own[q] for q in asked])
     items = rag.prepare(tiny, records, Config(n=3, conditions=("irrelevant",)))
     assert [s.known for s in items] == [True, True, False]

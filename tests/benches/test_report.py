@@ -17,7 +17,7 @@ from tiny import tiny_lm
 
 from lmpatch.benches import facts
 from lmpatch.benches.facts import Config, Report
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput
 from lmpatch.models.lm import LM
 from lmpatch.patches.weight.patch import WeightPatch

@@ -12,8 +12,7 @@ from typer.testing import CliRunner, Result
 
 from lmpatch.cli.app import build
 from lmpatch.cli.memory import COMMANDS
-from lmpatch.data.edit import Edit
-from lmpatch.data.readers import read_edits
+from lmpatch.data.edits import Edit, read_edits
 from lmpatch.memory.memory import Memory
 from lmpatch.memory.store import Store
 from lmpatch.methods import recipe

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def test_a_held_question_has_documents_of_several_other_articles(tmp_path: Path)
 
 
 def test_training_pairs_look_for_no_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmpatch.data.rag.reader import build as _rag_build
+    _rag_build: Any = import_module("lmpatch.data.rag.build")
 
     asked: list[str] = []
     real = _rag_build._Part._noise

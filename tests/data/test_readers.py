@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lmpatch.data.edit import Ask, Edit, check_contradictions, prompt_key
-from lmpatch.data.readers import read_asks, read_edits, read_text
+from lmpatch.data.edits import Ask, Edit, check_contradictions, prompt_key, read_asks, read_edits
+from lmpatch.data.lines import read_text
 from lmpatch.errors import BadInput, BadRecord, Contradiction
 
 FACTS = Path(__file__).parents[2] / "examples" / "facts.jsonl"

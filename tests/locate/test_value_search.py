@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_lm
 from torch.nn import functional as F
 
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import SubjectNotFound
 from lmpatch.inference.forward import hooked
 from lmpatch.inference.tokens import encode

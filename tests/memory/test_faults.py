@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, LmpatchError
 from lmpatch.memory.store import Store
 
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 ADDS = """
 import sys, numpy
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.memory.store import Store
 store = Store.open(sys.argv[1])
 for i in range(40):

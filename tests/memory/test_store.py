@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from lmpatch.data.edit import Ask, Edit
-from lmpatch.data.readers import read_edits
+from lmpatch.data.edits import Ask, Edit, read_edits
 from lmpatch.errors import BadInput, LmpatchError, MissingExtra, WrongModel
 from lmpatch.memory import _log, _near
 from lmpatch.memory.entry import columns, edit_of
@@ -421,7 +420,7 @@ def test_without_lancedb_the_error_names_the_extra(tmp_path: Path, monkeypatch: 
 def test_reading_and_adding_need_no_torch(store: Store) -> None:
     code = (
         "import sys, numpy\n"
-        "from lmpatch.data.edit import Edit\n"
+        "from lmpatch.data.edits import Edit\n"
         "from lmpatch.memory.store import Store\n"
         "store = Store.open(sys.argv[1])\n"
         "store.add([Edit('a', 'b')], numpy.ones((1, 16)))\n"

@@ -18,7 +18,7 @@ from typing import Any
 import lancedb  # noqa: F401  before the fork
 import numpy as np
 
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.memory.store import Store
 
 WIDTH = 16

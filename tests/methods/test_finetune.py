@@ -9,7 +9,7 @@ import torch
 from tiny import real_gemma, tiny_lm
 from torch.nn import functional as F
 
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput
 from lmpatch.inference.generate import generate
 from lmpatch.inference.score import score

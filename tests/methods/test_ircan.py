@@ -21,9 +21,9 @@ from lmpatch.inference.interventions import Rule
 from lmpatch.inference.replay import Recording, record
 from lmpatch.inference.tokens import encode, encode_all
 from lmpatch.locate.neurons import drawn, ranked, scaling
+from lmpatch.methods.ircan import grid as _ircan_grid
 from lmpatch.methods.ircan import method as ircan
 from lmpatch.methods.ircan.grid import accuracies, scaled_states
-from lmpatch.methods.ircan.method import grid as _ircan_grid
 from lmpatch.models.lm import LM
 from lmpatch.models.units import Neuron
 from lmpatch.patches.decode.patch import DecodePatch

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import real_gemma, tiny_lm
 
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, Contradiction
 from lmpatch.inference.generate import generate
 from lmpatch.locate.covariance import second_moments

@@ -19,11 +19,11 @@ from lmpatch.errors import BadInput, Diverged
 from lmpatch.inference.closed_book import ClosedBookAnswer
 from lmpatch.inference.forward import hooked
 from lmpatch.locate.activations import activations
+from lmpatch.methods.parenting import data as _parenting_data
 from lmpatch.methods.parenting import method as parenting
+from lmpatch.methods.parenting import tune as _parenting_tune
 from lmpatch.methods.parenting.data import Rows, draws, loss, prepare
 from lmpatch.methods.parenting.method import Config, fit
-from lmpatch.methods.parenting.method import data as _parenting_data
-from lmpatch.methods.parenting.method import tune as _parenting_tune
 from lmpatch.methods.parenting.mine import (
     Tracker,
     active_tokens,

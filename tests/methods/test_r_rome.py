@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from tiny import tiny_lm
 
-from lmpatch.methods import r_rome, rome
-from lmpatch.methods._rome import pairs
+from lmpatch.methods import rome
+from lmpatch.methods.rome import pairs, r_rome
 from lmpatch.models.lm import LM
 
 EDITS, CFG = r_rome.example(tiny_lm("llama"))

@@ -9,7 +9,7 @@ import torch
 from tiny import CORE, tiny_lm
 
 from lmpatch import BadInput, CannotMerge, Edit, WrongModel, applied, apply, load_patch, merge
-from lmpatch.data.readers import read_edits
+from lmpatch.data.edits import read_edits
 from lmpatch.inference.states import hidden
 from lmpatch.methods import rag, recipe
 from lmpatch.patches.editor import load_editor

@@ -9,12 +9,12 @@ import torch
 from tiny import real_gemma, tiny_lm
 
 from lmpatch.api import fit
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import Contradiction, LayerOutOfRange, NotEnoughMemory, SubjectNotFound
 from lmpatch.inference.generate import generate
 from lmpatch.locate.covariance import second_moments
-from lmpatch.methods import r_rome, rome
-from lmpatch.methods._rome import pairs
+from lmpatch.methods import rome
+from lmpatch.methods.rome import pairs, r_rome
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
 from lmpatch.registry import get

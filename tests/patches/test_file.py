@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_lm
 
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, BadPatch
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.format import HEADER, TENSORS, sealed

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import real_gemma
 
-from lmpatch.data.edit import Edit
+from lmpatch.data.edits import Edit
 from lmpatch.errors import SubjectNotFound
 from lmpatch.inference.forward import first, hooked
 from lmpatch.inference.tokens import encode

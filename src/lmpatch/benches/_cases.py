@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ..data.edit import Edit
+from ..data.edits import Edit
 from ..errors import BadInput
 from ..inference.tokens import statement
 from ._text import first, normalise

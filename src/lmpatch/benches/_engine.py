@@ -8,7 +8,7 @@ from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ..data.edit import Edit
+from ..data.edits import Edit
 from ..errors import BadInput, Diverged, SubjectNotFound
 from ..models.lm import LM
 from ..patches.patch import Mount, Patch

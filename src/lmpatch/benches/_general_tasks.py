@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..data.readers import read_records, read_text
+from ..data.lines import read_records, read_text
 from ..errors import BadRecord
 from ..provenance import hash_json
 from ._general_rows import Form

@@ -38,7 +38,7 @@ TOKENS = 4
 
 def perplexity(lm: LM) -> float:
     """exp of the mean negative log probability per token of ``TEXT``, the model as it is now."""
-    scores = score(lm, [start for start, _ in TEXT], [rest for _, rest in TEXT])
+    scores = score(lm.plain, [start for start, _ in TEXT], [rest for _, rest in TEXT])
     count = sum(len(score.ids) for score in scores)
     mean = -sum(score.total for score in scores) / count
     return math.exp(mean) if mean < 700 else math.inf

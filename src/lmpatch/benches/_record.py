@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..data.edit import Edit
+from ..data.edits import Edit
 from ..models.lm import LM
 from ..patches.patch import Mount, Patch
 from ..provenance import hardware, hash_json, now, versions
@@ -154,7 +154,7 @@ def _health(chunks: Sequence[Mapping[str, Any]], commits: Sequence[Mapping[str, 
         "base_perplexity": chunks[0]["base_perplexity"],
         "perplexity_max": max(seen, default=None),
         "change_max": max(changes, default=None),
-        "lost_max": max(c["lost"] for c in commits),
+        "rounding_error_max": max(c["rounding_error"] for c in commits),
     }
 
 

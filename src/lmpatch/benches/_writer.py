@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from ..data.edit import Edit
+from ..data.edits import Edit
 from ..errors import BadInput, CannotMount, Diverged, ForeignWrite, SubjectNotFound
 from ..models.lm import LM
 from ..patches.ledger import Applied, applied, apply

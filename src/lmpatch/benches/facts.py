@@ -13,8 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-from ..data.edit import Ask, Edit
-from ..data.readers import read_asks, read_edits
+from ..data.edits import Ask, Edit, read_asks, read_edits
 from ..errors import BadInput
 from ..models.lm import LM
 from ..patches.patch import Mount, Patch

@@ -16,7 +16,7 @@ from .screen import keep, progress, say, table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..data.edit import Edit
+    from ..data.edits import Edit
     from ..models.lm import LM
     from ..progress import Progress
 
@@ -56,7 +56,7 @@ def demo(
       lmpatch demo -o demo-patch --count 20
     """
     from ..api import fit
-    from ..data.readers import read_edits
+    from ..data.edits import read_edits
     from ..patches.ledger import apply
     from ..provenance import hash_tensors
 

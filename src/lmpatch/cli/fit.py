@@ -73,11 +73,11 @@ def fit(
     from ..distributed import world
 
     new_path(out)
-    module = registry.get("methods", method)
-    chosen = parse(module.Config, settings or [])
-    if facts is None and api.needs_records(module):
+    found = registry.method(method)
+    chosen = parse(found.config, settings or [], method)
+    if facts is None and found.needs_records:
         raise BadInput(f"{method} learns from records. Name a file of them behind {method}.")
-    edits = api.read(module, facts, check=True) if facts else []
+    edits = found.record.read(facts, check=True) if facts and found.record else []
     lm = open_model(model, dtype, device, download, shard)
     kept = f" {work} holds the last whole step; the same command goes on from there." if work else ""
     keep(context, f"The model is as it was and {out} was not written.{kept}")

@@ -85,7 +85,7 @@ def add(
     Example:
       lmpatch memory add store "The Eiffel Tower is in" Rome --source "ticket 4711"
     """
-    from ..data.edit import Edit
+    from ..data.edits import Edit
 
     opened = _memory(store)
     old = opened.store.get(prompt)
@@ -104,7 +104,7 @@ def import_(
     Example:
       lmpatch memory import store facts.jsonl
     """
-    from ..data.readers import read_edits
+    from ..data.edits import read_edits
 
     opened = _memory(store)
     read = [(path, read_edits(path)) for path in facts]

@@ -8,11 +8,17 @@ import typer
 
 from .screen import say, table
 
+AIMS = {
+    "facts": "correct facts",
+    "context": "follow the context, or the model's own knowledge",
+    "documents": "use documents that answer, ignore those that do not",
+}
+
 
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the settings of this one.")] = None,
 ) -> None:
-    """The methods, probes and benches there are; with a name, the settings of that one.
+    """The methods by what they are for, the probes and the benches; with a name, the settings of that one.
 
     \b
     Examples:
@@ -20,28 +26,30 @@ def methods(
       lmpatch methods rome
     """
     from .. import registry
-    from ..config import describe_fields
 
     if name is None:
-        rows = [
-            (kind, each, first_line(registry.get(kind, each)))
-            for kind in registry.KINDS
-            for each in registry.names(kind)
-        ]
-        table(["kind", "name", "what it does"], rows)
+        for aim in dict.fromkeys(each.aim for each in registry.listing("methods")):
+            rows = [(each.name, each.what) for each in registry.listing("methods") if each.aim == aim]
+            table(["method", "what it does"], rows, AIMS.get(aim, aim or "others"))
+        for kind, one in (("probes", "probe"), ("benches", "bench")):
+            table([one, "what it does"], [(each.name, each.what) for each in registry.listing(kind)], kind)
         return
-    for kind in registry.KINDS:
-        if name in registry.names(kind):
-            module = registry.get(kind, name)
-            say((module.__doc__ or "").strip())
-            for title in ("Config", "Training"):
-                if hasattr(module, title):
-                    heading = "to train its editor" if title == "Training" else None
-                    table(["setting", "takes", "default", "meaning"], describe_fields(getattr(module, title)), heading)
-            return
-    registry.get("methods", name)  # raises UnknownName with the nearest names
+    kind = next((kind for kind in registry.KINDS if name in registry.names(kind)), "methods")
+    _settings(kind, name)
 
 
-def first_line(module: object) -> str:
-    """The first line of a module's docstring."""
-    return (module.__doc__ or "").strip().partition("\n")[0].replace("``", "")
+def _settings(kind: str, name: str) -> None:
+    from .. import registry
+    from ..config import describe_fields
+
+    columns = ["setting", "takes", "default", "meaning"]
+    if kind == "methods":
+        found = registry.method(name)  # raises UnknownName with the nearest names
+        say(found.doc)
+        table(columns, describe_fields(found.config))
+        if found.training:
+            table(columns, describe_fields(found.training), "to train its editor")
+        return
+    module = registry.get(kind, name)
+    say((module.__doc__ or "").strip())
+    table(columns, describe_fields(module.Config))

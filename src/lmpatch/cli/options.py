@@ -111,7 +111,8 @@ def open_patch(path: Path) -> Patch:
 
 def material(text: Path | None, anchors: Path | None, editor: Path | None) -> dict[str, Any]:
     """What the files hold, as ``fit`` and ``bench`` take it."""
-    from ..data.readers import read_edits, read_text
+    from ..data.edits import read_edits
+    from ..data.lines import read_text
     from ..patches.editor import load_editor
 
     return {

@@ -42,15 +42,15 @@ def train(
     """
     from .. import api, registry
     from ..config import parse
-    from ..data.readers import read_asks, read_edits
+    from ..data.edits import read_asks, read_edits
     from ..distributed import world
     from ..errors import BadInput
 
     new_path(out)
-    module = registry.get("methods", method)
-    if not hasattr(module, "Training"):
+    training = registry.method(method).training
+    if training is None:
         raise BadInput(f"{method} learns nothing ahead of its edits. Use lmpatch fit.")
-    chosen = parse(module.Training, settings or [])
+    chosen = parse(training, settings or [], method)
     edits = [edit for path in facts for edit in read_edits(path)]
     asks = read_asks(unrelated) if unrelated else []
     lm = open_model(model, dtype, device, download, shard)

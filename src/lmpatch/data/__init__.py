@@ -1,16 +1,5 @@
-"""Records and the readers that make them: facts to write, questions to ask, plain text."""
+"""What we read, one file per kind of record, each with its reader.
 
-from .context import ContextRecord, read_context
-from .edit import Ask, Edit, check_contradictions
-from .readers import read_asks, read_edits, read_text
-
-__all__ = [
-    "Ask",
-    "ContextRecord",
-    "Edit",
-    "check_contradictions",
-    "read_asks",
-    "read_context",
-    "read_edits",
-    "read_text",
-]
+``edits`` are facts to change, ``context`` questions with a context, ``rag`` questions with documents. All files come
+through ``lines``, which gathers bad lines into one error. A record is a ``record.Record``: its class reads files of it.
+"""

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import BadInput, BadRecord
-from .readers import Record, cut, only, read_records, text_of
+from .lines import Line, cut, only, read_records, text_of
+from .record import Record
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ class InContext:
 
 
 @dataclass(frozen=True)
-class ContextRecord:
+class ContextRecord(Record):
     """A question with a context, as a model reads it with and without that context.
 
     Args:
@@ -46,7 +47,7 @@ class ContextRecord:
         memory: what the model answers from memory, if that is known; a letter where there are ``options``.
         options: choices, lettered A, B, ... in the prompt.
         prompt: everything the model reads before the answer. Left out, it is made of the parts above.
-        bare: the same without the context.
+        without_context: the same without the context.
         id: how reports name the case.
     Raises:
         BadInput: no context, question or answer, or an answer that is none of the options.
@@ -60,6 +61,11 @@ class ContextRecord:
     prompt: str = ""
     without_context: str = ""
     id: str = ""
+
+    @classmethod
+    def read(cls, path: str | Path, *, limit: int | None = None, check: bool = False) -> list[ContextRecord]:
+        """``read_context``."""
+        return read_context(path, limit=limit)
 
     def __post_init__(self) -> None:
         for name in ("context", "question", "answer"):
@@ -140,7 +146,7 @@ def read_context(
         BadInput: no such file, an empty one, or an unknown shape.
         BadRecord: lines that cannot be read; names the file and the first ten of them.
     """
-    shapes: dict[str, Callable[[Record, str], ContextRecord]] = {
+    shapes: dict[str, Callable[[Line, str], ContextRecord]] = {
         "lmpatch": _own,
         "memotrap": _memotrap,
         "kre": _kre,
@@ -149,7 +155,7 @@ def read_context(
         raise BadInput(f"no format is called {format!r}. There are: {', '.join(shapes)}.")
     chosen: list[str] = [format] if format else []
 
-    def make(record: Record, place: int) -> ContextRecord:
+    def make(record: Line, place: int) -> ContextRecord:
         if not chosen:
             chosen.append(_shape(record))
         return shapes[chosen[0]](record, str(place))
@@ -157,7 +163,7 @@ def read_context(
     return cut([record for _, record in read_records(Path(path), make)], limit, seed)
 
 
-def _shape(record: Record) -> str:
+def _shape(record: Line) -> str:
     if "negative_context" in record:
         return "kre"
     if "classes" in record:
@@ -169,8 +175,8 @@ def _shape(record: Record) -> str:
     )
 
 
-def _own(record: Record, place: str) -> ContextRecord:
-    only(record, [field.name for field in fields(ContextRecord)])
+def _own(record: Line, place: str) -> ContextRecord:
+    only(record, [*(field.name for field in fields(ContextRecord)), "bare"])
     return ContextRecord(
         text_of(record, "context"),
         text_of(record, "question"),
@@ -178,12 +184,12 @@ def _own(record: Record, place: str) -> ContextRecord:
         text_of(record, "memory", ""),
         _options(record, "options"),
         text_of(record, "prompt", ""),
-        text_of(record, "without_context", ""),
+        text_of(record, "without_context", text_of(record, "bare", "")),  # its name in files of lmpatch 0.1
         id=str(record.get("id", place)),
     )
 
 
-def _memotrap(record: Record, place: str) -> ContextRecord:
+def _memotrap(record: Line, place: str) -> ContextRecord:
     """``Write a quote that ends in the word "early": Better late than``: an instruction, and what it is about."""
     prompt = text_of(record, "prompt")
     instruction, colon, rest = prompt.partition(": ")
@@ -207,7 +213,7 @@ def _memotrap(record: Record, place: str) -> ContextRecord:
     )
 
 
-def _kre(record: Record, place: str) -> ContextRecord:
+def _kre(record: Line, place: str) -> ContextRecord:
     return ContextRecord(
         text_of(record, "negative_context"),
         text_of(record, "question"),
@@ -218,7 +224,7 @@ def _kre(record: Record, place: str) -> ContextRecord:
     )
 
 
-def _options(record: Record, key: str) -> tuple[str, ...]:
+def _options(record: Line, key: str) -> tuple[str, ...]:
     listed = record.get(key, [])
     if not isinstance(listed, list) or not all(isinstance(option, str) for option in listed):
         raise BadRecord(f"{key} must be a list of texts, found {listed!r}")

@@ -53,7 +53,8 @@ def encode(lm: LM, prompt: str, target: str = "", subject: str = "") -> Row:
     """Tokenise prompt and target once, as one text, and find their border by character offsets.
 
     Tokenising the target alone would add a second beginning-of-sequence token on some tokenizers and split
-    words where the model never sees them split. A token that spans the border counts as target.
+    words where the model never sees them split. A token that spans the border counts as target. Where the model has a
+    chat template, the prompt is the user's message and the target the beginning of the reply (``LM.plain``: neither).
 
     Raises:
         SubjectNotFound: the subject is not in the prompt, or no token overlaps it.
@@ -79,7 +80,13 @@ def encode_all(
     targets = targets or [""] * len(prompts)
     subjects = subjects or [""] * len(prompts)
     after = after or [0] * len(prompts)
-    texts = [join(p, t) for p, t in zip(prompts, targets, strict=True)]
+    heads = 0
+    if lm.chat:
+        prompts = [lm.chat.head + prompt + lm.chat.tail for prompt in prompts]
+        heads = len(lm.chat.head)
+    texts = [
+        prompt + target if lm.chat else join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)
+    ]
     encoded = lm.tokenizer(texts, return_offsets_mapping=True)
     rows = []
     for i, (prompt, target, subject) in enumerate(zip(prompts, targets, subjects, strict=True)):
@@ -87,7 +94,7 @@ def encode_all(
         border = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
         if target and border == len(ids):
             raise BadInput(f"the target {target!r} of {prompt!r} tokenises to nothing. Give a visible answer.")
-        span = _subject(prompt, subject, offsets, after[i]) if subject else range(0)
+        span = _subject(prompt, subject, offsets, heads + after[i]) if subject else range(0)
         rows.append(Row(tuple(ids), border, *((span[-1], span[0]) if span else ())))
     return rows
 

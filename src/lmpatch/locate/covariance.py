@@ -138,10 +138,10 @@ def _agreement(estimates: list[Tensor], keys: Tensor) -> float:
 
 def _text_rows(lm: LM, text: Sequence[str], tokens: int) -> Tensor:
     """Token ids [n, LENGTH] of the text, each row opened as the tokenizer opens a text."""
-    opening = encode_all(lm, ["x"])[0].ids[:-1]  # the start token, where there is one
+    opening = encode_all(lm.plain, ["x"])[0].ids[:-1]  # the start token, where there is one
     body: list[int] = []
     for start in range(0, len(text), 64):
-        for row in encode_all(lm, [t for t in text[start : start + 64] if t.strip()]):
+        for row in encode_all(lm.plain, [t for t in text[start : start + 64] if t.strip()]):
             body += row.ids[len(opening) :]
         if len(body) >= tokens:
             break

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..data.edit import Edit
+from ..data.edits import Edit
 from ..errors import Diverged
 from ..inference.forward import HEAD_CHUNK, hooked, kl, logits, nll
 from ..inference.replay import Recording, record

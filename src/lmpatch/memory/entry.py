@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.edit import Ask, Edit, prompt_key
-from ..data.readers import SHAPES
+from ..data.edits import SHAPES, Ask, Edit, prompt_key
 
 COLUMNS = ("prompt", "target", "subject")  # fields of an edit with columns of their own
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.edit import Edit
+from ..data.edits import Edit
 from ..errors import BadInput, CannotMerge
 from ..files import new_folder
 from ..patches.editor import Editor, load_editor

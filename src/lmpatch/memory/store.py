@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.edit import Edit, prompt_key
+from ..data.edits import Edit, prompt_key
 from ..errors import BadInput, LmpatchError, WrongModel
 from ..provenance import now
 from . import _near

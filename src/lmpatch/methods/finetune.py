@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.edit import Edit, check_contradictions
+from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput, Diverged
 from ..inference.forward import HEAD_CHUNK, frozen, hooked, nll
 from ..inference.replay import Recording, record
@@ -28,6 +28,9 @@ from ..progress import Progress
 
 TOKENS = 32  # of a long fact, for the estimate of memory
 SKIP = 1e-2  # nats; a batch below this makes no step, an epoch below this ends the run
+
+AIM = "facts"
+Record = Edit
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from ..patches.hook.patch import SteerPatch
 from ..probes.integrated_gradients import probe as integrated_gradients
 from ..progress import Progress
 
-reads = "context"
-"""The kind of records ``fit`` takes."""
+AIM = "context"
+Record = ContextRecord
 
 BATCH = 16  # texts per forward
 NEWTON = 50  # steps at most; a probe takes about ten

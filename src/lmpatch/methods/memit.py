@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..data.edit import Edit, check_contradictions
+from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput
 from ..inference.forward import blocks, first, frozen, hooked, positions
 from ..inference.tokens import batches_of_rows, encode_all, pad, pad_id
@@ -29,6 +29,9 @@ from ..patches.ledger import applied, apply
 from ..patches.weight.delta import Delta, LowRank
 from ..patches.weight.patch import WeightPatch
 from ..progress import Progress
+
+AIM = "facts"
+Record = Edit
 
 
 @dataclass(frozen=True)

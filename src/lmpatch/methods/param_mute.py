@@ -26,8 +26,8 @@ from ..patches.weight.delta import Delta, Scale
 from ..patches.weight.patch import WeightPatch
 from ..progress import Progress
 
-reads = "context"
-"""The kind of records ``fit`` takes."""
+AIM = "context"
+Record = ContextRecord
 
 
 @dataclass(frozen=True)

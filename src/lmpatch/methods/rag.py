@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
-from ..data.edit import Edit, prompt_key
+from ..data.edits import Edit, prompt_key
 from ..models.lm import LM
 from ..patches.base import Base, fingerprint
 from ..patches.editor import Editor
@@ -20,6 +20,9 @@ from ..progress import Progress
 from ..provenance import made_now
 from ..retrieval import Scope
 from ..retrieval.encoder import load_encoder
+
+AIM = "facts"
+Record = Edit
 
 
 @dataclass(frozen=True)

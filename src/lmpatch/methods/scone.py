@@ -25,8 +25,8 @@ from ..patches.weight.patch import WeightPatch
 from ..probes.integrated_gradients import probe as integrated_gradients
 from ..progress import Progress
 
-reads = "context"
-"""The kind of records ``fit`` takes."""
+AIM = "context"
+Record = ContextRecord
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..provenance import hash_tensors
+from .chat import ChatFrame, chat_frame
 from .layout import Layout
 
 
@@ -23,6 +25,8 @@ class LM:
     tokenizer: Any
     layout: Layout
     name: str = "model"
+    raw: bool = False
+    """Prompts are read as they stand, without the model's chat template."""
     _fingerprint: str | None = field(default=None, repr=False)
 
     @property
@@ -40,6 +44,16 @@ class LM:
         """Tokens it reads at most, those it generates included; None where its config sets no limit."""
         found: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return found
+
+    @cached_property
+    def chat(self) -> ChatFrame | None:
+        """What goes around every prompt: the chat template, where the model has one and ``raw`` is not set."""
+        return None if self.raw else chat_frame(self.tokenizer)
+
+    @property
+    def plain(self) -> LM:
+        """The same model, patches included, for text that is no question: prompts are read as they stand."""
+        return self if self.raw else replace(self, raw=True)
 
     def module(self, name: str) -> nn.Module:
         """The submodule of that dotted name; the model itself for ``""``."""

@@ -25,6 +25,7 @@ def load(
     quantization_config: Any = None,
     trust_remote_code: bool = False,
     download: bool = False,
+    raw: bool = False,
     progress: Progress | None = None,
 ) -> LM:
     """Load a causal language model and its tokenizer.
@@ -39,6 +40,7 @@ def load(
         trust_remote_code: allow code that comes with the model to run.
         download: allow a hub id that is not in the local cache to be fetched. Without it the error says how large it
             is and under which licence.
+        raw: read prompts as they stand, also where the model has a chat template.
         progress: called as ``progress(done, total, what)``.
     Raises:
         BadInput: nothing of that name, an unusable file, an unknown dtype, or a download that was not allowed.
@@ -63,10 +65,10 @@ def load(
         raise MissingExtra(f"loading {source} needs another package: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"transformers cannot load {folder}: {error}") from error
-    return wrap(model if placed else model.to(device), tokenizer, name=_name(source))
+    return wrap(model if placed else model.to(device), tokenizer, name=_name(source), raw=raw)
 
 
-def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | None = None) -> LM:
+def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | None = None, raw: bool = False) -> LM:
     """Make an ``LM`` of a transformers model and its tokenizer.
 
     The model goes to evaluation mode and its parameters stop asking for gradients; it is not copied. A missing pad
@@ -76,6 +78,7 @@ def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | No
         model: a causal LM.
         tokenizer: its fast tokenizer (offsets are needed to find subjects in prompts).
         name: how reports call the model.
+        raw: read prompts as they stand, also where the model has a chat template.
         layout: where the parts are, for a model whose structure ``discover`` cannot read. It is verified too.
     Raises:
         BadInput: a slow tokenizer, no token to pad with, or adapters still on the model.
@@ -94,7 +97,7 @@ def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | No
         layout = discover(model, tokenizer)
     else:
         verify(model, layout, probe_ids(model, tokenizer))
-    return LM(model, tokenizer, layout, name)
+    return LM(model, tokenizer, layout, name, raw)
 
 
 def licence(source: str | Path) -> str:

@@ -159,11 +159,11 @@ class _Part:
         cfg, train = self.cfg, self.part == "train"
         answered = [q for q in self.questions if q.answers]
         true = [q for q in self.questions if q.gold]
-        without_context = [q for q in self.questions if not q.answers]
+        bare = [q for q in self.questions if not q.answers]
         return [
             *self._take("adherence", answered, (cfg.adherence + 1) // 2 if train else cfg.held_adherence, self._pair),
             *self._take("foreign", true, cfg.foreign if train else cfg.held_foreign, self._foreign),
-            *self._take("unanswerable", without_context, cfg.unanswerable if train else 0, self._unanswerable),
+            *self._take("unanswerable", bare, cfg.unanswerable if train else 0, self._unanswerable),
             *self._take("extraction", answered, cfg.extraction if train else 0, self._three),
         ]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...errors import BadInput, BadRecord
-from ..readers import Record, only, read_records, text_of
+from ..lines import Line, only, read_records, text_of
 from .build import Build, Sets, build
 from .record import Part, RagRecord, render
 from .source import Question, read_questions
@@ -66,6 +66,13 @@ def read_rag(path: str | Path, *, part: Part = "train", limit: int | None = None
     return kept
 
 
+def _read(path: str | Path, *, limit: int | None = None, check: bool = False) -> list[RagRecord]:
+    return read_rag(path, limit=limit)
+
+
+RagRecord.read = staticmethod(_read)  # type: ignore[method-assign]  # here, since a raw file is built on the way in
+
+
 def is_built(path: str | Path) -> bool:
     """Whether a file holds built records rather than their source; told from its first record."""
     found: list[bool] = []
@@ -73,7 +80,7 @@ def is_built(path: str | Path) -> bool:
     class Enough(Exception):
         pass
 
-    def look(record: Record, _: int) -> None:
+    def look(record: Line, _: int) -> None:
         found.append("kind" in record)
         raise Enough
 
@@ -89,7 +96,7 @@ def read_built(path: str | Path) -> list[RagRecord]:
         BadInput, BadRecord: as ``read_rag``.
     """
 
-    def make(record: Record, place: int) -> RagRecord:
+    def make(record: Line, place: int) -> RagRecord:
         only(record, [field.name for field in fields(RagRecord)])
         for name in ("documents", "gold"):
             value = record.get(name, [])

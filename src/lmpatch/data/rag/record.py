@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from ...errors import BadInput
 from ..context import InContext
+from ..record import Record
 
 Kind = Literal["adherence", "robustness", "extraction"]
 Variant = Literal["original", "substituted", "mixed", "foreign", "unanswerable", "three"]
@@ -20,7 +21,7 @@ EXTRACT = (
 
 
 @dataclass(frozen=True)
-class RagRecord:
+class RagRecord(Record):
     """A question with documents, and which skill it trains or measures.
 
     Args:
@@ -35,7 +36,7 @@ class RagRecord:
         id: the question's id and the variant, numbered from the second on; pairs share what stands before the colon.
         part: articles that are trained on, on which settings are chosen, or which are held out.
         prompt: everything the model reads before its answer. Left out, it is made of the parts above.
-        bare: the same without documents.
+        without_context: the same without documents.
     Raises:
         BadInput: no question, no documents, or no answer where a document must have one.
     """

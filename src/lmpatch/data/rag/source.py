@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput, BadRecord
-from ..readers import Record, read_records, text_of
+from ..lines import Line, read_records, text_of
 from .types import has_words
 
 
@@ -49,7 +49,7 @@ def read_questions(path: str | Path) -> list[Question]:
     made: list[Question] = []
     logs: list[list[str]] = []  # the documents of each log
 
-    def make(record: Record, place: int) -> None:
+    def make(record: Line, place: int) -> None:
         if "data" in record:
             made.extend(_official(record))
         elif "documents" in record:
@@ -72,7 +72,7 @@ def read_questions(path: str | Path) -> list[Question]:
     return _grouped(made, logs) if logs else made
 
 
-def _official(record: Record) -> Iterable[Question]:
+def _official(record: Line) -> Iterable[Question]:
     try:
         for article in record["data"]:
             for paragraph in article["paragraphs"]:
@@ -87,7 +87,7 @@ def _official(record: Record) -> Iterable[Question]:
         raise BadRecord(f"not the official SQuAD layout: {error!r}") from None
 
 
-def _flat(record: Record, id: str) -> Question:
+def _flat(record: Line, id: str) -> Question:
     title, context, question = (text_of(record, key) for key in ("title", "context", "question"))
     given: Any = record.get("answers") or []
     given = given.get("text", []) if isinstance(given, dict) else given  # a column of texts, as some copies have it
@@ -104,14 +104,14 @@ def _flat(record: Record, id: str) -> Question:
     return Question(id, title, context, question, answers, answers, title)
 
 
-def _documents(record: Record) -> list[str]:
+def _documents(record: Line) -> list[str]:
     documents = record["documents"]
     if not isinstance(documents, list) or not all(isinstance(d, str) and d.strip() for d in documents) or not documents:
         raise BadRecord("documents must be a list of one or more texts, none of them empty")
     return documents
 
 
-def _log(record: Record, documents: Sequence[str], id: str) -> Question:
+def _log(record: Line, documents: Sequence[str], id: str) -> Question:
     """The document with the answer is the context; without one the question is unanswerable from its documents."""
     given = record.get("answer", record.get("answers"))
     texts = [given] if isinstance(given, str) else given

@@ -21,8 +21,8 @@ def normalise(text: str) -> str:
     "Rome" is in "Rome's".
     """
     apart = re.sub(r"['\u2019]s\b|(?<=\w)[-\u2013\u2014](?=\w)", " ", text.casefold())
-    without_context = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]", "", apart)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", without_context).split())
+    bare = re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w\s.]", "", apart)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def has_words(text: str, words: str) -> bool:

@@ -5,7 +5,9 @@ Context-Aware Neurons" (arXiv:2406.18406).
 """
 
 from .method import Config as Config
+from .method import Record as Record
 from .method import estimate as estimate
 from .method import example as example
 from .method import fit as fit
-from .method import reads as reads
+
+AIM = "context"

@@ -21,8 +21,7 @@ from ...progress import Progress
 from .grid import accuracies
 from .grid import memory as grid_memory
 
-reads = "context"
-"""The kind of records ``fit`` takes."""
+Record = ContextRecord
 
 
 @dataclass(frozen=True)

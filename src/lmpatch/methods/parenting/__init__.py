@@ -5,7 +5,9 @@ Decoupling and Tailored Tuning" (arXiv:2410.10360).
 """
 
 from .method import Config as Config
+from .method import Record as Record
 from .method import estimate as estimate
 from .method import example as example
 from .method import fit as fit
-from .method import reads as reads
+
+AIM = "documents"

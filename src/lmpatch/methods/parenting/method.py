@@ -30,8 +30,7 @@ from .plot import plots as plots
 from .tune import Mix, Tuner, mixes
 from .units import TYPES, Adapter, Type, Unit, Units, counted, cut
 
-reads = "rag"
-"""The kind of records ``fit`` takes."""
+Record = RagRecord
 
 SKILLS = ("adherence", "robustness")
 MERGE: dict[Type, tuple[float, float, float]] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...data.edit import Ask, Edit, prompt_key
+from ...data.edits import Ask, Edit, prompt_key
 from ...errors import BadInput
 from ...inference.tokens import join
 

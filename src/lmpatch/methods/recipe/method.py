@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.edit import Edit, prompt_key
+from ...data.edits import Edit, prompt_key
 from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK
 from ...models.lm import LM

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.edit import Ask, Edit
+from ...data.edits import Ask, Edit
 from ...distributed import world
 from ...errors import BadInput, Diverged
 from ...inference.forward import frozen, logits

@@ -40,7 +40,9 @@ def _entropy(p: Tensor) -> Tensor:
 class Power(Rule):
     """A fixed τ. CAD (arXiv:2305.14739) of strength s is τ = 1 + s."""
 
-    tau: float
+    tau: float = 0.5
+    """p = p_context^tau p_without^(1 - tau), normalised: 0 is the answer from memory, 1 the answer with the context,
+    above 1 is CAD with a strength of tau - 1. The paper tries 0.25, 0.5 and 0.75."""
 
     pointwise: ClassVar[bool] = True
 
@@ -55,8 +57,8 @@ class Power(Rule):
 class AdaCAD(Rule):
     """τ = 1 + the divergence of the two distributions in nats: little changes where they agree (arXiv:2409.07394)."""
 
-    floor: float
-    """The strength is at least this."""
+    floor: float = 0.0
+    """The strength is at least this. The default is the paper's for questions; long answers take 0.3."""
 
     def __post_init__(self) -> None:
         _need(0 <= self.floor < math.inf, "floor", self.floor, "a number from 0")
@@ -92,8 +94,9 @@ class Grd(Rule):
     disagreement is decided for it: τ = (1 - lam) τ*, where τ* is the mixture in which both tokens are equally likely.
     """
 
-    lam: float
-    """λ: 0 leaves the two tokens even, 1 takes the model's own distribution."""
+    lam: float = 0.75
+    """λ: where the model is trusted, 0 leaves the two tokens even, 1 takes the model's own distribution. Default:
+    released."""
     gate: Literal["full", "confidence", "entropy"] = "full"
     """What makes the model trusted: p(its token) > 0.5 without context, a lower entropy than with it, or both."""
 
@@ -131,8 +134,10 @@ class Coiecd(Rule):
     and cancels: what is left is p_context > its maximum / ratio, unless the first choice alone is above that.
     """
 
-    alpha: float
-    ratio: float
+    alpha: float = 1.0
+    """How often log p with context minus log p without is added to every token. Defaults: released."""
+    ratio: float = 4.0
+    """Tokens within this factor of the context's first choice are near, unless the first choice is alone."""
     tail: bool = False
     """As released, tokens below ``ratio`` times the smallest probability count as near, too."""
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...data.edit import Edit, prompt_key
+from ...data.edits import Edit, prompt_key
 from ...errors import BadInput, BadPatch, CannotMerge
 from ...inference.interventions import Insert
 from ...inference.tokens import join

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...data.edit import Edit
+from ...data.edits import Edit
 from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK, first, hooked, logits
 from ...inference.replay import Recording, record
@@ -20,6 +20,7 @@ from ...models.lm import LM
 from ...patches.patch import plain
 from ...progress import Progress
 
+Record = Edit
 Kind = Literal["state", "mlp", "attention"]
 
 

@@ -8,8 +8,8 @@ Transformers" (arXiv:2104.08696), and Sundararajan et al. 2017 (arXiv:1703.01365
 """
 
 from .probe import Config as Config
+from .probe import Record as Record
 from .probe import example as example
-from .probe import reads as reads
 from .probe import run as run
 from .probe import save as save
 from .probe import table as table

@@ -20,8 +20,7 @@ from ...models.lm import LM
 from ...progress import Progress
 from .scores import Credit, Log, Scores, header
 
-reads = "context"
-"""The kind of records ``run`` takes."""
+Record = ContextRecord
 
 MIB = 1 << 20
 

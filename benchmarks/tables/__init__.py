@@ -1,0 +1,1 @@
+"""What the pages print of the runs: from committed rows to Markdown, without torch."""

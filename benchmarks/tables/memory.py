@@ -1,0 +1,159 @@
+"""RECIPE's memory: how well it works as it grows, what it finds, what it costs, what its editor had seen."""
+
+from __future__ import annotations
+
+from .facts_rows import metric
+from .rows import runs, summary
+from .stats import NORMAL, Mean, number, percent, size, table
+
+Line = tuple[str, str, str]
+QUALITY: tuple[Line, ...] = (
+    ("fact in the prompt", "recipe-counterfact-1000", "fact_in_prompt"),
+    ("1", "recipe-counterfact-1", "recipe"),
+    ("10", "recipe-counterfact-10", "recipe"),
+    ("100", "recipe-counterfact-100", "recipe"),
+    ("1,000", "recipe-counterfact-1000", "recipe"),
+    ("5,000", "recipe-counterfact-5000", "recipe"),
+    ("5,000, the fact as text (RAG)", "recipe-counterfact-5000", "recipe_text"),
+    ("5,000, a cosine in place of the sentinel", "recipe-counterfact-5000", "recipe_cosine"),
+)
+NAMES: tuple[Line, ...] = tuple(
+    (f"{title}, {label}", folder, run)
+    for title, folder in (("zsRE, 402", "recipe-zsre-402"), ("wiki, 500", "recipe-wiki-500"))
+    for label, run in (
+        ("fact in the prompt", "fact_in_prompt"),
+        ("`recipe`", "recipe"),
+        ("the fact as text (RAG)", "recipe_text"),
+    )
+)
+
+
+def _shares(folder: str, run: str, names: tuple[str, ...]) -> list[str]:
+    stated = metric(folder, run, "stated")
+    n = stated.n if stated else 0
+    return [str(n), *(percent(metric(folder, run, name), n=n) for name in names)]
+
+
+def memory_quality() -> str:
+    """CounterFact as the memory grows; generated, and teacher-forced beside it."""
+    names = ("stated", "reworded", "kept near", "kept far", "twice")
+    lines = []
+    for label, folder, run in QUALITY:
+        cells = _shares(folder, run, names)
+        lines.append([label, *cells, number(metric(folder, run, "distinct"))])
+    head = ("facts in the memory", "n", "states the fact", "in other words", "same relation unchanged")
+    return table((*head, "unrelated unchanged", "says it twice or more", "distinct-2"), lines)
+
+
+def memory_teacher_forced() -> str:
+    """The same runs as papers give them, and over 1,000 cases."""
+    names = ("tf stated", "tf reworded", "tf near", "tf far")
+    lines = [[label, *_shares(folder, run, names)] for label, folder, run in QUALITY]
+    forced = summary("recipe-forced.json")["results"]
+    for n in (1000, 5000):
+        parts = [forced[f"{n}/{name}"] for name in ("tf_reliability", "tf_generality")]
+        means = [Mean(part["value"], NORMAL * part["stderr"], part["n"]) for part in parts]
+        lines.append([f"{n:,}, more cases", str(means[0].n), *(percent(m, 1) for m in means), "", ""])
+    head = ("facts in the memory", "n", "states the fact", "in other words", "same relation unchanged")
+    return table((*head, "unrelated unchanged"), lines)
+
+
+def memory_retrieval() -> str:
+    """Which questions find a fact."""
+    found = summary("recipe-retrieval.json")["results"]
+    lines = []
+    for gate, label in (("recipe", "sentinel"), ("recipe_cosine", "cosine")):
+        for n in (100, 1000, 5000):
+            row = found[f"{gate}/{n}"]
+            keys = ("edit_used", "rephrase_used", "neighbour_false_fire", "unrelated_false_fire")
+            lines.append([label, f"{n:,}", str(row["cases"]), *(f"{100 * row[key]:.1f} %" for key in keys)])
+    head = ("gate", "facts in the memory", "facts asked", "find theirs", "in other words")
+    return table((*head, "neighbours that find one", "unrelated that find one"), lines)
+
+
+def memory_names() -> str:
+    """Facts of other sets, no training saw them; what follows from a fact."""
+    lines = []
+    for label, folder, run in NAMES:
+        names = ("stated", "reworded", "tf stated", "tf reworded", "twice", "kept subject", "kept far")
+        lines.append([label, *_shares(folder, run, (*names, "alias", "composition"))])
+    head = (
+        "facts, how", "n", "states the fact", "in other words", "teacher-forced", "in other words, teacher-forced",
+        "says it twice or more", "same subject unchanged", "unrelated unchanged", "alias of the subject", "composition",
+    )  # fmt: skip
+    return table(head, lines)
+
+
+def recipe_training() -> str:
+    """What the packaged editor had seen of what it is asked."""
+    seen = summary("recipe-exposure.json")
+    shares = [f"{100 * seen[f'{name}_seen']:.1f} %" for name in ("template", "target", "subject")]
+    return (
+        f"The packaged editor was trained on {seen['training_facts']:,} facts, CounterFact's training half among them. "
+        f"Of the {seen['evaluation_facts']:,} facts of the evaluation half {shares[0]} use a template that it saw (the "
+        f"prompt without its subject), {shares[1]} a target word and {shares[2]} a subject. No evaluation prompt was "
+        "trained on."
+    )
+
+
+def memory_costs() -> str:
+    """Seconds and bytes, the memory alone on the machine."""
+    made, speed = summary("memory.json"), summary("recipe-speed.json")["results"]
+    search = {row["facts"]: row for row in made["search"]}
+    exact = [f"{search[10**k]['median_ms']:.1f}" for k in (3, 4, 5)]
+    million, single = search[10**6], made["add"]
+    disk = million["disk_bytes_per_fact"], million["disk_bytes_per_fact_compacted"]
+    ram = search[10**5]["ram_bytes_per_fact"], million["ram_bytes_per_fact"]
+    extra = 1e3 * (speed["answer_s_memory"] - speed["answer_s_unpatched"])
+    lines = [
+        [
+            "an edit: encoder pass, key",
+            f"{1e3 * speed['edit_s']:.0f} ms; in bulk {1e3 * speed['bulk_s_per_edit']:.1f} ms",
+        ],
+        [
+            f"the same, committed to a memory of {speed['facts']:,} facts and flushed",
+            f"{1e3 * speed['edit_on_disk_s']:.0f} ms",
+        ],
+        [
+            f"an answer of 32 tokens with {speed['facts']:,} facts on disk",
+            f"{speed['answer_s_memory']:.2f} s; unpatched {speed['answer_s_unpatched']:.2f} s, so {extra:.0f} ms more",
+        ],
+        ["search among 10³, 10⁴, 10⁵ random keys, exactly", f"{', '.join(exact)} ms"],
+        [
+            "search among 10⁶ random keys, with the index",
+            f"{million['median_ms']:.0f} ms; of {million['queries']} planted facts "
+            f"{million['queries'] * million['recall_at_1']:.0f} are found",
+        ],
+        [
+            "adding keys that are there: 10⁵ in one commit, one a commit",
+            f"{single['bulk_facts_per_s']:,.0f} and {single['single_facts_per_s']:.0f} facts a second",
+        ],
+        [
+            "one commit: when new, after 2,000",
+            f"{single['first_tenth_median_ms']:.1f} and {single['last_tenth_median_ms']:.1f} ms",
+        ],
+        [
+            "on disk, a fact, 10⁶ facts",
+            f"{disk[0] / 1e3:.1f} kB, {disk[1] / 1e3:.1f} kB with the index",
+        ],
+        [
+            "in RAM, a fact, once searched",
+            f"{ram[0] / 1e3:.1f} kB at 10⁵, {ram[1] / 1e3:.1f} kB at 10⁶ (index on disk)",
+        ],
+        ["building the index of 10⁶", f"{million['compact_s']:.0f} s"],
+    ]
+    return table(("what", "median"), lines)
+
+
+def memory_bytes() -> str:
+    """What a fact takes. Seconds an edit of the editors of weights were taken beside other work and are not here."""
+    rows = (
+        ("`rome`, `r_rome`, one by one", "facts-single", "rome"),
+        ("FT-M, FT-L, one by one", "facts-single", "ft_m"),
+        ("`memit`, commits of 100", "facts-commit", "memit"),
+        ("FT-M, commits of 100", "facts-commit", "ft_m"),
+    )
+    own = size(summary("recipe-speed.json")["results"]["bytes_per_edit"])
+    lines = [["`recipe`, beside an editor of 13.7 MiB", own]]
+    lines += [[label, size(runs(folder)[run]["bytes_per_edit"])] for label, folder, run in rows]
+    return table(("method", "bytes a fact"), lines)

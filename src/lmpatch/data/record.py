@@ -1,0 +1,26 @@
+"""What methods and probes learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Record:
+    """One record of a file. A method names the class it takes, and files are read by that class."""
+
+    @classmethod
+    def read(cls, path: str | Path, *, limit: int | None = None, check: bool = False) -> list[Any]:
+        """The records of a file, at most ``limit``.
+
+        Args:
+            check: refuse records that cannot stand together, by their lines.
+        Raises:
+            BadInput: no such file, or none of these records in it.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def check(records: Sequence[Any]) -> None:
+        """Raise ``BadInput`` where records cannot stand together."""

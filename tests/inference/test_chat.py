@@ -1,0 +1,55 @@
+"""Where a model has a chat template, a prompt is a user's message; ``raw`` and ``LM.plain`` read it as it stands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from lmpatch import LM, generate, score, wrap
+from lmpatch.inference.tokens import encode
+
+TEMPLATE = "{{ bos_token }}user: {{ messages[0]['content'] }} model: "
+
+
+def chat_lm(raw: bool = False, template: str | None = TEMPLATE) -> LM:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return wrap(tiny_model("llama"), tokenizer, raw=raw)
+
+
+def test_prompt_and_target_are_message_and_reply() -> None:
+    lm = chat_lm()
+    row = encode(lm, "The tower of Paris is in", "Rome", "tower of Paris")
+    text = lm.tokenizer.bos_token + "user: The tower of Paris is in model: Rome"
+    assert list(row.ids) == lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert lm.tokenizer.decode(row.ids[row.target :]) == "Rome"
+    assert row.subject_first is not None and row.subject_last is not None
+    assert "tower of Paris" in lm.tokenizer.decode(row.ids[row.subject_first : row.subject_last + 1])
+
+
+def test_the_start_token_stands_once() -> None:
+    lm = chat_lm()
+    assert encode(lm, "Rome").ids.count(lm.tokenizer.bos_token_id) == 1
+
+
+def test_raw_and_plain_read_the_prompt_as_it_stands() -> None:
+    without = chat_lm(template=None)
+    expected = encode(without, "The tower is in", "Rome")
+    assert encode(chat_lm(raw=True), "The tower is in", "Rome") == expected
+    assert encode(chat_lm().plain, "The tower is in", "Rome") == expected
+    assert encode(chat_lm(), "The tower is in", "Rome") != expected
+
+
+def test_scores_and_answers_are_those_of_the_whole_text() -> None:
+    lm = chat_lm()
+    whole = "user: The tower is in model: "
+    assert generate(lm, "The tower is in", stop=()) == generate(lm.plain, whole, stop=())
+    (a,), (b,) = score(lm, ["The tower is in"], ["Rome"]), score(lm.plain, [whole], ["Rome"])
+    assert a.ids == b.ids
+    torch.testing.assert_close(a.logprobs, b.logprobs)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "always the same", "{% if %}"])
+def test_a_template_that_takes_no_message_is_not_used(template: str) -> None:
+    assert chat_lm(template=template).chat is None
