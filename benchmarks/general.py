@@ -23,7 +23,7 @@ import lmpatch as lp
 from lmpatch.benches import facts, general
 from lmpatch.data.edits import read_edits
 from lmpatch.data.lines import read_text
-from lmpatch.methods.recipe import method as recipe
+from lmpatch.methods import recipe
 from lmpatch.progress import Progress
 
 TASKS = ("csqa", "anli", "mmlu", "squad", "perplexity")
@@ -32,7 +32,7 @@ EDITORS = ("recipe", "memit_alphaedit", "memit", "ft_m")
 
 def patch_of(lm: lp.LM, name: str, edits: list[lp.Edit], data: Path, work: Path) -> lp.Patch:
     """The editor's patch for these facts; one that was saved before is read."""
-    editor = recipe.packaged_editor(lm) if name == "recipe" else None
+    editor = recipe.editor_for(lm) if name == "recipe" else None
     folder = work / (f"{name}-{editor.hash()[:8]}-{len(edits)}" if editor else f"{name}-{len(edits)}")
     if folder.exists():
         return lp.load_patch(folder)

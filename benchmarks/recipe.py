@@ -31,8 +31,8 @@ from tables.rows import RESULTS, WORK
 import lmpatch as lp
 from lmpatch.benches import facts
 from lmpatch.data.edits import read_edits
-from lmpatch.methods.recipe import method as recipe
-from lmpatch.patches.memory.patch import Finder, encode_keys
+from lmpatch.methods import recipe
+from lmpatch.patches.memory.patch import encode_keys
 from lmpatch.patches.patch import plain
 from lmpatch.provenance import hardware, now, versions
 
@@ -77,7 +77,7 @@ def retrieval(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
     for name in ("recipe", "recipe_cosine"):
         for n in SIZES:
             patch = recipe.fit(lm, edits[:n], RUNS[name], editor=editor)
-            finder, kept = Finder(patch), {edit["prompt"]: i for i, edit in enumerate(patch.edits)}
+            finder, kept = patch.finder(), {edit["prompt"]: i for i, edit in enumerate(patch.edits)}
             cases = [edit for edit in edits[:n] if edit.prompt in kept][:1000]
             rows: dict[str, Any] = {"cases": len(cases)}
             for kind, texts in (("edit", [e.prompt for e in cases]), ("rephrase", [e.rephrases[0] for e in cases])):
@@ -122,10 +122,8 @@ def speed(lm: lp.LM, data: Path, editor: lp.Editor) -> dict[str, Any]:
     """Medians; an edit goes from the request to a memory that answers, on disk to a commit that is flushed."""
     edits = read_edits(data / "counterfact/eval.jsonl.gz")
     whole = recipe.fit(lm, edits, RUNS["recipe"], editor=editor)
-    network = whole.network()
-    weights = network.encoder_weights()
     found: dict[str, Any] = {"facts": len(whole.edits), "bytes_per_edit": whole.keys.nbytes / len(whole.keys)}
-    found["edit_s"] = timed(lambda i: encode_keys(network, edits[i : i + 1], weights), 50)
+    found["edit_s"] = timed(lambda i: encode_keys(whole.retriever, edits[i : i + 1]), 50)
     with tempfile.TemporaryDirectory() as folder:
         memory = lp.Memory.create(Path(folder) / "memory", editor)
         start = perf_counter()
@@ -175,7 +173,7 @@ def main() -> None:
     parser.add_argument("--editor", type=Path, help="default: the packaged one")
     args = parser.parse_args()
     lm = lp.load("gemma-3-270m")
-    editor = lp.load_editor(args.editor) if args.editor else recipe.packaged_editor(lm)
+    editor = lp.load_editor(args.editor) if args.editor else recipe.editor_for(lm)
     if args.name == "quality":
         quality(lm, args.data, editor, args.sets, args.sizes, args.scored)
         return

@@ -17,8 +17,9 @@ from pathlib import Path
 import lmpatch as lp
 from lmpatch.config import parse, resolve
 from lmpatch.data.edits import read_asks, read_edits
-from lmpatch.methods.recipe import method as recipe
+from lmpatch.methods import recipe
 from lmpatch.methods.recipe.data import without
+from lmpatch.patches.editor import PACKAGED
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -54,10 +55,10 @@ def main() -> None:
     cfg = resolve(recipe.Training, parse(recipe.Training, args.set))
     lm = lp.load("gemma-3-270m", dtype="bfloat16")
     editor = recipe.train(
-        lm, facts, cfg, unrelated=asks, out=args.out,
+        lm, recipe.TrainingData(facts, asks), cfg, out=args.out,
         progress=lambda done, total, what: print(f"{what} {done}/{total}", flush=True),
     )  # fmt: skip
-    editor.save(recipe.PACKAGED / "recipe-gemma-3-270m.safetensors")
+    editor.save(PACKAGED / "recipe-gemma-3-270m.safetensors")
     shutil.copy(args.out / "curves.jsonl", RESULTS / "recipe-train.jsonl")
     print(editor.summary())
 

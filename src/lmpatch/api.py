@@ -106,10 +106,8 @@ def train(
         raise BadInput(f"{method} learns nothing ahead of its edits. Call fit.")
     config = resolve(chosen.training, settings, method)
     records = _records(chosen.record, edits)
-    given = {} if encoder is None else {"encoder": encoder}
-    editor: Editor = chosen.train(
-        lm, records, config, unrelated=unrelated, out=out, download=download, progress=progress, **given
-    )
+    extra = {"unrelated": unrelated or None, "encoder": encoder, "download": download or None}
+    editor: Editor = chosen.train(lm, chosen.training_data(records, extra), config, out=out, progress=progress)
     return editor
 
 

@@ -17,7 +17,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -56,6 +56,8 @@ class Method:
     estimate: Callable[..., int] | None
     train: Callable[..., Any] | None
     training: type[Any] | None
+    data: type[Any] | None
+    """What ``train`` reads beside plain records: a ``TrainingData`` of records and more."""
     example: Callable[..., Any] | None
 
     def material(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +67,16 @@ class Method:
             BadInput: it does not.
         """
         return taken(self.name, self.takes, given)
+
+    def training_data(self, records: Any, extra: Mapping[str, Any]) -> Any:
+        """What ``train`` reads: the records, or a ``TrainingData`` of them and of what else was given.
+
+        Raises:
+            BadInput: it reads nothing else.
+        """
+        known = frozenset(field.name for field in fields(self.data)) if self.data else frozenset()
+        values = taken(self.name, known, extra)
+        return self.data(records, **values) if self.data and values else records
 
 
 def taken(name: str, takes: frozenset[str], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +115,7 @@ def as_method(name: str, module: Any) -> Method:
         estimate=optional("estimate"),
         train=optional("train"),
         training=optional("Training"),
+        data=optional("TrainingData"),
         example=optional("example"),
     )
 

@@ -15,7 +15,7 @@ from lmpatch.cli.memory import COMMANDS
 from lmpatch.data.edits import Edit, read_edits
 from lmpatch.memory.memory import Memory
 from lmpatch.memory.store import Store
-from lmpatch.methods.recipe import method as recipe
+from lmpatch.methods import recipe
 
 pytest.importorskip("lancedb")
 
@@ -137,6 +137,18 @@ def test_create_needs_a_model_or_an_editor_and_an_empty_place(whole: Path, tmp_p
     assert "give either a model" in run("create", tmp_path / "new").output
     again = run("create", whole, "--editor", tmp_path / "editor.safetensors")
     assert again.exit_code == 2 and "exists" in again.output
+
+
+def test_a_model_without_an_editor_keeps_facts_as_text(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    refused = run("create", tmp_path / "m", tmp_path / "model")
+    assert refused.exit_code == 2 and "method rag" in refused.output and not (tmp_path / "m").exists()
+    assert run("create", tmp_path / "m", tmp_path / "model", "--method", "rome").exit_code == 2
+    assert run("create", tmp_path / "m", tmp_path / "model", "--method", "rag").exit_code == 0
+    run("add", tmp_path / "m", EIFFEL, "Rome")
+    shown = run("search", tmp_path / "m", EIFFEL).stdout
+    assert f"{EIFFEL} Rome" in shown and "threshold" in shown and "1.00" in shown and " yes" in shown
 
 
 def test_a_memory_goes_where_a_patch_does(whole: Path, tmp_path: Path) -> None:

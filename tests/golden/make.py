@@ -311,12 +311,12 @@ def differing_tensors(old: Path, new: Path) -> list[str]:
 
 
 def differing_heads(old: Path, new: Path) -> list[str]:
-    """What an editor's file says of it besides its tensors, but for when it was made."""
+    """What an editor's file says of it besides its tensors, but for when it was made and the form of the file."""
 
     def head(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("lmpatch_editor", "{}")
-        return {key: value for key, value in json.loads(text).items() if key != "made"}
+        return {key: value for key, value in json.loads(text).items() if key not in ("made", "schema", "sha256")}
 
     a, b = head(old), head(new)
     return [f"{key} {_where(a.get(key), b.get(key))}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]

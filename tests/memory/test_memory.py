@@ -11,9 +11,9 @@ from tiny import tiny_lm
 from lmpatch import BadInput, BadPatch, CannotMerge, Edit, LmpatchError, Memory, WrongModel, apply, generate, score
 from lmpatch.memory.memory import EDITOR
 from lmpatch.memory.store import Store
-from lmpatch.methods.recipe import method as recipe
+from lmpatch.methods import rag, recipe
 from lmpatch.patches.editor import Editor
-from lmpatch.patches.memory.patch import Finder, Scope
+from lmpatch.retrieval import Scope
 
 pytest.importorskip("lancedb")
 
@@ -60,11 +60,29 @@ def test_a_fact_that_another_handle_adds_is_used_by_the_next_question(memory: Me
 
 def test_retrieval_says_which_row_it_found(memory: Memory) -> None:
     patch = memory.patch(Scope(gate="always", top_k=2))
-    hits = Finder(patch, patch.facts(), memory.network).search([FACTS[1].prompt])[0]
+    hits = patch.finder().search([FACTS[1].prompt])[0]
     rows = {fact.seq: fact.edit.target for fact in memory.store.facts()}
-    held = Finder(memory.snapshot(Scope(gate="always", top_k=2))).search([FACTS[1].prompt])[0]
+    held = memory.snapshot(Scope(gate="always", top_k=2)).finder().search([FACTS[1].prompt])[0]
     assert [rows[hit.place] for hit in hits] == [FACTS[hit.place].target for hit in held]
     assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in held], rel=1e-5)
+
+
+def test_facts_as_text_are_kept_for_a_model_without_an_editor(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    memory = Memory.create(tmp_path / "m", rag.editor_for(lm))
+    memory.add(FACTS)
+    questions = [FACTS[1].prompt, "What is the weather like?"]
+    with apply(lm, rag.fit(lm, FACTS, rag.Config())):
+        answers = score(lm, questions, ["Rome", "Oslo"]), generate(lm, questions, max_new_tokens=6)
+    for one in (memory.patch(), memory.snapshot(), Memory.open(memory.store.path).patch()):
+        with apply(lm, one):
+            assert (score(lm, questions, ["Rome", "Oslo"]), generate(lm, questions, max_new_tokens=6)) == answers
+    (before, other) = memory.patch().intervention(lm).retrieve(questions)
+    assert before is not None and before.text == "The opera of Japan is in Oslo. " and other is None
+    with pytest.raises(WrongModel):
+        Memory.open(memory.store.path, rag.editor_for(tiny_lm("gemma3")))
+    with pytest.raises(BadInput, match="no prompt vectors"):
+        apply(lm, memory.patch(ALWAYS))
 
 
 def test_an_empty_memory_changes_nothing(editor: Editor, tmp_path: Path) -> None:

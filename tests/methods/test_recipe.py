@@ -24,14 +24,16 @@ from lmpatch.inference.forward import blocks, frozen, logits, positions
 from lmpatch.inference.interventions import prepare
 from lmpatch.inference.states import hidden
 from lmpatch.inference.tokens import encode, encode_all, join
+from lmpatch.methods import recipe
 from lmpatch.methods.recipe import losses
-from lmpatch.methods.recipe import method as recipe
 from lmpatch.methods.recipe.data import batches, drawable, exchanged, sample, without, words
+from lmpatch.methods.recipe.method import typical_embeddings
 from lmpatch.methods.recipe.trainer import CHECKPOINT, CURVES
 from lmpatch.patches.editor import Editor, load_editor
-from lmpatch.patches.memory.patch import Finder, MemoryPatch
+from lmpatch.patches.memory.patch import MemoryPatch
 from lmpatch.retrieval.encoder import load_encoder, pooled, shared_encoder
-from lmpatch.retrieval.network import Retriever, Shape, target_embeddings
+from lmpatch.retrieval.network import Network, Shape, target_embeddings
+from lmpatch.retrieval.recipe import Recipe
 
 PLACES = [
     ("Paris", "Rome", "Seine"),
@@ -78,7 +80,7 @@ def test_the_retrieval_losses_are_those_of_the_paper_on_two_facts() -> None:
     torch.manual_seed(0)
     keys, first, second, far = torch.randn(4, 2, 8)
     gate = torch.randn(8)
-    found = losses.retrieval(keys, gate, first, second, far, margin=None)
+    found = losses.retrieval_losses(keys, gate, first, second, far, margin=None)
 
     def s(q: torch.Tensor, k: torch.Tensor) -> float:
         return float(q @ k) / math.sqrt(8)
@@ -112,10 +114,10 @@ def test_answer_losses_equal_a_plain_forward_with_the_vectors_in_front(family: s
     lm = tiny_lm(family)
     prompts, targets = ["The tower of Paris is in", "The capital of Japan is"], ["Rome and Italy", "Tokyo"]
     vectors = torch.randn(2 * 3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    rows = [losses.Told(row, i) for i, row in enumerate(encode_all(lm, prompts, targets))]
+    rows = [losses.AnswerRow(row, i) for i, row in enumerate(encode_all(lm, prompts, targets))]
     placed = losses.behind(lm, rows, 3, "after_bos")
     with frozen(lm):
-        total, count = losses.told(lm, placed, vectors, margin=None)
+        total, count = losses.statement_loss(lm, placed, vectors, margin=None)
     assert vectors.grad is not None
 
     leaf = vectors.detach().clone().requires_grad_()
@@ -138,9 +140,9 @@ def test_the_locality_loss_is_the_kl_from_the_model_without_the_prompt() -> None
     lm = tiny_lm("llama")
     row = encode(lm, "The capital of France is", "Paris and Rome")
     vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    placed = losses.behind(lm, [losses.Told(row, 0)], 3, "after_bos")
+    placed = losses.behind(lm, [losses.AnswerRow(row, 0)], 3, "after_bos")
     with frozen(lm):
-        total, count = losses.kept(lm, placed, vectors, losses.base_states(lm, [row]))
+        total, count = losses.locality_loss(lm, placed, vectors, losses.base_states(lm, [row]))
     with torch.no_grad():
         embedded = lm.module(lm.layout.embed)(torch.tensor([row.ids]))
         x = torch.cat([embedded[:, :1], vectors[None], embedded[:, 1:]], 1)
@@ -162,7 +164,7 @@ def test_pooling_leaves_padding_out() -> None:
 
 def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Retriever(Shape(encoder.name, encoder.width, 8, width=16, content=8), encoder)
+    net = Network(Shape(encoder.name, encoder.width, 8, width=16, content=8), encoder)
     net.start(0, torch.ones(4, 8))
     texts = [
         ("Paris is in", "Oslo"),
@@ -177,7 +179,7 @@ def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
 
 def test_questions_are_compared_with_the_first_part_of_a_key_and_vectors_made_of_the_second() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Retriever(Shape(encoder.name, encoder.width, 8, width=16, content=6), encoder)
+    net = Network(Shape(encoder.name, encoder.width, 8, width=16, content=6), encoder)
     net.start(0, torch.ones(4, 8))
     with torch.no_grad():
         keys, queries = net.keys([(e.prompt, e.target) for e in FACTS]), net.queries([e.prompt for e in FACTS])
@@ -205,9 +207,9 @@ def test_what_is_said_is_the_embeddings_of_the_targets_first_tokens_behind_the_p
 
 def test_prompt_vectors_are_three_times_as_long_as_the_models_own_embeddings() -> None:
     lm = tiny_lm("gemma3")
-    table = recipe.typical_embeddings(lm)
+    table = typical_embeddings(lm)
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Retriever(Shape(encoder.name, encoder.width, 64, width=32, content=16), encoder)
+    net = Network(Shape(encoder.name, encoder.width, 64, width=32, content=16), encoder)
     net.start(0, table)
     with torch.no_grad():
         net.out.weight.mul_(50)
@@ -219,7 +221,7 @@ def test_prompt_vectors_are_three_times_as_long_as_the_models_own_embeddings() -
 
 def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Retriever(Shape(encoder.name, encoder.width, 8, width=256, content=16), encoder)
+    net = Network(Shape(encoder.name, encoder.width, 8, width=256, content=16), encoder)
     net.start(0, torch.ones(4, 8), [(edit.prompt, edit.target) for edit in FACTS])
     with torch.no_grad():
         keys = net.keys([(edit.prompt, edit.target) for edit in FACTS])
@@ -230,7 +232,7 @@ def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
 @pytest.mark.parametrize("adapt", [0, None])
 def test_the_pooling_layer_is_a_fourth_part_of_the_features(adapt: int | None) -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Retriever(Shape(encoder.name, encoder.width, 8, width=8, content=4, adapt=adapt, pooler=True), encoder)
+    net = Network(Shape(encoder.name, encoder.width, 8, width=8, content=4, adapt=adapt, pooler=True), encoder)
     rows = encoder.tokenise(["The Eiffel Tower"])
     with torch.no_grad():
         net.start(0, torch.ones(4, 8))
@@ -250,7 +252,7 @@ def test_the_pooling_layer_is_a_fourth_part_of_the_features(adapt: int | None) -
 def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | None) -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
     before = {name: p.clone() for name, p in encoder.module.named_parameters()}
-    net = Retriever(Shape(encoder.name, encoder.width, 8, width=4, content=2, adapt=adapt), encoder)
+    net = Network(Shape(encoder.name, encoder.width, 8, width=4, content=2, adapt=adapt), encoder)
     net.start(0, torch.ones(4, 8))
     rows = encoder.tokenise(["The Eiffel Tower"])
     with torch.no_grad():
@@ -288,7 +290,7 @@ import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from methods.test_recipe import FACTS, QUICK, recipe, tiny_lm
-from lmpatch.training import checkpoint as _checkpoint
+from lmpatch.training import checkpoint
 from safetensors.torch import save_file
 
 def save(tensors, path, head):
@@ -298,7 +300,7 @@ def save(tensors, path, head):
             file.truncate(1000)
         os.kill(os.getpid(), signal.SIGKILL)
 
-_checkpoint.safetensors.torch.save_file = save
+checkpoint.safetensors.torch.save_file = save
 recipe.train(tiny_lm("llama"), FACTS, QUICK, out={out!r})
 """
 
@@ -398,7 +400,7 @@ def test_training_lowers_its_loss_and_teaches_retrieval() -> None:
     )  # fmt: skip
     editor = recipe.train(lm, FACTS, cfg)
     patch = recipe.fit(lm, FACTS, recipe.Config(), editor=editor)
-    finder = Finder(patch)
+    finder = patch.finder()
     found = [hits[0] for hits in finder.search([edit.prompt for edit in FACTS])]
     assert sum(hit.fired and hit.place == i for i, hit in enumerate(found)) >= 10
     rivers = [asks[0].prompt for edit in FACTS for _, asks in edit.locality]
@@ -491,8 +493,9 @@ def test_a_fact_that_fires_is_its_vectors_in_front(family: str, at: str) -> None
     lm = tiny_lm(family)
     patch = recipe.fit(lm, FACTS[:1], recipe.Config(gate="always", at=at), editor=recipe.example_editor(lm))  # type: ignore[arg-type]
     with torch.no_grad():
-        said = target_embeddings(lm, [(FACTS[0].prompt, FACTS[0].target)], patch.shape.target_tokens)
-        p = patch.network().prompts(patch.keys.float(), said)
+        assert isinstance(patch.retriever, Recipe)
+        targets = target_embeddings(lm, [(FACTS[0].prompt, FACTS[0].target)], patch.retriever.shape.target_tokens)
+        p = patch.retriever.network.prompts(patch.keys.float(), targets)
         ids = encode(lm, "Where is it?").ids
         embedded = lm.module(lm.layout.embed)(torch.tensor([ids]))
         cut = int(at == "after_bos" and ids[0] == lm.tokenizer.bos_token_id)
@@ -509,9 +512,9 @@ def test_rows_with_and_without_a_fact_share_a_batch_and_a_cache(family: str) -> 
     editor = recipe.example_editor(lm)
     first = recipe.fit(lm, FACTS, recipe.Config(gate="cosine"), editor=editor)
     questions = [FACTS[0].prompt, "Hello", FACTS[5].prompt, "What is the capital of Japan? The capital of"]
-    bars = sorted(hits[0].score for hits in Finder(first).search(questions))
+    bars = sorted(hits[0].score for hits in first.finder().search(questions))
     patch = replace(first, scope=replace(first.scope, threshold=(bars[1] + bars[2]) / 2))  # two fire, two do not
-    fired = [hits[0].fired for hits in Finder(patch).search(questions)]
+    fired = [hits[0].fired for hits in patch.finder().search(questions)]
     assert sorted(fired) == [False, False, True, True]
     with apply(lm, patch):
         together = generate(lm, questions, max_new_tokens=8)
@@ -553,15 +556,15 @@ def test_the_answer_is_never_part_of_the_query(editor: Editor) -> None:
 
 def test_a_tie_with_the_sentinel_does_not_fire(editor: Editor) -> None:
     patch = fitted(editor, [FACTS[0]])
-    finder = Finder(patch)
-    patch.keys = finder.sentinel[None].half()
-    finder = Finder(patch)
-    finder.sentinel = patch.keys[0].float()
-    assert [hits[0].fired for hits in finder.search(["What is this?"])] == [False]
+    retriever = patch.retriever
+    assert isinstance(retriever, Recipe)
+    patch.keys = retriever.sentinel[None].half()
+    retriever.sentinel = patch.keys[0].float()
+    assert [hits[0].fired for hits in patch.finder().search(["What is this?"])] == [False]
 
 
 def test_the_order_of_facts_does_not_matter_and_the_later_one_of_a_prompt_stays(editor: Editor) -> None:
-    forward, backward = Finder(fitted(editor)), Finder(fitted(editor, FACTS[::-1]))
+    forward, backward = fitted(editor).finder(), fitted(editor, FACTS[::-1]).finder()
     prompts = [edit.rephrases[0] for edit in FACTS]
     for a, b in zip(forward.search(prompts), backward.search(prompts), strict=True):
         assert a[0].place == len(FACTS) - 1 - b[0].place
@@ -584,7 +587,7 @@ def test_text_goes_before_the_prompt_as_a_sentence(editor: Editor) -> None:
 def test_a_prompt_beyond_the_encoders_limit_is_said_and_answered_as_it_is(
     editor: Editor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    finder = Finder(fitted(editor, gate="always"))
+    finder = fitted(editor, gate="always").finder()
     assert finder.search(["word " * 600, "short"])[0] == []
     assert "1 of 2 prompts are longer than the 512 tokens" in caplog.text
     with pytest.raises(BadInput, match="Shorten it"):
@@ -594,7 +597,7 @@ def test_a_prompt_beyond_the_encoders_limit_is_said_and_answered_as_it_is(
 def test_an_editor_of_another_model_is_refused_and_a_model_without_one_is_told_how(editor: Editor) -> None:
     with pytest.raises(WrongModel, match="trained for tiny-gemma3"):
         recipe.fit(tiny_lm("llama"), FACTS, recipe.Config(), editor=editor)
-    with pytest.raises(BadInput, match="lmpatch train"):
+    with pytest.raises(BadInput, match="lmpatch train.*method rag"):
         recipe.fit(tiny_lm("llama"), FACTS, recipe.Config())
     patch = fitted(editor)
     with pytest.raises(WrongModel):

@@ -39,6 +39,9 @@ def create(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Take the editor that comes with lmpatch for this model.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="recipe: a trained editor's prompt vectors. rag: facts as text, for any model.")
+    ] = "recipe",
     editor: EditorFile = None,
     device: Device = "cpu",
     download: Download = False,
@@ -48,6 +51,7 @@ def create(
     \b
     Examples:
       lmpatch memory create store gemma-3-270m
+      lmpatch memory create store ./my-model --method rag
       lmpatch memory create store --editor recipe.safetensors
     """
     from ..memory.memory import Memory
@@ -59,9 +63,12 @@ def create(
     if editor is not None:
         chosen = load_editor(editor)
     else:
-        from ..methods.recipe.method import packaged_editor
+        from ..registry import get
 
-        chosen = packaged_editor(open_model(str(model), "bfloat16", device, download))
+        module = get("methods", method)
+        if not hasattr(module, "editor_for"):
+            raise BadInput(f"{method} keeps no facts in a memory. Use --method recipe or rag.")
+        chosen = module.editor_for(open_model(str(model), "bfloat16", device, download))
     Memory.create(store, chosen)
     say(f"{store}: an empty memory for {chosen.base.name}")
 
@@ -112,23 +119,23 @@ def search(
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="What a model may be asked.")],
     count: Annotated[int, typer.Option("-k", min=1, metavar="N", help="Facts shown for each.")] = 1,
 ) -> None:
-    """The facts nearest to a question, and whether they would be used: those that score above the sentinel.
+    """The facts nearest to a question, and whether they would be used: those that score above sentinel or threshold.
 
     \b
     Example:
       lmpatch memory search store "Where is the Eiffel Tower?" -k 3
     """
-    from ..patches.memory.patch import Finder, Scope
+    from dataclasses import replace
 
     opened = _memory(store)
-    patch = opened.patch(Scope(top_k=count))
-    finder = Finder(patch, patch.facts(), opened.network)
+    scope = replace(opened.scope, top_k=count)
+    finder = opened.patch(scope).finder()
     rows = [
         (question, " ".join(finder.facts.fact(hit.place)), f"{hit.score:.2f}", f"{hit.gate:.2f}",
          "yes" if hit.fired else "no")
         for question, found in ((q, finder.search([q])[0]) for q in questions) for hit in found
     ]  # fmt: skip
-    table(["question", "fact", "score", "sentinel", "used"], rows)
+    table(["question", "fact", "score", "sentinel" if scope.gate == "sentinel" else "threshold", "used"], rows)
 
 
 def list_(

@@ -60,7 +60,7 @@ class Log:
         connect = _lancedb().connect
         path.mkdir(parents=True, exist_ok=True)
         with writing(path):
-            if _made(path):
+            if _exists(path):
                 raise BadInput(f"there is a memory at {path} already. Open it, or give another path.")
             meta = {
                 b"lmpatch": json.dumps({"format": FORMAT, "width": width, "matched": matched, "stamp": stamp}).encode()
@@ -218,14 +218,14 @@ def flush(folder: Path, since: int) -> None:
             sync(file)
 
 
-def _made(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     """Whether a memory was made here; a killed creation leaves a folder without a manifest."""
     return any((path / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
 
 
 def _open(path: Path) -> Any:
     connect = _lancedb().connect
-    if not _made(path):
+    if not _exists(path):
         raise BadInput(f"there is no memory at {path}. Give the folder of one, or make it first.")
     with lance(f"cannot open the memory at {path}"):
         return connect(str(path)).open_table(TABLE)
@@ -250,5 +250,5 @@ def _schema(width: int, metadata: dict[bytes, bytes] | None = None) -> pa.Schema
 def _matrix(column: Any, width: int) -> np.ndarray:
     """A column of vectors without nulls as [n, width]."""
     flat = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-    found: np.ndarray = flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-    return found
+    matrix: np.ndarray = flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return matrix

@@ -39,9 +39,9 @@ class Near:
     def search(self, query: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Numbers [c] and vectors [c, M] float32 of the ``count`` best keys for a query [M], best first."""
         with lance("cannot read the index of the memory"):
-            asked = self._table.search(query, vector_column_name="vector").distance_type("dot").fast_search()
-            asked = asked.nprobes(max(1, round(self._lists * PROBED))).refine_factor(1)
-            rows = asked.select(["seq", "vector", "_distance"]).limit(count).to_arrow().combine_chunks()
+            best = self._table.search(query, vector_column_name="vector").distance_type("dot").fast_search()
+            best = best.nprobes(max(1, round(self._lists * PROBED))).refine_factor(1)
+            rows = best.select(["seq", "vector", "_distance"]).limit(count).to_arrow().combine_chunks()
         vectors: np.ndarray = rows["vector"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
         return rows["seq"].to_numpy(), vectors
 
@@ -66,13 +66,13 @@ def build(log: Log, alive: np.ndarray) -> None:
         return
     try:
         start = time.time_ns()
-        made, final = (log.path / f"{name}.lance" for name in (BUILT, NAME.format(len(alive))))
+        work, final = (log.path / f"{name}.lance" for name in (BUILT, NAME.format(len(alive))))
         with lance(f"cannot index the memory at {log.path}", full="No fact was lost. Free some space."):
-            shutil.rmtree(made, ignore_errors=True)  # what a killed build left
+            shutil.rmtree(work, ignore_errors=True)  # what a killed build left
             _write(log, alive)
-            flush(made, start)
+            flush(work, start)
             _remove(final)
-            made.rename(final)
+            work.rename(final)
         for old in log.path.glob(f"{NAME.format('*')}.lance"):
             if old != final:
                 _remove(old)

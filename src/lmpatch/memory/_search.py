@@ -46,7 +46,7 @@ class Search:
         import torch
 
         block = self._ready()
-        scores, seqs = (found.numpy() for found in block.search(torch.from_numpy(queries), k))
+        scores, seqs = (part.numpy() for part in block.search(torch.from_numpy(queries), k))
         if self._index is None:
             return scores, seqs
         lines = []
@@ -56,8 +56,8 @@ class Search:
             best = np.lexsort((all_seqs, -all_scores))[:k]
             lines.append((all_scores[best], all_seqs[best]))
         width = min((len(line) for line, _ in lines), default=0)  # an index may find fewer than k
-        found = [np.array([line[i][:width] for line in lines]).reshape(len(queries), width) for i in (0, 1)]
-        return found[0], found[1].astype(np.int64)
+        both = [np.array([line[i][:width] for line in lines]).reshape(len(queries), width) for i in (0, 1)]
+        return both[0], both[1].astype(np.int64)
 
     def _indexed(self, index: _near.Near, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The best ``k`` facts of the index that still hold."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.edits import SHAPES, Ask, Edit, prompt_key
 
-TOLD = ("prompt", "target", "subject")  # fields of an edit with columns of their own
+COLUMNS = ("prompt", "target", "subject")  # fields of an edit with columns of their own
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,25 @@ class Version:
 
 def record(edit: Edit) -> dict[str, Any]:
     """An edit as a line of a facts file, without what it leaves empty."""
-    found: dict[str, Any] = {name: getattr(edit, name) for name in (*TOLD, "id", "relation")}
-    found |= {name: list(getattr(edit, name)) for name in ("old", "aliases", "rephrases")}
+    values: dict[str, Any] = {name: getattr(edit, name) for name in (*COLUMNS, "id", "relation")}
+    values |= {name: list(getattr(edit, name)) for name in ("old", "aliases", "rephrases")}
     for name in ("locality", "portability"):
-        found[name] = {kind: [_ask(ask) for ask in asks] for kind, asks in getattr(edit, name)}
-    return {name: value for name, value in found.items() if value}
+        values[name] = {kind: [_ask(ask) for ask in asks] for kind, asks in getattr(edit, name)}
+    return {name: value for name, value in values.items() if value}
 
 
 def columns(edit: Edit) -> dict[str, str]:
     """An edit as the text columns of the log."""
     whole = record(edit)
-    more = {name: value for name, value in whole.items() if name not in TOLD}
-    told = {name: whole.get(name, "") for name in TOLD}
-    return {**told, "key": prompt_key(edit.prompt), "more": json.dumps(more, ensure_ascii=False) if more else ""}
+    more = {name: value for name, value in whole.items() if name not in COLUMNS}
+    own = {name: whole.get(name, "") for name in COLUMNS}
+    return {**own, "key": prompt_key(edit.prompt), "more": json.dumps(more, ensure_ascii=False) if more else ""}
 
 
 def edit_of(row: dict[str, Any]) -> Edit:
     """The inverse of ``columns``."""
     more = json.loads(row["more"]) if row["more"] else {}
-    return SHAPES["lmpatch"]({"id": "", **{name: row[name] for name in TOLD}, **more}, "")
+    return SHAPES["lmpatch"]({"id": "", **{name: row[name] for name in COLUMNS}, **more}, "")
 
 
 def entry_of(row: dict[str, Any]) -> Entry:

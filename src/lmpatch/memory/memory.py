@@ -20,20 +20,11 @@ from torch import Tensor
 from ..data.edits import Edit
 from ..errors import BadInput, CannotMerge
 from ..files import new_folder
-from ..models.lm import LM
 from ..patches.editor import Editor, load_editor
-from ..patches.memory.patch import (
-    Finder,
-    MemoryIntervention,
-    MemoryPatch,
-    Scope,
-    build_memory,
-    encode_keys,
-    resolve_scope,
-)
+from ..patches.memory.patch import MemoryPatch, build_memory, encode_keys, retriever_of, scope_of
 from ..patches.patch import plain_edits
 from ..progress import Progress
-from ..retrieval.network import Retriever, Shape
+from ..retrieval import Fact, Retriever, Scope
 from .entry import Entry
 from .store import Store
 
@@ -57,8 +48,8 @@ class Memory:
         """
         path = Path(path)
         with new_folder(path) as folder:
-            shape = Shape(**editor.parts["shape"])
-            Store.create(folder, width=shape.width, matched=shape.matched, stamp=_stamp(editor))
+            retriever = retriever_of(editor)
+            Store.create(folder, width=retriever.width, matched=retriever.matched, stamp=_stamp(editor))
             editor.save(folder / EDITOR)
         return cls.open(path)
 
@@ -83,15 +74,14 @@ class Memory:
         return len(self.store)
 
     @cached_property
-    def network(self) -> Retriever:
-        """The retriever, ready for use. Both that and the adapted encoder weights are made once."""
-        return self._empty.network()
+    def retriever(self) -> Retriever:
+        """What makes keys and queries; its network is made once."""
+        return self._empty.retriever
 
-    @cached_property
-    def weights(self) -> dict[str, Tensor]:
-        """The encoder's adapted weights."""
-        with torch.no_grad():
-            return self.network.encoder_weights()
+    @property
+    def scope(self) -> Scope:
+        """When facts are used, and as what, unless a call says otherwise: as the editor's config has it."""
+        return scope_of(self.editor)
 
     def add(
         self, edits: Sequence[Edit], *, source: Mapping[str, Any] | None = None, progress: Progress | None = None
@@ -108,20 +98,23 @@ class Memory:
         """
         parts = []
         for start in range(0, len(edits), CHUNK):
-            parts.append(encode_keys(self.network, edits[start : start + CHUNK], self.weights))
+            parts.append(encode_keys(self.retriever, edits[start : start + CHUNK]))
             if progress:
                 progress(min(start + CHUNK, len(edits)), len(edits), "encoding facts")
-        keys = torch.cat(parts) if parts else encode_keys(self.network, ())
+        keys = torch.cat(parts) if parts else encode_keys(self.retriever, ())
         return self.store.add(edits, keys.numpy(), source=source)
 
     def patch(self, scope: Scope | None = None) -> LivePatch:
         """The memory as a patch: every question sees what was committed before it, by whichever process.
 
+        Args:
+            scope: None: as the editor's config says.
         Raises:
-            BadInput: ``scope`` has a cosine gate; the store compares inner products. Take a snapshot.
+            BadInput: ``scope`` has a cosine gate, and the keys are not of length one: the store compares inner
+                products. Take a snapshot.
         """
-        scope = resolve_scope(scope or Scope(), self.editor)
-        if scope.gate == "cosine":
+        scope = scope_of(self.editor, scope)
+        if scope.gate == "cosine" and not self.retriever.unit:
             raise BadInput("a cosine gate needs all keys at hand. Use gate='sentinel', or snapshot() of this memory.")
         common = {f.name: getattr(self._empty, f.name) for f in fields(self._empty)}
         return LivePatch(**{**common, "scope": scope}, memory=self)
@@ -133,12 +126,12 @@ class Memory:
             self._empty,
             edits=plain_edits([fact.edit for fact in facts]),
             keys=torch.from_numpy(self.store.vectors(facts)),
-            scope=resolve_scope(scope or Scope(), self.editor),
+            scope=scope_of(self.editor, scope),
         )
 
     @cached_property
     def _empty(self) -> MemoryPatch:
-        return build_memory(self.editor, (), Scope())
+        return build_memory(self.editor, ())
 
 
 def is_memory(path: str | Path) -> bool:
@@ -154,9 +147,6 @@ class LivePatch(MemoryPatch):
 
     def describe(self) -> list[str]:
         return [f"  {len(self.memory)} facts in {self.memory.store.path}; {self._how()}"]
-
-    def intervention(self, lm: LM) -> MemoryIntervention:
-        return MemoryIntervention(lm, Finder(self, self.facts(), self.memory.network))
 
     def facts(self) -> StoreFacts:
         """Where its facts are looked up."""
@@ -174,7 +164,7 @@ class StoreFacts:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._found: dict[int, Entry] = {}
+        self._hits: dict[int, Entry] = {}  # of the last search, by row
 
     def __len__(self) -> int:
         return len(self.store)
@@ -182,18 +172,18 @@ class StoreFacts:
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """As ``KeyBlock.search``; a label is the fact's row in the store."""
         scores, hits = self.store.search(queries.numpy(), k)
-        self._found = {entry.seq: entry for line in hits for entry in line}
+        self._hits = {entry.seq: entry for line in hits for entry in line}
         labels = torch.tensor([[entry.seq for entry in line] for line in hits]).reshape(scores.shape)
         return torch.from_numpy(scores).double(), labels
 
-    def fact(self, place: int) -> tuple[str, str]:
-        """Prompt and target of a fact that was just found."""
-        edit = self._found[place].edit
+    def fact(self, place: int) -> Fact:
+        """Prompt and target of a fact of the last search."""
+        edit = self._hits[place].edit
         return edit.prompt, edit.target
 
     def keys(self, places: Sequence[int]) -> Tensor:
-        """Keys [n, R] of facts that were just found."""
-        return torch.from_numpy(self.store.vectors([self._found[place] for place in places])).float()
+        """Keys [n, w] of facts of the last search."""
+        return torch.from_numpy(self.store.vectors([self._hits[place] for place in places])).float()
 
 
 def _stamp(editor: Editor) -> dict[str, str]:

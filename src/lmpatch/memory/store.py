@@ -88,7 +88,7 @@ class Store:
         log = Log(Path(path))
         if stamp is not None and any(log.stamp.get(name) != stamp.get(name) for name in ("editor", "base")):
             raise WrongModel(
-                f"the memory at {path} was made with {_named(log.stamp)}, asked for {_named(stamp)}. Their keys cannot "
+                f"the memory at {path} was made with {_named(log.stamp)}, not {_named(stamp)}. Their keys cannot "
                 "be compared. Open it with what made it, or export its facts and add them to a new memory."
             )
         return cls(log, exact)
@@ -125,8 +125,8 @@ class Store:
             raise BadInput(f"{len(edits)} facts need keys [{len(edits)}, {self.width}], found {list(keys.shape)}.")
         if not np.isfinite(keys).all():
             raise BadInput("a key holds a number that is no finite float16. Look at the encoder that made it.")
-        told = json.dumps(dict(source or {}), ensure_ascii=False)
-        rows: list[Row] = [{"op": "put", "source": told, **columns(edit)} for edit in edits]
+        origin = json.dumps(dict(source or {}), ensure_ascii=False)
+        rows: list[Row] = [{"op": "put", "source": origin, **columns(edit)} for edit in edits]
         return self._commit(lambda: (rows, keys))
 
     def drop(self, prompts: Sequence[str]) -> int:
@@ -186,12 +186,14 @@ class Store:
         state = self._state
         with writing(self.path):
             state.refresh()
-            told, vectors = make()
-            if not told:
+            changes, vectors = make()
+            if not changes:
                 return state.version
             version = state.version + 1
             stamp = {"version": version, "added": now()}
-            rows = table([{"seq": state.count + i, **stamp, **row} for i, row in enumerate(told)], vectors, self.width)
+            rows = table(
+                [{"seq": state.count + i, **stamp, **row} for i, row in enumerate(changes)], vectors, self.width
+            )
             seen = self._log.append(rows)
             state.append(rows.drop_columns("vector"), seen)
             with suppress(LmpatchError):  # the facts are stored; another commit will tidy
@@ -217,24 +219,24 @@ class Store:
         version = state.version if version is None else version
         if not history:
             return [entry_of(row) for row in state.rows(list(state.live_after(version).values()))]
-        found: dict[int, Entry] = {}
+        entries: dict[int, Entry] = {}
         last: dict[str, int] = {}
         for row in state.rows(range(state.length(version))):
             old = last.pop(row["key"], None)
             if old is not None:
-                found[old] = replace(found[old], ended=row["version"], dropped=row["op"] == "drop")
+                entries[old] = replace(entries[old], ended=row["version"], dropped=row["op"] == "drop")
             if row["op"] == "put":
-                found[row["seq"]], last[row["key"]] = entry_of(row), row["seq"]
-        return list(found.values())
+                entries[row["seq"]], last[row["key"]] = entry_of(row), row["seq"]
+        return list(entries.values())
 
     def find(self, text: str, *, history: bool = False) -> list[Entry]:
         """The facts with this text in prompt, subject or target, whatever its case."""
         text = text.casefold()
 
-        def told(edit: Edit) -> str:
+        def words(edit: Edit) -> str:
             return "\n".join((edit.prompt, edit.subject, edit.target)).casefold()
 
-        return [entry for entry in self.facts(history=history) if text in told(entry.edit)]
+        return [entry for entry in self.facts(history=history) if text in words(entry.edit)]
 
     def get(self, prompt: str) -> Entry | None:
         """The fact with this prompt, whatever its case and white space; None: there is none."""
@@ -245,7 +247,7 @@ class Store:
     def versions(self) -> list[Version]:
         """All commits, oldest first."""
         self._state.refresh()
-        found: dict[int, Version] = {}
+        commits: dict[int, Version] = {}
         live: set[str] = set()
         texts = self._state.texts
         for number, added, op, name in zip(
@@ -253,9 +255,9 @@ class Store:
         ):
             put = op == "put"
             live.add(name) if put else live.discard(name)
-            old = found.get(number, Version(number, added, 0, 0, 0))
-            found[number] = Version(number, added, old.put + put, old.dropped + (not put), len(live))
-        return list(found.values())
+            old = commits.get(number, Version(number, added, 0, 0, 0))
+            commits[number] = Version(number, added, old.put + put, old.dropped + (not put), len(live))
+        return list(commits.values())
 
     def vectors(self, entries: Sequence[Entry]) -> np.ndarray:
         """The keys [n, width] float16 of these facts."""

@@ -12,6 +12,7 @@ and, where it has them::
     def fit_each(lm, records, cfg) -> list[Patch]                 # many single edits in one go
     def estimate(lm, count, cfg) -> int                           # bytes a fit takes on top of the model
     def train(lm, data, cfg, *, out, progress) -> Editor          # what it learns once; cfg is a ``Training``
+    TrainingData                                                  # dataclass: records and whatever else ``train`` reads
     def example(lm) -> (records, Config)                          # runs in milliseconds on a tiny model
     needs_records = False                                         # records may be left out
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,16 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ..errors import BadPatch
+from ..errors import BadInput, BadPatch, WrongModel
 from ..files import replacing
+from ..models.lm import LM
 from ..provenance import hash_json, hash_tensors
-from .patch import Base
+from .base import Base, fingerprint
 
-SCHEMA = 1
+SCHEMA = 2  # of schema 1 the hash covers method, parts and tensors alone
 KEY = "lmpatch_editor"
+PACKAGED = Path(__file__).parents[1] / "editors"
+FIELDS = {"method": str, "config": dict, "base": dict, "parts": dict, "made": dict, "sha256": str}
 
 
 @dataclass(eq=False)
@@ -41,7 +47,8 @@ class Editor:
     def save(self, path: str | Path) -> None:
         """Write the file; a file that is there is replaced, at once or not at all."""
         head = {"schema": SCHEMA, "method": self.method, "config": self.config, "parts": self.parts, "made": self.made}
-        head |= {"base": {"fingerprint": self.base.fingerprint, "name": self.base.name}, "sha256": self.hash()}
+        head |= {"base": {"fingerprint": self.base.fingerprint, "name": self.base.name}}
+        head |= {"sha256": _seal(head, self)}
         with replacing(Path(path)) as work:
             safetensors.torch.save_file(dict(self.tensors), work, {KEY: json.dumps(head, ensure_ascii=False)})
 
@@ -52,6 +59,11 @@ class Editor:
         return f"{self.method} editor for {self.base.name} ({self.base.fingerprint[:12]}): {size:.1f} MiB{steps}"
 
 
+def _seal(head: dict[str, Any], editor: Editor) -> str:
+    """SHA-256 of a whole file: what the editor does, and every other field of the header."""
+    return hash_json([{name: value for name, value in head.items() if name != "sha256"}, editor.hash()])
+
+
 def load_editor(path: str | Path) -> Editor:
     """Read an editor file.
 
@@ -59,19 +71,75 @@ def load_editor(path: str | Path) -> Editor:
         BadPatch: it is none, truncated or altered.
     """
     path = Path(path)
+    head, tensors = _read(path, tensors=True)
+    editor = Editor(head["method"], head["config"], Base(**head["base"]), head["parts"], tensors, head["made"])
+    if head["sha256"] != (editor.hash() if head["schema"] == 1 else _seal(head, editor)):
+        raise BadPatch(f"{path} was altered: it does not match its own hash. Take a fresh copy.")
+    return editor
+
+
+def find_editor(method: str, lm: LM, editor: Editor | str | Path | None = None) -> Editor:
+    """The editor of a method for this very model.
+
+    Args:
+        editor: one that is at hand, the path of its file, or of a folder of editor files. None: the package and
+            installed packages are searched. A package offers a folder of editor files through the entry-point group
+            ``lmpatch.editors``: ``mine = "my_package.editors"``.
+    Raises:
+        BadInput: there is none.
+        BadPatch: the file is no editor, or of another method.
+        WrongModel: it was trained for another model.
+    """
+    if isinstance(editor, Editor) or (editor is not None and not Path(editor).is_dir()):
+        chosen = editor if isinstance(editor, Editor) else load_editor(editor)
+        if chosen.method != method:
+            raise BadPatch(f"this is an editor of {chosen.method}, {method} was asked for. Give one of {method}.")
+        if chosen.base.fingerprint != fingerprint(lm):
+            raise WrongModel(
+                f"the editor was trained for {chosen.base.name} ({chosen.base.fingerprint[:12]}), this is {lm.name} "
+                f"({fingerprint(lm)[:12]}). Train one for this model."
+            )
+        return chosen
+    for path in _files(None if editor is None else Path(editor)):
+        head, _ = _read(path, tensors=False)
+        if head["method"] == method and head["base"]["fingerprint"] == fingerprint(lm):
+            return load_editor(path)
+    where = f"is in {editor}" if editor is not None else "comes with lmpatch or an installed package"
+    raise BadInput(
+        f"no {method} editor for {lm.name} {where}. Train one (lmpatch train MODEL {method} FACTS -o EDITOR) and pass "
+        "it (--editor EDITOR, editor=)."
+    )
+
+
+def _files(folder: Path | None) -> Iterator[Path]:
+    """The editor files of a folder, or of the package and of every package that offers some."""
+    if folder is not None:
+        yield from sorted(folder.glob("*.safetensors"))
+        return
+    yield from sorted(PACKAGED.glob("*.safetensors"))
+    for point in sorted(entry_points(group="lmpatch.editors"), key=lambda point: point.name):
+        spec = importlib.util.find_spec(point.value)
+        for place in (spec.submodule_search_locations or []) if spec else []:
+            yield from sorted(Path(place).glob("*.safetensors"))
+
+
+def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of an editor file, once their form is right; ``tensors=False``: the header alone."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             head = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            values = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
     except FileNotFoundError:
         raise BadPatch(f"there is no editor {path}.") from None
     except KeyError:
         raise BadPatch(f"{path} is a safetensors file but no editor of lmpatch.") from None
     except Exception as error:  # the reader raises classes of its own
         raise BadPatch(f"{path} is no editor: it is truncated, altered or something else ({error}).") from None
-    if head.get("schema") != SCHEMA:
-        raise BadPatch(f"{path} has schema {head.get('schema')!r}, this lmpatch reads {SCHEMA}. Update lmpatch.")
-    made = Editor(head["method"], head["config"], Base(**head["base"]), head["parts"], tensors, head["made"])
-    if made.hash() != head["sha256"]:
-        raise BadPatch(f"{path} was altered: it does not match its own hash. Take a fresh copy.")
-    return made
+    if not isinstance(head, dict) or head.get("schema") not in (1, SCHEMA):
+        schema = head.get("schema") if isinstance(head, dict) else None
+        raise BadPatch(f"{path} has schema {schema!r}, this lmpatch reads 1 and {SCHEMA}. Update lmpatch.")
+    if any(not isinstance(head.get(name), form) for name, form in FIELDS.items()) or not {
+        "fingerprint", "name"
+    } <= set(head["base"]) <= {"fingerprint", "name", "touched"}:  # fmt: skip
+        raise BadPatch(f"{path} was altered: its header is not as lmpatch writes it. Take a fresh copy.")
+    return head, values

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import BadInput, MissingExtra, UnknownLayout
+from ..errors import BadInput, MissingExtra, UnknownLayout, WrongModel
 from ..inference.forward import hooked
 from ..inference.tokens import pad
 from ..provenance import hash_tensors
@@ -80,7 +80,7 @@ class Encoder:
         return out.last_hidden_state, mask
 
     def pooler(self, states: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What the encoder's own pooling layer makes of states [n, T, width]: [n, width].
+        """The encoder's own pooling layer over states [n, T, width]: [n, width].
 
         Raises:
             BadInput: it has none.
@@ -94,7 +94,7 @@ class Encoder:
 
     @torch.no_grad()
     def embedded(self, text: str) -> Tensor:
-        """What enters the first layer for each token of a text: [T, width]."""
+        """The input of the first layer for each token of a text: [T, width]."""
         (ids,) = self.tokenise([text])
         out: Tensor = self.embeddings(input_ids=torch.tensor([ids], device=self.device))
         return out[0]
@@ -115,13 +115,16 @@ class Encoder:
         return out
 
 
+def mean_pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean of each feature over the real tokens: [n, T, w], [n, T] -> [n, w]."""
+    return states.masked_fill(~mask[..., None].bool(), 0).sum(1) / mask.sum(1, keepdim=True)
+
+
 def pooled(states: Tensor, mask: Tensor) -> Tensor:
     """Mean, largest and smallest of each feature over the real tokens: [n, T, w], [n, T] -> [n, 3 w]."""
-    real = mask[..., None].bool()
-    mean = states.masked_fill(~real, 0).sum(1) / mask.sum(1, keepdim=True)
-    return torch.cat(
-        [mean, states.masked_fill(~real, -torch.inf).amax(1), states.masked_fill(~real, torch.inf).amin(1)], -1
-    )
+    padding = ~mask[..., None].bool()
+    most, least = states.masked_fill(padding, -torch.inf).amax(1), states.masked_fill(padding, torch.inf).amin(1)
+    return torch.cat([mean_pooled(states, mask), most, least], -1)
 
 
 def load_encoder(source: str = "all-MiniLM-L6-v2", *, download: bool = False) -> Encoder:
@@ -170,8 +173,23 @@ def shared_encoder(source: str) -> Encoder:
     return load_encoder(source)
 
 
+def same_encoder(source: str, fingerprint: str) -> Encoder:
+    """The shared encoder of that name, with these weights.
+
+    Raises:
+        WrongModel: the encoder of that name is another one here.
+    """
+    encoder = shared_encoder(source)
+    if encoder.fingerprint != fingerprint:
+        raise WrongModel(
+            f"the keys were made with encoder {source} ({fingerprint[:12]}), the one here is "
+            f"{encoder.fingerprint[:12]}. Install that version of it."
+        )
+    return encoder
+
+
 def _packaged(name: str) -> Path:
-    found = importlib.util.find_spec(PACKAGED[name])
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(PACKAGED[name])
+    if spec is None or spec.origin is None:
         raise MissingExtra(f'{name} comes with the extra: pip install "lmpatch[recipe]"')
-    return Path(found.origin).parent / "model"
+    return Path(spec.origin).parent / "model"

@@ -55,7 +55,7 @@ class KeyBlock:
                 was added.
         """
         if tuple(vectors.shape) != (len(labels), self.width):
-            raise BadInput(f"{len(labels)} keys of width {self.width} were expected, found {tuple(vectors.shape)}.")
+            raise BadInput(f"{len(labels)} keys of width {self.width} were expected, not {tuple(vectors.shape)}.")
         if len({*labels}) < len(labels) or any(label in self._row for label in labels):
             raise BadInput("a key with this label is in the block already. Drop it first.")
         vectors = vectors.detach().to("cpu", torch.float16)
@@ -100,10 +100,10 @@ class KeyBlock:
         if queries.ndim != 2 or queries.shape[1] != self.width or not queries.isfinite().all():
             raise BadInput(f"queries must be [m, {self.width}] finite numbers, found {tuple(queries.shape)}.")
         k = min(k, len(self))
-        found = [self._best(query, k) for query in queries] if k else []
-        if not found:
+        best = [self._best(query, k) for query in queries] if k else []
+        if not best:
             return torch.empty(len(queries), 0, dtype=torch.float64), torch.empty(len(queries), 0, dtype=torch.int64)
-        return torch.stack([scores for scores, _ in found]), torch.stack([labels for _, labels in found])
+        return torch.stack([scores for scores, _ in best]), torch.stack([labels for _, labels in best])
 
     def _best(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         unit = query / query.norm().clamp(min=1e-30)  # within float16, however long the query is

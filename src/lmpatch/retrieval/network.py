@@ -1,6 +1,6 @@
-"""The network behind retrieved prompts: texts become keys, questions become queries, keys become prompt vectors.
+"""RECIPE's network: facts become keys, questions become queries, keys become prompt vectors.
 
-It holds what an editor has learned. Training calls it with gradients, a memory patch without.
+It holds what an editor has learned. Training calls it with gradients, ``retrieval.recipe`` without.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ from torch import Tensor, nn
 from ..errors import BadPatch
 from ..inference.tokens import batches_of_rows, encode_all, join
 from ..models.lm import LM
+from . import Fact
 from .encoder import Encoder, pooled
 
 SLASHED = "encoder/"
-LOUD = 3.0  # length of a prompt vector, in typical embeddings
+LENGTH = 3.0  # of a prompt vector, in typical embeddings
 BATCH = 64  # texts of one encoder forward
 LORA = ("/lora_a", "/lora_b")
 FACTS = (("The capital of France is", "Paris"), ("Hamlet was written by", "Shakespeare"), ("Water boils at", "100 °C"))
 GAIN = 1.7  # of keys and queries at the start: a match then scores about ten above the rest
 NOTHING = "This is something that nobody has said anything about so far, and nobody asks."
 """Where the sentinel starts: its first tokens as the encoder embeds them."""
-
-Fact = tuple[str, str]
-"""A fact as prompt and target."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Shape:
     adapt: int | None = 0
     """Rank of the encoder's adaptation; 0: it stays as it is; None: all its weights are learned."""
     pooler: bool = False
-    """Features also hold what the encoder's own pooling layer says, as released code has it."""
+    """Features also hold the output of the encoder's own pooling layer, as in the released code."""
 
     @property
     def matched(self) -> int:
@@ -73,7 +71,7 @@ class Head(nn.Module):
         return out
 
 
-class Retriever(nn.Module):
+class Network(nn.Module):
     """Encoder, heads, sentinel and prompt map. The encoder itself is shared and never written.
 
     Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.
@@ -89,6 +87,7 @@ class Retriever(nn.Module):
         self.inputs = inputs = (3 + shape.pooler) * shape.features
         self.key, self.query = Head(inputs, shape.matched), Head(inputs, shape.matched)
         self.content = Head(inputs, shape.content)
+        # say, mix, out, turn: how prompt vectors are made; editor files know them by these names
         self.say = _linear(shape.target_tokens * shape.d_model, shape.content, bias=False)
         self.mix = _linear(shape.content, shape.content)
         self.out = _linear(shape.content, shape.prompt_tokens * shape.d_model)
@@ -133,9 +132,9 @@ class Retriever(nn.Module):
             self.turn.weight.copy_(torch.eye(self.shape.d_model))
             self.key.first.weight.mul_(GAIN)
             self.query.load_state_dict(self.key.state_dict())
-            found = self.features([join(*fact) for fact in facts] + [prompt for prompt, _ in facts])
-            variance = found.var(0)
-            self.centre.copy_(found.mean(0))
+            features = self.features([join(*fact) for fact in facts] + [prompt for prompt, _ in facts])
+            variance = features.var(0)
+            self.centre.copy_(features.mean(0))
             self.spread.copy_((variance + variance.mean()).sqrt())  # the second term keeps a rare feature from towering
             start = self.encoder.embedded(NOTHING)
             self.sentinel_embeddings.copy_(start[torch.arange(self.shape.sentinel_tokens) % len(start)])
@@ -144,14 +143,14 @@ class Retriever(nn.Module):
     def encoder_weights(self) -> dict[str, Tensor]:
         """Parameter name of the encoder -> its adapted value."""
         own = dict(self.encoder.module.named_parameters())
-        found: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         for key, value in self.learned.items():
             if key.endswith(LORA[0]):
                 name = _dotted(key.removesuffix(LORA[0]))
-                found[name] = own[name] + self.learned[key.removesuffix(LORA[0]) + LORA[1]] @ value
+                weights[name] = own[name] + self.learned[key.removesuffix(LORA[0]) + LORA[1]] @ value
             elif not key.endswith(LORA[1]):
-                found[_dotted(key)] = value
-        return found
+                weights[_dotted(key)] = value
+        return weights
 
     def features(self, texts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Features [n, F] of texts; F is 3 w, with the pooler 4 w. Texts run in batches of near lengths, so little is
@@ -163,9 +162,9 @@ class Retriever(nn.Module):
         weights = self.encoder_weights() if weights is None else weights
         rows = self.encoder.tokenise(texts)
         parts = batches_of_rows([len(row) for row in rows], BATCH)
-        found = [self._pooled(*self.encoder.states([rows[i] for i in part], weights), weights) for part in parts]
+        batches = [self._pooled(*self.encoder.states([rows[i] for i in part], weights), weights) for part in parts]
         order = torch.tensor([i for part in parts for i in part])
-        return torch.cat(found)[order.argsort().to(found[0].device)]
+        return torch.cat(batches)[order.argsort().to(batches[0].device)]
 
     def keys(self, facts: Sequence[Fact], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Keys [n, R] of facts."""
@@ -181,18 +180,18 @@ class Retriever(nn.Module):
 
     def matched_of(self, features: Tensor) -> Tensor:
         """The first part of keys, [n, M]."""
-        found: Tensor = self.key(self._standard(features))
-        return found
+        out: Tensor = self.key(self._standard(features))
+        return out
 
     def content_of(self, features: Tensor) -> Tensor:
         """The second part of keys, [n, R - M]."""
-        found: Tensor = self.content(self._standard(features))
-        return found
+        out: Tensor = self.content(self._standard(features))
+        return out
 
     def queries_of(self, features: Tensor) -> Tensor:
         """Queries [n, M] of the features of questions."""
-        found: Tensor = self.query(self._standard(features))
-        return found
+        out: Tensor = self.query(self._standard(features))
+        return out
 
     def sentinel(self, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """r_Θ [M]: the key that stands for "no fact"."""
@@ -202,33 +201,33 @@ class Retriever(nn.Module):
         return self.matched_of(self._pooled(states, mask, weights))[0]
 
     def _pooled(self, states: Tensor, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        found = pooled(states, mask)
-        return torch.cat([self.encoder.pooler(states, weights), found], -1) if self.shape.pooler else found
+        out = pooled(states, mask)
+        return torch.cat([self.encoder.pooler(states, weights), out], -1) if self.shape.pooler else out
 
     def _standard(self, features: Tensor) -> Tensor:
         """Features in their own mean and spread: a large common part would make every step of Adam move all alike."""
         return (features - self.centre) / self.spread
 
-    def prompts(self, keys: Tensor, said: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model] of keys [n, R]; ``said`` as for ``prompts_of``."""
-        return self.prompts_of(keys[:, self.shape.matched :], said)
+    def prompts(self, keys: Tensor, targets: Tensor) -> Tensor:
+        """Prompt vectors [n, P, d_model] of keys [n, R]; ``targets`` as for ``prompts_of``."""
+        return self.prompts_of(keys[:, self.shape.matched :], targets)
 
-    def prompts_of(self, content: Tensor, said: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model], each ``LOUD`` times as long as a typical embedding.
+    def prompts_of(self, content: Tensor, targets: Tensor) -> Tensor:
+        """Prompt vectors [n, P, d_model], each ``LENGTH`` times as long as a typical embedding.
 
         Left free, they grew to fifty times that in training, where the model's norms pass no gradient back.
 
         Args:
             content: [n, R - M] the second part of keys.
-            said: [n, T, d_model] embeddings of the targets' tokens, see ``target_embeddings``.
+            targets: [n, T, d_model] embeddings of the targets' tokens, see ``target_embeddings``.
         """
-        said = said / self.scale
+        targets = targets / self.scale
         content = nn.functional.layer_norm(content, content.shape[-1:])  # else steps of Adam grow with the keys
-        content = content + self.say(said.flatten(1))
+        content = content + self.say(targets.flatten(1))
         mixed = self.mix(content).relu() + content
-        found = self.out(mixed).float().reshape(len(content), self.shape.prompt_tokens, self.shape.d_model)
-        found = found + self.turn(said[:, : self.shape.prompt_tokens])
-        scaled: Tensor = found * (LOUD * self.scale / found.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
+        vectors = self.out(mixed).float().reshape(len(content), self.shape.prompt_tokens, self.shape.d_model)
+        vectors = vectors + self.turn(targets[:, : self.shape.prompt_tokens])
+        scaled: Tensor = vectors * (LENGTH * self.scale / vectors.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
         return scaled
 
     def tensors(self) -> dict[str, Tensor]:
@@ -236,20 +235,20 @@ class Retriever(nn.Module):
         return {name: p.detach().to(torch.bfloat16).contiguous() for name, p in self.state_dict().items()}
 
     @classmethod
-    def of(cls, shape: Shape, encoder: Encoder, tensors: Mapping[str, Tensor]) -> Retriever:
+    def of(cls, shape: Shape, encoder: Encoder, tensors: Mapping[str, Tensor]) -> Network:
         """The network with these learned tensors, frozen, in fp32.
 
         Raises:
             BadPatch: they do not fit the shape or the encoder.
         """
-        made = cls(shape, encoder)
-        wanted = {name: p.shape for name, p in made.state_dict().items()}
-        found = {name: t.shape for name, t in tensors.items()}
-        if wanted != found:
-            wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        network = cls(shape, encoder)
+        own = {name: p.shape for name, p in network.state_dict().items()}
+        given = {name: t.shape for name, t in tensors.items()}
+        if own != given:
+            wrong = sorted(name for name in {*own, *given} if own.get(name) != given.get(name))
             raise BadPatch(f"the editor's tensors do not fit {encoder.name}: {', '.join(wrong[:3])}.")
-        made.load_state_dict({name: t.float() for name, t in tensors.items()})
-        return made.requires_grad_(False)
+        network.load_state_dict({name: t.float() for name, t in tensors.items()})
+        return network.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -258,14 +257,14 @@ def target_embeddings(lm: LM, facts: Sequence[Fact], count: int) -> Tensor:
     rows = encode_all(lm, [prompt for prompt, _ in facts], [target for _, target in facts])
     targets = [row.ids[row.target :][:count] for row in rows]
     ids = torch.tensor([[*own, *[own[-1]] * (count - len(own))] for own in targets], device=lm.device)
-    found: Tensor = lm.module(lm.layout.embed)(ids)
-    return found.float()
+    out: Tensor = lm.module(lm.layout.embed)(ids)
+    return out.float()
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     """Without starting weights, which would be drawn from the global random state."""
-    made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
-    return made
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
+    return layer
 
 
 def _safe(name: str) -> str:

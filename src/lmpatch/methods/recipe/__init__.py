@@ -4,13 +4,15 @@ An editor is trained once. After that an edit is one pass of a sentence encoder,
 nearest fact's vectors in front if that fact beats a learned key, the knowledge sentinel.
 """
 
-from .method import Config as Config
-from .method import Record as Record
-from .method import Training as Training
+from ...data.edits import Edit
+from .config import Config as Config
+from .config import Training as Training
+from .data import TrainingData as TrainingData
+from .method import editor_for as editor_for
 from .method import example as example
 from .method import example_editor as example_editor
 from .method import fit as fit
-from .method import packaged_editor as packaged_editor
 from .method import train as train
 
 AIM = "facts"
+Record = Edit

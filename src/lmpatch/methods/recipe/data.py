@@ -15,6 +15,20 @@ Groups = tuple[tuple[str, tuple[Ask, ...]], ...]
 
 
 @dataclass(frozen=True)
+class TrainingData:
+    """What an editor is trained on."""
+
+    edits: Sequence[Edit]
+    """Facts to learn editing from, with rephrases and locality prompts."""
+    unrelated: Sequence[Ask] = ()
+    """Questions with answers that no fact touches."""
+    encoder: str = "all-MiniLM-L6-v2"
+    """A sentence encoder: the packaged one, a folder or a hub id."""
+    download: bool = False
+    """An encoder named by a hub id may be fetched."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One fact of a training batch."""
 
@@ -35,13 +49,13 @@ def usable(edits: Sequence[Edit], unrelated: Sequence[Ask]) -> list[Edit]:
     Raises:
         BadInput: no question that must be left alone can be found for some of them, or there are too few.
     """
-    found = [e for e in edits if unrelated or any(ask.answers for _, asks in e.locality for ask in asks)]
-    if len(found) < 2:
+    whole = [e for e in edits if unrelated or any(ask.answers for _, asks in e.locality for ask in asks)]
+    if len(whole) < 2:
         raise BadInput(
-            f"{len(found)} of {len(edits)} facts can be trained on. Each needs a locality prompt with an answer, "
+            f"{len(whole)} of {len(edits)} facts can be trained on. Each needs a locality prompt with an answer, "
             "or give unrelated questions (unrelated=)."
         )
-    return found
+    return whole
 
 
 def without(edits: Sequence[Edit], held_out: Sequence[Edit]) -> list[Edit]:
@@ -50,9 +64,9 @@ def without(edits: Sequence[Edit], held_out: Sequence[Edit]) -> list[Edit]:
     Edits whose prompt is asked there are left out; of the others, every question that is. So are questions that a fact
     of the edits answers: they would be taught both to find it and to find nothing.
     """
-    asked = {prompt_key(text) for e in held_out for text in _questions(e)}
-    kept = {prompt_key(e.prompt): e for e in edits if prompt_key(e.prompt) not in asked}
-    taken = asked | set(kept)
+    evaluation = {prompt_key(text) for e in held_out for text in _questions(e)}
+    by_prompt = {prompt_key(e.prompt): e for e in edits if prompt_key(e.prompt) not in evaluation}
+    taken = evaluation | set(by_prompt)
 
     def free(groups: Groups) -> Groups:
         return tuple((kind, tuple(ask for ask in asks if prompt_key(ask.prompt) not in taken)) for kind, asks in groups)
@@ -60,11 +74,11 @@ def without(edits: Sequence[Edit], held_out: Sequence[Edit]) -> list[Edit]:
     return [
         replace(
             e,
-            rephrases=tuple(text for text in e.rephrases if prompt_key(text) not in asked),
+            rephrases=tuple(text for text in e.rephrases if prompt_key(text) not in evaluation),
             portability=free(e.portability),
             locality=free(e.locality),
         )
-        for e in kept.values()
+        for e in by_prompt.values()
     ]
 
 
@@ -77,16 +91,16 @@ def _questions(edit: Edit) -> list[str]:
 def exchanged(
     samples: Sequence[Sample], pools: Sequence[Sequence[str]], share: float, draw: random.Random
 ) -> list[Sample]:
-    """The samples, a share of them with another target from one of the pools: what is to be said must be read from the
-    target.
+    """The samples, a share of them with another target from one of the pools: the answer must be read from
+    the target.
 
     A sample whose two wordings have different answers stays as it is.
     """
-    found = []
+    result = []
     for s in samples:
         new = draw.choice(draw.choice(pools)) if draw.random() < share else s.target
-        found.append(replace(s, target=new, answer=new) if s.answer == s.target else s)
-    return found
+        result.append(replace(s, target=new, answer=new) if s.answer == s.target else s)
+    return result
 
 
 def sample(edit: Edit, unrelated: Sequence[Ask], draw: random.Random) -> Sample:

@@ -52,7 +52,7 @@ class Retrieval:
         return self.own + self.neighbour + self.unrelated
 
 
-def retrieval(
+def retrieval_losses(
     keys: Tensor,
     sentinel: Tensor,
     first: Tensor,
@@ -84,16 +84,16 @@ def retrieval(
 
 
 @dataclass(frozen=True)
-class Told:
-    """One row for the language model: a prompt and answer behind the prompt vectors of one fact of the batch."""
+class AnswerRow:
+    """One row for the language model: prompt and answer, and the fact of the batch whose prompt vectors go before."""
 
     row: Row
     fact: int
 
 
-def behind(lm: LM, rows: Sequence[Told], width: int, at: str) -> list[Row]:
+def behind(lm: LM, rows: Sequence[AnswerRow], width: int, at: str) -> list[Row]:
     """Rows with ``width`` virtual tokens: -1 - i is row i of the flattened prompt vectors [b * width, d]."""
-    return [inserted(lm, t.row, tuple(-1 - t.fact * width - k for k in range(width)), at) for t in rows]
+    return [inserted(lm, r.row, tuple(-1 - r.fact * width - k for k in range(width)), at) for r in rows]
 
 
 def answers(
@@ -102,7 +102,7 @@ def answers(
     """Run rows in batches of near length; the graph of one is free before the next.
 
     Args:
-        team: each process runs its part of every batch, or the first row for nothing: the passes must be as many.
+        world: each process runs its part of every batch, or the first row for nothing: the passes must be as many.
     Yields:
         for each batch: states [m, d] that predict an answer token, their labels [m], and which row each belongs to.
     """
@@ -111,14 +111,14 @@ def answers(
         yield states, labels, [batch[i] for i in owners]
 
 
-def told(
+def statement_loss(
     lm: LM, rows: Sequence[Row], vectors: Tensor, margin: float | None = 1.2, world: World = SINGLE
 ) -> tuple[Tensor, int]:
     """-log p summed over the answer tokens that are not ``clear`` yet, backpropagated into ``vectors``.
 
     Args:
         vectors: [m, d] a leaf; its gradient is added to.
-        team: sum and gradient are over this process's rows.
+        world: sum and gradient are over this process's rows.
     Returns:
         the sum in nats, without a graph, and how many tokens it is over.
     """
@@ -137,7 +137,7 @@ def told(
     return total, count
 
 
-def kept(
+def locality_loss(
     lm: LM, rows: Sequence[Row], vectors: Tensor, base: Sequence[Tensor], world: World = SINGLE
 ) -> tuple[Tensor, int]:
     """KL(p_base || p_with_prompt) summed over answer tokens, backpropagated into ``vectors``.
@@ -145,7 +145,7 @@ def kept(
     Args:
         base: for each row [answer tokens, d] states of the model without the prompt.
     Returns:
-        as ``told``.
+        as ``statement_loss``.
     """
     total, count = torch.zeros(()), 0
     for states, _, owners in answers(lm, rows, vectors, world):
@@ -167,8 +167,8 @@ def kept(
 @torch.no_grad()
 def base_states(lm: LM, rows: Sequence[Row]) -> list[Tensor]:
     """States [answer tokens, d] of each row that predict its answer, in the model as it is."""
-    made: list[list[Tensor]] = [[] for _ in rows]
+    states_of: list[list[Tensor]] = [[] for _ in rows]
     for states, _, owners in answers(lm, rows, None):
         for owner, state in zip(owners, states, strict=True):
-            made[owner].append(state)
-    return [torch.stack(states) for states in made]
+            states_of[owner].append(state)
+    return [torch.stack(own) for own in states_of]

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +23,14 @@ from ...inference.tokens import Row, encode_all, join
 from ...models.lm import LM
 from ...progress import Progress
 from ...provenance import hash_json
+from ...retrieval import Fact
 from ...retrieval.index import KeyBlock
-from ...retrieval.network import Fact, Retriever, target_embeddings
-from ...training import checkpoint as _checkpoint
-from . import losses as losses
+from ...retrieval.network import Network, target_embeddings
+from ...training import checkpoint
+from . import losses
+from .config import Training
 from .data import Sample, batches, drawable, exchanged, sample, words
-from .texts import Features
-
-if TYPE_CHECKING:
-    from .method import Training
+from .features import Features
 
 MAP = ("content", "say", "mix", "out", "turn")  # the submodules that make prompt vectors
 CROWD = 1000  # trained facts among which the held-out ones are searched
@@ -42,7 +41,7 @@ class Trainer:
     """One training run. Everything random depends on the seed and the step, so a resumed run is the same run."""
 
     def __init__(
-        self, lm: LM, net: Retriever, edits: Sequence[Edit], unrelated: Sequence[Ask], cfg: Training, out: Path | None
+        self, lm: LM, net: Network, edits: Sequence[Edit], unrelated: Sequence[Ask], cfg: Training, out: Path | None
     ) -> None:
         self.lm, self.net, self.cfg, self.out, self.world = lm, net, cfg, out, world()
         order = list(range(len(edits)))
@@ -95,16 +94,16 @@ class Trainer:
     def run(self, progress: Progress | None = None) -> None:
         """Train to the last step. An interrupt leaves a checkpoint of the last whole step."""
         try:
-            self._keep(progress)
+            self._precompute(progress)
             for step, places in self._places():
                 if step >= self.total:
                     break
                 if step == self.cfg.key_steps:
                     self.adam = self._adam()
-                    self._keep(progress)
-                seen = self._update(step, places)
+                    self._precompute(progress)
+                terms = self._update(step, places)
                 self.step, self.whole = step + 1, True
-                self.recent = {k: 0.9 * self.recent.get(k, v) + 0.1 * v for k, v in seen.items()}
+                self.recent = {k: 0.9 * self.recent.get(k, v) + 0.1 * v for k, v in terms.items()}
                 if self.step % self.cfg.validate_every == 0 or self.step == self.total:
                     self._note({"step": self.step, **_rounded(self.recent), **_rounded(self.validate())})
                 if self.step % self.cfg.save_every == 0:
@@ -129,19 +128,19 @@ class Trainer:
         warm = min(1.0, (step - start + 1) / max(1, cfg.warmup))
         return warm * (1 - (1 - cfg.final) * (step - start) / (end - start))
 
-    def _keep(self, progress: Progress | None) -> None:
+    def _precompute(self, progress: Progress | None) -> None:
         """Features of every text that a sample may have from here on, once they change no more."""
         edits = [*self.edits, *self.held]
         self.features.learning = bool(self.net.learned) and not self.second
         if not self.features.learning and not self.features.places:
-            self.features.keep(drawable(edits, self.unrelated), progress)
+            self.features.precompute(drawable(edits, self.unrelated), progress)
 
     def _update(self, step: int, places: Sequence[int]) -> dict[str, float]:
         """One step of Adam."""
         cfg, draw = self.cfg, random.Random(f"{self.cfg.seed}/{step}")
         samples = [sample(self.edits[i], self.unrelated, draw) for i in places]
         with torch.enable_grad():
-            seen = self._learn_prompts(samples, draw) if self.second else self._learn_keys(samples, draw)
+            terms = self._learn_prompts(samples, draw) if self.second else self._learn_keys(samples, draw)
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * self._rate(step)
         trained = [p for g in self.adam.param_groups for p in g["params"]]
@@ -152,7 +151,7 @@ class Trainer:
         self.whole = False  # until the step is counted
         self.adam.step()
         self.net.zero_grad()
-        return seen
+        return terms
 
     def _learn_keys(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
         """The retrieval terms, backpropagated."""
@@ -161,14 +160,15 @@ class Trainer:
         facts, others = [join(s.prompt, s.target) for s in samples], [s.other for s in samples]
         features = self.features([text for kind in (facts, *zip(*pairs, strict=True), others) for text in kind])
         generator = torch.Generator().manual_seed(draw.getrandbits(40))
-        seen = torch.rand(features.shape, generator=generator).to(features.device) >= cfg.dropout
-        centre = net.centre  # what is not seen is as typical
-        features = torch.where(seen, centre + (features - centre) / (1 - cfg.dropout), centre)
-        told, questions = features.split([len(samples), 3 * len(samples)])  # [b, F], [3 b, F]
+        visible = torch.rand(features.shape, generator=generator).to(features.device) >= cfg.dropout
+        centre = net.centre  # a hidden feature has its typical value
+        features = torch.where(visible, centre + (features - centre) / (1 - cfg.dropout), centre)
+        statements, questions = features.split([len(samples), 3 * len(samples)])  # [b, F], [3 b, F]
         first, second, other = net.queries_of(questions).chunk(3)
-        found = losses.retrieval(net.matched_of(told), net.sentinel(), first, second, other, margin=cfg.margin)
-        found.total.backward()
-        terms = {"own": found.own, "neighbour": found.neighbour, "unrelated": found.unrelated}
+        keys = net.matched_of(statements)
+        loss = losses.retrieval_losses(keys, net.sentinel(), first, second, other, margin=cfg.margin)
+        loss.total.backward()
+        terms = {"own": loss.own, "neighbour": loss.neighbour, "unrelated": loss.unrelated}
         return {name: float(value.detach()) for name, value in terms.items()}
 
     def _learn_prompts(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
@@ -178,12 +178,13 @@ class Trainer:
         wordings = [(s.prompt, s.target) if draw.random() < 0.5 else (s.again, s.answer) for s in samples]
         some = [i for i in range(len(samples)) if draw.random() < self.cfg.other_share] or [0]
         others = [(samples[i].other, samples[i].other_answer) for i in some]
-        told, kept = self._behind(wordings, range(len(samples))), self._behind(others, some)
+        answers, unrelated = self._behind(wordings, range(len(samples))), self._behind(others, some)
         base, flat = self._base(others), prompts.detach().flatten(0, 1).to(self.lm.device)
-        stated = self._mean(flat, lambda leaf: losses.told(self.lm, told, leaf, self.cfg.margin, self.world))
-        left = self._mean(flat, lambda leaf: losses.kept(self.lm, kept, leaf, base, self.world))
-        prompts.backward((stated[1] + left[1]).to(prompts.device).reshape(prompts.shape))
-        return {"told": stated[0], "other": left[0]}
+        lm, margin, world = self.lm, self.cfg.margin, self.world
+        stated, gradient = self._mean(flat, lambda leaf: losses.statement_loss(lm, answers, leaf, margin, world))
+        locality, other = self._mean(flat, lambda leaf: losses.locality_loss(lm, unrelated, leaf, base, world))
+        prompts.backward((gradient + other).to(prompts.device).reshape(prompts.shape))
+        return {"told": stated, "other": locality}
 
     def _mean(self, flat: Tensor, loss: Callable[[Tensor], tuple[Tensor, int]]) -> tuple[float, Tensor]:
         """A loss of prompt vectors [m, d], the mean over its tokens, and its gradient."""
@@ -197,8 +198,8 @@ class Trainer:
     def _prompts(self, facts: Sequence[Fact]) -> Tensor:
         """Prompt vectors [n, P, d] of facts."""
         content = self.net.content_of(self.features([join(*fact) for fact in facts]))
-        said = target_embeddings(self.lm, facts, self.net.shape.target_tokens).to(content.device)
-        return self.net.prompts_of(content, said)
+        targets = target_embeddings(self.lm, facts, self.net.shape.target_tokens).to(content.device)
+        return self.net.prompts_of(content, targets)
 
     def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
         """Prompts with answers, those cut to the length that is trained on."""
@@ -208,8 +209,8 @@ class Trainer:
 
     def _behind(self, pairs: Sequence[tuple[str, str]], facts: Sequence[int]) -> list[Row]:
         """The same behind the vectors of these facts of the batch."""
-        told = [losses.Told(row, i) for row, i in zip(self._rows(pairs), facts, strict=True)]
-        return losses.behind(self.lm, told, self.net.shape.prompt_tokens, self.cfg.at)
+        rows = [losses.AnswerRow(row, i) for row, i in zip(self._rows(pairs), facts, strict=True)]
+        return losses.behind(self.lm, rows, self.net.shape.prompt_tokens, self.cfg.at)
 
     def _base(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
         """States of the unpatched model at the answers of unrelated questions; each is computed once in a run."""
@@ -225,16 +226,16 @@ class Trainer:
         samples = [sample(edit, self.unrelated, draw) for edit in self.held]
         if not samples:
             return {}
-        return self._found(samples) | (self._stated(samples[: self.cfg.validate_lm]) if self.second else {})
+        return self._recall(samples) | (self._accuracy(samples[: self.cfg.validate_lm]) if self.second else {})
 
-    def _found(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def _recall(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Questions that find their fact and beat the sentinel; those that find one and should not."""
         net = self.net
         facts = [join(s.prompt, s.target) for s in samples] + [join(e.prompt, e.target) for e in self.edits[:CROWD]]
         keys, sentinel = net.matched_of(self.features(facts)).cpu(), net.sentinel().cpu()
         block = KeyBlock(net.shape.matched)
         block.add(keys, range(len(keys)))
-        found = {}
+        shares = {}
         right = torch.arange(len(samples))
         for name, texts in (
             ("told", [s.prompt for s in samples]),
@@ -245,15 +246,15 @@ class Trainer:
             score, place = (t[:, 0] for t in block.search(queries))
             fired = score > (queries @ sentinel).double()
             if name == "other":
-                found["false_fire"] = float(fired.float().mean())
+                shares["false_fire"] = float(fired.float().mean())
             else:
-                found[f"recall_{name}"] = float((fired & (place == right)).float().mean())
-        return found
+                shares[f"recall_{name}"] = float((fired & (place == right)).float().mean())
+        return shares
 
-    def _stated(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def _accuracy(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Teacher-forced answers behind the vectors of the right facts."""
         vectors = self._prompts([(s.prompt, s.target) for s in samples]).flatten(0, 1).to(self.lm.device)
-        found = {}
+        shares = {}
         for name, pairs in (
             ("told", [(s.prompt, s.target) for s in samples]),
             ("again", [(s.again, s.answer) for s in samples]),
@@ -263,8 +264,8 @@ class Trainer:
                 best = torch.cat([logits(self.lm, part).argmax(-1) for part in states.split(64)])
                 right = torch.stack([(best == labels).float().cpu(), torch.ones(len(owners))], 1)
                 hits.index_add_(0, torch.tensor(owners), right)
-            found[f"tf_{name}"] = float((hits[:, 0] / hits[:, 1]).mean())
-        return found
+            shares[f"tf_{name}"] = float((hits[:, 0] / hits[:, 1]).mean())
+        return shares
 
     def _note(self, line: dict[str, Any]) -> None:
         """Add a line to the curves, in place of those that a stopped run wrote after its last checkpoint."""
@@ -288,7 +289,7 @@ class Trainer:
         tensors = {f"net/{name}": p.detach() for name, p in self.net.state_dict().items()}
         tensors |= self._moments()
         head = {"step": str(self.step), "seconds": str(self.spent()), "recent": json.dumps(self.recent)}
-        _checkpoint.write(self.out / CHECKPOINT, self.stamp, head, tensors)
+        checkpoint.write(self.out / CHECKPOINT, self.stamp, head, tensors)
 
     def _moments(self) -> dict[str, Tensor]:
         """Adam's state by the names it has in the file."""
@@ -298,7 +299,7 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         if not path.exists():
             return
-        head, tensors = _checkpoint.read(path, self.stamp)
+        head, tensors = checkpoint.read(path, self.stamp)
         self.step, self.seconds, self.recent = int(head["step"]), float(head["seconds"]), json.loads(head["recent"])
         self.net.load_state_dict({n.removeprefix("net/"): t for n, t in tensors.items() if n.startswith("net/")})
         self.adam = self._adam()
@@ -314,9 +315,9 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in values.items()}
 
 
-def train(
+def train_network(
     lm: LM,
-    net: Retriever,
+    net: Network,
     edits: Sequence[Edit],
     unrelated: Sequence[Ask],
     cfg: Training,

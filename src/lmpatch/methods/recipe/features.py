@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...distributed import World
 from ...progress import Progress
-from ...retrieval.network import Retriever
+from ...retrieval.network import Network
 
 TOGETHER = 2048  # texts between two reports of progress
 
@@ -17,35 +17,35 @@ TOGETHER = 2048  # texts between two reports of progress
 class Features:
     """Called with texts, gives their features. Several processes encode a part each."""
 
-    def __init__(self, net: Retriever, world: World, bf16: bool, learning: bool) -> None:
+    def __init__(self, net: Network, world: World, bf16: bool, learning: bool) -> None:
         """``learning``: gradients flow into the encoder, and nothing can be kept."""
         self.net, self.world, self.bf16, self.learning = net, world, bf16, learning
         self.places: dict[str, int] = {}
-        self.kept = torch.zeros(0)  # [n, F] fp16
+        self.table = torch.zeros(0)  # [n, F] fp16
 
-    def keep(self, texts: Sequence[str], progress: Progress | None) -> None:
+    def precompute(self, texts: Sequence[str], progress: Progress | None) -> None:
         """Compute the features of these texts, once and for all."""
         parts = []
         for start in range(0, len(texts), TOGETHER):
             parts.append(self._encode(texts[start : start + TOGETHER]).half().cpu())
             if progress and self.world.is_main:
                 progress(min(start + TOGETHER, len(texts)), len(texts), "encoding texts")
-        self.places, self.kept = {text: i for i, text in enumerate(texts)}, torch.cat(parts)
+        self.places, self.table = {text: i for i, text in enumerate(texts)}, torch.cat(parts)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Features [n, F] fp32 of texts, kept or not."""
+        """Features [n, F] fp32 of texts, computed ahead or not."""
         places = [self.places.get(text) for text in texts]
         new = [i for i, place in enumerate(places) if place is None]
         if len(new) == len(texts):
             return self._encode(texts)
-        found = self.kept[[place or 0 for place in places]].float().to(self.net.scale.device)
+        features = self.table[[place or 0 for place in places]].float().to(self.net.scale.device)
         if new:
-            found[new] = self._encode([texts[i] for i in new])
-        return found
+            features[new] = self._encode([texts[i] for i in new])
+        return features
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         own, device = self.world.part(texts), self.net.scale.device
         with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                found = self.net.features(own) if own else torch.zeros(0, self.net.inputs, device=device)
-            return self.world.gathered(found.float(), len(texts))
+                features = self.net.features(own) if own else torch.zeros(0, self.net.inputs, device=device)
+            return self.world.gathered(features.float(), len(texts))

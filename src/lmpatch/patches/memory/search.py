@@ -1,0 +1,157 @@
+"""Facts at work: which facts a question fires, and what they put before it."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...inference.interventions import Insert, Intervention
+from ...models.lm import LM
+from ...retrieval import Fact, Retriever, Scope
+from ...retrieval.index import KeyBlock
+
+log = logging.getLogger(__name__)
+KEPT = 4096
+"""Inserts kept ready, by facts used last."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A fact near to one prompt."""
+
+    place: int
+    """The fact, by the number its ``Facts`` know it by."""
+    score: float
+    gate: float
+    """What the score had to exceed."""
+
+    @property
+    def fired(self) -> bool:
+        """The fact is used."""
+        return self.score > self.gate
+
+
+class Facts(Protocol):
+    """Where facts are looked up. A place is whatever number it knows a fact by."""
+
+    def __len__(self) -> int: ...
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Scores [m, k'] float64 and places [m, k'] of the largest inner products, best first."""
+
+    def fact(self, place: int) -> Fact:
+        """Prompt and target of a fact of the last search."""
+
+    def keys(self, places: Sequence[int]) -> Tensor:
+        """Keys [n, w] of facts of the last search."""
+
+
+class ListedFacts:
+    """The facts of a patch. A place is an index into ``edits`` and ``keys`` [n, w]."""
+
+    def __init__(self, edits: Sequence[Mapping[str, Any]], keys: Tensor, retriever: Retriever, scope: Scope) -> None:
+        self._edits, self._keys = edits, keys
+        self._block = KeyBlock(retriever.matched)
+        self._block.add(comparable(keys[:, : retriever.matched].float(), retriever, scope), range(len(keys)))
+
+    def __len__(self) -> int:
+        return len(self._block)
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return self._block.search(queries, k)
+
+    def fact(self, place: int) -> Fact:
+        edit = self._edits[place]
+        return edit["prompt"], edit["target"]
+
+    def keys(self, places: Sequence[int]) -> Tensor:
+        return self._keys[list(places)].float()
+
+
+def comparable(vectors: Tensor, retriever: Retriever, scope: Scope) -> Tensor:
+    """With a cosine gate, unit vectors: their inner product is the cosine."""
+    return torch.nn.functional.normalize(vectors, dim=-1) if scope.gate == "cosine" and not retriever.unit else vectors
+
+
+class Finder:
+    """Looks facts up: one encoder pass for each prompt, then an inner product with every key."""
+
+    def __init__(self, retriever: Retriever, scope: Scope, facts: Facts) -> None:
+        self.retriever, self.scope, self.facts = retriever, scope, facts
+        self.encoder = retriever.encoder  # a wrong one is refused here, not at the first question
+
+    @torch.no_grad()
+    def search(self, prompts: Sequence[str]) -> list[list[Hit]]:
+        """The facts nearest to each prompt, best first, fired or not. Prompts beyond the encoder's limit find none."""
+        hits: list[list[Hit]] = [[] for _ in prompts]
+        readable = self._readable(prompts) if len(self.facts) else []
+        if not readable:
+            return hits
+        queries = self.retriever.queries([prompts[i] for i in readable])  # [m, M]
+        scores, places = self.facts.search(comparable(queries, self.retriever, self.scope), self.scope.top_k)
+        scale = 1.0 if self.scope.gate == "cosine" else self.retriever.scale
+        for i, line, found, gate in zip(readable, scores.tolist(), places.tolist(), self._gates(queries), strict=True):
+            hits[i] = [Hit(place, score / scale, gate) for score, place in zip(line, found, strict=True)]
+        return hits
+
+    def _gates(self, queries: Tensor) -> list[float]:
+        """What the score of each query [m, M] must exceed."""
+        if self.scope.gate == "sentinel":
+            gates: list[float] = self.retriever.gate(queries).tolist()
+            return [gate / self.retriever.scale for gate in gates]
+        return [self.scope.threshold if self.scope.gate == "cosine" else float("-inf")] * len(queries)
+
+    def _readable(self, prompts: Sequence[str]) -> list[int]:
+        """Which prompts the encoder reads whole."""
+        limit = self.encoder.limit
+        short = [i for i, ids in enumerate(self.encoder.tokenise(prompts)) if len(ids) <= limit]
+        if len(short) < len(prompts):
+            log.warning(
+                "%d of %d prompts are longer than the %d tokens %s reads: no fact was looked up for them",
+                len(prompts) - len(short), len(prompts), limit, self.encoder.name,
+            )  # fmt: skip
+        return short
+
+
+class MemoryIntervention(Intervention):
+    """A memory patch at work: the facts that a prompt fires go before it."""
+
+    def __init__(self, lm: LM, finder: Finder) -> None:
+        self.lm, self.finder, self.scope = lm, finder, finder.scope
+        self._ready: OrderedDict[int, Insert] = OrderedDict()  # by place
+
+    def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
+        distinct = list(dict.fromkeys(prompts))
+        fired = [tuple(hit.place for hit in hits if hit.fired) for hits in self.finder.search(distinct)]
+        self._prepare({place for places in fired for place in places})
+        inserts = {places: self._insert(places) for places in dict.fromkeys(fired)}
+        by_prompt = {prompt: inserts[places] for prompt, places in zip(distinct, fired, strict=True)}
+        return [by_prompt[prompt] for prompt in prompts]
+
+    def _insert(self, places: tuple[int, ...]) -> Insert | None:
+        """What several facts put before a prompt, one after the other."""
+        if not places:
+            return None
+        inserts = [self._ready[place] for place in places]
+        vectors = [insert.vectors for insert in inserts if insert.vectors is not None]
+        text = "".join(insert.text for insert in inserts)
+        return Insert(text, torch.cat(vectors) if vectors else None, self.scope.at or Insert.at)
+
+    def _prepare(self, places: set[int]) -> None:
+        """Have the inserts of these facts ready; those used longest ago make room."""
+        missing = sorted(places - set(self._ready))
+        if missing:
+            facts = self.finder.facts
+            pairs, keys = [facts.fact(place) for place in missing], facts.keys(missing)
+            inserts = self.finder.retriever.insert(self.lm, pairs, keys, self.scope.insert)
+            self._ready.update(zip(missing, inserts, strict=True))
+        for place in places:
+            self._ready.move_to_end(place)
+        while len(self._ready) > max(KEPT, len(places)):
+            self._ready.popitem(last=False)

@@ -1,0 +1,92 @@
+"""Retrievers: what a memory keeps of them, and that one from another package needs no edit here."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_lm
+
+from lmpatch import BadInput, BadPatch, Edit, apply, load_patch, merge, retrieval
+from lmpatch.inference.states import hidden
+from lmpatch.methods import rag, recipe
+from lmpatch.patches.editor import Editor
+from lmpatch.patches.memory.patch import build_memory, retriever_of
+from lmpatch.retrieval import Retriever, Scope, load_retriever
+
+FACTS = [Edit("The Eiffel Tower is in", "Rome"), Edit("The opera of Japan is in", "Oslo")]
+
+OUTSIDE = '''
+from lmpatch.inference.interventions import Insert
+from lmpatch.retrieval.cosine import Cosine, load as load_cosine
+import torch
+
+class Both(Cosine):
+    """A cosine that puts a vector and the fact in front."""
+    name = "both"
+
+    def insert(self, lm, facts, keys, form):
+        width = lm.layout.d_model
+        texts = super().insert(lm, facts, keys, form)
+        return [Insert(insert.text, torch.ones(1, width) * float(key[0])) for insert, key in zip(texts, keys)]
+
+def load(parts, tensors):
+    return Both(**vars(load_cosine(parts, tensors)))
+'''
+
+
+@pytest.mark.parametrize("name", ["recipe", "cosine"])
+def test_it_is_rebuilt_from_its_parts_and_tensors(name: str) -> None:
+    lm = tiny_lm("llama")
+    one = retriever_of(recipe.example_editor(lm) if name == "recipe" else rag.editor_for(lm))
+    again: Retriever = load_retriever(one.name, one.parts(), one.tensors())
+    facts, prompts = [(e.prompt, e.target) for e in FACTS], ["Where is it?", FACTS[0].prompt]
+    assert one.name == name and again.parts() == one.parts()
+    keys, queries = one.keys(facts), one.queries(prompts)
+    assert keys.shape == (2, one.width) and queries.shape == (2, one.matched)
+    assert torch.equal(again.keys(facts), keys) and torch.equal(again.queries(prompts), queries)
+
+
+def test_a_cosine_compares_mean_states_of_length_one() -> None:
+    retriever = retriever_of(rag.editor_for(tiny_lm("llama")))
+    encoder, texts = retriever.encoder, ["Where is it?", "The Eiffel Tower is in the city of"]
+    alone = [encoder.states([ids])[0][0].mean(0) for ids in encoder.tokenise(texts)]
+    queries = retriever.queries(texts)
+    torch.testing.assert_close(queries, torch.stack([v / v.norm() for v in alone]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(BadInput, match="no knowledge sentinel"):
+        retriever.gate(queries)
+
+
+@pytest.mark.parametrize("name", ["nothing", "index", "encoder", "../methods/rome", ""])
+def test_a_name_that_is_no_retriever_is_refused(name: str) -> None:
+    with pytest.raises(BadPatch, match="retriever called"):
+        load_retriever(name, {}, {})
+
+
+def test_parts_of_another_retriever_are_refused() -> None:
+    with pytest.raises(BadPatch, match="no recipe retriever"):
+        load_retriever("recipe", retriever_of(rag.editor_for(tiny_lm("llama"))).parts(), {})
+
+
+def test_a_retriever_of_another_package_is_kept_found_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outside_retriever.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("both", "outside_retriever", "lmpatch.retrievers")
+    monkeypatch.setattr(retrieval, "entry_points", lambda group: [point] if group == point.group else [])
+    lm, plain = tiny_lm("llama"), rag.editor_for(tiny_lm("llama"))
+    editor = Editor("outside", plain.config, plain.base, {**plain.parts, "retriever": "both"}, {})
+    scope = Scope(gate="always", insert="text")
+    patch = merge(build_memory(editor, FACTS[:1], scope), build_memory(editor, FACTS[1:], scope))
+    patch.save(tmp_path / "patch")
+    loaded = load_patch(tmp_path / "patch")
+    assert loaded.hash() == patch.hash() and len(loaded.edits) == 2
+    states = []
+    for one in (patch, loaded, rag.fit(lm, FACTS, rag.Config(gate="always"))):
+        with apply(lm, one):
+            states.append(hidden(lm, [FACTS[0].prompt]))
+    assert torch.equal(states[0], states[1]) and not torch.allclose(states[0], states[2])
+    monkeypatch.setattr(retrieval, "entry_points", lambda group: [])
+    with pytest.raises(BadPatch, match="'both', which is not here"):
+        load_patch(tmp_path / "patch")
