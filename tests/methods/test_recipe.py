@@ -58,6 +58,7 @@ QUICK = recipe.Training(
     validate=3,
     validate_every=2,
     save_every=1,
+    bf16=False,  # without instructions for it, bf16 is many times slower than fp32
 )
 
 
@@ -264,10 +265,10 @@ def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | N
 # training
 
 
-@pytest.mark.parametrize(("stop", "adapt"), [(1, 0), (2, 2), (3, 0), (3, 2)])
-def test_training_resumed_is_training_never_stopped(tmp_path: Path, stop: int, adapt: int) -> None:
-    """In either part, at the border, with an encoder that learns and one that does not."""
-    lm, cfg = tiny_lm("llama"), replace(QUICK, adapt=adapt)
+@pytest.mark.parametrize(("stop", "adapt", "bf16"), [(1, 0, True), (2, 2, False), (3, 0, False), (3, 2, False)])
+def test_training_resumed_is_training_never_stopped(tmp_path: Path, stop: int, adapt: int, bf16: bool) -> None:
+    """In either part, at the border, with an encoder that learns and one that does not, or that computes in bf16."""
+    lm, cfg = tiny_lm("llama"), replace(QUICK, adapt=adapt, bf16=bf16)
     whole = recipe.train(lm, FACTS, cfg, out=tmp_path / "whole")
 
     def interrupt(done: int, total: int, what: str) -> None:
