@@ -290,6 +290,7 @@ def test_a_unit_never_hears_of_the_other_skills_loss(llama: LM, monkeypatch: pyt
         assert bool(found[other].isnan().all()) and bool(found["entangled"].isnan().all())  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_masked_tuning_is_a_slow_loop_over_parameters_and_others_keep_every_bit() -> None:
     """In fp64. Adam divides by the root of the mean square, so an entry whose gradient is smaller than the rounding of
     fp32 (1e-7 against 4e-7 here) takes a step that rounding decides. In fp32 each of the two is 1e-5 or more off fp64,
@@ -366,6 +367,7 @@ def test_without_extraction_no_such_row_is_run(llama: LM) -> None:
 # Merging three adapters
 
 
+@pytest.mark.slow
 def test_merged_in_the_space_of_products_it_is_the_weighted_mean_of_the_three_changes(llama: LM) -> None:
     records, cfg = example(llama)
     made: list[Adapter] = []
@@ -538,6 +540,7 @@ def failing_from(call: int) -> Callable[..., Tensor]:
     return spoiled
 
 
+@pytest.mark.slow
 def test_a_divergent_run_stops_and_keeps_its_last_good_state(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     records, cfg = example(llama)
     good = fit(llama, records, replace(cfg, steps=6, validate_every=2, warmup=0))
@@ -556,6 +559,7 @@ def test_a_run_that_diverges_at_once_is_an_error(llama: LM, monkeypatch: pytest.
         fit(llama, records, cfg)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_patch(tmp_path: Path) -> None:
     records, cfg = example(tiny_lm("llama"))
     cfg = replace(cfg, steps=5, validate_every=2)
@@ -580,6 +584,7 @@ def test_an_interrupted_run_goes_on_to_the_same_patch(tmp_path: Path) -> None:
         fit(lm, records, replace(cfg, lr=0.04), out=tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupt_inside_a_step_leaves_the_last_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the optimiser's step and its count, weights have moved that would be kept under the old count."""
     records, cfg = example(tiny_lm("llama"))
@@ -636,6 +641,7 @@ def test_the_patch_is_a_lora_adapter(llama: LM, tmp_path: Path) -> None:
         assert not torch.allclose(loaded(input_ids=ids).logits, llama.model(input_ids=ids).logits, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_units_that_score_high_are_those_the_loss_misses() -> None:
     """Rank correlation of a unit's smoothed sensitivity with what its removal costs, after some tuning."""
     lm = tiny_lm("llama")
@@ -755,6 +761,7 @@ def test_plain_tuning_takes_one_mean_over_all_answer_tokens_of_a_step(llama: LM)
     assert len(plain.deltas) == 16 and not plain.notes["units"] and plain.hash() != mixed.hash()
 
 
+@pytest.mark.slow
 def test_plots_show_units_by_layer_and_projection(llama: LM, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     records, cfg = example(llama)
