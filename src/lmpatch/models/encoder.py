@@ -137,7 +137,7 @@ def load_encoder(source: str = "all-MiniLM-L6-v2", *, download: bool = False) ->
     """
     from transformers import AutoModel, AutoTokenizer
 
-    from .cache import quiet
+    from .gguf import quiet
 
     folder = _packaged(source) if source in PACKAGED else Path(source)
     where = str(folder) if folder.is_dir() else source
