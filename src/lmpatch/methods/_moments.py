@@ -180,8 +180,9 @@ def _keys(lm: LM, ids: Tensor, layers: list[int]) -> dict[int, Tensor]:
 def _add(sums: dict[int, Tensor], pending: dict[int, Tensor]) -> None:
     """Add each layer's keys to its sum and take them off the list."""
     for layer in list(pending):
-        keys = pending.pop(layer)
+        keys = pending[layer]
         sums[layer].addmm_(keys.T, keys)
+        del pending[layer]
 
 
 def _agree(sums: _Sums, layers: list[int]) -> float:
