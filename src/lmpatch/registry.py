@@ -52,8 +52,10 @@ def get(kind: str, name: str) -> ModuleType:
 def _files(kind: str) -> list[str]:
     if kind not in KINDS:
         raise BadInput(f"no kind {kind!r} of module. There are: {', '.join(KINDS)}.")
-    folder = importlib.import_module(f"{__package__}.{kind}").__path__
-    return [module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_")]
+    folder = importlib.import_module(f"{__package__}.{kind}")
+    shared = vars(folder).get("shared", ())  # folders inside it that are none of its kind
+    files = pkgutil.iter_modules(folder.__path__)
+    return [module.name for module in files if not module.name.startswith("_") and module.name not in shared]
 
 
 def _outsiders(kind: str) -> dict[str, EntryPoint]:

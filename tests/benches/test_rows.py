@@ -9,23 +9,31 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from lmpatch.benches._rows import Metric, Row, forgetting, interval, metrics, protocol, retention
-from lmpatch.benches._rows import _macro as macro
+from lmpatch.benches.core.stats import Number, collect, interval, numbers
+from lmpatch.benches.facts import METRICS, Row
+from lmpatch.benches.facts.rows import protocol, retention
 
 
 def row(case: str, kind: str = "edit", **values: object) -> Row:
     plain: dict[str, object] = {"text": "x", "base_text": "x", "aliases": ("a",), "was_right": False}
-    return Row("run", "final", 0, case, kind, "prompt", **(plain | values))  # type: ignore[arg-type]
+    names = {"run_id": "run", "when": "final", "case_id": case, "kind": kind, "prompt": "prompt"}
+    return Row(**(names | plain | values))  # type: ignore[arg-type]
 
 
-def value(rows: list[Row], name: str, split: str = "all", bootstrap: int = 50) -> Metric:
-    found = [m for m in metrics(rows, bootstrap=bootstrap) if m.name == name and m.split == split]
+def metrics(rows: list[Row], bootstrap: int = 50) -> dict[str, Number]:
+    return numbers(collect(rows, METRICS), {"bootstrap": bootstrap})
+
+
+def value(rows: list[Row], name: str, split: str = "all", bootstrap: int = 50) -> Number:
+    found = [
+        m for k, m in metrics(rows, bootstrap).items() if (m.name, m.split, "immediate" in k) == (name, split, False)
+    ]
     assert len(found) == 1, f"{name} {split}: {len(found)}"
     return found[0]
 
 
 def absent(rows: list[Row], name: str, split: str = "all") -> bool:
-    return not [m for m in metrics(rows, bootstrap=0) if m.name == name and m.split == split]
+    return not [m for m in metrics(rows, 0).values() if m.name == name and m.split == split]
 
 
 def test_a_row_survives_json() -> None:
@@ -67,7 +75,7 @@ def test_splits_follow_what_the_base_model_said_to_each_prompt() -> None:
 
 
 def test_what_was_not_asked_is_counted_as_dropped_and_not_as_wrong() -> None:
-    rows = [row("a", em=True), Row("run", "final", 0, "b", "edit", "p", flag="superseded")]
+    rows = [row("a", em=True), Row(when="final", case_id="b", kind="edit", prompt="p", flag="superseded")]
     found = value(rows, "reliability")
     assert (found.value, found.n, found.dropped) == (1.0, 1, 1)
 
@@ -87,7 +95,7 @@ def test_the_old_answer_counts_only_where_one_is_known() -> None:
 def test_locality_kinds_and_portability_axes_are_never_merged() -> None:
     rows = [row("a", "loc/x", text="same", base_text="Same."), row("a", "loc/y", text="one", base_text="two")]
     rows += [row("a", "port/hop", em=True), row("a", "port/alias", em=False)]
-    names = {m.name: m.value for m in metrics(rows, bootstrap=0) if m.split == "all"}
+    names = {m.name: m.value for m in metrics(rows, 0).values() if m.split == "all"}
     assert names["loc_unchanged/x"] == 1.0 and names["loc_unchanged/y"] == 0.0
     assert names["portability/hop"] == 1.0 and names["portability/alias"] == 0.0
     assert not {"loc_unchanged", "portability"} & set(names)
@@ -126,7 +134,11 @@ def test_immediate_and_final_never_mix() -> None:
         replace(row("a", em=True), when="immediate"),
         replace(row("a", em=True), when="retention"),
     ]
-    found = {m.protocol: m.value for m in metrics(rows, bootstrap=0) if m.name == "reliability" and m.split == "all"}
+    found = {
+        m.protocol: m.value
+        for m in metrics(rows, 0).values()
+        if m.name == "reliability" and m.split in ("all", "immediate")
+    }
     assert found == {"gen-final-v1": 0.0, "gen-immediate-v1": 1.0}
 
 
