@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,9 +148,9 @@ def test_forgetting_pairs_the_same_cases() -> None:
     now = {"a": True, "b": True, "c": False, "only": True}
     later = {"a": False, "b": True, "c": False}
     rows = [replace(row(c, em=e), when="immediate") for c, e in now.items()] + [row(c, em=e) for c, e in later.items()]
-    (found,) = forgetting(rows, bootstrap=50)
+    found = metrics(rows)["forgetting"]
     assert (found.value, found.n) == (pytest.approx(1 / 3), 3)
-    assert forgetting([row("a", em=True)]) == []
+    assert "forgetting" not in metrics([row("a", em=True)])
 
 
 def test_the_retention_curve_puts_ages_in_bins_and_takes_probes_only() -> None:
@@ -178,18 +180,32 @@ def test_protocol_ids_say_what_decides_a_number(measure: str, when: str, suffix:
 
 
 def test_the_interval_is_the_bootstrap_over_cases() -> None:
-    random = np.random.default_rng(0)
-    cases = {str(i): [float(v)] for i, v in enumerate(random.normal(size=200))}
-    low, high = interval(cases, macro, 2000, seed=1)
-    values = np.array([v for (v,) in cases.values()])
+    values = np.random.default_rng(0).normal(size=200)
+    low, high = interval([list(values)], 2000, 1)
     half = 1.96 * values.std() / np.sqrt(len(values))
-    assert low == pytest.approx(values.mean() - half, abs=0.02) and high == pytest.approx(
-        values.mean() + half, abs=0.02
-    )
-    assert interval(cases, macro, 2000, seed=1) == (low, high)
-    assert interval({"a": [1.0]}, macro, 2000, seed=1) == (None, None)
+    assert low == pytest.approx(values.mean() - half, abs=0.02)
+    assert high == pytest.approx(values.mean() + half, abs=0.02)
+    assert interval([list(values)], 2000, 1) == (low, high)
+    assert interval([[1.0]], 2000, 1) == (None, None)
 
 
 def test_the_interval_resamples_cases_not_prompts() -> None:
-    cases = {"a": [1.0] * 500, "b": [0.0] * 500}  # a thousand prompts, but two cases: nothing is certain
-    assert interval(cases, macro, 500, seed=0) == (0.0, 1.0)
+    rows = [row("a", "rephrase", em=True)] * 500 + [row("b", "rephrase", em=False)] * 500
+    found = value(rows, "generality", bootstrap=500)  # a thousand prompts, but two cases: nothing is certain
+    assert (found.low, found.high, found.n) == (0.0, 1.0, 2)
+    assert found.stderr == pytest.approx(0.5)
+
+
+# Numbers of real rows, by hand
+
+SAMPLE = json.loads((Path(__file__).parent / "rows.json").read_text())
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_numbers_of_recorded_rows_are_those_worked_out_by_hand(name: str) -> None:
+    """Rows of the first release; what was worked out beside them was counted without any of this code."""
+    bench, wanted = importlib.import_module(f"lmpatch.benches.{name}"), SAMPLE[name]["numbers"]
+    rows = [bench.Row.read(record) for record in SAMPLE[name]["rows"]]
+    found = numbers(collect(rows, bench.METRICS), {"bootstrap": 0})
+    for key, (mean, n) in wanted.items():
+        assert (found[key].value, found[key].n) == (pytest.approx(mean), n), key

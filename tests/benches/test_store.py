@@ -109,14 +109,6 @@ def test_a_packed_folder_is_read_and_gone_on_with(full: Path) -> None:
     assert Store(full, Row.read).rows_of("rome") == [*wanted, *rows(3)]  # also once the half chunk was cleared
 
 
-def test_packed_rows_without_a_file_of_chunks_are_finished(full: Path) -> None:
-    wanted = Store(full, Row.read).rows_of("rome")
-    (full / "rows.jsonl.gz").write_bytes(gzip.compress((full / "rows.jsonl").read_bytes()))
-    for name in ("rows", "chunks"):
-        (full / f"{name}.jsonl").unlink()
-    assert Store(full, Row.read).rows_of("rome") == wanted
-
-
 def test_a_damaged_line_inside_a_file_is_named(full: Path) -> None:
     path = full / "chunks.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"chunk": 1', b'"chunk"; 1'))

@@ -32,11 +32,6 @@ def first(text: str, aliases: Iterable[str]) -> int | None:
     return min(places, default=None)
 
 
-def count(text: str, alias: str) -> int:
-    """How often an alias occurs in ``text``, at word boundaries; both normalised."""
-    return len(_word(alias).findall(text)) if alias else 0
-
-
 def _word(alias: str) -> re.Pattern[str]:
     # "2" is not in "2,000" or "2.5", "rome" is in "rome's"
     return re.compile(rf"(?<!\w)(?<!\d[.,]){re.escape(alias)}(?!\w)(?![.,]\d)")

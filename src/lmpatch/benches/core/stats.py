@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...data.matching import count, normalise
+from ...data.matching import normalise
 from ...errors import MissingExtra
 from .contract import Json, Measure
 
@@ -193,34 +193,30 @@ def _scipy() -> Any:
 
 def _twice(row: Any) -> float:
     text, wanted = row.generation()
-    return float(any(count(normalise(text), normalise(answer)) > 1 for answer in wanted))
+    return float(any(normalise(text).count(normalise(answer)) > 1 for answer in wanted if normalise(answer)))
 
 
 def _distinct(row: Any) -> float:
-    words = row.generation()[0].split()
+    words = row.generation()[0].casefold().split()
     pairs = list(pairwise(words))
-    return len(set(pairs)) / len(pairs)
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
-def _has_wanted(row: Any) -> str | None:
+def _generated(row: Any) -> str | None:
+    return None if row.generation() is None else ""
+
+
+def _wanted(row: Any) -> str | None:
     answer = row.generation()
     return "" if answer and answer[1] else None
 
 
-def _has_pairs(row: Any) -> str | None:
-    answer = row.generation()
-    return "" if answer and len(answer[0].split()) > 1 else None
-
-
+TWICE = "answers that say a wanted answer twice or more, parts of words counted"
+PAIRS = "share of an answer's word pairs that differ (distinct-2): low where it runs in circles"
 REPETITION = {
-    "repeats": Measure(
-        "answers that say a wanted answer twice or more", _twice, _has_wanted, "Repetition", better="less"
-    ),
-    "distinct_2": Measure(
-        "share of an answer's word pairs that differ from each other (distinct-2); low where it runs in circles",
-        _distinct, _has_pairs, "Repetition",
-    ),
-}  # fmt: skip
+    "repeats": Measure(TWICE, _twice, _wanted, "Repetition", better="less"),
+    "distinct_2": Measure(PAIRS, _distinct, _generated, "Repetition"),
+}
 """Beside every generated score."""
 
 

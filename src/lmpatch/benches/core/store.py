@@ -6,8 +6,7 @@
 
 A run appends the rows of a chunk, then the chunk's line, each flushed to disk. What an interruption leaves behind, half
 a line or rows without their chunk, is cleared when the folder is opened again; rows that are missing or doubled are
-refused. Files may be packed as ``.jsonl.gz``; what is added later stands beside them. Packed rows without a file of
-chunks are those of finished ones.
+refused. Files may be packed as ``.jsonl.gz``; what is added later stands beside them.
 """
 
 from __future__ import annotations
@@ -54,8 +53,6 @@ class Store(Generic[R]):
             raise BadRecord(
                 f"{folder}/rows.jsonl was written by another bench or another version ({error}). Choose another folder."
             ) from error
-        if not self.chunks and self._packed("rows") and not self._packed("chunks"):
-            self.chunks = {(row.run_id, row.chunk): {"run_id": row.run_id, "chunk": row.chunk} for row in rows}
         self._rows = [row for row in rows if (row.run_id, row.chunk) in self.chunks]
         self._complete(records)
         if len(self._rows) < len(rows):
@@ -125,15 +122,12 @@ class Store(Generic[R]):
     def _path(self, name: str) -> Path | None:
         return self.folder / f"{name}.jsonl" if self.folder else None
 
-    def _packed(self, name: str) -> Path | None:
-        path = self.folder / f"{name}.jsonl.gz" if self.folder else None
-        return path if path and path.is_file() else None
-
     def _read(self, name: str) -> list[Json]:
-        path, packed = self._path(name), self._packed(name)
+        path = self._path(name)
         if path is None:
             return []
-        data = gzip.decompress(packed.read_bytes()) if packed else b""
+        packed = path.with_suffix(".jsonl.gz")
+        data = gzip.decompress(packed.read_bytes()) if packed.is_file() else b""
         if path.is_file():
             own = path.read_bytes()
             whole = own[: own.rfind(b"\n") + 1]
