@@ -29,7 +29,6 @@ from facts import QUICK, SETS, markdown, told, unseen
 
 import lmpatch as lp
 from lmpatch.benches import facts
-from lmpatch.benches._report import read_report
 from lmpatch.data.readers import read_edits
 from lmpatch.methods.recipe import method as recipe
 from lmpatch.patches.memory.patch import Finder, encode_keys
@@ -74,9 +73,11 @@ def summary() -> dict[str, Any]:
     found: dict[str, Any] = {}
     paths = [path for pattern in ("recipe-*-*", "facts-*", "general-facts") for path in sorted(RESULTS.glob(pattern))]
     for folder in filter(Path.is_dir, paths):
-        for run in read_report(folder).runs:
+        for run in facts.read_report(folder).runs:
             found[f"{folder.name}/{run.name}"] = {
-                m.name: [round(100 * m.value, 1), m.n] for m in run.metrics() if m.split == "all" and "kl" not in m.name
+                m.name: [round(100 * m.value, 1), m.n]
+                for m in run.metrics().values()
+                if m.split == "all" and "kl" not in m.name
             } | {key: run.record[key] for key in ("edit_s", "bytes_per_edit", "collapsed_at") if run.record.get(key)}
     plot(found)
     (RESULTS / "recipe-summary.md").write_text(tables(found))

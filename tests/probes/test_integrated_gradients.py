@@ -51,11 +51,11 @@ def probability(lm: LM, case: ig.Case, layer: int, value: torch.Tensor) -> torch
     """p(label) of a plain forward of the whole prompt with the last token's input of that layer overwritten."""
 
     def put(module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        whole = args[0].reshape(len(case.full), -1)
+        whole = args[0].reshape(len(case.with_context), -1)
         return (torch.cat([whole[:-1], value[None]]).reshape(args[0].shape),)
 
     with hooked(lm.module(lm.layout.downs[layer]).register_forward_pre_hook(put)):
-        return lm.model(torch.tensor([case.full])).logits[0, -1].float().softmax(-1)[case.label]
+        return lm.model(torch.tensor([case.with_context])).logits[0, -1].float().softmax(-1)[case.label]
 
 
 def slow(lm: LM, case: ig.Case, cfg: Config) -> torch.Tensor:
@@ -63,7 +63,7 @@ def slow(lm: LM, case: ig.Case, cfg: Config) -> torch.Tensor:
     out = []
     points = range(1, cfg.steps + 1) if cfg.grid == "right" else range(cfg.steps)
     for layer in range(lm.layout.n_layers):
-        start, end = input_at(lm, case.without_context, layer), input_at(lm, case.full, layer)
+        start, end = input_at(lm, case.without_context, layer), input_at(lm, case.with_context, layer)
         total = torch.zeros_like(start)
         for k in points:
             leaf = torch.lerp(start, end, k / cfg.steps).requires_grad_()
@@ -136,7 +136,10 @@ def test_path_credits_of_a_layer_add_up_to_the_change_of_p(lm: LM) -> None:
     for i, case in enumerate(cases(lm, RECORDS)):
         left, right = (credits(lm, cfg, RECORDS[i : i + 1])[0] for cfg in fine)
         for layer in range(lm.layout.n_layers):
-            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.without_context)]
+            ends = [
+                probability(lm, case, layer, input_at(lm, ids, layer))
+                for ids in (case.with_context, case.without_context)
+            ]
             trapezoid = float((left[layer] + right[layer]).sum()) / 2
             assert trapezoid == pytest.approx(float(ends[0] - ends[1]), abs=1e-6)
 
@@ -148,7 +151,10 @@ def test_the_gap_is_what_the_steps_leave_over_and_closes_with_them(lm: LM) -> No
     ):
         left_over = []
         for layer in range(lm.layout.n_layers):
-            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.without_context)]
+            ends = [
+                probability(lm, case, layer, input_at(lm, ids, layer))
+                for ids in (case.with_context, case.without_context)
+            ]
             left_over.append(abs(float(ends[0] - ends[1] - scores[layer].sum())))
         assert few.gap == pytest.approx(max(left_over), rel=1e-2, abs=1e-7)
         assert many.gap < few.gap / 4
@@ -210,8 +216,8 @@ def test_a_stopped_run_goes_on_where_it_was(lm: LM, tmp_path: Path, monkeypatch:
     again = ig.run(lm, RECORDS, CFG, out=path, progress=lambda *told: seen.append(told))
     assert seen == [(2, 3, "crediting neurons"), (3, 3, "crediting neurons")]
     assert again == whole == ig.Scores.load(path)
-    whole.save(tmp_path / "saved.jsonl")
-    assert (tmp_path / "saved.jsonl").read_text() == path.read_text()
+    whole.save(tmp_path)
+    assert (tmp_path / "integrated_gradients.jsonl").read_text() == path.read_text()
 
 
 def test_scores_of_another_run_are_not_gone_on_with(lm: LM, tmp_path: Path) -> None:
@@ -242,9 +248,9 @@ def test_it_runs_in_bf16(lm: LM, cfg: Config) -> None:
 
 def test_its_table_has_a_line_a_record_and_the_saved_file_all_of_it(lm: LM, tmp_path: Path) -> None:
     scores = ig.run(lm, RECORDS, CFG)
-    columns, rows = ig.table(scores)
+    columns, rows = scores.table()
     assert [len(row) for row in rows] == [len(columns)] * len(RECORDS)
-    ig.save(scores, tmp_path)
+    scores.save(tmp_path)
     assert ig.Scores.load(tmp_path / "integrated_gradients.jsonl") == scores
     with pytest.raises(BadInput, match="no file"):
         ig.Scores.load(tmp_path / "elsewhere.jsonl")
@@ -254,7 +260,7 @@ def test_a_blank_that_is_a_token_of_its_own_belongs_to_both_prompts() -> None:
     lm = tiny_lm("llama")  # its tokenizer splits " Rome" into a blank and letters, as others do with numbers
     (case,) = cases(lm, [ContextRecord("c", "q", "Rome", prompt="The Tower is in", without_context="It is in")])
     decode = lm.tokenizer.decode
-    assert decode(case.full).endswith("The Tower is in ")
+    assert decode(case.with_context).endswith("The Tower is in ")
     assert decode(case.without_context).endswith("It is in ")
     assert decode([case.label]) == "R"
 

@@ -66,7 +66,7 @@ def show(measure: Measure, value: float, signed: bool = False) -> str:
     sign = "+" if signed else ""
     if measure.unit == "%":
         return f"{100 * value:{sign}.1f}"
-    return f"{value:{sign}.4g}"
+    return f"{value:{sign}.3g}"
 
 
 def verdict(runs: Sequence[Any], moved: Moved) -> list[str]:
@@ -120,7 +120,11 @@ def comparison(runs: Sequence[Any], moved: Moved) -> Grid:
     homes = {name: next(run for run in runs if name in run.metrics()) for name in names}
     names.sort(key=lambda name: list(homes[name].bench.metrics).index(_key(homes[name], name)))
     chances = runs[0].chances if runs else {}
-    heads = [Cell("number"), *([Cell("guessing")] if chances else []), *(Cell(run.title) for run in runs)]
+    heads = [
+        Cell("number"),
+        *([Cell("guessing")] if chances else []),
+        *(Cell(run.title, "baseline" if run.record["baseline"] else "") for run in runs),
+    ]
     lines: list[tuple[str, tuple[Cell, ...]]] = []
     for name in names:
         measure = measure_of(homes[name], name)
@@ -133,7 +137,7 @@ def comparison(runs: Sequence[Any], moved: Moved) -> Grid:
         lines.append((measure.group, (Cell(label(name), means=means), *guess, *marked)))
     note = (
         "Shares in %. ± one standard error (the larger one where records come in clusters), n: records. Below: the "
-        "difference from the unpatched model, record by record; = marks one within a standard error. ★: the best."
+        "difference from the unpatched model, record by record; = marks one within a standard error. ★: the best, of three or more runs without the unpatched one."
     )
     note += f" Protocol {runs[0].record['protocol_id']}." if runs and "protocol_id" in runs[0].record else ""
     if len(runs) <= WIDE:
@@ -177,17 +181,20 @@ def _number(run: Any, name: str, moved: Number | None) -> Cell:
         spread = f" ±{show(measure, moved.error)}" if moved.error is not None else ""
         parts.insert(0, f"{show(measure, moved.value, True)}{spread}{' =' if moved.within else ''}")
     share = number.value if measure.unit == "%" else None
-    return Cell(show(measure, number.value) + error, ", ".join(parts), share)
+    return Cell(show(measure, number.value) + error, "\n".join(parts), share)
 
 
 def _marked(runs: Sequence[Any], name: str, measure: Measure, cells: Sequence[Cell]) -> list[Cell]:
     """The cells, the best of at least two different ones marked."""
-    values = [run.metrics()[name].value for run in runs if name in run.metrics()]
+    rivals = [run for run in runs if name in run.metrics()]
+    if len(rivals) > 2:  # against itself the unpatched model is as it was; who comes next says more
+        rivals = [run for run in rivals if run.name != BASE]
+    values = [run.metrics()[name].value for run in rivals]
     if not measure.better or len(set(values)) < 2:
         return list(cells)
     best = max(values) if measure.better == "more" else min(values)
     return [
-        Cell(cell.text, cell.sub, cell.share, name in run.metrics() and run.metrics()[name].value == best)
+        Cell(cell.text, cell.sub, cell.share, run in rivals and run.metrics()[name].value == best)
         for run, cell in zip(runs, cells, strict=True)
     ]
 
@@ -246,14 +253,10 @@ def printed(sentences: Sequence[str], grids: Sequence[Grid]) -> Group:
             else:
                 table.add_row(*map(_text, row))
         parts.append(table)
-    legend = [
-        f"{cell.text}: {cell.means}"
-        for grid in grids
-        for row in (grid.columns, *grid.rows)
-        for cell in row
-        if cell.means
-    ]
-    return Group(*parts, *(Text(line, style="dim") for line in dict.fromkeys(legend)))
+    named = [cell for grid in grids for row in (grid.columns, *grid.rows) for cell in row if cell.means]
+    legend = {(cell.text.partition("/")[0], cell.means): cell.text for cell in reversed(named)}
+    meanings = [Text(f"{text}: {means}", style="dim") for (_, means), text in reversed(legend.items())]
+    return Group(*parts, *meanings)
 
 
 def _text(cell: Cell) -> Text:

@@ -119,8 +119,8 @@ def protocol(measure: str, when: str, suffix: str = "") -> str:
     return f"gen-{when}-v1{suffix}"
 
 
-EDITS, NEAR, FOLLOWS = "Edited facts", "What should not move (locality)", "What follows from them (portability)"
-FORCED = "Teacher-forced: the answer's own tokens are given, so these are easier; only to compare with papers"
+EDITS, NEAR, FOLLOWS = "Edited facts", "What should not move (locality)", "What follows (portability)"
+FORCED = "Teacher-forced, as in older papers"
 MEASURES: tuple[tuple[str, str, Callable[[FactRow], float | bool | None], str, str], ...] = (
     ("reliability", "edit", lambda r: r.em, EDITS, "the answer to the edit prompt begins with the new one (efficacy)"),
     ("reliability_contains", "edit", lambda r: r.contains, EDITS, "the new answer occurs, the old one not before it"),
@@ -146,7 +146,13 @@ MEASURES: tuple[tuple[str, str, Callable[[FactRow], float | bool | None], str, s
     ("loc_correct", "loc/", lambda r: r.em, NEAR, "still right, of the prompts the unpatched model had right"),
     ("loc_kl", "loc/", lambda r: r.kl, NEAR, "KL divergence from the unpatched model's next-token distribution, nats"),
     ("loc_kl_p95", "loc/", lambda r: r.kl, NEAR, "its 95th percentile over prompts"),
-    ("tf_reliability", "edit", lambda r: r.tf_acc, FORCED, "share of the answer's tokens that are the first choice"),
+    (
+        "tf_reliability",
+        "edit",
+        lambda r: r.tf_acc,
+        FORCED,
+        "tokens of the answer that are the first choice, the ones before given: easier",
+    ),
     ("tf_generality", "rephrase|port/", lambda r: r.tf_acc, FORCED, "the same in other words, and of what follows"),
     ("tf_locality", "loc/", lambda r: r.tf_same, FORCED, "share of tokens whose first choice is the unpatched model's"),
     ("tf_success", "edit", _success, FORCED, "the new answer is more probable than the old"),
@@ -154,6 +160,7 @@ MEASURES: tuple[tuple[str, str, Callable[[FactRow], float | bool | None], str, s
     ("tf_margin", "edit", _margin, FORCED, "probability of the new answer minus that of the old"),
     ("tf_margin_rephrase", "rephrase", _margin, FORCED, "the same in other words"),
 )  # name, kinds of prompts, value of a row, heading, what it says
+SPLITS = {"all": "", "was_wrong": "; where the unpatched model was wrong", "was_right": "; where it was right"}
 HEADLINES = ("reliability", "generality", "portability", "loc_unchanged")
 HOW: dict[str, dict[str, Any]] = {
     "old_answer_rate": {"better": "less"},
@@ -181,12 +188,12 @@ def _metrics() -> dict[str, Measure]:
                 key = "/".join(part for part in (when, split) if part not in ("final", "all"))
                 headline = name in HEADLINES
                 every[name + (f"@{key}" if key else "")] = Measure(
-                    means,
+                    means + SPLITS[split],
                     _finite(value),
                     _of(kinds, when, split, ONLY.get(name, lambda row: True)),
                     group if when == "final" else "Right after the commit",
                     headline=headline and not key,
-                    shown=not key or (headline and key in ("was_wrong", "immediate")),
+                    shown=not key or (name in ("reliability", "generality") and key in ("was_wrong", "immediate")),
                     protocol=_protocol("tf" if name.startswith("tf_") else "gen", when),
                     **HOW.get(name, {}),
                 )
