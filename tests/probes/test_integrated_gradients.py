@@ -229,8 +229,8 @@ def test_a_stopped_run_goes_on_where_it_was(lm: LM, tmp_path: Path, monkeypatch:
     again = ig.run(lm, RECORDS, CFG, out=path, progress=lambda *told: seen.append(told))
     assert seen == [(2, 3, "crediting neurons"), (3, 3, "crediting neurons")]
     assert again == whole == ig.Scores.load(path)
-    whole.save(tmp_path / "saved.jsonl")
-    assert (tmp_path / "saved.jsonl").read_text() == path.read_text()
+    whole.save(tmp_path)
+    assert (tmp_path / "integrated_gradients.jsonl").read_text() == path.read_text()
 
 
 def test_scores_of_another_run_are_not_gone_on_with(lm: LM, tmp_path: Path) -> None:
@@ -261,9 +261,9 @@ def test_it_runs_in_bf16(lm: LM, cfg: Config) -> None:
 
 def test_its_table_has_a_line_a_record_and_the_saved_file_all_of_it(lm: LM, tmp_path: Path) -> None:
     scores = ig.run(lm, RECORDS, CFG)
-    columns, rows = ig.table(scores)
+    columns, rows = scores.table()
     assert [len(row) for row in rows] == [len(columns)] * len(RECORDS)
-    ig.save(scores, tmp_path)
+    scores.save(tmp_path)
     assert ig.Scores.load(tmp_path / "integrated_gradients.jsonl") == scores
     with pytest.raises(BadInput, match="no file"):
         ig.Scores.load(tmp_path / "elsewhere.jsonl")
