@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_lm
 
 from lmpatch.errors import CannotMount
-from lmpatch.inference.forward import hooked
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.patches.export import export
 from lmpatch.patches.file import load_patch
@@ -51,7 +51,7 @@ def test_a_scaled_vector_acts_times_that_factor_and_comes_back_to_the_bit(
     def by_hand(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
         return output + (factor - 1) * vector if name.endswith("bias") else output * factor
 
-    with hooked(lm.module(module).register_forward_hook(by_hand)):
+    with hooked(Hook(lm.module(module), by_hand)):
         want = logits(lm)
     with apply(lm, times(factor, lm, name), mount=mount):
         torch.testing.assert_close(logits(lm), want, atol=1e-5, rtol=1e-5)
@@ -84,7 +84,7 @@ def test_what_a_norm_adds_to_its_weight_is_told_by_running_it(family: str, offse
     name = f"{lm.layout.final_norm}.weight"
     (target,) = find_targets(lm.model, {name: (lm.layout.d_model, 1)}).values()
     assert target.offset == offset
-    lm.module(lm.layout.final_norm or "").register_forward_hook(lambda m, a, o: 0 * o)
+    Hook(lm.module(lm.layout.final_norm or ""), lambda m, a, o: 0 * o)
     (target,) = find_targets(lm.model, {name: (lm.layout.d_model, 1)}).values()
     assert target.offset == offset
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UnknownLayout
-from ..inference.forward import blocks, first, hooked, positions
+from ..inference.forward import blocks, first, positions
 from ..inference.tokens import Row, pad, pad_id
 from ..models.calls import probe_ids, trace
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 
 BATCH = 16  # texts per forward
@@ -58,5 +59,5 @@ def watch(lm: LM, rows: Sequence[Row], see: Callable[[int, slice, Tensor, Tensor
         def hook(layer: int, _: Any, __: Any, output: Any, part: slice = part, real: Tensor = real) -> None:
             see(layer, part, first(output).reshape(*real.shape, -1), real)
 
-        with hooked(*(lm.module(name).register_forward_hook(partial(hook, i)) for i, name in enumerate(names))):
+        with hooked(*(Hook(lm.module(name), partial(hook, i)) for i, name in enumerate(names))):
             blocks(lm, ids, mask, position_ids=positions(mask))

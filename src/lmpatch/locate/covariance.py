@@ -15,8 +15,9 @@ from transformers import DynamicCache
 
 from ..errors import BadInput
 from ..files import cache_dir, replacing
-from ..inference.forward import blocks, hooked, logits, positions
+from ..inference.forward import blocks, logits, positions
 from ..inference.tokens import encode_all
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..patches.ledger import suspended
 from ..progress import Progress
@@ -109,8 +110,8 @@ def _accumulate(
 
             return hook
 
-        handles = [lm.module(lm.layout.downs[i]).register_forward_pre_hook(add(i)) for i in layers]
-        with torch.no_grad(), hooked(*handles):
+        hooks = [Hook(lm.module(lm.layout.downs[i]), add(i), before=True) for i in layers]
+        with torch.no_grad(), hooked(*hooks):
             blocks(lm, ids, mask, position_ids=positions(mask), last=layers[-1])
         counts[half] += int(wanted.sum())
         done = sum(counts)

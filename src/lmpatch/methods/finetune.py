@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from ..data.edit import Edit, check_contradictions
 from ..errors import BadInput, Diverged
-from ..inference.forward import HEAD_CHUNK, frozen, hooked, nll
+from ..inference.forward import HEAD_CHUNK, frozen, nll
 from ..inference.replay import Recording, record
 from ..inference.tokens import Row, batches_of_rows, encode_all
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..patches.weight.delta import Delta, Dense, LowRank
 from ..patches.weight.patch import WeightPatch
@@ -97,11 +98,11 @@ class _Full:
     def leaves(self) -> list[Tensor]:
         return [self.value]
 
-    def hooks(self, lm: LM) -> list[Any]:
+    def hooks(self, lm: LM) -> list[Hook]:
         def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output + F.linear(args[0], self.value.to(args[0].dtype))
 
-        return [lm.module(self.module).register_forward_hook(add)]
+        return [Hook(lm.module(self.module), add)]
 
     @torch.no_grad()
     def project(self) -> None:
@@ -135,7 +136,7 @@ class _LoRA:
     def leaves(self) -> list[Tensor]:
         return [x for pair in self.parts.values() for x in pair]
 
-    def hooks(self, lm: LM) -> list[Any]:
+    def hooks(self, lm: LM) -> list[Hook]:
         def adder(b: Tensor, a: Tensor) -> Callable[..., Tensor]:
             def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 x = args[0]
@@ -143,7 +144,7 @@ class _LoRA:
 
             return add
 
-        return [lm.module(name).register_forward_hook(adder(*pair)) for name, pair in self.parts.items()]
+        return [Hook(lm.module(name), adder(*pair)) for name, pair in self.parts.items()]
 
     def project(self) -> None:
         return None
@@ -198,7 +199,9 @@ class _Batch:
             torch.tensor(c, device=lm.device) for c in list(zip(*spots, strict=True))[:3]
         )
         self.weight = torch.tensor([s[3] for s in spots], device=lm.device)
-        self.recording: Recording = record(lm, ids, [0] * len(ids), lowest=change.lowest)
+        self.recording: Recording = record(
+            lm, ids, [0] * len(ids), ends=[row.target - 1 for row in rows], lowest=change.lowest
+        )
         self.lowest = change.lowest
 
     def loss(self, lm: LM, change: _Full | _LoRA) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data.edit import Edit, check_contradictions
 from ..errors import BadInput
-from ..inference.forward import blocks, first, frozen, hooked, positions
+from ..inference.forward import blocks, first, frozen, positions
 from ..inference.tokens import batches_of_rows, encode_all, pad, pad_id
 from ..locate import covariance as _moments
 from ..locate import value_search as _value
@@ -24,6 +24,7 @@ from ..locate.covariance import second_moments
 from ..locate.prefixes import prefixes
 from ..locate.solve import factor, null_space, projected, woodbury
 from ..locate.value_search import Values, search
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..patches.ledger import applied, apply
 from ..patches.weight.delta import Delta, LowRank
@@ -216,7 +217,7 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
             keys[pick] = args[0].reshape(n, -1, f)[:, -1].float()
             outputs[pick] = first(output).reshape(n, -1, d)[:, -1].float()
 
-        with hooked(lm.module(lm.layout.downs[layer]).register_forward_hook(see)):
+        with hooked(Hook(lm.module(lm.layout.downs[layer]), see)):
             states[pick] = blocks(lm, ids, mask, position_ids=positions(mask), last=last)[:, -1].float()
     grouped = keys.reshape(len(edits), len(heads), f)
     mixed = grouped[:, 0] if len(heads) == 1 else (grouped[:, 0] + grouped[:, 1:].mean(1)) / 2

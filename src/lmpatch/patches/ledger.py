@@ -13,8 +13,9 @@ import torch
 
 from ..errors import BadInput, CannotMount, WrongModel
 from ..inference.interventions import Intervention
+from ..models.hooks import Hooks
 from ..models.lm import LM
-from .hook.patch import SteerPatch, forget_compiled
+from .hook.patch import HookPatch, forget_compiled
 from .patch import Mount, Patch, RunPatch
 from .weight import bake, side
 from .weight.bake import Baked
@@ -110,15 +111,15 @@ def _put(on: Applied, strict: bool) -> None:
         if strict:
             _same_model(lm, patch)
         ledger.act(on, patch.attach(lm))
-    elif isinstance(patch, SteerPatch):
+    elif isinstance(patch, HookPatch):
         if strict:
             _same_model(lm, patch)
-        ledger.steer(on, patch.hook(lm))
+        ledger.steer(on, patch.hooks(lm))
     elif isinstance(patch, WeightPatch):
         targets = check(lm, patch, strict=strict)
         ledger.put(on, {target: patch.deltas[name] for name, target in targets.items()})
     else:
-        raise BadInput(f"cannot apply {type(patch).__name__}. Give a WeightPatch, a SteerPatch or a RunPatch.")
+        raise BadInput(f"cannot apply {type(patch).__name__}. Give a WeightPatch, a HookPatch or a RunPatch.")
 
 
 def check(lm: LM, patch: WeightPatch, *, strict: bool = True) -> dict[str, Target]:
@@ -196,11 +197,17 @@ class Ledger:
         self.applied.append(on)
         self._tidy()
 
-    def steer(self, on: Applied, handles: list[Any]) -> None:
-        """Add a patch whose hooks are on already."""
-        self.handles[on] = handles
+    def steer(self, on: Applied, hooks: Hooks) -> None:
+        """Add a patch of hooks."""
+        self.handles[on] = [hooks]
         self.applied.append(on)
         self._tidy()
+        try:
+            hooks.put()
+            forget_compiled()
+        except BaseException:
+            self.take(on)
+            raise
 
     def take(self, on: Applied, force: bool = False) -> None:
         """Remove a patch, if it is on."""

@@ -1,1 +1,1 @@
-"""Constants added to what modules read, by hooks."""
+"""Constants added to what modules read or return, by hooks."""

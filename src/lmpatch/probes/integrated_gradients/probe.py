@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ...data.context import ContextRecord
 from ...errors import BadInput
-from ...inference.forward import HEAD_CHUNK, frozen, hooked, logits
+from ...inference.forward import HEAD_CHUNK, frozen, logits
 from ...inference.interventions import need_window
 from ...inference.replay import Recording, record
 from ...inference.tokens import Row, encode_all
+from ...models.hooks import Hook, hooked
 from ...models.lm import LM
 from ...progress import Progress
 from .scores import Credit, Log, Scores, header
@@ -202,8 +203,9 @@ def _layer_bytes(lm: LM, layer: int, points: int) -> int:
 
 def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor, weights: Tensor) -> list[Credits]:
     context, plain = (
-        record(lm, rows, [len(row) - 1 for row in rows])
+        record(lm, rows, ends, ends=ends)
         for rows in ([c.with_context for c in batch], [c.without_context for c in batch])
+        for ends in [[len(row) - 1 for row in rows]]
     )
     labels = torch.tensor([case.label for case in batch], device=lm.device)
     scores: list[list[Tensor]] = [[] for _ in cfgs]
@@ -257,15 +259,15 @@ def _wavefront(
     hidden = context.hidden[layers.start][:, :0]  # [n, 0, d]
     with torch.enable_grad():
         for layer in range(layers.start, lm.layout.n_layers):
-            handles = []
+            hooks = []
             if layer in layers:
                 start, end = (r.values[layer].float()[:, None] for r in (plain, context))  # [n, 1, d]
                 # a leaf that moves each point by its weight receives the weighted sum of their gradients
                 leaves.append(start.new_zeros(n, w.shape[1], start.shape[-1]).requires_grad_())
                 values = torch.lerp(start, end, a) + w @ leaves[-1]  # [n, m, d]
                 hidden = torch.cat([hidden, context.hidden[layer].expand(-1, m, -1)], 1)
-                handles.append(lm.module(lm.layout.downs[layer]).register_forward_hook(_newest(values)))
-            with hooked(*handles):
+                hooks.append(Hook(lm.module(lm.layout.downs[layer]), _newest(values)))
+            with hooked(*hooks):
                 hidden = context.fan(hidden, layer, end=layer + 1)
         top = hidden.reshape(-1, hidden.shape[-1])  # [n * layers * m, d]
         p, grad = _answer(lm, top.detach(), labels.repeat_interleave(len(top) // n))
