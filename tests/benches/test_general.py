@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,7 +222,7 @@ def test_a_patch_that_acts_on_prompts_acts_here(tiny: LM, data: Data) -> None:
     samples = [*of(data, "csqa", LETTERS), *of(data, "csqa", CLOZE)]
     prefixed = [replace(s, prompts=tuple(f"The tower is in Paris. {p}" for p in s.prompts)) for s in samples]
     wanted = general.score(tiny, prefixed)
-    tiny.model._lmpatch_interventions = (Always(),)
+    tiny.model._lmpatch_ledger = SimpleNamespace(interventions=(Always(),), applied=())
     assert general.score(tiny, samples) == wanted
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -66,9 +67,9 @@ def acting(lm: LM, kind: Kind) -> Iterator[None]:
     """A patch of that kind is on the model."""
     if kind in ("none", "memory", "text"):
         if kind != "none":
-            lm.model._lmpatch_interventions = (Memory(lm.layout.d_model, kind == "text"),)
+            ledger = SimpleNamespace(interventions=(Memory(lm.layout.d_model, kind == "text"),), applied=())
+            lm.model._lmpatch_ledger = ledger
         yield
-        lm.model._lmpatch_interventions = ()
         return
     source, layout = torch.Generator().manual_seed(3), lm.layout
     d, f, name = layout.d_model, layout.widths[1], layout.weight(layout.downs[1])

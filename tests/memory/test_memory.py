@@ -47,7 +47,7 @@ def test_it_answers_as_a_patch_of_the_same_facts(memory: Memory, editor: Editor)
 
 @pytest.mark.parametrize("insert", ["vectors", "text"])
 def test_a_fact_that_another_handle_adds_is_used_by_the_next_question(memory: Memory, insert: str) -> None:
-    retrieve = memory.patch(Scope(gate="always", insert=insert)).attach(tiny_lm("gemma3"))  # type: ignore[arg-type]
+    retrieve = memory.patch(Scope(gate="always", insert=insert)).intervention(tiny_lm("gemma3"))  # type: ignore[arg-type]
     (before,) = retrieve.retrieve([FACTS[0].prompt])
     Memory.open(memory.store.path).add([Edit(FACTS[0].prompt, "Cairo")])
     (after,) = retrieve.retrieve([FACTS[0].prompt])
@@ -81,7 +81,7 @@ def test_a_live_patch_is_not_saved_or_merged_but_its_snapshot_is(memory: Memory,
     with pytest.raises(BadInput, match=r"snapshot"):
         live.save(tmp_path / "patch")
     with pytest.raises(CannotMerge, match=r"snapshot"):
-        live.unite(memory.snapshot())
+        live.merged([memory.snapshot()])
     with pytest.raises(BadInput, match=r"snapshot"):
         memory.patch(Scope(gate="cosine"))
     memory.snapshot().save(tmp_path / "patch")

@@ -543,7 +543,7 @@ def test_cached_generation_is_uncached_generation_behind_a_fact(editor: Editor) 
 def test_the_answer_is_never_part_of_the_query(editor: Editor) -> None:
     lm, asked = tiny_lm("gemma3"), []
     on = apply(lm, fitted(editor))
-    finder = lm.model._lmpatch_interventions[0].finder
+    finder = lm.model._lmpatch_ledger.interventions[0].finder
     search = finder.search
     finder.search = lambda prompts: asked.extend(prompts) or search(prompts)
     score(lm, ["The tower of Paris is in"], ["Rome"])

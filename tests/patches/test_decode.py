@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,7 +276,7 @@ def test_a_memory_puts_its_facts_before_the_prompts_of_both_streams(lm: LM) -> N
 
     want = [slow(lm, told(asked), Power(1.5), 6) for asked in ASKED]
     for found in ((Always(), Combine((Power(1.5),))), (Combine((Power(1.5),)), Always())):
-        lm.model._lmpatch_interventions = found
+        lm.model._lmpatch_ledger = SimpleNamespace(interventions=found, applied=())
         assert generate(lm, ASKED, max_new_tokens=6) == want
 
 

@@ -20,7 +20,8 @@ from tiny import tiny_lm
 
 from lmpatch.data.edit import Edit
 from lmpatch.errors import BadInput, BadPatch
-from lmpatch.patches.file import HEADER, TENSORS, load_patch, sealed
+from lmpatch.patches.file import load_patch
+from lmpatch.patches.format import HEADER, TENSORS, sealed
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.weight.delta import KINDS
 from lmpatch.patches.weight.patch import WeightPatch

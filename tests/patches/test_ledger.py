@@ -107,13 +107,13 @@ def test_a_tied_weight_is_changed_in_both_uses_and_restored(family: str, bits, l
     patches = [embedding_patch(lm, names[0]), embedding_patch(lm, names[1], -2.0)]
     assert [list(p.deltas) for p in patches] == [[names[0]]] * 2
     with apply(lm, patches[0]) as first:
-        assert set(lm.model._lmpatch_originals) == set(names)
+        assert set(lm.model._lmpatch_ledger.originals) == set(names)
         with apply(lm, patches[1]):
             head, embed = lm.parameter(names[1]), lm.parameter(names[0])
             assert head.data_ptr() == embed.data_ptr()
-            torch.testing.assert_close(head[5], lm.model._lmpatch_originals[names[1]][5] - 1.5)
+            torch.testing.assert_close(head[5], lm.model._lmpatch_ledger.originals[names[1]][5] - 1.5)
             first.remove()
-            torch.testing.assert_close(head[5], lm.model._lmpatch_originals[names[1]][5] - 2.0)
+            torch.testing.assert_close(head[5], lm.model._lmpatch_ledger.originals[names[1]][5] - 2.0)
             assert not torch.equal(logits(lm), before)
     assert bits(lm) == was
 

@@ -13,8 +13,9 @@ from tiny import tiny_lm
 from lmpatch.errors import CannotMerge, WrongModel
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import apply
-from lmpatch.patches.merge import combine, merge
+from lmpatch.patches.merge import merge
 from lmpatch.patches.patch import Patch
+from lmpatch.patches.weight.combine import combine
 from lmpatch.patches.weight.delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse
 from lmpatch.patches.weight.patch import WeightPatch
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from lmpatch.errors import BadInput, BadPatch, CannotMount, Diverged, WrongModel
 from lmpatch.inference.forward import blocks, positions
 from lmpatch.models.lm import LM
-from lmpatch.patches.file import load_patch, sealed
+from lmpatch.patches.file import load_patch
+from lmpatch.patches.format import sealed
 from lmpatch.patches.hook.patch import HookPatch, Site, SteerPatch
 from lmpatch.patches.ledger import applied, apply
 from lmpatch.patches.merge import merge

@@ -16,7 +16,8 @@ from lmpatch.patches.file import load_patch
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.merge import merge
 from lmpatch.patches.weight.delta import Delta, Dense, Scale
-from lmpatch.patches.weight.patch import WeightPatch, find_targets
+from lmpatch.patches.weight.patch import WeightPatch
+from lmpatch.patches.weight.target import find_targets
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 PLACES = {  # family -> (vector, the module that uses it)
@@ -84,7 +85,7 @@ def test_what_a_norm_adds_to_its_weight_is_told_by_running_it(family: str, offse
     name = f"{lm.layout.final_norm}.weight"
     (target,) = find_targets(lm.model, {name: (lm.layout.d_model, 1)}).values()
     assert target.offset == offset
-    Hook(lm.module(lm.layout.final_norm or ""), lambda m, a, o: 0 * o)
+    lm.module(lm.layout.final_norm or "").register_forward_hook(lambda m, a, o: 0 * o)
     (target,) = find_targets(lm.model, {name: (lm.layout.d_model, 1)}).values()
     assert target.offset == offset
 

@@ -11,7 +11,6 @@ from typing import Any
 from ..data.edit import Edit
 from ..errors import BadInput, CannotMount, Diverged, ForeignWrite, SubjectNotFound
 from ..models.lm import LM
-from ..patches.decode.patch import DecodePatch
 from ..patches.ledger import Applied, applied, apply
 from ..patches.patch import Mount, Patch
 from ..provenance import hash_tensor
@@ -30,10 +29,10 @@ def refuse_patched(lm: LM) -> None:
 
 def refuse_decode(patch: Patch | None) -> None:
     """Raise ``BadInput`` for a decode patch, before a bench that asks without contexts asks anything."""
-    if isinstance(patch, DecodePatch):
+    if patch is not None and patch.needs_context:
         raise BadInput(
-            f"{patch.method} is a decode patch: it compares a prompt with its form without context, and this bench "
-            "has no contexts. Measure it with memotrap, kre or rag."
+            f"{patch.method} is a {patch.kind} patch: it compares a prompt with its form without context, and this "
+            "bench has no contexts. Measure it with memotrap, kre or rag."
         )
 
 
@@ -107,7 +106,7 @@ class Writer:
             "method": patch.method,
             "mount": on.mount,
             "rounding_error": on.rounding_error,
-            "change": _change(patch),
+            "change": patch.change_norms(),
         }
         self.commits.append(record)
         record |= self._health()
@@ -158,10 +157,3 @@ def mounted(lm: LM, patches: Sequence[Patch], mount: Mount | None) -> Iterator[N
         yield
     finally:
         writer.close()
-
-
-def _change(patch: Patch) -> dict[str, float]:
-    """‖ΔW‖ / ‖W‖ of every weight the patch adds to."""
-    norms = patch.made.get("weight_norms", {})
-    deltas = getattr(patch, "deltas", {}).items()
-    return {name: delta.norm() / norms[name] for name, delta in deltas if norms.get(name) and delta.kind != "scale"}

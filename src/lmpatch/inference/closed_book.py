@@ -70,7 +70,9 @@ def closed_book_answers(
 
 
 def _path(lm: LM) -> Path | None:
-    if getattr(lm.model, "_lmpatch_ledger", None) is not None:  # with patches on, answers are those of no known model
+    if getattr(
+        getattr(lm.model, "_lmpatch_ledger", None), "applied", ()
+    ):  # with patches on, answers are those of no known model
         return None
     try:
         name = f"{lm.fingerprint()[:24]}-{str(lm.dtype).removeprefix('torch.')}-{TOKENS}"

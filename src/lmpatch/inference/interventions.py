@@ -3,8 +3,8 @@
 An ``Intervention`` may put something before a prompt (``retrieve``), run inside the blocks (``hooks``, which see where
 each row's prompt ends by ``forward.current_pass``), and combine what the model says behind a prompt with what it says
 behind the same prompt without its context (``rules``). Scoring, generation and hidden states use it alike, so what is
-scored is what would be generated. The patches on a model leave their interventions at ``model._lmpatch_interventions``
-(see ``patches.ledger``).
+scored is what would be generated. The ledger on a patched model has the interventions of its patches (see
+``patches.ledger``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.context import InContext
 from ..errors import BadInput
+from ..models.hooks import Hook
 from ..models.lm import LM
 from .forward import HEAD_CHUNK, logits
 from .tokens import Row, encode_all
@@ -62,8 +63,10 @@ class Rule(ABC):
 
 
 class Intervention:
-    """A patch at work. It inserts, or combines, or both."""
+    """A patch at work: before a prompt, inside the blocks, on the logits, or several of these."""
 
+    hooks: tuple[Hook, ...] = ()
+    """On the model's modules while the patch is on. ``forward.current_pass()`` tells them which tokens are prompt."""
     rules: tuple[Rule, ...] = ()
     """Applied one after the other: each takes the scores of the one before as the stream with context."""
 
@@ -74,8 +77,8 @@ class Intervention:
 
 def interventions(lm: LM) -> tuple[Intervention, ...]:
     """The interventions of the patches on this model, in the order they went on."""
-    found: tuple[Intervention, ...] = getattr(lm.model, "_lmpatch_interventions", ())
-    return found
+    ledger = getattr(lm.model, "_lmpatch_ledger", None)  # see patches.ledger
+    return ledger.interventions if ledger else ()
 
 
 @dataclass(frozen=True)

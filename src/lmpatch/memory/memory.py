@@ -155,8 +155,7 @@ class LivePatch(MemoryPatch):
     def describe(self) -> list[str]:
         return [f"  {len(self.memory)} facts in {self.memory.store.path}; {self._how()}"]
 
-    def attach(self, lm: LM) -> MemoryIntervention:
-        self.fits(lm)
+    def intervention(self, lm: LM) -> MemoryIntervention:
         return MemoryIntervention(lm, Finder(self, self.facts(), self.memory.network))
 
     def facts(self) -> StoreFacts:
@@ -166,7 +165,7 @@ class LivePatch(MemoryPatch):
     def save(self, path: str | Path) -> None:
         raise BadInput(f"the facts are in {self.memory.store.path}. Save memory.snapshot() to have them as a patch.")
 
-    def unite(self, *others: MemoryPatch) -> MemoryPatch:
+    def merged(self, others: Sequence[MemoryPatch]) -> MemoryPatch:
         raise CannotMerge("a memory goes on changing. Merge memory.snapshot() instead.")
 
 

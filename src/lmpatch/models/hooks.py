@@ -36,6 +36,9 @@ class Hooks:
     def __init__(self, *hooks: Hook) -> None:
         self._hooks = [(hook, partial(hook.run)) for hook in hooks]  # a function of its own for each registration
 
+    def __bool__(self) -> bool:
+        return bool(self._hooks)
+
     def put(self) -> None:
         """Put on those that are off. May be repeated."""
         for hook, run in self._hooks:

@@ -58,7 +58,8 @@ class LM:
         accepted by the other. Computed once (0.4 s for 270M weights), before the first patch goes on.
         """
         if self._fingerprint is None:
-            originals = getattr(self.model, "_lmpatch_originals", {})  # see patches.ledger
+            ledger = getattr(self.model, "_lmpatch_ledger", None)  # see patches.ledger
+            originals = ledger.originals if ledger else {}
             self._fingerprint = hash_tensors(
                 (name, originals.get(name, p.detach())) for name, p in sorted(self.model.named_parameters())
             )

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
+from ..errors import BadInput
+from ..inference.interventions import Intervention
+from ..models.lm import LM
 from ..provenance import hash_json, hash_tensors
 from ..resources import format_bytes
-
-if TYPE_CHECKING:
-    from ..inference.interventions import Intervention
-    from ..models.lm import LM
+from . import format
+from .base import Base as Base
+from .handle import Handle
+from .lora import Lora
 
 Mount = Literal["bake", "side", "run"]
 P = TypeVar("P", bound="Patch")
 
 
-@dataclass(frozen=True)
-class Base:
-    """The model a patch was made for, without any patches on it."""
+class Law(Enum):
+    """What merging patches of a kind means."""
 
-    fingerprint: str
-    """``LM.fingerprint()``: SHA-256 over all weights rounded to bf16."""
-    name: str
-    touched: dict[str, str] = field(default_factory=dict)
-    """Parameter name -> SHA-256 of that tensor rounded to bf16, for every parameter the patch changes."""
+    STACK = "a merge does what its patches do when they are put on one after the other"
+    UNION = "a merge holds what its patches hold, each thing once: with itself, a patch is what it was"
+    NONE = "patches of this kind cannot be merged"
 
 
 @dataclass(eq=False)
@@ -50,7 +52,16 @@ class Patch(ABC):
     """Tensors a later fit may want, one row per item along the first axis. They do not act on the model."""
     kind: ClassVar[str]
     mounts: ClassVar[tuple[Mount, ...]]
-    """How it can be put on, the default first."""
+    """How it can be put on, the default first. None for a kind that makes a new model: see ``rebuild``."""
+    needs_context: ClassVar[bool] = False
+    """It compares a prompt with the prompt without its context, so it must be asked with ``InContext``."""
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Patch.__repr__  # type: ignore[method-assign]  # a dataclass would write out every tensor
+
+    # What a kind is made of.
 
     @abstractmethod
     def parts(self) -> dict[str, Any]:
@@ -73,6 +84,74 @@ class Patch(ABC):
     def describe(self) -> list[str]:
         """One line per part, for ``summary``."""
 
+    def change_norms(self) -> dict[str, float]:
+        """Weight -> norm of its change over its own, where the patch changes weights and that is known."""
+        return {}
+
+    # What a kind does.
+
+    def fits(self, lm: LM) -> None:  # noqa: B027 - a kind may fit every model
+        """Raise ``WrongModel`` unless it can act on a model of these shapes."""
+
+    def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
+        """What putting it on this model will do. It only looks: the ledger calls ``Handle.enable``.
+
+        Args:
+            lm: ``fits`` has passed.
+            mount: one of ``mounts``.
+            others: the handles of the patches that are on, in order.
+        Raises:
+            CannotMount: this mount cannot work here; the message names the other.
+            ForeignWrite: a weight that another patch changed was written by someone else.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has mounts and no attach.")
+
+    def rebuild(self, lm: LM) -> LM:
+        """A new model, for kinds that cannot act on one that is there. ``lm`` is left as it was; ``fits`` has passed.
+
+        Raises:
+            BadInput: this kind is put on a model.
+        """
+        raise BadInput(f"a {self.method} patch of kind {self.kind} acts on the model itself. Call apply(lm, patch).")
+
+    @abstractmethod
+    def merged(self, others: Sequence[Any]) -> Patch:
+        """One patch that does what all do, made of the fields of ``merged_fields`` and the kind's own.
+
+        Args:
+            others: patches of this kind for the same model.
+        Raises:
+            CannotMerge: they have no common algebra.
+        """
+
+    @abstractmethod
+    def law(self) -> Law:
+        """What ``merged`` promises."""
+
+    def lora(self, lm: LM, rank: int | None) -> Lora:
+        """The patch as an adapter of ``lm``, for ``export``.
+
+        Args:
+            rank: cut every change to this rank at most. None: exact.
+        Raises:
+            BadInput: this kind is no change of projections, or an exact adapter would outgrow the weight.
+            CannotMount: one of its changes cannot be an adapter.
+        """
+        raise BadInput(f"a {self.method} patch of kind {self.kind} cannot be a LoRA adapter.")
+
+    @classmethod
+    def trial(cls, lm: LM, layer: int, strength: float) -> Patch | None:
+        """A patch of this kind at one layer that a plain forward sees, for proofs on a user's model.
+
+        Args:
+            strength: about the share of what it changes; 0: it acts and changes nothing.
+        Returns:
+            None where no such patch can be made up.
+        """
+        return None
+
+    # What all share.
+
     def all_tensors(self) -> dict[str, Tensor]:
         """``tensors()`` and the extras, the latter under ``extra/``."""
         return {**self.tensors(), **{f"extra/{name}": t for name, t in self.extras.items()}}
@@ -94,20 +173,47 @@ class Patch(ABC):
         Raises:
             BadInput: something else is there.
         """
-        from .file import save_patch
-
-        save_patch(self, Path(path))
+        base = {"fingerprint": self.base.fingerprint, "name": self.base.name, "touched": self.base.touched}
+        header = {
+            "kind": self.kind,
+            "method": self.method,
+            "config": self.config,
+            "base": base,
+            "edits": list(self.edits),
+            "made": self.made,
+            "notes": self.notes,
+            "parts": self.parts(),
+        }
+        format.write(Path(path), header, self.all_tensors())
 
     def summary(self) -> str:
         """A few lines for a person."""
-        count = f"{len(self.edits)} edit{'' if len(self.edits) == 1 else 's'}"
-        lines = [f"{self.method}: {count} for {self.base.name} ({self.base.fingerprint[:12]})"]
+        lines = [f"{self.method}: {self._size()}"]
         lines += [f"  {_short(edit)}" for edit in self.edits[:3]]
         if len(self.edits) > 3:
             lines.append(f"  and {len(self.edits) - 3} more")
         lines += self.describe()
         seconds = f", made in {self.made['seconds']:.1f} s" if "seconds" in self.made else ""
         return "\n".join([*lines, f"{format_bytes(self.nbytes)}{seconds}"])
+
+    def _size(self) -> str:
+        count = f"{len(self.edits)} edit{'' if len(self.edits) == 1 else 's'}"
+        return f"{count} for {self.base.name} ({self.base.fingerprint[:12]})"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.method}: {self._size()}, {format_bytes(self.nbytes)}>"
+
+    def _repr_html_(self) -> str:
+        """The summary as a table, for notebooks."""
+        rows = {
+            "method": f"{self.method} ({self.kind})",
+            "made for": f"{self.base.name} ({self.base.fingerprint[:12]})",
+            f"{len(self.edits)} edits": "\n".join(map(_short, self.edits[:3])) + ("\n…" if len(self.edits) > 3 else ""),
+            "changes": "\n".join(line.strip() for line in self.describe()),
+            "size": format_bytes(self.nbytes),
+        }
+        cells = (f"<tr><th>{_cell(name)}</th><td>{_cell(text)}</td></tr>" for name, text in rows.items())
+        return f"<table>{''.join(cells)}</table>"
 
 
 @dataclass(eq=False)
@@ -120,12 +226,15 @@ class RunPatch(Patch):
     mounts: ClassVar[tuple[Mount, ...]] = ("run",)
 
     @abstractmethod
-    def attach(self, lm: LM) -> Intervention:
-        """What ``models.run`` calls while the patch is on this model.
+    def intervention(self, lm: LM) -> Intervention:
+        """What lmpatch's calls ask while the patch is on this model.
 
         Raises:
-            WrongModel: it cannot act on a model of these shapes.
+            WrongModel: it cannot act with what is installed here.
         """
+
+    def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
+        return Handle([self.intervention(lm)])
 
 
 def plain(value: Any) -> Any:
@@ -146,6 +255,10 @@ def plain(value: Any) -> Any:
 def plain_edits(edits: Sequence[Any]) -> tuple[dict[str, Any], ...]:
     """Each edit as a dict of what it says; empty fields are left out."""
     return tuple({k: v for k, v in plain(edit).items() if v not in ("", [], {}, None)} for edit in edits)
+
+
+def _cell(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")
 
 
 def _short(edit: Mapping[str, Any]) -> str:

@@ -17,9 +17,10 @@ from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK, frozen
 from ...models.lm import LM
 from ...models.sharding import sharded
+from ...patches.base import fingerprint
 from ...patches.ledger import applied
 from ...patches.weight.delta import Delta, LowRank
-from ...patches.weight.patch import WeightPatch, fingerprint
+from ...patches.weight.patch import WeightPatch
 from ...progress import Progress
 from ...provenance import hash_json
 from ...training import checkpoint as _checkpoint

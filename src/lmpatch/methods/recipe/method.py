@@ -14,10 +14,10 @@ from ...data.edit import Ask, Edit, prompt_key
 from ...errors import BadInput, WrongModel
 from ...inference.forward import HEAD_CHUNK
 from ...models.lm import LM
+from ...patches.base import fingerprint
 from ...patches.editor import Editor, load_editor
 from ...patches.memory.patch import MemoryPatch, Scope, build_memory
 from ...patches.patch import Base, plain
-from ...patches.weight.patch import fingerprint
 from ...progress import Progress
 from ...provenance import made_now
 from ...resources import require_memory

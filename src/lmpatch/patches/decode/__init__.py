@@ -1,1 +1,5 @@
 """Rules that combine two streams while a model answers."""
+
+from .patch import DecodePatch
+
+KIND = DecodePatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from ...errors import BadInput, BadPatch
 from ...inference.interventions import Intervention, Rule
+from ...models.hooks import Hook
 from ...models.lm import LM
 from ...provenance import made_now
-from ..patch import Base, RunPatch, plain, plain_edits
-from ..weight.patch import fingerprint
+from ..base import Base, fingerprint
+from ..merge import merged_fields
+from ..patch import Law, RunPatch, plain, plain_edits
 from .rules import AdaCAD, Arr, Coiecd, Grd, Power
 
+log = logging.getLogger(__name__)
 RULES: dict[str, Any] = {"power": Power, "adacad": AdaCAD, "arr": Arr, "grd": Grd, "coiecd": Coiecd}
 """The rules by their names in a file; each is a dataclass of numbers."""
 NAMES = {rule: name for name, rule in RULES.items()}
@@ -31,6 +35,7 @@ class DecodePatch(RunPatch):
     """
 
     kind: ClassVar[str] = "decode"
+    needs_context: ClassVar[bool] = True
     rules: tuple[Rule, ...] = field(kw_only=True)
 
     @classmethod
@@ -72,15 +77,38 @@ class DecodePatch(RunPatch):
     def describe(self) -> list[str]:
         return [f"  {NAMES[type(rule)]}: {_numbers(rule)}".rstrip(": ") for rule in self.rules]
 
-    def attach(self, lm: LM) -> Combine:
-        return Combine(self.rules)
+    def intervention(self, lm: LM) -> Combine:
+        return Combine(self.rules, Hook(lm.model, _missed(self.method)))
+
+    def merged(self, others: Sequence[DecodePatch]) -> DecodePatch:
+        patches = (self, *others)
+        return DecodePatch(**merged_fields(patches), rules=tuple(rule for p in patches for rule in p.rules))
+
+    def law(self) -> Law:
+        return Law.STACK
 
 
 class Combine(Intervention):
     """A decode patch at work."""
 
-    def __init__(self, rules: tuple[Rule, ...]) -> None:
-        self.rules = rules
+    def __init__(self, rules: tuple[Rule, ...], *hooks: Hook) -> None:
+        self.rules, self.hooks = rules, hooks
+
+
+def _missed(method: str) -> Any:
+    """A hook that says once that the patch is passed by. Our own calls stop at the last block, before it."""
+    calls: list[int] = []
+
+    def say(*_: Any) -> None:
+        if not calls:
+            calls.append(1)
+            log.warning(
+                "this call of the model does not see the %s patch that is on it: the patch acts in lmpatch's generate, "
+                "stream, score and next_logits.",
+                method,
+            )
+
+    return say
 
 
 def _numbers(rule: Any) -> str:

@@ -1,1 +1,5 @@
 """Constants added to what modules read or return, by hooks."""
+
+from .patch import HookPatch
+
+KIND = HookPatch

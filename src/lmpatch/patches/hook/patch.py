@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -13,11 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import BadInput, BadPatch, Diverged, WrongModel
 from ...inference.forward import current_pass
-from ...models.hooks import Hook, Hooks
+from ...inference.interventions import Intervention
+from ...models.hooks import Hook
 from ...models.lm import LM
 from ...provenance import made_now
-from ..patch import Base, Mount, Patch, plain, plain_edits
-from ..weight.patch import fingerprint
+from ..base import Base, fingerprint
+from ..handle import Handle
+from ..merge import merged_fields
+from ..patch import Law, Mount, Patch, plain, plain_edits
 
 
 @dataclass(frozen=True, order=True)
@@ -136,37 +138,37 @@ class HookPatch(Patch):
             for s, v in self.vectors.items()
         ]
 
-    def hooks(self, lm: LM) -> Hooks:
-        """What acts on this model, not yet on it.
-
-        Raises:
-            WrongModel: the model has no such layers.
-        """
+    def fits(self, lm: LM) -> None:
         try:
             for site, vector in self.vectors.items():
                 _check(lm, site, vector)
         except LookupError as error:
             raise WrongModel(f"a {self.method} patch does not fit {lm.name}: {error}") from None
-        return Hooks(*(_hook(lm.module(site.module), site, vector) for site, vector in self.vectors.items()))
+
+    def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
+        return Handle([Adding(lm, self.vectors)])
+
+    def merged(self, others: Sequence[HookPatch]) -> HookPatch:
+        patches = (self, *others)
+        total: dict[Site, Tensor] = {}
+        for patch in patches:
+            for site, vector in patch.vectors.items():
+                total[site] = total[site] + vector if site in total else vector
+        return HookPatch(**merged_fields(patches), vectors=total)
+
+    def law(self) -> Law:
+        return Law.STACK
 
 
 SteerPatch = HookPatch
 """The name of the first release."""
 
 
-def summed(patches: Sequence[HookPatch]) -> dict[str, Any]:
-    """What one patch adds that does what all of them do, as the fields of ``HookPatch``."""
-    total: dict[Site, Tensor] = {}
-    for patch in patches:
-        for site, vector in patch.vectors.items():
-            total[site] = total[site] + vector if site in total else vector
-    return {"vectors": total}
+class Adding(Intervention):
+    """A hook patch at work."""
 
-
-def forget_compiled() -> None:
-    """Code compiled before would go on as if no hook had come or gone."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    def __init__(self, lm: LM, vectors: Mapping[Site, Tensor]) -> None:
+        self.hooks = tuple(_hook(lm.module(site.module), site, vector) for site, vector in vectors.items())
 
 
 def _hook(module: nn.Module, site: Site, vector: Tensor) -> Hook:

@@ -20,7 +20,7 @@ from ...retrieval.encoder import shared_encoder
 from ...retrieval.index import KeyBlock
 from ...retrieval.network import Retriever, Shape, target_embeddings
 from ..editor import Editor
-from ..patch import RunPatch, plain_edits
+from ..patch import Law, RunPatch, plain_edits
 
 log = logging.getLogger(__name__)
 KEPT = 4096
@@ -116,17 +116,15 @@ class MemoryPatch(RunPatch):
             )
         return Retriever.of(self.shape, encoder, self.editor)
 
-    def attach(self, lm: LM) -> MemoryIntervention:
-        self.fits(lm)
+    def intervention(self, lm: LM) -> MemoryIntervention:
         return MemoryIntervention(lm, Finder(self))
 
     def fits(self, lm: LM) -> None:
-        """Raise ``WrongModel`` if its prompt vectors are no embeddings of this model."""
         width = lm.parameter(lm.layout.weight(lm.layout.embed)).shape[1]
         if self.scope.insert == "vectors" and self.shape.d_model != width:
             raise WrongModel(f"prompt vectors of width {self.shape.d_model} do not fit {lm.name}.")
 
-    def unite(self, *others: MemoryPatch) -> MemoryPatch:
+    def merged(self, others: Sequence[MemoryPatch]) -> MemoryPatch:
         """The facts of all in one memory. Of two about the same prompt the later one stays.
 
         Raises:
@@ -143,6 +141,9 @@ class MemoryPatch(RunPatch):
         last = {prompt_key(edit["prompt"]): i for i, edit in enumerate(edits)}  # the later one wins
         kept = sorted(last.values())
         return replace(self, edits=tuple(edits[i] for i in kept), keys=keys[kept])
+
+    def law(self) -> Law:
+        return Law.UNION
 
 
 @dataclass(frozen=True)

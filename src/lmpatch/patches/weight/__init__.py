@@ -1,1 +1,5 @@
 """Changes of weights, by parameter name."""
+
+from .patch import WeightPatch
+
+KIND = WeightPatch

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CannotMount, ForeignWrite
-from .delta import FLOATS, Addition, Delta, Scale
-from .patch import Target, is_plain
+from ..base import is_plain
+from .delta import FLOATS, Addition, Changes, Delta, Scale
+from .target import Target
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,22 +29,22 @@ class Baked:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.original = target.parameter.detach().clone()
-        self.changes: tuple[tuple[Any, Delta], ...] = ()  # (who put it there, change)
+        self.changes: Changes = ()
         self._checksum = checksum(self.original)
 
-    def add(self, owner: Any, delta: Delta) -> Tensor:
-        """Add a change.
+    def add(self, delta: Delta, changes: Changes) -> Tensor:
+        """Have exactly these changes, ``delta`` among them.
 
         Returns:
             [2] on the CPU: ‖(W_now - W_before) - ΔW‖² and ‖ΔW‖².
         """
         before = self._wide(self.target.parameter)
         wanted = self._wanted(delta)
-        self.write((*self.changes, (owner, delta)))
+        self.write(changes)
         missed = self._wide(self.target.parameter).sub_(before).sub_(wanted)
         return torch.stack([missed.square().sum(), wanted.square().sum()]).cpu()
 
-    def write(self, changes: tuple[tuple[Any, Delta], ...]) -> None:
+    def write(self, changes: Changes) -> None:
         """Make the weight the original with exactly these changes."""
         self.changes = changes
         value = self._rebuilt([d for _, d in changes]) if changes else self.original

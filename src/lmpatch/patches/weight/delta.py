@@ -10,7 +10,7 @@ so the order in which changes come and go does not matter.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -307,6 +307,15 @@ class Scale(Delta):
     @classmethod
     def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Scale:
         return cls(tensors["index"], tensors["factor"], shape)
+
+
+Changes = tuple[tuple[int, Delta], ...]
+"""What is on one weight: (number of the patch, its change), in the order the patches went on."""
+
+
+def join(deltas: Sequence[LowRank]) -> LowRank:
+    """The sum of low-rank changes, with the ranks side by side."""
+    return LowRank(torch.cat([d.b for d in deltas], dim=1), torch.cat([d.a for d in deltas]))
 
 
 KINDS: dict[str, type[Delta]] = {cls.kind: cls for cls in (LowRank, Dense, Sparse, Rows, Scale)}

@@ -1,24 +1,27 @@
-"""``WeightPatch``: changes of weights by parameter name, and ``Target``: the weight of a model one of them lands on."""
+"""``WeightPatch``: changes of weights by parameter name."""
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from ...errors import BadInput, BadPatch, Diverged
+from ...errors import BadInput, BadPatch, Diverged, WrongModel
 from ...models.lm import LM
-from ...models.sharding import sharded
-from ...provenance import hash_tensor, made_now
-from ..patch import Base, Mount, Patch, plain, plain_edits
-from .delta import KINDS, Delta
+from ...provenance import made_now
+from ..base import Base, fingerprint, has_values, hash_of, original
+from ..handle import Handle
+from ..lora import Lora
+from ..merge import merged_fields
+from ..patch import Law, Mount, Patch, plain, plain_edits
+from .combine import combine
+from .delta import KINDS, Delta, LowRank
+from .factors import as_lora
+from .mount import WeightHandle
+from .target import Target, find_targets
 
 
 @dataclass(eq=False)
@@ -62,7 +65,7 @@ class WeightPatch(Patch):
         for name, delta in deltas.items():
             if not delta.is_finite():
                 raise Diverged(f"{method}: the change of {name} left the finite numbers. Lower the learning rate.")
-        weights = {t.name: original(lm.model, t) for t in targets.values()}
+        weights = {t.name: original(lm.model, t.name) for t in targets.values()}
         norms = {name: float(w.float().norm()) for name, w in weights.items() if has_values(w)}
         return cls(
             method=method,
@@ -105,6 +108,53 @@ class WeightPatch(Patch):
             lines.append(f"  {name}: {delta.label} on {delta.shape[0]} x {delta.shape[1]}{share}")
         return lines
 
+    def change_norms(self) -> dict[str, float]:
+        norms = self.made.get("weight_norms", {})
+        additions = {name: delta for name, delta in self.deltas.items() if delta.kind != "scale"}
+        return {name: delta.norm() / norms[name] for name, delta in additions.items() if norms.get(name)}
+
+    def targets(self, lm: LM) -> dict[str, Target]:
+        """The weight of ``lm`` behind each name in the patch.
+
+        Raises:
+            WrongModel: there is none of that name and shape.
+        """
+        try:
+            return find_targets(lm.model, {name: delta.shape for name, delta in self.deltas.items()})
+        except LookupError as error:
+            raise WrongModel(f"{self.base.misfit(lm)}: {error} Load {self.base.name}.") from None
+
+    def fits(self, lm: LM) -> None:
+        self.targets(lm)
+
+    def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
+        changes = {target: self.deltas[name] for name, target in self.targets(lm).items()}
+        return WeightHandle(changes, mount, others)
+
+    def merged(self, others: Sequence[WeightPatch]) -> WeightPatch:
+        patches = (self, *others)
+        names = sorted({name for p in patches for name in p.deltas})
+        deltas = {name: combine(name, [p.deltas[name] for p in patches if name in p.deltas]) for name in names}
+        return WeightPatch(**merged_fields(patches), deltas=deltas)
+
+    def law(self) -> Law:
+        return Law.STACK
+
+    def lora(self, lm: LM, rank: int | None) -> Lora:
+        return as_lora({target: self.deltas[name] for name, target in self.targets(lm).items()}, rank)
+
+    @classmethod
+    def trial(cls, lm: LM, layer: int, strength: float) -> WeightPatch:
+        """A random rank-one change of one down-projection, ``strength`` of the weight's norm."""
+        name = lm.layout.weight(lm.layout.downs[layer])
+        d_ff = lm.parameter(name).numel() // lm.layout.d_model
+        generator = torch.Generator().manual_seed(layer)
+        b = torch.randn(lm.layout.d_model, 1, generator=generator)
+        a = torch.randn(1, d_ff, generator=generator)
+        norm = float(lm.parameter(name).float().norm())
+        b = b * (strength * norm / float(b.norm() * a.norm()))
+        return cls.make(lm, {name: LowRank(b, a)}, method="trial", seconds=0.0)
+
 
 def _delta(name: str, part: Any, tensors: Mapping[str, Tensor]) -> Delta:
     try:
@@ -118,142 +168,3 @@ def _delta(name: str, part: Any, tensors: Mapping[str, Tensor]) -> Delta:
     if not delta.is_finite():
         raise BadPatch(f"the change of {name} holds infinite or undefined numbers.")
     return delta
-
-
-@dataclass(frozen=True)
-class Target:
-    """A weight of a model."""
-
-    names: tuple[str, ...]
-    """Every name it goes by: a head tied to the embedding has two."""
-    module: nn.Module
-    """The module it belongs to under the name that was asked for."""
-    attribute: str
-    """Its name in that module."""
-    shape: tuple[int, ...]
-    """(out, in), whatever the storage. A vector, such as a bias or a norm's weight, is one column: (n, 1)."""
-    transposed: bool
-    """Stored as (in, out)."""
-    offset: float = 0.0
-    """What the module adds to the stored numbers before it uses them: 1 in a norm that multiplies by 1 + w."""
-
-    @property
-    def name(self) -> str:
-        """The first of ``names``."""
-        return self.names[0]
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter that is there now."""
-        parameter: nn.Parameter = getattr(self.module, self.attribute)
-        return parameter
-
-    @property
-    def vector(self) -> bool:
-        """Stored with one dimension."""
-        return self.parameter.ndim == 1 and self.shape[1:] == (1,)
-
-    def oriented(self, stored: Tensor) -> Tensor:
-        """A view of the stored tensor as [out, in]."""
-        if self.vector:
-            return stored[:, None]
-        return stored.T if self.transposed else stored
-
-    def stored(self, oriented: Tensor) -> Tensor:
-        """The inverse of ``oriented``, a view too."""
-        if self.vector:
-            return oriented[:, 0]
-        return oriented.T if self.transposed else oriented
-
-
-def find_targets(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Target]:
-    """The weight each name stands for.
-
-    Args:
-        shapes: parameter name -> (out, in) of the change.
-    Raises:
-        LookupError: a name is unknown, two are one weight, or a shape differs. Callers say what that means to them.
-    """
-    groups = _tied(model.named_parameters(remove_duplicate=False))
-    found: dict[str, Target] = {}
-    for name, shape in shapes.items():
-        if name not in groups:
-            raise LookupError(f"the model has no parameter {name}.")
-        target = _target(model, name, groups[name])
-        if target.shape != tuple(shape):
-            raise LookupError(f"{name} is {_by(target.shape)} (out x in), the change is {_by(shape)}.")
-        if target.name in {t.name for t in found.values()}:
-            raise LookupError(f"{' and '.join(target.names)} are one weight here, the change names it twice.")
-        found[name] = target
-    return found
-
-
-def _target(model: nn.Module, name: str, names: tuple[str, ...]) -> Target:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    transposed = isinstance(module, Conv1D)
-    shape = tuple(model.get_parameter(name).shape)
-    if isinstance(module, nn.Linear) and attribute == "weight":
-        shape = (module.out_features, module.in_features)  # a quantised weight is stored in another shape
-    if len(shape) == 1:
-        return Target(names, module, attribute, (*shape, 1), False, _offset(module, attribute))
-    return Target(names, module, attribute, shape[::-1] if transposed else shape, transposed)
-
-
-@torch.no_grad()
-def _offset(module: nn.Module, attribute: str) -> float:
-    """o where a norm multiplies by o + w, told from what it returns for weights of 0 and of 1."""
-    weight = getattr(module, attribute)
-    if attribute != "weight" or not has_values(weight):
-        return 0.0
-    bare = copy.copy(module)
-    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()  # a patch on the side may be a factor 0
-    x = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype)[None]
-
-    def returned(value: float) -> Tensor:
-        swapped = {n: torch.full_like(p, value if n == attribute else 0.0) for n, p in module.named_parameters()}
-        out: Tensor = functional_call(bare, swapped, x)
-        return out.float()
-
-    zero = returned(0.0)
-    unit = returned(1.0) - zero
-    return float(round(float((zero * unit).sum() / unit.square().sum())))
-
-
-def _tied(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[str, ...]]:
-    """Each name -> all names of the same storage, in the order of the model."""
-    groups: dict[Any, list[str]] = {}
-    for name, p in parameters:
-        groups.setdefault((p.device, p.data_ptr()) if has_values(p) else id(p), []).append(name)
-    return {name: tuple(group) for group in groups.values() for name in group}
-
-
-def is_plain(parameter: Tensor) -> bool:
-    """An ordinary tensor, not one of a quantiser's or a parallel library's own classes."""
-    return type(parameter) in (nn.Parameter, Tensor) and type(parameter.data) is Tensor
-
-
-def has_values(weight: Tensor) -> bool:
-    """Its numbers can be read here and now."""
-    return is_plain(weight) and not weight.is_meta
-
-
-def original(model: nn.Module, target: Target) -> Tensor:
-    """The weight as stored, without what patches baked into it."""
-    kept: Mapping[str, Tensor] = getattr(model, "_lmpatch_originals", {})  # see ledger
-    return kept.get(target.name, target.parameter.detach())
-
-
-def hash_of(weight: Tensor) -> str:
-    """``record.hash_tensor``; empty for an offloaded or quantised weight, whose values are not to be had."""
-    return hash_tensor(weight) if has_values(weight) else ""
-
-
-def fingerprint(lm: LM) -> str:
-    """``LM.fingerprint``; empty if some weights are offloaded or quantised."""
-    here = sharded(lm) or all(map(has_values, lm.model.parameters()))  # a sharded model was hashed before
-    return lm.fingerprint() if here else ""
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import CannotMount
-from .delta import Addition, Delta, LowRank, Scale, Sparse
-from .patch import Target
+from ...models.hooks import Hook, Hooks
+from ..handle import forget_compiled
+from .delta import Addition, Changes, Delta, LowRank, Scale, Sparse, join
+from .target import Target
 
 
 class Side:
@@ -25,39 +26,27 @@ class Side:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.changes: tuple[tuple[Any, Delta], ...] = ()  # (who put it there, change)
-        self._handles: list[Any] = []
+        self.changes: Changes = ()
+        if target.vector:
+            self._hooks = Hooks(Hook(target.module, self._scale_vector))
+        else:
+            self._hooks = Hooks(Hook(target.module, self._scale, before=True), Hook(target.module, self._add))
         self._ready: tuple[Any, Tensor | None, list[Addition]] = (None, None, [])
 
-    def add(self, owner: Any, delta: Delta) -> Tensor:
-        """Add a change. Nothing is rounded into a weight, so nothing is lost: returns zeros [2].
-
-        Raises:
-            CannotMount: an addition to a vector.
-        """
-        if self.target.vector and not isinstance(delta, Scale):
-            raise CannotMount(
-                f"cannot mount on the side: {self.target.name} is a vector, which hooks can scale but not add to. Pass "
-                "mount='bake' to write it instead."
-            )
-        self.write((*self.changes, (owner, delta)))
+    def add(self, delta: Delta, changes: Changes) -> Tensor:
+        """Have exactly these changes, ``delta`` among them. Nothing is rounded, so nothing is lost: zeros [2]."""
+        self.write(changes)
         return torch.zeros(2)
 
-    def write(self, changes: tuple[tuple[Any, Delta], ...]) -> None:
+    def write(self, changes: Changes) -> None:
         """Have exactly these changes; without any the hooks go off."""
         self.changes = changes
         self._ready = (None, None, [])
-        module = self.target.module
-        if changes and not self._handles and self.target.vector:
-            self._handles = [module.register_forward_hook(self._scale_vector)]
-        elif changes and not self._handles:
-            self._handles = [module.register_forward_pre_hook(self._scale), module.register_forward_hook(self._add)]
-        if not changes:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
-        if "torch._dynamo" in sys.modules:  # code compiled before would go on without the hooks and say nothing
-            torch.compiler.reset()
+        if changes:
+            self._hooks.put()
+        else:
+            self._hooks.remove()
+        forget_compiled()
 
     def check(self) -> None:
         """Nothing can be written behind a hook's back."""
@@ -104,17 +93,14 @@ def prepare(deltas: Sequence[Delta], device: torch.device, dtype: torch.dtype) -
     return scale, [d.to(device, dtype, copy=True) for d in additions]
 
 
-def join(deltas: Sequence[LowRank]) -> LowRank:
-    """Their sum, with the ranks side by side."""
-    return LowRank(torch.cat([d.b for d in deltas], dim=1), torch.cat([d.a for d in deltas]))
-
-
-def refuse(target: Target) -> None:
-    """Raise ``CannotMount`` unless hooks on the module do what a changed weight would."""
+def refuse(target: Target, delta: Delta) -> None:
+    """Raise ``CannotMount`` unless hooks on the module do what the changed weight would."""
     if len(target.names) > 1:
         found = f"{' and '.join(target.names)} are one weight, and a hook would change one of its uses only"
-    elif target.vector and _scalable(target):
+    elif target.vector and _scalable(target) and isinstance(delta, Scale):
         return
+    elif target.vector and _scalable(target):
+        found = f"{target.name} is a vector, which hooks can scale but not add to"
     elif not isinstance(target.module, (nn.Linear, Conv1D)) or target.attribute != "weight":
         found = f"{target.name} belongs to a {type(target.module).__name__}, and hooks are for linear layers"
     else:

@@ -10,8 +10,8 @@ from typing import Any
 
 from ...errors import BadInput, BadRecord
 from ...models.lm import LM
+from ...patches.base import fingerprint
 from ...patches.ledger import applied
-from ...patches.weight.patch import fingerprint
 from ...provenance import hash_json
 
 SCHEMA = 1
