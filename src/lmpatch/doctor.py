@@ -60,13 +60,14 @@ def footprint(lm: LM) -> list[tuple[str, str]]:
     """(what, how much) of memory: the weights, what is free, one rank of a patch, and each method's own estimate."""
     layout = lm.layout
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
-    rank = (layout.d_model + layout.d_ff) * 4
+    width = max(layout.widths)
+    rank = (layout.d_model + width) * 4
     rows = [
         ("weights", format_bytes(weights)),
         (f"free on {lm.device}", format_bytes(free_bytes(lm.device))),
         ("one edit in one layer, as a patch", format_bytes(rank)),
-        ("original kept per baked layer", format_bytes(layout.d_model * layout.d_ff * lm.dtype.itemsize)),
-        ("second moments of one layer", format_bytes(layout.d_ff**2 * 4)),
+        ("original kept per baked layer", format_bytes(layout.d_model * width * lm.dtype.itemsize)),
+        ("second moments of one layer", format_bytes(width**2 * 4)),
     ]
     for name in names("methods"):
         method = get("methods", name)
@@ -180,7 +181,7 @@ def _trial(lm: LM, layer: int, strength: float) -> WeightPatch:
     name = lm.layout.weight(lm.layout.downs[layer])
     generator = torch.Generator().manual_seed(layer)
     b = torch.randn(lm.layout.d_model, 1, generator=generator)
-    a = torch.randn(1, lm.layout.d_ff, generator=generator)
+    a = torch.randn(1, lm.layout.widths[layer], generator=generator)
     norm = float(lm.parameter(name).float().norm())
     b = b * (strength * norm / float(b.norm() * a.norm()))
     return WeightPatch.make(lm, {name: LowRank(b, a)}, method="doctor", config={}, edits=(), seconds=0.0)

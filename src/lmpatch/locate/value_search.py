@@ -125,7 +125,7 @@ def memory(lm: LM, facts: int, cfg: Numbers) -> int:
     base distributions of the batch's facts."""
     layout, rows = lm.layout, 2 + cfg.short_prefixes + cfg.long_prefixes
     tokens = min(BATCH_TOKENS, facts * rows * TOKENS_PER_ROW)
-    kept = tokens * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)  # what autograd keeps of a block
+    kept = tokens * (layout.n_layers * 12 * layout.d_model + 4 * sum(layout.widths))  # what autograd keeps of blocks
     batch = -(-tokens // (rows * 2))  # facts of a batch, at two columns a row
     return 4 * (kept + (3 * HEAD_CHUNK + min(batch, facts)) * layout.vocab)
 

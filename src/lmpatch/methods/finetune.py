@@ -92,7 +92,7 @@ class _Full:
         self.lowest = layout.check_layer(round(layout.n_layers * 2 / 3) if cfg.layer is None else cfg.layer)
         self.module = layout.downs[self.lowest]
         self.name, self.limit = layout.weight(self.module), cfg.limit
-        self.value = torch.zeros(layout.d_model, layout.d_ff, device=lm.device, requires_grad=True)
+        self.value = torch.zeros(layout.d_model, layout.widths[self.lowest], device=lm.device, requires_grad=True)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -215,10 +215,9 @@ def estimate(lm: LM, facts: int, cfg: Config) -> int:
     """Bytes a fit takes on top of the model, rounded up: the change with Adam's two moments, recorded states of all
     facts, what autograd keeps of one batch, and logits of one head chunk."""
     layout = lm.layout
-    blocks = layout.n_layers if cfg.rank else 1
-    change = blocks * (14 * cfg.rank * layout.d_ff if cfg.rank else layout.d_model * layout.d_ff)
+    change = 14 * cfg.rank * sum(layout.widths) if cfg.rank else layout.d_model * max(layout.widths)
     states = facts * TOKENS * layout.n_layers * 3 * layout.d_model
-    batch = min(cfg.batch, facts) * TOKENS * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)
+    batch = min(cfg.batch, facts) * TOKENS * (12 * layout.n_layers * layout.d_model + 4 * sum(layout.widths))
     return 4 * (5 * change + states + batch + 3 * HEAD_CHUNK * layout.vocab)
 
 

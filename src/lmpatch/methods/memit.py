@@ -111,7 +111,7 @@ def fit(
     check_contradictions(edits)
     start = time.perf_counter()
     layers = _layers(lm, cfg)
-    tokens = cfg.moment_tokens or 10 * lm.layout.d_ff
+    tokens = cfg.moment_tokens or 10 * max(lm.layout.widths[layer] for layer in layers)
     moments = second_moments(lm, layers, text=text, tokens=tokens, progress=progress)
     prepared = time.perf_counter()  # the statistics serve every later edit and are counted apart
     joint = (cfg.spread or ("joint" if lm.layout.post_norm else "residual")) == "joint"
@@ -206,7 +206,7 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
     rows = encode_all(
         lm, prompts, None, [e.subject for e in edits for _ in heads], [len(h) for _ in edits for h in heads]
     )
-    f, d = lm.layout.d_ff, lm.layout.d_model
+    f, d = lm.layout.widths[layer], lm.layout.d_model
     keys, outputs, states = (torch.zeros(len(rows), n, device=lm.device) for n in (f, d, d))
     for pick in batches_of_rows([len(row.ids) for row in rows], 64):
         ids, mask = pad([rows[i].ids[: (rows[i].subject_last or 0) + 1] for i in pick], pad_id(lm), side="left")

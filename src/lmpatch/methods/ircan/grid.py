@@ -133,7 +133,7 @@ def scaled_states(recording: Recording, neurons: Sequence[Neuron], factors: Sequ
     rows = torch.arange(n, device=hidden.device).repeat(c)
     hooks = []
     for layer in sorted({neuron.layer for neuron in neurons}):
-        scale = torch.ones(c, lm.layout.d_ff)
+        scale = torch.ones(c, lm.layout.widths[layer])
         scale[:, [neuron.index for neuron in neurons if neuron.layer == layer]] = torch.tensor(factors)[:, None]
         by_row = scale.to(hidden).repeat_interleave(n, 0)[:, None]  # [c * n, 1, f]
         hooks.append(Hook(lm.module(lm.layout.downs[layer]), _times(by_row), before=True))
@@ -211,4 +211,4 @@ def _closes(lm: LM, token: int, ends: StopTokens, line: bool) -> bool:
 def memory(lm: LM) -> int:
     """Bytes one batch takes, rounded up."""
     layout = lm.layout
-    return 4 * (TOKENS * (12 * layout.d_model + 4 * layout.d_ff) + 2 * HEAD_CHUNK * layout.vocab)
+    return 4 * (TOKENS * (12 * layout.d_model + 4 * max(layout.widths)) + 2 * HEAD_CHUNK * layout.vocab)

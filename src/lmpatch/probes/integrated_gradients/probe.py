@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...data.context import ContextRecord
 from ...errors import BadInput
@@ -70,7 +71,7 @@ class Credits:
     """What a batch of n records found, before anything is dropped."""
 
     scores: Tensor
-    """[n, layers, d_ff] fp32, signed."""
+    """[n, layers, widest MLP] fp32, signed; -inf where a narrower block has no neuron."""
     gap: Tensor | None
     """[n, layers] p(answer) with the layer's values from the context, minus without, minus the layer's summed credits.
     ``path`` only: the other weighting does not promise a sum."""
@@ -198,7 +199,8 @@ def _points(cfg: Steps) -> dict[float, float]:
 def _layer_bytes(lm: LM, layer: int, points: int) -> int:
     """What autograd keeps of one record's rows that join at a layer and run to the top."""
     layout = lm.layout
-    return 4 * points * (layout.n_layers - layer) * (12 * layout.d_model + 4 * layout.d_ff)
+    above = layout.widths[layer:]
+    return 4 * points * (len(above) * 12 * layout.d_model + 4 * sum(above))
 
 
 def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor, weights: Tensor) -> list[Credits]:
@@ -219,8 +221,10 @@ def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor,
             moved.append(p[:, i, -1] - p[:, i, 0])
     made = []
     for cfg, found in zip(cfgs, scores, strict=True):
-        whole = torch.stack(found, 1)  # [n, layers, f]
-        made.append(Credits(whole, torch.stack(moved, 1) - whole.sum(-1) if cfg.weighting == "path" else None))
+        widest = max(lm.layout.widths)
+        whole = torch.stack([F.pad(x, (0, widest - x.shape[1]), value=-torch.inf) for x in found], 1)  # [n, layers, f]
+        total = whole.masked_fill(whole == -torch.inf, 0).sum(-1)  # [n, layers]
+        made.append(Credits(whole, torch.stack(moved, 1) - total if cfg.weighting == "path" else None))
     return made
 
 
@@ -314,14 +318,14 @@ def _pulled_back(lm: LM, layer: int, key: Tensor, grad: Tensor) -> Tensor:
 
 def kept(found: Credits, cfg: Config) -> list[Credit]:
     """The neurons that pass the threshold, the highest first. One transfer a batch."""
-    d_ff = found.scores.shape[-1]
+    widest = found.scores.shape[-1]
     flat = found.scores.flatten(1)  # [n, layers * f]
     scores, places = flat.topk(min(cfg.top, flat.shape[1]))
     gaps = [None] * len(flat) if found.gap is None else found.gap.abs().amax(1).tolist()
     return [
         Credit(
             tuple(
-                (place // d_ff, place % d_ff, score)
+                (place // widest, place % widest, score)
                 for score, place in zip(row, at, strict=True)
                 if row[0] > 0 and score >= cfg.threshold * row[0]
             ),
