@@ -15,8 +15,9 @@ from transformers import DynamicCache
 
 from ..errors import BadInput
 from ..files import cache_dir, replacing
-from ..inference.forward import blocks, hooked, logits, positions
+from ..inference.forward import blocks, logits, positions
 from ..inference.tokens import encode_all
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..patches.ledger import suspended
 from ..progress import Progress
@@ -61,7 +62,7 @@ def second_moments(
 
     Args:
         text: plain text; None: the model's own samples (temperature 1), so no corpus is needed.
-        tokens: at most this many keys; 10 to 20 times d_ff is enough.
+        tokens: at most this many keys; 10 to 20 times the MLP width is enough.
         cache: keep the result in the user's cache, keyed by weights, text, count and seed.
     Source: Meng et al. 2022 (arXiv:2202.05262) app. E.5; that a few times d_ff tokens suffice: arXiv:2506.04226.
     """
@@ -81,15 +82,16 @@ def second_moments(
 
 def memory(lm: LM, layers: int) -> int:
     """Bytes an estimate takes on top of the model: two halves and their sum per layer, and the factors in fp64."""
-    return (3 * layers * 4 + 4 * 8) * lm.layout.d_ff**2
+    return (3 * layers * 4 + 4 * 8) * max(lm.layout.widths) ** 2
 
 
 def _accumulate(
     lm: LM, rows: Tensor, layers: list[int], progress: Progress | None
 ) -> tuple[dict[int, Tensor], int, float]:
     """Sums over rows [n, T] of ids, two halves apart, until they agree."""
-    f, device = lm.layout.d_ff, lm.device
-    halves = [{layer: torch.zeros(f, f, device=device) for layer in layers} for _ in range(2)]
+    widths, device = lm.layout.widths, lm.device
+    halves = [{i: torch.zeros(widths[i], widths[i], device=device) for i in layers} for _ in range(2)]
+    f = max(widths[i] for i in layers)
     counts = [0, 0]
     seen: dict[int, Tensor] = {}
     agreement, checked = 0.0, 0
@@ -103,14 +105,14 @@ def _accumulate(
 
         def add(layer: int, half: int = half, wanted: Tensor = wanted) -> Any:
             def hook(_: Any, args: tuple[Tensor, ...]) -> None:
-                keys = args[0].reshape(-1, f)[wanted].float()
+                keys = args[0].reshape(-1, args[0].shape[-1])[wanted].float()
                 halves[half][layer].addmm_(keys.T, keys)
                 seen[layer] = keys
 
             return hook
 
-        handles = [lm.module(lm.layout.downs[i]).register_forward_pre_hook(add(i)) for i in layers]
-        with torch.no_grad(), hooked(*handles):
+        hooks = [Hook(lm.module(lm.layout.downs[i]), add(i), before=True) for i in layers]
+        with torch.no_grad(), hooked(*hooks):
             blocks(lm, ids, mask, position_ids=positions(mask), last=layers[-1])
         counts[half] += int(wanted.sum())
         done = sum(counts)

@@ -12,7 +12,8 @@ from ..progress import Progress
 from . import hub, packaged
 from .cache import converted, quiet, sha256_file
 from .calls import probe_ids
-from .layout import Layout, discover, verify
+from .discover import discover, verify
+from .layout import Layout
 from .lm import LM
 
 
