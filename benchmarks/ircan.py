@@ -236,7 +236,7 @@ class Study:
         return [make(*self.best(method, [(0, value) for value in values], make))]
 
     @cached_property
-    def heads(self) -> iti.Found:
+    def heads(self) -> iti.HeadProbes:
         """What every head tells about dev's answers."""
         path = self.folder / f"heads-{hash_json(self.kept.kept['identity'])[:12]}.safetensors"
         if not path.exists():
@@ -250,14 +250,14 @@ class Study:
         have = load_file(path)
         kinds: tuple[iti.Direction, ...] = ("probe", "mass_mean")
         directions, spreads = ({kind: have[f"{kind} {what}"] for kind in kinds} for what in ("direction", "spread"))
-        return iti.Found(have["accuracy"], have["loss"], directions, spreads)
+        return iti.HeadProbes(have["accuracy"], have["loss"], directions, spreads)
 
     def of_iti(self, direction: iti.Direction, seed: int | None = None) -> list[Patch]:
         """Heads and strength chosen on dev; with a seed as many random heads instead."""
 
         def make(k: int, push: float, seed: int | None = None) -> Patch:
             cfg = iti.Config(heads=k, strength=push, direction=direction, control_seed=seed)
-            return iti.fit(self.lm, self.dev, cfg, found=self.heads)
+            return iti.fit(self.lm, self.dev, cfg, probes=self.heads)
 
         settings = [(k, push) for k in HEADS if k <= self.heads.accuracy.numel() for push in PUSH]
         return [make(*self.best(f"iti {direction}", settings, make), seed)]

@@ -12,7 +12,7 @@ from tiny import FAMILIES, real_gemma, tiny_lm
 
 from lmpatch.data.context import ContextRecord
 from lmpatch.errors import BadInput, BadRecord
-from lmpatch.inference.forward import hooked
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
 from lmpatch.probes.integrated_gradients import probe as ig
@@ -41,7 +41,7 @@ def credits(lm: LM, cfg: Config, records: list[ContextRecord] = RECORDS) -> torc
 def input_at(lm: LM, ids: tuple[int, ...], layer: int) -> torch.Tensor:
     """[f] the down-projection's input at the last token of a plain forward."""
     seen: list[torch.Tensor] = []
-    handle = lm.module(lm.layout.downs[layer]).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    handle = Hook(lm.module(lm.layout.downs[layer]), lambda m, a: seen.append(a[0]), before=True)
     with torch.no_grad(), hooked(handle):
         lm.model(torch.tensor([ids]))
     return seen[0].reshape(len(ids), -1)[-1]
@@ -63,7 +63,7 @@ def probabilities(lm: LM, case: ig.Case, layer: int, values: torch.Tensor) -> to
         whole = args[0].reshape(len(values), len(case.with_context), -1)
         return (torch.cat([whole[:, :-1], values[:, None]], 1).reshape(args[0].shape),)
 
-    with hooked(lm.module(lm.layout.downs[layer]).register_forward_pre_hook(put)):
+    with hooked(Hook(lm.module(lm.layout.downs[layer]), put, before=True)):
         logits = lm.model(torch.tensor([case.with_context] * len(values))).logits[:, -1]
     return logits.float().softmax(-1)[:, case.label]
 

@@ -97,6 +97,6 @@ def working_memory(lm: LM, prompts: list[str], new_tokens: int, batch_size: int)
     layout, item = lm.layout, lm.dtype.itemsize
     rows = min(batch_size, len(prompts))
     cache = 2 * layout.n_layers * rows * longest * layout.d_model * item
-    activations = 4 * rows * longest * max(layout.d_ff, layout.d_model) * item
+    activations = 4 * rows * longest * max(*layout.widths, layout.d_model) * item
     logits = 3 * HEAD_CHUNK * layout.vocab * 4
     return cache + activations + logits + 2 * len(prompts) * layout.d_model * 4

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ...data.edits import Edit
 from ...errors import BadInput
-from ...inference.forward import HEAD_CHUNK, first, hooked, logits
+from ...inference.forward import HEAD_CHUNK, first, logits
 from ...inference.replay import Recording, record
 from ...inference.tokens import Row, encode
+from ...models.hooks import Hook, hooked
 from ...models.lm import LM
 from ...progress import Progress
 from .trace import Kind, Trace, Traces
@@ -101,7 +102,7 @@ def _trace(lm: LM, edit: Edit, cfg: Config) -> Trace:
 
 def _clean(lm: LM, row: Row, begin: int, kind: Kind) -> tuple[Recording, list[Tensor]]:
     """The recording, and for ``mlp`` and ``attention`` each layer's clean output [S, d]."""
-    recording = record(lm, [row.ids], [begin])
+    recording = record(lm, [row.ids], [begin], ends=[len(row.ids) - 1])
     if kind == "state":
         return recording, []
     outputs: list[Tensor] = []
@@ -110,7 +111,7 @@ def _clean(lm: LM, row: Row, begin: int, kind: Kind) -> tuple[Recording, list[Te
         outputs.append(first(output).reshape(recording.suffix, -1))
 
     names = lm.layout.downs if kind == "mlp" else lm.layout.attn_outs
-    with hooked(*(lm.module(name).register_forward_hook(see) for name in names)):
+    with hooked(*(Hook(lm.module(name), see) for name in names)):
         recording.forward(recording.hidden[0], 0)
     return recording, outputs
 
@@ -152,7 +153,7 @@ def _restored(
             whole[inside, token] = clean[token]
             return whole.reshape(output.shape)
 
-        with hooked(lm.module(names[layer]).register_forward_hook(put)):
+        with hooked(Hook(lm.module(names[layer]), put)):
             hidden = recording.forward(hidden, layer, rows=rows, end=layer + 1)
     back = torch.tensor(order).argsort()
     return hidden[:, -1].reshape(n, m, -1)[back].reshape(n * m, -1)
