@@ -51,11 +51,11 @@ def probability(lm: LM, case: ig.Case, layer: int, value: torch.Tensor) -> torch
     """p(label) of a plain forward of the whole prompt with the last token's input of that layer overwritten."""
 
     def put(module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        whole = args[0].reshape(len(case.full), -1)
+        whole = args[0].reshape(len(case.with_context), -1)
         return (torch.cat([whole[:-1], value[None]]).reshape(args[0].shape),)
 
     with hooked(Hook(lm.module(lm.layout.downs[layer]), put, before=True)):
-        return lm.model(torch.tensor([case.full])).logits[0, -1].float().softmax(-1)[case.label]
+        return lm.model(torch.tensor([case.with_context])).logits[0, -1].float().softmax(-1)[case.label]
 
 
 def slow(lm: LM, case: ig.Case, cfg: Config) -> torch.Tensor:
@@ -63,7 +63,7 @@ def slow(lm: LM, case: ig.Case, cfg: Config) -> torch.Tensor:
     out = []
     points = range(1, cfg.steps + 1) if cfg.grid == "right" else range(cfg.steps)
     for layer in range(lm.layout.n_layers):
-        start, end = input_at(lm, case.without_context, layer), input_at(lm, case.full, layer)
+        start, end = input_at(lm, case.without_context, layer), input_at(lm, case.with_context, layer)
         total = torch.zeros_like(start)
         for k in points:
             leaf = torch.lerp(start, end, k / cfg.steps).requires_grad_()
@@ -136,7 +136,7 @@ def test_path_credits_of_a_layer_add_up_to_the_change_of_p(lm: LM) -> None:
     for i, case in enumerate(cases(lm, RECORDS)):
         left, right = (credits(lm, cfg, RECORDS[i : i + 1])[0] for cfg in fine)
         for layer in range(lm.layout.n_layers):
-            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.without_context)]
+            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.with_context, case.without_context)]
             trapezoid = float((left[layer] + right[layer]).sum()) / 2
             assert trapezoid == pytest.approx(float(ends[0] - ends[1]), abs=1e-6)
 
@@ -148,7 +148,7 @@ def test_the_gap_is_what_the_steps_leave_over_and_closes_with_them(lm: LM) -> No
     ):
         left_over = []
         for layer in range(lm.layout.n_layers):
-            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.without_context)]
+            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.with_context, case.without_context)]
             left_over.append(abs(float(ends[0] - ends[1] - scores[layer].sum())))
         assert few.gap == pytest.approx(max(left_over), rel=1e-2, abs=1e-7)
         assert many.gap < few.gap / 4
@@ -254,7 +254,7 @@ def test_a_blank_that_is_a_token_of_its_own_belongs_to_both_prompts() -> None:
     lm = tiny_lm("llama")  # its tokenizer splits " Rome" into a blank and letters, as others do with numbers
     (case,) = cases(lm, [ContextRecord("c", "q", "Rome", prompt="The Tower is in", without_context="It is in")])
     decode = lm.tokenizer.decode
-    assert decode(case.full).endswith("The Tower is in ")
+    assert decode(case.with_context).endswith("The Tower is in ")
     assert decode(case.without_context).endswith("It is in ")
     assert decode([case.label]) == "R"
 
