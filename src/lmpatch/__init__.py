@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from .patches.ledger import Applied as Applied
     from .patches.ledger import applied as applied
     from .patches.ledger import apply as apply
+    from .patches.ledger import rebuild as rebuild
     from .patches.memory.patch import MemoryPatch as MemoryPatch
     from .patches.merge import merge as merge
     from .patches.patch import Patch as Patch
@@ -133,6 +134,7 @@ _HOMES = {
     "read_context": "data.context",
     "read_edits": "data.readers",
     "read_text": "data.readers",
+    "rebuild": "patches.ledger",
     "score": "inference.score",
     "stream": "inference.generate",
     "train": "api",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,16 @@ from .inference.states import hidden
 from .inference.tokens import encode_all
 from .models.hooks import Hook, hooked
 from .models.lm import LM
+from .patches.file import kinds
 from .patches.ledger import apply
-from .patches.weight.delta import LowRank
-from .patches.weight.patch import WeightPatch
+from .patches.patch import Patch
 from .progress import Progress
 from .provenance import hash_tensors
 from .registry import get, names
 from .resources import format_bytes, free_bytes
 
 PROMPTS = ("The capital of France is", "Water boils at a temperature of one hundred degrees", "Hello")
-MOUNTS: tuple[Literal["bake", "side"], ...] = ("bake", "side")
-STRENGTH = 0.05  # |ΔW| of the trial patch over |W|
+STRENGTH = 0.05  # of a trial patch: |ΔW| over |W|
 CROWD = 1000  # edits a method's estimate is printed for, besides one
 
 
@@ -44,16 +43,16 @@ def examine(lm: LM, *, progress: Progress | None = None) -> list[Finding]:
     """Run every proof on the model, which is the same afterwards, to the bit. Differences are shares of the spread.
 
     Returns:
-        hooks fire once; a no-op patch changes no bit; both mounts agree; removal restores every bit; padding moves
+        hooks fire once; a no-op patch changes no bit; all mounts agree; removal restores every bit; padding moves
         nothing; replay equals the plain forward. A proof that raises counts as failed, with its message.
     """
     proofs = (_hooks_fire, _noop_is_exact, _mounts_agree, _removal_restores, _padding_is_safe, _replay_is_forward)
-    found = []
+    findings = []
     for i, proof in enumerate(proofs):
-        found.append(_settled(proof, lm))
+        findings.append(_settled(proof, lm))
         if progress:
             progress(i + 1, len(proofs), "examining")
-    return found
+    return findings
 
 
 def footprint(lm: LM) -> list[tuple[str, str]]:
@@ -95,15 +94,15 @@ def _logits(lm: LM, prompt: str = PROMPTS[0]) -> Tensor:
 @torch.no_grad()
 def _last_states(lm: LM) -> Tensor:
     """[n, d] after the last block at the end of each prompt, through the model's own forward, one by one."""
-    kept: list[Tensor] = []
+    states: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
-        kept.append(first(output).reshape(-1, lm.layout.d_model)[-1].float())
+        states.append(first(output).reshape(-1, lm.layout.d_model)[-1].float())
 
     with hooked(Hook(lm.module(lm.layout.blocks[-1]), keep)):
         for prompt in PROMPTS:
             _logits(lm, prompt)
-    return torch.stack(kept)
+    return torch.stack(states)
 
 
 def _hooks_fire(lm: LM) -> Finding:
@@ -125,34 +124,40 @@ def _noop_is_exact(lm: LM) -> Finding:
     """A patch of zeros changes no bit."""
     before = _logits(lm)
     differ = []
-    for mount in MOUNTS:
-        for layer in range(lm.layout.n_layers):
-            with apply(lm, _trial(lm, layer, 0.0), mount=mount):
-                if not torch.equal(before, _logits(lm)):
-                    differ.append(f"{mount} at layer {layer}")
-    return Finding("a patch of zeros changes no bit", not differ, ", ".join(differ) or f"{lm.layout.n_layers} layers")
+    for layer in range(lm.layout.n_layers):
+        for patch in _trials(lm, layer, 0.0):
+            for mount in patch.mounts:
+                with apply(lm, patch, mount=mount):
+                    if not torch.equal(before, _logits(lm)):
+                        differ.append(f"{patch.kind}, {mount} at layer {layer}")
+    return Finding("a patch of zeros changes no bit", not differ, "; ".join(differ) or f"{lm.layout.n_layers} layers")
 
 
 def _mounts_agree(lm: LM) -> Finding:
-    """Both mounts give the same logits."""
-    layer = lm.layout.n_layers // 2
-    patch = _trial(lm, layer, STRENGTH)
+    """All mounts give the same logits."""
     before = _logits(lm)
-    with apply(lm, patch, mount="bake") as on:
-        baked, lost = _logits(lm), on.rounding_error
-    with apply(lm, patch, mount="side"):
-        hooked_ = _logits(lm)
-    gap, moved = _gap(baked, hooked_), _gap(baked, before)
-    holds = gap <= _tolerance(lm) and moved > 0
-    detail = f"they differ by {gap:.1e}, the patch moves them by {moved:.1e}, baking lost {lost:.1e}"
-    return Finding("both mounts give the same logits", holds, detail)
+    holds, details = True, []
+    for patch in (p for p in _trials(lm, lm.layout.n_layers // 2, STRENGTH) if len(p.mounts) > 1):
+        outputs, error = [], 0.0
+        for mount in patch.mounts:
+            with apply(lm, patch, mount=mount) as on:
+                outputs.append(_logits(lm))
+                error = max(error, on.rounding_error)
+        gap = max(_gap(outputs[0], other) for other in outputs[1:])
+        moved = _gap(outputs[0], before)
+        holds &= gap <= _tolerance(lm) and moved > 0
+        details.append(
+            f"{patch.kind}: they differ by {gap:.1e}, the patch moves them by {moved:.1e}, baking lost {error:.1e}"
+        )
+    return Finding("all mounts give the same logits", holds, "; ".join(details))
 
 
 def _removal_restores(lm: LM) -> Finding:
     """Removal restores every bit."""
     before = hash_tensors(lm.model.state_dict().items(), exact=True)
-    for mount in MOUNTS:
-        apply(lm, _trial(lm, lm.layout.n_layers // 2, STRENGTH), mount=mount).remove()
+    for patch in _trials(lm, lm.layout.n_layers // 2, STRENGTH):
+        for mount in patch.mounts:
+            apply(lm, patch, mount=mount).remove()
     after = hash_tensors(lm.model.state_dict().items(), exact=True)
     return Finding("removal restores every bit", before == after, f"SHA-256 {before[:12]} before, {after[:12]} after")
 
@@ -176,15 +181,10 @@ def _replay_is_forward(lm: LM) -> Finding:
     return Finding("replay equals the plain forward", gap <= _tolerance(lm), f"they differ by {gap:.1e}")
 
 
-def _trial(lm: LM, layer: int, strength: float) -> WeightPatch:
-    """A random rank-one patch on one down-projection, ``strength`` of the weight's norm."""
-    name = lm.layout.weight(lm.layout.downs[layer])
-    generator = torch.Generator().manual_seed(layer)
-    b = torch.randn(lm.layout.d_model, 1, generator=generator)
-    a = torch.randn(1, lm.layout.widths[layer], generator=generator)
-    norm = float(lm.parameter(name).float().norm())
-    b = b * (strength * norm / float(b.norm() * a.norm()))
-    return WeightPatch.make(lm, {name: LowRank(b, a)}, method="doctor", config={}, edits=(), seconds=0.0)
+def _trials(lm: LM, layer: int, strength: float) -> list[Patch]:
+    """A patch at that layer of every kind that has one to try."""
+    patches = (kind.trial(lm, layer, strength) for kind in kinds())
+    return [patch for patch in patches if patch is not None]
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -224,3 +225,19 @@ def test_undo_by_subtraction_leaves_this_share_of_the_weight_changed(dtype, rela
     change = rank_one(weight, relative).dense().to(dtype)
     back = weight + change - change
     assert float((back != weight).float().mean()) == pytest.approx(left, abs=0.015)
+
+
+def test_a_patch_and_its_handle_are_shown_in_a_line_and_as_a_table(random_patch) -> None:
+    lm = tiny_lm("llama", torch.bfloat16)
+    patch = random_patch(lm)
+    patch.edits = ({"prompt": "A <b> & C", "target": "D"}, *patch.edits * 5)
+    line = rf"<WeightPatch random_low_rank: 6 edits for tiny-llama \({lm.fingerprint()[:12]}\), 3.0 KiB>"
+    assert re.fullmatch(line, repr(patch))
+    table = patch._repr_html_()
+    assert table.count("<tr>") == 5 and "A &lt;b&gt; &amp; C -&gt; D<br>" in table and "<br>…" in table
+    assert all(line.strip() in table for line in patch.describe())
+    with apply(lm, patch) as on:
+        assert re.fullmatch(r"<random_low_rank patch on tiny-llama, mount bake, \d\.\d% lost by rounding>", repr(on))
+    assert repr(on).startswith("<random_low_rank patch off tiny-llama")
+    with apply(lm, patch, "side") as on:
+        assert repr(on) == "<random_low_rank patch on tiny-llama, mount side>"

@@ -136,7 +136,10 @@ def test_path_credits_of_a_layer_add_up_to_the_change_of_p(lm: LM) -> None:
     for i, case in enumerate(cases(lm, RECORDS)):
         left, right = (credits(lm, cfg, RECORDS[i : i + 1])[0] for cfg in fine)
         for layer in range(lm.layout.n_layers):
-            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.with_context, case.without_context)]
+            ends = [
+                probability(lm, case, layer, input_at(lm, ids, layer))
+                for ids in (case.with_context, case.without_context)
+            ]
             trapezoid = float((left[layer] + right[layer]).sum()) / 2
             assert trapezoid == pytest.approx(float(ends[0] - ends[1]), abs=1e-6)
 
@@ -148,7 +151,10 @@ def test_the_gap_is_what_the_steps_leave_over_and_closes_with_them(lm: LM) -> No
     ):
         left_over = []
         for layer in range(lm.layout.n_layers):
-            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.with_context, case.without_context)]
+            ends = [
+                probability(lm, case, layer, input_at(lm, ids, layer))
+                for ids in (case.with_context, case.without_context)
+            ]
             left_over.append(abs(float(ends[0] - ends[1] - scores[layer].sum())))
         assert few.gap == pytest.approx(max(left_over), rel=1e-2, abs=1e-7)
         assert many.gap < few.gap / 4

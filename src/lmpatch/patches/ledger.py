@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, get_args
@@ -126,25 +126,25 @@ def suspended(lm: LM) -> Iterator[None]:
         ForeignWrite: a weight that a patch is baked into was written by someone else. All patches stay on.
     """
     on = applied(lm)
-    try:
+    with ExitStack() as stack:  # goes through all of them even if one fails
+        for one in reversed(on):
+            stack.callback(_return, one)
         for one in reversed(on):
             one.remove()
         yield
-    finally:
-        for one in on:
-            if one not in applied(lm):
-                _return(one)
 
 
 def _return(on: Applied) -> None:
-    """Put a patch back on; a Ctrl-C comes after that."""
-    on.patch.fits(on.lm)
+    """Put a patch back on, if it is off; a Ctrl-C comes after that."""
     try:
-        _ledger(on.lm.model).put(on)
+        if on not in applied(on.lm):
+            on.patch.fits(on.lm)
+            _ledger(on.lm.model).put(on)
     except LmpatchError:
         raise
     except BaseException:
-        _ledger(on.lm.model).put(on)
+        if on not in applied(on.lm):
+            _ledger(on.lm.model).put(on)
         raise
 
 

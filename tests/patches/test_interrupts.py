@@ -1,0 +1,215 @@
+"""A Ctrl-C at any line of lmpatch while a patch goes on or comes off leaves the model with all of it or nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tiny import tiny_lm
+
+import lmpatch
+from lmpatch.inference.interventions import Intervention
+from lmpatch.models.lm import LM
+from lmpatch.patches.base import Base
+from lmpatch.patches.decode.patch import DecodePatch
+from lmpatch.patches.decode.rules import Power
+from lmpatch.patches.hook.patch import SteerPatch
+from lmpatch.patches.ledger import applied, apply, suspended
+from lmpatch.patches.patch import Law, Patch, RunPatch
+from lmpatch.patches.weight.delta import LowRank, Scale
+from lmpatch.patches.weight.patch import WeightPatch
+
+SRC = str(Path(lmpatch.__file__).parent)
+
+
+class Line:
+    """Raises ``KeyboardInterrupt`` at the n-th line of lmpatch that runs in the block; 0: never, and counts them."""
+
+    def __init__(self, n: int = 0) -> None:
+        self.n, self.lines, self.hit = n, [], False  # type: ignore[var-annotated]
+
+    def __enter__(self) -> Line:
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> bool:
+        sys.settrace(self.before)
+        return kind is KeyboardInterrupt
+
+    def trace(self, frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(SRC):
+            return None
+        if event == "line":
+            self.lines.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(self.lines) == self.n:
+                self.hit = True
+                sys.settrace(None)  # one Ctrl-C: what it makes happen is left alone
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def each_line(act: Callable[[], Any]) -> list[int]:
+    """When each line runs for the first time and for the last, of an act that can be repeated."""
+    with Line() as run:
+        act()
+    first = {line: n for n, line in reversed([*enumerate(run.lines, 1)])}
+    last = {line: n for n, line in enumerate(run.lines, 1)}
+    return sorted({*first.values(), *last.values()})
+
+
+def snapshot(lm: LM) -> dict[str, Any]:
+    """All that a patch may change."""
+    modules = list(lm.model.modules())
+    return {
+        "weights": [p.detach().clone() for p in lm.model.parameters()],
+        "hooks": [(set(m._forward_hooks.values()), set(m._forward_pre_hooks.values())) for m in modules],
+        "attributes": [sorted(vars(m)) for m in modules],
+        "patches": applied(lm),
+    }
+
+
+def differ(a: dict[str, Any], b: dict[str, Any], *ignored: str) -> list[str]:
+    weights = any(not torch.equal(x, y) for x, y in zip(a["weights"], b["weights"], strict=True))
+    return ["weights"] * weights + [n for n in a if n not in ("weights", *ignored) and a[n] != b[n]]
+
+
+class Nothing(RunPatch):
+    """What a memory is to the ledger: it acts in lmpatch's own calls alone."""
+
+    kind: ClassVar[str] = "nothing"
+
+    def parts(self) -> dict[str, Any]:
+        return {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    @classmethod
+    def from_parts(cls, parts: Any, tensors: Any, **common: Any) -> Nothing:
+        return cls(**common)
+
+    def describe(self) -> list[str]:
+        return []
+
+    def intervention(self, lm: LM) -> Intervention:
+        return Intervention()
+
+    def merged(self, others: Any) -> Nothing:
+        return self
+
+    def law(self) -> Law:
+        return Law.UNION
+
+
+def weight_patch(lm: LM) -> WeightPatch:
+    """An addition and a scale, and a weight that the patch below has, too."""
+    g = torch.Generator().manual_seed(0)
+    names = [lm.layout.weight(lm.layout.downs[i]) for i in (0, 1)]
+    deltas = {
+        names[0]: LowRank(torch.randn(64, 2, generator=g), torch.randn(2, 128, generator=g)),
+        names[1]: Scale(torch.tensor([3]), torch.tensor([2.0]), (64, 128)),
+    }
+    return WeightPatch.make(lm, deltas, method="some")
+
+
+MAKE: dict[str, Callable[[LM], Patch]] = {
+    "weight": weight_patch,
+    "steer": lambda lm: SteerPatch.make(lm, {name: torch.ones(64) for name in lm.layout.attn_outs[:2]}, method="push"),
+    "decode": lambda lm: DecodePatch.make(lm, Power(1.5), method="cad"),
+    "nothing": lambda lm: Nothing("nothing", {}, Base(lm.fingerprint(), lm.name)),
+}
+WAYS = [(kind, mount) for kind, mounts in {"weight": ("bake", "side"), "steer": ("side",)}.items() for mount in mounts]
+WAYS += [("decode", "run"), ("nothing", "run")]
+
+
+@pytest.fixture(params=WAYS, ids=["-".join(way) for way in WAYS])
+def way(request: pytest.FixtureRequest) -> tuple[LM, Patch, Any]:
+    lm = tiny_lm("llama")
+    kind, mount = request.param
+    return lm, MAKE[kind](lm), mount
+
+
+@pytest.fixture(params=["alone", "on another"])
+def below(request: pytest.FixtureRequest, way: tuple[LM, Patch, Any]) -> None:
+    """With ``on another``, a patch that has a weight in common lies below."""
+    lm, _, mount = way
+    if request.param == "on another":
+        apply(lm, weight_patch(lm), "side" if mount == "side" else "bake")
+
+
+@pytest.mark.usefixtures("below")
+def test_while_it_goes_on_nothing_of_it_stays(way: tuple[LM, Patch, Any]) -> None:
+    lm, patch, mount = way
+    before = snapshot(lm)
+    for n in each_line(lambda: apply(lm, patch, mount).remove()):
+        with Line(n) as run:
+            apply(lm, patch, mount)
+        if not run.hit:  # a line of remove
+            applied(lm)[-1].remove()
+        assert differ(before, snapshot(lm)) == [], run.lines[-1]
+
+
+@pytest.mark.usefixtures("below")
+def test_while_it_comes_off_it_is_on_or_off(way: tuple[LM, Patch, Any]) -> None:
+    lm, patch, mount = way
+    before = snapshot(lm)
+    on = apply(lm, patch, mount)
+    there = snapshot(lm)
+    on.remove()
+    with Line() as run:
+        pass
+    n = 0
+    while not n or run.hit:
+        n += 1
+        on = apply(lm, patch, mount)
+        with Line(n) as run:
+            on.remove()
+        now = snapshot(lm)
+        if on in applied(lm):
+            assert differ(there, now, "patches", "hooks") == [], run.lines[-1]
+            assert [tuple(map(len, h)) for h in now["hooks"]] == [tuple(map(len, h)) for h in there["hooks"]]
+        else:
+            assert differ(before, now, "attributes") == [], run.lines[-1]
+        on.remove()
+        assert differ(before, snapshot(lm)) == [], run.lines[-1]
+
+
+@pytest.mark.usefixtures("below")
+def test_a_block_ends_without_its_patch(way: tuple[LM, Patch, Any]) -> None:
+    lm, patch, mount = way
+    before = snapshot(lm)
+    n, hit = 1, True  # the first line of __exit__ itself: nothing has begun
+    while hit:
+        n += 1
+        on = apply(lm, patch, mount)
+        with Line(n) as run:
+            on.__exit__(None, None, None)
+        hit = run.hit
+        assert differ(before, snapshot(lm)) == [], run.lines[-1]
+
+
+def test_suspended_patches_are_back_or_can_be_taken_off() -> None:
+    lm = tiny_lm("llama")
+    before, patch, other = snapshot(lm), weight_patch(lm), MAKE["steer"](lm)
+
+    def suspend() -> None:
+        with suspended(lm):
+            pass
+
+    both = [apply(lm, patch), apply(lm, other)]
+    there, points = snapshot(lm), each_line(suspend)
+    for n in points:
+        with Line(n) as run:
+            suspend()
+        assert run.hit
+        if set(applied(lm)) == set(both):
+            assert differ(there, snapshot(lm), "patches", "hooks") == [], run.lines[-1]
+        for one in both:
+            one.remove()
+        assert differ(before, snapshot(lm)) == [], run.lines[-1]
+        both = [apply(lm, patch), apply(lm, other)]
