@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...resources import format_bytes
-from .contract import Measure
+from .contract import BASE, Measure
 from .stats import Number
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ def comparison(runs: Sequence[Any], moved: Moved) -> Grid:
         lines.append((measure.group, (Cell(label(name), means=means), *guess, *marked)))
     note = (
         "Shares in %. ± one standard error (the larger one where records come in clusters), n: records. Below: the "
-        "difference from the unpatched model, record by record; = marks one within a standard error. ★: the best, of three or more runs without the unpatched one."
+        "difference from the unpatched model, record by record; = marks one within a standard error. ★: the best, of "
+        "three or more runs without the unpatched one."
     )
     note += f" Protocol {runs[0].record['protocol_id']}." if runs and "protocol_id" in runs[0].record else ""
     if len(runs) <= WIDE:
