@@ -25,14 +25,14 @@ from lmpatch.models.sharding import shard
 from lmpatch.patches.editor import load_editor
 from lmpatch.patches.file import load_patch
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 WORKER = """
 import json, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from lmpatch.distributed import join
 device = join()
-from models.test_team import both
+from test_distributed import both
 both({out!r}, {sharded!r}, device)
 torch.distributed.destroy_process_group()
 """
@@ -67,7 +67,7 @@ def both(out: str, sharded: bool, device: str | None = None) -> None:
 def weights(folder: Path) -> torch.Tensor:
     """All that an editor has learned, fp32, from its checkpoint."""
     tensors = load_file(folder / CHECKPOINT)
-    return torch.cat([tensors[name].flatten() for name in sorted(tensors) if name.startswith("net/")])
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors) if name.startswith("value/")])
 
 
 def blocks_of(lm: Any) -> list[torch.nn.Parameter]:
