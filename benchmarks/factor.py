@@ -2,8 +2,8 @@
 
     python benchmarks/factor.py
 
-writes results/factor.json. A random Llama-shaped model with MLPs of width 2048, one fact a commit, fp32; the better of
-three commits each. "computed" forgets the factors before every commit and writes them again, "kept" reads them from the cache.
+writes results/factor.json. A random Llama-shaped model with MLPs of width 2048, one fact a commit, fp32; the best of
+three commits each. "computed" forgets the factors before every commit and writes them again, "kept" reads them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def model() -> lp.LM:
     bpe = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<bos>", pad_token="<bos>")
-    shape: dict[str, Any] = dict(hidden_size=64, intermediate_size=WIDTH, num_hidden_layers=LAYERS + 1, num_attention_heads=4)
+    shape: dict[str, Any] = dict(hidden_size=64, intermediate_size=WIDTH, num_hidden_layers=LAYERS + 1)
+    shape["num_attention_heads"] = 4
     with torch.random.fork_rng():
         return lp.wrap(LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **shape)).eval(), tokenizer, name="random")
 
@@ -41,7 +42,8 @@ def main() -> None:
     found: dict[str, Any] = {"width": WIDTH, "layers": LAYERS, "runs": RUNS, **hardware()}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["LMPATCH_CACHE"] = cache
-        settings: dict[str, Any] = {"layers": tuple(range(LAYERS)), "steps": 1, "moment_tokens": 4 * WIDTH, "long_prefixes": 0}
+        settings: dict[str, Any] = {"layers": tuple(range(LAYERS)), "steps": 1, "long_prefixes": 0}
+        settings["moment_tokens"] = 4 * WIDTH
         for solver in ("memit", "alphaedit"):
             seconds: dict[str, list[float]] = {"computed": [], "kept": []}
             hashes = set()
