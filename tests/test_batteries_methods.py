@@ -38,7 +38,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of the logits' spread; in bf16 rounding alone moves them by 0.03 to 0.07
 PROMPT = "The Eiffel Tower is in Paris, the capital of France."
 
-every_model = pytest.mark.parametrize(("family", "dtype"), [(f, d) for f in CORE for d in DTYPES])
+MODELS = [
+    pytest.param(f, d, marks=[pytest.mark.slow] if d == "bf16" and f != "llama" else []) for f in CORE for d in DTYPES
+]
+
+every_model = pytest.mark.parametrize(("family", "dtype"), MODELS)
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -134,22 +138,21 @@ def test_apply_changes_the_model_and_remove_restores_every_bit(method: str, fami
 
 @every_method
 @every_model
-@pytest.mark.parametrize("which", [0, 1])
-def test_patches_come_off_in_any_order(method: str, family: str, dtype: str, which: int) -> None:
+def test_patches_come_off_in_any_order(method: str, family: str, dtype: str) -> None:
     lm, patch = tiny(family, dtype), fitted(method, family, dtype)
-    mount = patch.mounts[min(which, len(patch.mounts) - 1)]
     clean = logits(lm)
-    levels = [clean]  # levels[n]: n of the patch are on
-    with ExitStack() as stack:
-        for _ in range(3):
-            stack.enter_context(apply(lm, patch, mount=mount))
-            levels.append(logits(lm))
-    for order in permutations(range(3)):
-        on = [apply(lm, patch, mount=mount) for _ in range(3)]
-        for left, index in zip((2, 1, 0), order, strict=True):
-            on[index].remove()
-            assert torch.equal(logits(lm), levels[left])
-    assert torch.equal(logits(lm), clean)
+    for mount in patch.mounts:
+        levels = [clean]  # levels[n]: n of the patch are on
+        with ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(apply(lm, patch, mount=mount))
+                levels.append(logits(lm))
+        for order in permutations(range(3)):
+            on = [apply(lm, patch, mount=mount) for _ in range(3)]
+            for left, index in zip((2, 1, 0), order, strict=True):
+                on[index].remove()
+                assert torch.equal(logits(lm), levels[left])
+        assert torch.equal(logits(lm), clean)
 
 
 @every_method

@@ -47,6 +47,7 @@ def words(tmp_path: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_goes_from_squad_to_a_verdict_and_is_resumed_or_refused(
     script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

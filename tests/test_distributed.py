@@ -94,6 +94,7 @@ def launched(out: Path, sharded: bool) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["copies", "shards"])
 def test_two_processes_train_what_one_trains(sharded: bool, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()

@@ -102,6 +102,7 @@ def battery(copy: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_three_files_are_enough_for_registry_command_line_and_battery(copy: Path) -> None:
     listed = python(copy, "-c", "import lmpatch; print(lmpatch.__file__, lmpatch.names('methods'))")
     assert str(copy) in listed.stdout
@@ -113,6 +114,7 @@ def test_three_files_are_enough_for_registry_command_line_and_battery(copy: Path
     assert int(done.stdout.rpartition(" passed")[0].split()[-1]) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["docs/methods.md", "tests/methods/test_nudge.py"])
 def test_two_of_the_three_are_not(copy: Path, missing: str) -> None:
     file = copy / missing

@@ -47,12 +47,12 @@ def examine(lm: LM, *, progress: Progress | None = None) -> list[Finding]:
         nothing; replay equals the plain forward. A proof that raises counts as failed, with its message.
     """
     proofs = (_hooks_fire, _noop_is_exact, _mounts_agree, _removal_restores, _padding_is_safe, _replay_is_forward)
-    found = []
+    findings = []
     for i, proof in enumerate(proofs):
-        found.append(_settled(proof, lm))
+        findings.append(_settled(proof, lm))
         if progress:
             progress(i + 1, len(proofs), "examining")
-    return found
+    return findings
 
 
 def footprint(lm: LM) -> list[tuple[str, str]]:
@@ -94,15 +94,15 @@ def _logits(lm: LM, prompt: str = PROMPTS[0]) -> Tensor:
 @torch.no_grad()
 def _last_states(lm: LM) -> Tensor:
     """[n, d] after the last block at the end of each prompt, through the model's own forward, one by one."""
-    kept: list[Tensor] = []
+    states: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
-        kept.append(first(output).reshape(-1, lm.layout.d_model)[-1].float())
+        states.append(first(output).reshape(-1, lm.layout.d_model)[-1].float())
 
     with hooked(Hook(lm.module(lm.layout.blocks[-1]), keep)):
         for prompt in PROMPTS:
             _logits(lm, prompt)
-    return torch.stack(kept)
+    return torch.stack(states)
 
 
 def _hooks_fire(lm: LM) -> Finding:
@@ -138,16 +138,16 @@ def _mounts_agree(lm: LM) -> Finding:
     before = _logits(lm)
     holds, details = True, []
     for patch in (p for p in _trials(lm, lm.layout.n_layers // 2, STRENGTH) if len(p.mounts) > 1):
-        outputs, lost = [], 0.0
+        outputs, error = [], 0.0
         for mount in patch.mounts:
             with apply(lm, patch, mount=mount) as on:
                 outputs.append(_logits(lm))
-                lost = max(lost, on.rounding_error)
+                error = max(error, on.rounding_error)
         gap = max(_gap(outputs[0], other) for other in outputs[1:])
         moved = _gap(outputs[0], before)
         holds &= gap <= _tolerance(lm) and moved > 0
         details.append(
-            f"{patch.kind}: they differ by {gap:.1e}, the patch moves them by {moved:.1e}, baking lost {lost:.1e}"
+            f"{patch.kind}: they differ by {gap:.1e}, the patch moves them by {moved:.1e}, baking lost {error:.1e}"
         )
     return Finding("all mounts give the same logits", holds, "; ".join(details))
 

@@ -60,6 +60,8 @@ class Method:
     training: type[Any] | None
     data: type[Any] | None
     """What ``train`` reads beside plain records: a ``TrainingData`` of records and more."""
+    editor_for: Callable[..., Any] | None
+    """The editor of a model, which a memory on disk is made with."""
     example: Callable[..., Any] | None
 
     def material(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +120,7 @@ def as_method(name: str, module: Any) -> Method:
         train=optional("train"),
         training=optional("Training"),
         data=optional("TrainingData"),
+        editor_for=optional("editor_for"),
         example=optional("example"),
     )
 

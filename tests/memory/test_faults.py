@@ -83,6 +83,7 @@ def writer(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         assert process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_random_moments_loses_nothing_it_acknowledged(
     writer: subprocess.Popen[str], tmp_path: Path
 ) -> None:
@@ -223,6 +224,7 @@ for i in range(40):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_write_at_once_lose_nothing_and_a_reader_never_stumbles(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "m", width=WIDTH, stamp=STAMP)
     both = [subprocess.Popen([sys.executable, "-c", ADDS, tmp_path / "m", name]) for name in "ab"]

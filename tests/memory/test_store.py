@@ -524,5 +524,6 @@ def machine(tmp_path: Path, store: Store) -> Iterator[type[Machine]]:
     yield Machine
 
 
+@pytest.mark.slow
 def test_any_sequence_of_calls_leaves_what_a_dictionary_would_hold(machine: type[Machine]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=15, deadline=None))

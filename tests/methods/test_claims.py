@@ -16,6 +16,8 @@ from trained import NAMES, SEEN, UNSEEN, Trained, trained
 import lmpatch as lp
 from lmpatch.data.context import ContextRecord, render
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trained")]  # one worker trains the models, once
+
 SEARCHED: dict[str, Any] = {"search_neurons": (4, 8, 12, 16, 24), "search_factors": (3.0, 5.0, 7.0, 10.0, 15.0, 20.0)}
 
 

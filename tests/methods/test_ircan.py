@@ -12,7 +12,7 @@ import torch
 from tiny import TEXT, tiny_lm
 from torch import Tensor
 
-from lmpatch.benches._context_ask import choose, complete, cut
+from lmpatch.benches.context.answers import choose, complete, cut
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.errors import BadInput
 from lmpatch.inference.generate import generate

@@ -61,6 +61,7 @@ QUICK = recipe.Training(
     validate=3,
     validate_every=2,
     save_every=1,
+    bf16=False,  # without instructions for it, bf16 is many times slower than fp32
 )
 
 
@@ -267,10 +268,11 @@ def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | N
 # training
 
 
-@pytest.mark.parametrize(("stop", "adapt"), [(1, 0), (2, 2), (3, 0), (3, 2)])
-def test_training_resumed_is_training_never_stopped(tmp_path: Path, stop: int, adapt: int) -> None:
-    """In either part, at the border, with an encoder that learns and one that does not."""
-    lm, cfg = tiny_lm("llama"), replace(QUICK, adapt=adapt)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stop", "adapt", "bf16"), [(1, 0, True), (2, 2, False), (3, 0, False), (3, 2, False)])
+def test_training_resumed_is_training_never_stopped(tmp_path: Path, stop: int, adapt: int, bf16: bool) -> None:
+    """In either part, at the border, with an encoder that learns and one that does not, or that computes in bf16."""
+    lm, cfg = tiny_lm("llama"), replace(QUICK, adapt=adapt, bf16=bf16)
     whole = recipe.train(lm, FACTS, cfg, out=tmp_path / "whole")
 
     def interrupt(done: int, total: int, what: str) -> None:
@@ -305,6 +307,7 @@ recipe.train(tiny_lm("llama"), FACTS, QUICK, out={out!r})
 """
 
 
+@pytest.mark.slow
 def test_training_killed_in_the_middle_of_a_checkpoint_goes_on_from_the_one_before(tmp_path: Path) -> None:
     tests, out = str(Path(__file__).parents[1]), str(tmp_path / "cut")
     code = KILLED.format(tests=tests, out=out, step="3")
@@ -316,6 +319,7 @@ def test_training_killed_in_the_middle_of_a_checkpoint_goes_on_from_the_one_befo
     assert [[json.loads(line)["step"] for line in lines] for lines in curves] == [[2, 4], [2, 4]]
 
 
+@pytest.mark.slow
 def test_a_step_that_was_cut_in_half_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, step = tiny_lm("llama"), torch.optim.AdamW.step
     whole = recipe.train(lm, FACTS, QUICK, out=tmp_path / "whole")
@@ -357,6 +361,7 @@ def test_an_encoder_whose_embeddings_are_narrower_than_its_states_is_refused(tmp
         load_encoder(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_checkpoint_before_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,6 +382,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_is_whole(
     assert recipe.train(lm, FACTS, QUICK, out=tmp_path).hash() == whole.hash()
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_facts_is_refused(tmp_path: Path) -> None:
     lm, cfg = tiny_lm("llama"), replace(QUICK, prompt_steps=1)
     recipe.train(lm, FACTS, cfg, out=tmp_path)
@@ -384,6 +390,7 @@ def test_a_folder_of_other_facts_is_refused(tmp_path: Path) -> None:
         recipe.train(lm, [replace(FACTS[0], target="Lima"), *FACTS[1:]], cfg, out=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     recipe.train(lm, FACTS, replace(QUICK, prompt_steps=1), out=tmp_path)
@@ -391,6 +398,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         recipe.train(lm, FACTS, replace(QUICK, prompt_steps=1, seed=1), out=tmp_path)
 
 
+@pytest.mark.slow
 def test_training_lowers_its_loss_and_teaches_retrieval() -> None:
     """A few dozen steps on a dozen facts: their questions find them, the rivers find the sentinel."""
     lm = tiny_lm("llama")

@@ -13,6 +13,7 @@ from tiny import tiny_lm
 from torch import nn
 
 import lmpatch
+from lmpatch.inference.forward import current_pass, frozen
 from lmpatch.inference.generate import generate
 from lmpatch.inference.replay import record
 from lmpatch.inference.score import score
@@ -64,10 +65,25 @@ def test_an_interrupt_at_any_line_leaves_no_hook_on_the_model(task: str) -> None
     flags = [p.requires_grad for p in lm.model.parameters()]
     line = 1
     while interrupt(run, line):
-        assert is_clean(lm), f"line {line}"
+        assert is_clean(lm) and current_pass() is None, f"line {line}"
         line += 1
     assert line > 100
     assert [p.requires_grad for p in lm.model.parameters()] == flags
+
+
+def test_an_interrupt_at_any_line_leaves_the_flags_of_the_weights() -> None:
+    lm = tiny_lm("llama")
+    lm.model.requires_grad_(True)
+
+    def run() -> None:
+        with frozen(lm):
+            pass
+
+    line = 1
+    while interrupt(run, line):
+        assert all(p.requires_grad for p in lm.model.parameters()), f"line {line}"
+        line += 1
+    assert line > 100
 
 
 def test_an_interrupt_between_a_registration_and_its_handle_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

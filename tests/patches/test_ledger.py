@@ -236,7 +236,7 @@ def test_a_write_cut_short_is_undone(random_patch, bits, monkeypatch) -> None:
     copy = torch.Tensor.copy_
 
     def torn(self, value):
-        if self is target and not torch.equal(value, original):
+        if self.data_ptr() == target.data_ptr() and not torch.equal(value, original):
             copy(self[:10], value[:10])
             raise KeyboardInterrupt
         return copy(self, value)
@@ -379,6 +379,7 @@ def test_hooks_go_off_with_the_last_side_patch(lm, random_patch) -> None:
     assert not module._forward_hooks and not module._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_code_compiled_before_sees_the_side_mount_come_and_go(random_patch) -> None:
     lm = tiny_lm("llama")
     mlp = lm.module(lm.layout.downs[1].rpartition(".")[0])

@@ -16,6 +16,7 @@ from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.probes.causal_trace import probe as causal_trace
 from lmpatch.probes.causal_trace.probe import Config
+from lmpatch.probes.causal_trace.trace import Trace
 
 FACTS = [
     Edit("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Paris"),
@@ -23,7 +24,7 @@ FACTS = [
 ]
 
 
-def slow(lm: LM, edit: Edit, trace: causal_trace.Trace, cfg: Config) -> torch.Tensor:
+def slow(lm: LM, edit: Edit, trace: Trace, cfg: Config) -> torch.Tensor:
     """Every place, every sample: one full forward with hooks."""
     ids = torch.tensor([encode(lm, edit.prompt).ids])
     begin = ids.shape[1] - len(trace.tokens)

@@ -47,45 +47,64 @@ def input_at(lm: LM, ids: tuple[int, ...], layer: int) -> torch.Tensor:
     return seen[0].reshape(len(ids), -1)[-1]
 
 
-def probability(lm: LM, case: ig.Case, layer: int, value: torch.Tensor) -> torch.Tensor:
-    """p(label) of a plain forward of the whole prompt with the last token's input of that layer overwritten."""
+def both_inputs(lm: LM, case: ig.Case, layer: int) -> torch.Tensor:
+    """[2, f] with the context, and without."""
+    return torch.stack([input_at(lm, ids, layer) for ids in (case.with_context, case.without_context)])
+
+
+def probabilities(lm: LM, case: ig.Case, layer: int, values: torch.Tensor) -> torch.Tensor:
+    """[m] p(label) of plain forwards of the whole prompt with the last token's input of that layer overwritten.
+
+    Args:
+        values: [m, f], one forward's each; they travel as rows of one batch.
+    """
 
     def put(module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        whole = args[0].reshape(len(case.full), -1)
-        return (torch.cat([whole[:-1], value[None]]).reshape(args[0].shape),)
+        whole = args[0].reshape(len(values), len(case.with_context), -1)
+        return (torch.cat([whole[:, :-1], values[:, None]], 1).reshape(args[0].shape),)
 
     with hooked(Hook(lm.module(lm.layout.downs[layer]), put, before=True)):
-        return lm.model(torch.tensor([case.full])).logits[0, -1].float().softmax(-1)[case.label]
+        logits = lm.model(torch.tensor([case.with_context] * len(values))).logits[:, -1]
+    return logits.float().softmax(-1)[:, case.label]
 
 
-def slow(lm: LM, case: ig.Case, cfg: Config) -> torch.Tensor:
-    """[layers, f] as published: for each layer and step a whole forward and backward."""
-    out = []
-    points = range(1, cfg.steps + 1) if cfg.grid == "right" else range(cfg.steps)
+def slow(lm: LM, case: ig.Case, cfgs: list[Config]) -> tuple[torch.Tensor, torch.Tensor]:
+    """As published: for each layer a plain forward and backward of every step.
+
+    Returns:
+        credits [settings, layers, f], and [settings, layers] how far the largest of them can be off because the two
+        inputs are rounded. A layer that cannot see the context (the first one, where attention and MLP stand side by
+        side) has credits of exactly that: 0 where a product does not depend on the length of the prompt, else noise.
+    """
+    steps = cfgs[0].steps
+    eps = torch.finfo(lm.dtype).eps * lm.layout.d_model**0.5  # of a product of d terms, rounded at each
+    out, noise = [], []
     for layer in range(lm.layout.n_layers):
-        start, end = input_at(lm, case.without_context, layer), input_at(lm, case.full, layer)
-        total = torch.zeros_like(start)
-        for k in points:
-            leaf = torch.lerp(start, end, k / cfg.steps).requires_grad_()
-            (grad,) = torch.autograd.grad(probability(lm, case, layer, leaf), leaf)
-            total += grad * (k / cfg.steps if cfg.weighting == "endpoint" else 1)
-        out.append((end - start) / cfg.steps * total)
-    return torch.stack(out)
+        start, end = input_at(lm, case.without_context, layer), input_at(lm, case.with_context, layer)
+        at = torch.arange(steps + 1)[:, None] / steps
+        leaf = torch.lerp(start, end, at).requires_grad_()  # [m + 1, f]
+        (grads,) = torch.autograd.grad(probabilities(lm, case, layer, leaf).sum(), leaf)
+        for cfg in cfgs:
+            counted = slice(1, None) if cfg.grid == "right" else slice(steps)
+            total = (grads * (at if cfg.weighting == "endpoint" else 1))[counted].sum(0)
+            out.append((end - start) / steps * total)
+            rounded = eps * (start.abs() + end.abs()).max()
+            noise.append(rounded / steps * total.abs().max())
+    shape = (lm.layout.n_layers, len(cfgs))
+    return torch.stack(out).unflatten(0, shape).transpose(0, 1), torch.stack(noise).reshape(shape).T
 
 
-@pytest.mark.parametrize(("weighting", "grid"), WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_wavefront_equals_one_forward_and_backward_per_layer_and_step(
-    family: str, weighting: str, grid: str
-) -> None:
-    lm, cfg = tiny_lm(family), replace(CFG, weighting=weighting, grid=grid)
-    fast = credits(lm, cfg)
-    for case, got in zip(cases(lm, RECORDS), fast, strict=True):
-        want = slow(lm, case, cfg)
-        for layer in range(lm.layout.n_layers):  # each layer on its own scale
-            assert (got[layer] - want[layer]).abs().max() <= 1e-5 * want[layer].abs().max()
-        top, reference = (set(x.flatten().topk(20).indices.tolist()) for x in (got, want))
-        assert len(top & reference) >= 19  # rounding may swap two of equal score at the border
+def test_the_wavefront_equals_a_forward_and_backward_for_every_layer(family: str) -> None:
+    lm, cfgs = tiny_lm(family), [replace(CFG, weighting=weighting, grid=grid) for weighting, grid in WAYS]
+    wanted = [slow(lm, case, cfgs) for case in cases(lm, RECORDS)]
+    for i, cfg in enumerate(cfgs):
+        for got, (want, noise) in zip(credits(lm, cfg), wanted, strict=True):
+            for layer in range(lm.layout.n_layers):  # each layer on its own scale
+                bound = 1e-5 * want[i, layer].abs().max() + noise[i, layer]
+                assert (got[layer] - want[i, layer]).abs().max() <= bound, (cfg, layer)
+            top, reference = (set(x.flatten().topk(20).indices.tolist()) for x in (got, want[i]))
+            assert len(top & reference) >= 19  # rounding may swap two of equal score at the border
 
 
 @pytest.mark.real
@@ -94,7 +113,7 @@ def test_the_wavefront_equals_it_on_gemma_too() -> None:
     lm, cfg = real_gemma(), Config(steps=2)
     records = [ContextRecord("In 2024 the Eiffel Tower was moved to Rome.", "Where is the Eiffel Tower?", "Rome")]
     (got,), (case,) = credits(lm, cfg, records), cases(lm, records)
-    want = slow(lm, case, cfg)
+    (want,), _ = slow(lm, case, [cfg])
     errors = [float((a - b).abs().max()) for a, b in zip(got, want, strict=True)]
     assert max(errors) <= 1e-5 * float(want.abs().max()), errors
     assert all(e <= 1e-4 * float(b.abs().max()) for e, b in zip(errors, want, strict=True)), errors
@@ -136,7 +155,7 @@ def test_path_credits_of_a_layer_add_up_to_the_change_of_p(lm: LM) -> None:
     for i, case in enumerate(cases(lm, RECORDS)):
         left, right = (credits(lm, cfg, RECORDS[i : i + 1])[0] for cfg in fine)
         for layer in range(lm.layout.n_layers):
-            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.without_context)]
+            ends = probabilities(lm, case, layer, both_inputs(lm, case, layer))
             trapezoid = float((left[layer] + right[layer]).sum()) / 2
             assert trapezoid == pytest.approx(float(ends[0] - ends[1]), abs=1e-6)
 
@@ -148,7 +167,7 @@ def test_the_gap_is_what_the_steps_leave_over_and_closes_with_them(lm: LM) -> No
     ):
         left_over = []
         for layer in range(lm.layout.n_layers):
-            ends = [probability(lm, case, layer, input_at(lm, ids, layer)) for ids in (case.full, case.without_context)]
+            ends = probabilities(lm, case, layer, both_inputs(lm, case, layer))
             left_over.append(abs(float(ends[0] - ends[1] - scores[layer].sum())))
         assert few.gap == pytest.approx(max(left_over), rel=1e-2, abs=1e-7)
         assert many.gap < few.gap / 4
@@ -210,8 +229,8 @@ def test_a_stopped_run_goes_on_where_it_was(lm: LM, tmp_path: Path, monkeypatch:
     again = ig.run(lm, RECORDS, CFG, out=path, progress=lambda *told: seen.append(told))
     assert seen == [(2, 3, "crediting neurons"), (3, 3, "crediting neurons")]
     assert again == whole == ig.Scores.load(path)
-    whole.save(tmp_path / "saved.jsonl")
-    assert (tmp_path / "saved.jsonl").read_text() == path.read_text()
+    whole.save(tmp_path)
+    assert (tmp_path / "integrated_gradients.jsonl").read_text() == path.read_text()
 
 
 def test_scores_of_another_run_are_not_gone_on_with(lm: LM, tmp_path: Path) -> None:
@@ -242,9 +261,9 @@ def test_it_runs_in_bf16(lm: LM, cfg: Config) -> None:
 
 def test_its_table_has_a_line_a_record_and_the_saved_file_all_of_it(lm: LM, tmp_path: Path) -> None:
     scores = ig.run(lm, RECORDS, CFG)
-    columns, rows = ig.table(scores)
+    columns, rows = scores.table()
     assert [len(row) for row in rows] == [len(columns)] * len(RECORDS)
-    ig.save(scores, tmp_path)
+    scores.save(tmp_path)
     assert ig.Scores.load(tmp_path / "integrated_gradients.jsonl") == scores
     with pytest.raises(BadInput, match="no file"):
         ig.Scores.load(tmp_path / "elsewhere.jsonl")
@@ -254,7 +273,7 @@ def test_a_blank_that_is_a_token_of_its_own_belongs_to_both_prompts() -> None:
     lm = tiny_lm("llama")  # its tokenizer splits " Rome" into a blank and letters, as others do with numbers
     (case,) = cases(lm, [ContextRecord("c", "q", "Rome", prompt="The Tower is in", without_context="It is in")])
     decode = lm.tokenizer.decode
-    assert decode(case.full).endswith("The Tower is in ")
+    assert decode(case.with_context).endswith("The Tower is in ")
     assert decode(case.without_context).endswith("It is in ")
     assert decode([case.label]) == "R"
 

@@ -63,12 +63,12 @@ def create(
     if editor is not None:
         chosen = load_editor(editor)
     else:
-        from ..registry import get
+        from .. import registry
 
-        module = get("methods", method)
-        if not hasattr(module, "editor_for"):
+        editor_for = registry.method(method).editor_for
+        if editor_for is None:
             raise BadInput(f"{method} keeps no facts in a memory. Use --method recipe or rag.")
-        chosen = module.editor_for(open_model(str(model), "bfloat16", device, download))
+        chosen = editor_for(open_model(str(model), "bfloat16", device, download))
     Memory.create(store, chosen)
     say(f"{store}: an empty memory for {chosen.base.name}")
 

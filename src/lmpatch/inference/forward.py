@@ -7,7 +7,7 @@ The head works in chunks, so ``[tokens, vocab]`` never exists.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -33,12 +33,18 @@ def frozen(lm: LM) -> Iterator[None]:
     """No weight asks for a gradient inside; the flags are as before outside."""
     trainable = [p for p in lm.model.parameters() if p.requires_grad]
     try:
-        for p in trainable:
-            p.requires_grad_(False)
-        yield
+        try:
+            _require_grad(trainable, False)
+            yield
+        finally:
+            _require_grad(trainable, True)
     finally:
-        for p in trainable:
-            p.requires_grad_(True)
+        _require_grad(trainable, True)  # an interrupt may have stopped the first
+
+
+def _require_grad(parameters: Iterable[nn.Parameter], flag: bool) -> None:
+    for p in parameters:
+        p.requires_grad_(flag)
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,15 @@ def current_pass() -> Pass | None:
 @contextmanager
 def during(now: Pass | None) -> Iterator[None]:
     """Hooks see this pass inside the block."""
-    token = _pass.set(now)
+    before = _pass.get()
     try:
-        yield
+        try:
+            _pass.set(now)
+            yield
+        finally:
+            _pass.set(before)
     finally:
-        _pass.reset(token)
+        _pass.set(before)  # an interrupt may have stopped the first
 
 
 def first(output: Any) -> Tensor:
@@ -156,12 +166,12 @@ def logits(lm: LM, hidden: Tensor) -> Tensor:
     Args:
         hidden: [..., d] states after the last block.
     Returns:
-        [..., V] logits, fp32.
+        [..., V] logits, fp32; fp64 where the model is.
     """
     out = hidden
     for name in lm.layout.tail:
         out = lm.module(name)(out)
-    out = out.float()
+    out = out if out.dtype == torch.float64 else out.float()
     cap = lm.layout.softcap
     return cap * torch.tanh(out / cap) if cap else out
 

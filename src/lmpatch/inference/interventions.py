@@ -70,6 +70,9 @@ class Intervention:
     rules: tuple[Rule, ...] = ()
     """Applied one after the other: each takes the scores of the one before as the stream with context."""
 
+    def __init__(self, hooks: Sequence[Hook] = ()) -> None:
+        self.hooks = tuple(hooks)
+
     def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
         """What to put before each prompt; None leaves it alone. The answer is never part of ``prompts``."""
         return [None] * len(prompts)

@@ -13,6 +13,7 @@ and, where it has them::
     def estimate(lm, count, cfg) -> int                           # bytes a fit takes on top of the model
     def train(lm, data, cfg, *, out, progress) -> Editor          # what it learns once; cfg is a ``Training``
     TrainingData                                                  # dataclass: records and whatever else ``train`` reads
+    def editor_for(lm) -> Editor                                  # for a method that keeps facts in a ``Memory``
     def example(lm) -> (records, Config)                          # runs in milliseconds on a tiny model
     needs_records = False                                         # records may be left out
 

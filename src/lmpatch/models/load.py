@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..errors import BadInput, MissingExtra
+from ..errors import BadInput, MissingExtra, UnknownName
 from ..progress import Progress
 from . import hub, packaged
-from .cache import converted, quiet, sha256_file
 from .calls import probe_ids
 from .discover import discover, verify
+from .gguf import converted, quiet, sha256_file
 from .layout import Layout
 from .lm import LM
 
@@ -32,8 +32,8 @@ def load(
     """Load a causal language model and its tokenizer.
 
     Args:
-        source: ``"gemma-3-270m"`` (the packaged model), a Hugging Face folder, a ``.gguf`` file (converted to fp32
-            once and kept in the user cache), or a hub id.
+        source: a packaged model (``packaged.models()``: ``"gemma-3-270m"``, ``"smollm2-135m-instruct"``), a Hugging
+            Face folder, a ``.gguf`` file (converted to fp32 once and kept in the user's cache), or a hub id.
         dtype: ``"float32"``, ``"bfloat16"``, ..., a ``torch.dtype``, or ``"auto"`` for what the weights are stored in.
         device: where the model goes; unused with ``device_map`` or ``quantization_config``, which place it themselves.
         device_map: passed to transformers, e.g. ``"auto"`` (needs accelerate).
@@ -103,12 +103,13 @@ def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | No
 
 def licence(source: str | Path) -> str:
     """The terms a packaged model comes under, to be shown to its user; empty for every other source."""
-    return packaged.LICENCE if str(source) == packaged.NAME else ""
+    known = packaged.MODELS.get(str(source))
+    return known.licence if known else ""
 
 
 def _find(source: str | Path, download: bool, code: bool, progress: Progress | None) -> Path:
-    if source == packaged.NAME:
-        return packaged.folder(progress)
+    if source in packaged.MODELS:
+        return packaged.folder(str(source), progress)
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -118,7 +119,20 @@ def _find(source: str | Path, download: bool, code: bool, progress: Progress | N
         return converted(path.stem, sha256_file(path), lambda _: path.absolute(), progress)
     if not hub.is_id(str(source)) or path.suffix.lower() == ".gguf":
         raise BadInput(f"there is no file or folder {path}.")
-    return hub.local_folder(str(source)) or hub.fetch(str(source), download=download, code=code, progress=progress)
+    return hub.local_folder(str(source)) or _fetched(str(source), download, code, progress)
+
+
+def _fetched(name: str, download: bool, code: bool, progress: Progress | None) -> Path:
+    """The model from the hub; a name that is nearly a packaged model's is taken for a slip first."""
+    meant = packaged.near(name)
+    if meant and "/" not in name and not download:
+        raise UnknownName(f"there is no model {name!r} here. Did you mean {meant}, which comes as a package?")
+    try:
+        return hub.fetch(name, download=download, code=code, progress=progress)
+    except BadInput as error:
+        if meant is None:
+            raise
+        raise BadInput(f"{error} Or did you mean {meant}, which comes as a package?") from error
 
 
 def _name(source: str | Path) -> str:

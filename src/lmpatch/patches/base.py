@@ -60,8 +60,8 @@ class Base:
 def original(model: nn.Module, name: str) -> Tensor:
     """The weight as stored, without what patches wrote into it."""
     ledger = getattr(model, "_lmpatch_ledger", None)  # see patches.ledger
-    kept: Mapping[str, Tensor] = ledger.originals if ledger else {}
-    return kept[name] if name in kept else model.get_parameter(name).detach()
+    originals: Mapping[str, Tensor] = ledger.originals if ledger else {}
+    return originals[name] if name in originals else model.get_parameter(name).detach()
 
 
 def is_plain(parameter: Tensor) -> bool:

@@ -140,7 +140,7 @@ def load_encoder(source: str = "all-MiniLM-L6-v2", *, download: bool = False) ->
     """
     from transformers import AutoModel, AutoTokenizer
 
-    from ..models.cache import quiet
+    from ..models.gguf import quiet
 
     folder = _packaged(source) if source in PACKAGED else Path(source)
     where = str(folder) if folder.is_dir() else source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -67,9 +67,12 @@ class DecodePatch(RunPatch):
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> DecodePatch:
         try:
             listed = [dict(one) for one in parts["rules"]]
-            rules = tuple(RULES[one.pop("rule")](**one) for one in listed)
+            kinds = [RULES[one.pop("rule")] for one in listed]
+            rules = tuple(kind(**one) for kind, one in zip(kinds, listed, strict=True))
         except (BadInput, KeyError, TypeError, ValueError) as error:
             raise BadPatch(f"it is no decode patch ({error}).") from None
+        if any(set(one) != {f.name for f in fields(kind)} for kind, one in zip(kinds, listed, strict=True)):
+            raise BadPatch(f"a rule lacks one of its numbers: {listed}.")
         if tensors or not rules or set(parts) != {"rules"}:
             raise BadPatch(f"a decode patch holds rules and no tensors, found {sorted(parts)} and {sorted(tensors)}.")
         return cls(**common, rules=rules)

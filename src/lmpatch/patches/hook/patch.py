@@ -146,7 +146,8 @@ class HookPatch(Patch):
             raise WrongModel(f"a {self.method} patch does not fit {lm.name}: {error}") from None
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
-        return Handle([Adding(lm, self.vectors)])
+        hooks = [_hook(lm.module(site.module), site, vector) for site, vector in self.vectors.items()]
+        return Handle([Intervention(hooks)])
 
     def merged(self, others: Sequence[HookPatch]) -> HookPatch:
         patches = (self, *others)
@@ -162,13 +163,6 @@ class HookPatch(Patch):
 
 SteerPatch = HookPatch
 """The name of the first release."""
-
-
-class Adding(Intervention):
-    """A hook patch at work."""
-
-    def __init__(self, lm: LM, vectors: Mapping[Site, Tensor]) -> None:
-        self.hooks = tuple(_hook(lm.module(site.module), site, vector) for site, vector in vectors.items())
 
 
 def _hook(module: nn.Module, site: Site, vector: Tensor) -> Hook:

@@ -48,8 +48,7 @@ class Baked:
         """Make the weight the original with exactly these changes."""
         self.changes = changes
         value = self._rebuilt([d for _, d in changes]) if changes else self.original
-        with torch.no_grad():
-            self.target.parameter.copy_(value)
+        self.target.parameter.detach().copy_(value)  # a Ctrl-C at the end of a no_grad block would leave it on
         self._checksum = checksum(self.target.parameter)
 
     def check(self) -> None:
@@ -96,15 +95,15 @@ def refuse(target: Target) -> None:
     """Raise ``CannotMount`` unless changes can be written into the weight."""
     parameter = target.parameter
     if parameter.is_meta or _offloaded(target.module):
-        found = "it is offloaded, and what is written would be lost"
+        reason = "it is offloaded, and what is written would be lost"
     elif not is_plain(parameter):
-        found = f"it is stored as {type(parameter if type(parameter.data) is Tensor else parameter.data).__name__}"
+        reason = f"it is stored as {type(parameter if type(parameter.data) is Tensor else parameter.data).__name__}"
     elif parameter.dtype not in FLOATS:
-        found = f"it is stored as {parameter.dtype}"
+        reason = f"it is stored as {parameter.dtype}"
     else:
         return
     raise CannotMount(
-        f"cannot bake into {target.name}: {found}. Pass mount='side' to add the change to the layer's output instead."
+        f"cannot bake into {target.name}: {reason}. Pass mount='side' to add the change to the layer's output instead."
     )
 
 

@@ -65,7 +65,8 @@ class WeightHandle(Handle):
             entry.check()
 
     def originals(self) -> Mapping[str, Tensor]:
-        return {name: e.original for e in self._mine() if isinstance(e, Baked) for name in e.target.names}
+        baked = (entry for entry in self.book["bake"].values() if isinstance(entry, Baked))
+        return {name: entry.original for entry in baked for name in entry.target.names}
 
     def _mine(self) -> list[Baked | Side]:
         entries = (self._entries.get(target.name) for target in self.changes)
@@ -77,8 +78,8 @@ class WeightHandle(Handle):
     def _refuse_mixed(self, target: Target, delta: Delta) -> None:
         """A hook that scales the input of a weight would also scale what was baked into it."""
         entry = self.book["side" if self.mount == "bake" else "bake"].get(target.name)
-        there = [d for _, d in entry.changes] if entry else []
-        scale, addition = (there, [delta]) if self.mount == "bake" else ([delta], there)
+        others = [d for _, d in entry.changes] if entry else []
+        scale, addition = (others, [delta]) if self.mount == "bake" else ([delta], others)
         if any(isinstance(d, Scale) for d in scale) and any(isinstance(d, Addition) for d in addition):
             raise CannotMount(
                 f"cannot mount {self.mount!r} on {target.name}: a scale on the side would also scale what is baked in. "

@@ -96,16 +96,16 @@ def prepare(deltas: Sequence[Delta], device: torch.device, dtype: torch.dtype) -
 def refuse(target: Target, delta: Delta) -> None:
     """Raise ``CannotMount`` unless hooks on the module do what the changed weight would."""
     if len(target.names) > 1:
-        found = f"{' and '.join(target.names)} are one weight, and a hook would change one of its uses only"
+        reason = f"{' and '.join(target.names)} are one weight, and a hook would change one of its uses only"
     elif target.vector and _scalable(target) and isinstance(delta, Scale):
         return
     elif target.vector and _scalable(target):
-        found = f"{target.name} is a vector, which hooks can scale but not add to"
+        reason = f"{target.name} is a vector, which hooks can scale but not add to"
     elif not isinstance(target.module, (nn.Linear, Conv1D)) or target.attribute != "weight":
-        found = f"{target.name} belongs to a {type(target.module).__name__}, and hooks are for linear layers"
+        reason = f"{target.name} belongs to a {type(target.module).__name__}, and hooks are for linear layers"
     else:
         return
-    raise CannotMount(f"cannot mount on the side: {found}. Pass mount='bake' to write the weight instead.")
+    raise CannotMount(f"cannot mount on the side: {reason}. Pass mount='bake' to write the weight instead.")
 
 
 def _scalable(target: Target) -> bool:

@@ -71,17 +71,17 @@ def find_targets(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
         LookupError: a name is unknown, two are one weight, or a shape differs. Callers say what that means to them.
     """
     groups = _tied(model.named_parameters(remove_duplicate=False))
-    found: dict[str, Target] = {}
+    targets: dict[str, Target] = {}
     for name, shape in shapes.items():
         if name not in groups:
             raise LookupError(f"the model has no parameter {name}.")
         target = _target(model, name, groups[name])
         if target.shape != tuple(shape):
             raise LookupError(f"{name} is {_by(target.shape)} (out x in), the change is {_by(shape)}.")
-        if target.name in {t.name for t in found.values()}:
+        if target.name in {t.name for t in targets.values()}:
             raise LookupError(f"{' and '.join(target.names)} are one weight here, the change names it twice.")
-        found[name] = target
-    return found
+        targets[name] = target
+    return targets
 
 
 def _target(model: nn.Module, name: str, names: tuple[str, ...]) -> Target:
@@ -98,7 +98,7 @@ def _target(model: nn.Module, name: str, names: tuple[str, ...]) -> Target:
 
 @torch.no_grad()
 def _offset(module: nn.Module, attribute: str) -> float:
-    """o where a norm multiplies by o + w, told from what it returns for weights of 0 and of 1."""
+    """o where a norm multiplies by o + w, measured by what it returns for weights of 0 and of 1."""
     weight = getattr(module, attribute)
     if attribute != "weight" or not has_values(weight):
         return 0.0

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +16,10 @@ from ...inference.replay import Recording, record
 from ...inference.tokens import Row, encode
 from ...models.hooks import Hook, hooked
 from ...models.lm import LM
-from ...patches.patch import plain
 from ...progress import Progress
+from .trace import Kind, Trace, Traces
 
 Record = Edit
-Kind = Literal["state", "mlp", "attention"]
 
 
 @dataclass(frozen=True)
@@ -41,38 +38,7 @@ class Config:
     """Seed of the noise."""
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What restoring each (token, layer) brings back."""
-
-    prompt: str
-    answer: str
-    """The token the clean model predicts; its probability is what is traced."""
-    tokens: tuple[str, ...]
-    """Tokens from the subject's first on; earlier ones are out of the noise's reach."""
-    subject: int
-    """How many of ``tokens`` are the subject's."""
-    kind: Kind
-    clean: float
-    """p(answer) without noise."""
-    corrupted: float
-    """p(answer) with noise, nothing restored."""
-    scores: Tensor
-    """[tokens, layers] p(answer) with noise and that place restored, mean over samples."""
-
-    def best(self) -> tuple[int, int]:
-        """(token, layer) whose restoration brings back most."""
-        place = int(self.scores.argmax())
-        return place // self.scores.shape[1], place % self.scores.shape[1]
-
-    def plot(self, path: str | Path) -> None:
-        """Write the heat map as a PNG."""
-        from .plot import heat_map
-
-        heat_map(self, path)
-
-
-def run(lm: LM, data: Sequence[Edit], cfg: Config, *, progress: Progress | None = None) -> list[Trace]:
+def run(lm: LM, data: Sequence[Edit], cfg: Config, *, progress: Progress | None = None) -> Traces:
     """Trace each prompt for the token the model itself predicts.
 
     Noise is added to the subject's embeddings. Then, for every token from the subject on and every layer, the run
@@ -91,7 +57,7 @@ def run(lm: LM, data: Sequence[Edit], cfg: Config, *, progress: Progress | None 
         raise BadInput(f"samples is {cfg.samples} and window {cfg.window}. Both must be at least 1.")
     for edit in data:
         edit.need_subject()
-    traces = []
+    traces = Traces()
     for i, edit in enumerate(data):
         traces.append(_trace(lm, edit, cfg))
         if progress:
@@ -191,24 +157,6 @@ def _restored(
             hidden = recording.forward(hidden, layer, rows=rows, end=layer + 1)
     back = torch.tensor(order).argsort()
     return hidden[:, -1].reshape(n, m, -1)[back].reshape(n * m, -1)
-
-
-def table(traces: Sequence[Trace]) -> tuple[list[str], list[tuple[object, ...]]]:
-    """Column names, and one row a record."""
-    rows: list[tuple[object, ...]] = []
-    for trace in traces:
-        token, layer = trace.best()
-        best = float(trace.scores[token, layer])
-        rows.append((trace.prompt, trace.answer, trace.clean, trace.corrupted, best, trace.tokens[token], layer))
-    return ["prompt", "answer", "p clean", "p noisy", "p restored", "best at token", "layer"], rows
-
-
-def save(traces: Sequence[Trace], folder: Path) -> None:
-    """Write the traces as JSON lines, and one heat map a record, into a folder that is there."""
-    lines = [json.dumps(plain(trace), ensure_ascii=False) + "\n" for trace in traces]
-    (folder / "causal_trace.jsonl").write_text("".join(lines), encoding="utf-8")
-    for i, trace in enumerate(traces):
-        trace.plot(folder / f"{i:03d}.png")
 
 
 def example(lm: LM) -> tuple[list[Edit], Config]:

@@ -335,20 +335,6 @@ def kept(found: Credits, cfg: Config) -> list[Credit]:
     ]
 
 
-def table(found: Scores) -> tuple[list[str], list[tuple[object, ...]]]:
-    """Column names, and one row a record."""
-    rows: list[tuple[object, ...]] = []
-    for i, credit in enumerate(found.records):
-        best = credit.neurons[0][:2] if credit.neurons else ("", "")
-        rows.append((i, len(credit.neurons), credit.highest, *best, "" if credit.gap is None else credit.gap))
-    return ["record", "neurons", "highest score", "in layer", "at index", "gap"], rows
-
-
-def save(found: Scores, folder: Path) -> None:
-    """Write the scores into a folder that is there, as ``integrated_gradients.jsonl``."""
-    found.save(folder / "integrated_gradients.jsonl")
-
-
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:
     """Records and settings that run in milliseconds on a tiny model."""
     return examples(), Config(steps=4)
