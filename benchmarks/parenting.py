@@ -33,6 +33,7 @@ from general import ability
 
 import lmpatch as lp
 from lmpatch.benches import general, rag
+from lmpatch.benches.core.report import Report
 from lmpatch.config import parse, resolve
 from lmpatch.data.rag.reader import Build, RagRecord, build, read_questions, read_rag, write
 from lmpatch.files import replacing
@@ -301,7 +302,7 @@ def _report(bench: Bench) -> None:
         print(f"  {each.name}: {', '.join(told)}{f', {size} parameters' if size else ''}", flush=True)
 
 
-def verdict(report: rag.Report) -> dict[str, Any]:
+def verdict(report: Report) -> dict[str, Any]:
     """The paper's claims, as differences on the same items."""
     names = [run.name for run in report.runs[1:]]
     others = [name for name in names if name != "parenting" and name not in ABLATIONS[1:]]
@@ -312,7 +313,7 @@ def verdict(report: rag.Report) -> dict[str, Any]:
     return found
 
 
-def _moved(report: rag.Report, name: str, to: str) -> dict[str, Any]:
+def _moved(report: Report, name: str, to: str) -> dict[str, Any]:
     """Each number's difference, in points and in the larger of its two standard errors."""
     made: dict[str, Any] = {}
     for metric in SKILLS:

@@ -17,7 +17,6 @@ from torch import Tensor
 from lmpatch.data.rag.reader import RagRecord
 from lmpatch.errors import BadInput, Diverged
 from lmpatch.inference.closed_book import ClosedBookAnswer
-from lmpatch.inference.forward import hooked
 from lmpatch.locate.activations import activations
 from lmpatch.methods.parenting import data as _parenting_data
 from lmpatch.methods.parenting import method as parenting
@@ -36,6 +35,7 @@ from lmpatch.methods.parenting.mine import (
 )
 from lmpatch.methods.parenting.tune import Tuner, by_tokens, gradients, mixes
 from lmpatch.methods.parenting.units import TYPES, Adapter, Type, Unit, cut
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.patches.export import export
 from lmpatch.patches.ledger import apply
@@ -165,7 +165,7 @@ def test_active_tokens_equal_a_loop_without_padding(lm: LM) -> None:
     for layer, name in enumerate(activations(lm)):  # by hand: what stands behind the activation, token after token
         seen: list[Tensor] = []
         see = partial(lambda kept, m, a, out: kept.append(out), seen)
-        with torch.no_grad(), hooked(lm.module(name).register_forward_hook(see)):
+        with torch.no_grad(), hooked(Hook(lm.module(name), see)):
             for row in rows:
                 lm.model(torch.tensor([row.ids]))
         wanted[layer] = sum(float((x.reshape(-1, lm.layout.d_ff) > 0).double().mean(1).sum()) for x in seen)
@@ -246,7 +246,6 @@ def test_however_units_are_cut_the_adapter_starts_as_the_same(lm: LM, kind: Any)
 
 @pytest.mark.parametrize("kind", ["matrix", "lora_rank", "full_matrix"])
 def test_hooks_do_what_the_patch_does(lm: LM, kind: Any) -> None:
-    from lmpatch.inference.forward import hooked
     from lmpatch.inference.states import hidden
     from lmpatch.patches.ledger import apply
     from lmpatch.patches.weight.patch import WeightPatch

@@ -70,6 +70,7 @@ def snapshot(lm: LM) -> dict[str, Any]:
         "hooks": [(set(m._forward_hooks.values()), set(m._forward_pre_hooks.values())) for m in modules],
         "attributes": [sorted(vars(m)) for m in modules],
         "patches": applied(lm),
+        "gradients": torch.is_grad_enabled(),
     }
 
 

@@ -121,7 +121,7 @@ def _near(edits: Sequence[Edit]) -> list[tuple[str, str]]:
 
 def _states(edit: Edit, text: str) -> bool:
     """The new answer stands in the text, and the old one not before it."""
-    from ..benches._text import match
+    from ..data.matching import match
 
     return match(text, edit.answers, edit.old).contains
 
@@ -140,7 +140,7 @@ def _show_facts(edits: Sequence[Edit], before: Answers, after: Answers) -> None:
 
 
 def _show_near(lm: LM, edits: Sequence[Edit], before: Answers, after: Answers) -> None:
-    from ..benches._text import same
+    from ..data.matching import same
     from ..inference.states import next_kl
 
     moved = next_kl(lm, before.states, after.states).tolist()

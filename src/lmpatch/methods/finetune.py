@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput, Diverged
-from ..inference.forward import HEAD_CHUNK, frozen, hooked, nll
+from ..inference.forward import HEAD_CHUNK, frozen, nll
 from ..inference.replay import Recording, record
 from ..inference.tokens import Row, batches_of_rows, encode_all
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..patches.weight.delta import Delta, Dense, LowRank
 from ..patches.weight.patch import WeightPatch
@@ -94,17 +95,17 @@ class _Full:
         self.lowest = layout.check_layer(round(layout.n_layers * 2 / 3) if cfg.layer is None else cfg.layer)
         self.module = layout.downs[self.lowest]
         self.name, self.limit = layout.weight(self.module), cfg.limit
-        self.value = torch.zeros(layout.d_model, layout.d_ff, device=lm.device, requires_grad=True)
+        self.value = torch.zeros(layout.d_model, layout.widths[self.lowest], device=lm.device, requires_grad=True)
 
     @property
     def leaves(self) -> list[Tensor]:
         return [self.value]
 
-    def hooks(self, lm: LM) -> list[Any]:
+    def hooks(self, lm: LM) -> list[Hook]:
         def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output + F.linear(args[0], self.value.to(args[0].dtype))
 
-        return [lm.module(self.module).register_forward_hook(add)]
+        return [Hook(lm.module(self.module), add)]
 
     @torch.no_grad()
     def project(self) -> None:
@@ -138,7 +139,7 @@ class _LoRA:
     def leaves(self) -> list[Tensor]:
         return [x for pair in self.parts.values() for x in pair]
 
-    def hooks(self, lm: LM) -> list[Any]:
+    def hooks(self, lm: LM) -> list[Hook]:
         def adder(b: Tensor, a: Tensor) -> Callable[..., Tensor]:
             def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 x = args[0]
@@ -146,7 +147,7 @@ class _LoRA:
 
             return add
 
-        return [lm.module(name).register_forward_hook(adder(*pair)) for name, pair in self.parts.items()]
+        return [Hook(lm.module(name), adder(*pair)) for name, pair in self.parts.items()]
 
     def project(self) -> None:
         return None
@@ -201,7 +202,9 @@ class _Batch:
             torch.tensor(c, device=lm.device) for c in list(zip(*spots, strict=True))[:3]
         )
         self.weight = torch.tensor([s[3] for s in spots], device=lm.device)
-        self.recording: Recording = record(lm, ids, [0] * len(ids), lowest=change.lowest)
+        self.recording: Recording = record(
+            lm, ids, [0] * len(ids), ends=[row.target - 1 for row in rows], lowest=change.lowest
+        )
         self.lowest = change.lowest
 
     def loss(self, lm: LM, change: _Full | _LoRA) -> Tensor:
@@ -215,10 +218,9 @@ def estimate(lm: LM, facts: int, cfg: Config) -> int:
     """Bytes a fit takes on top of the model, rounded up: the change with Adam's two moments, recorded states of all
     facts, what autograd keeps of one batch, and logits of one head chunk."""
     layout = lm.layout
-    blocks = layout.n_layers if cfg.rank else 1
-    change = blocks * (14 * cfg.rank * layout.d_ff if cfg.rank else layout.d_model * layout.d_ff)
+    change = 14 * cfg.rank * sum(layout.widths) if cfg.rank else layout.d_model * max(layout.widths)
     states = facts * TOKENS * layout.n_layers * 3 * layout.d_model
-    batch = min(cfg.batch, facts) * TOKENS * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)
+    batch = min(cfg.batch, facts) * TOKENS * (12 * layout.n_layers * layout.d_model + 4 * sum(layout.widths))
     return 4 * (5 * change + states + batch + 3 * HEAD_CHUNK * layout.vocab)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput
-from ..inference.forward import blocks, first, frozen, hooked, positions
+from ..inference.forward import blocks, first, frozen, positions
 from ..inference.tokens import batches_of_rows, encode_all, pad, pad_id
 from ..locate import covariance as _moments
 from ..locate import value_search as _value
@@ -24,6 +24,7 @@ from ..locate.covariance import second_moments
 from ..locate.prefixes import prefixes
 from ..locate.solve import factor, null_space, projected, woodbury
 from ..locate.value_search import Values, search
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..patches.ledger import applied, apply
 from ..patches.weight.delta import Delta, LowRank
@@ -113,7 +114,7 @@ def fit(
     check_contradictions(edits)
     start = time.perf_counter()
     layers = _layers(lm, cfg)
-    tokens = cfg.moment_tokens or 10 * lm.layout.d_ff
+    tokens = cfg.moment_tokens or 10 * max(lm.layout.widths[layer] for layer in layers)
     moments = second_moments(lm, layers, text=text, tokens=tokens, progress=progress)
     prepared = time.perf_counter()  # the statistics serve every later edit and are counted apart
     joint = (cfg.spread or ("joint" if lm.layout.post_norm else "residual")) == "joint"
@@ -208,7 +209,7 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
     rows = encode_all(
         lm, prompts, None, [e.subject for e in edits for _ in heads], [len(h) for _ in edits for h in heads]
     )
-    f, d = lm.layout.d_ff, lm.layout.d_model
+    f, d = lm.layout.widths[layer], lm.layout.d_model
     keys, outputs, states = (torch.zeros(len(rows), n, device=lm.device) for n in (f, d, d))
     for pick in batches_of_rows([len(row.ids) for row in rows], 64):
         ids, mask = pad([rows[i].ids[: (rows[i].subject_last or 0) + 1] for i in pick], pad_id(lm), side="left")
@@ -219,7 +220,7 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
             keys[pick] = args[0].reshape(n, -1, f)[:, -1].float()
             outputs[pick] = first(output).reshape(n, -1, d)[:, -1].float()
 
-        with hooked(lm.module(lm.layout.downs[layer]).register_forward_hook(see)):
+        with hooked(Hook(lm.module(lm.layout.downs[layer]), see)):
             states[pick] = blocks(lm, ids, mask, position_ids=positions(mask), last=last)[:, -1].float()
     grouped = keys.reshape(len(edits), len(heads), f)
     mixed = grouped[:, 0] if len(heads) == 1 else (grouped[:, 0] + grouped[:, 1:].mean(1)) / 2

@@ -105,7 +105,7 @@ def pairs(
     notes: dict[str, object] = {"layer": layer, "covariance": cfg.covariance}
     start, moments = time.perf_counter(), None
     if cfg.covariance:
-        tokens = cfg.moment_tokens or 10 * layout.d_ff
+        tokens = cfg.moment_tokens or 10 * layout.widths[layer]
         moments = second_moments(lm, [layer], text=text, tokens=tokens, progress=progress)
         notes |= {"moments": moments.source, "moment_tokens": moments.tokens, "moment_agreement": moments.agreement}
     prepared = time.perf_counter()
@@ -126,7 +126,7 @@ def pairs(
 
 def memory(lm: LM, facts: int, cfg: Config) -> int:
     """Bytes a fit takes on top of the model."""
-    values = value_search.memory(lm, facts, cfg) + 12 * facts * (lm.layout.d_model + lm.layout.d_ff)
+    values = value_search.memory(lm, facts, cfg) + 12 * facts * (lm.layout.d_model + max(lm.layout.widths))
     return values + (covariance.memory(lm, 1) if cfg.covariance else 0)
 
 

@@ -16,7 +16,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ..record import cache_dir, hash_json, replacing, versions
+from ..files import cache_dir, replacing
+from ..provenance import hash_json, versions
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = (64, 128, 256, 512)

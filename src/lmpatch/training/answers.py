@@ -24,7 +24,8 @@ def answer_states(
     """
     own = world.part(range(len(rows)))
     ids, mask = (t.to(lm.device) for t in pad([rows[i].ids for i in own or [0]], pad_id(lm), side="right"))
-    states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors)  # [n, T, d]
+    ends = torch.tensor([rows[i].target - 1 for i in own or [0]], device=lm.device)
+    states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors, prompt_end=ends)  # [n, T, d]
     where = [(n, t - 1) for n, i in enumerate(own) for t in range(rows[i].target, len(rows[i].ids))]
     r, c = torch.tensor(where, dtype=torch.int64, device=lm.device).reshape(-1, 2).T
     return states[r, c], ids[r, c + 1], [own[n] for n, _ in where]

@@ -13,9 +13,10 @@ from ...data.rag.reader import RagRecord, holds, known, refused
 from ...distributed import SINGLE, World
 from ...errors import BadInput
 from ...inference.closed_book import closed_book_answers
-from ...inference.forward import hooked, nll
+from ...inference.forward import nll
 from ...inference.interventions import need_window
 from ...inference.tokens import Row, encode_all
+from ...models.hooks import Hook, hooked
 from ...models.lm import LM
 from ...progress import Progress
 from ...training.answers import answer_states
@@ -153,7 +154,7 @@ def draws(rows: Rows, count: int, step: int, seed: str, share: float = 0.0) -> l
     return [rows.train[i] for i in picked]
 
 
-def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Any]], world: World = SINGLE) -> Tensor:
+def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Hook]], world: World = SINGLE) -> Tensor:
     """Mean cross-entropy over the answer tokens of the rows, nats; the head runs at those positions only.
 
     Args:

@@ -299,7 +299,7 @@ def estimate(lm: LM, count: int, cfg: Config) -> int:
     units = cut(lm, cfg.units, cfg.rank, cfg.modules)
     parameters = sum(unit.size for unit in units) * (3 if cfg.mode == "merge" else 1)
     rows = max(cfg.mine_rows, cfg.rows_adherence, cfg.rows_robustness, cfg.rows_extraction)
-    batch = rows * TOKENS * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)
+    batch = rows * TOKENS * (12 * layout.n_layers * layout.d_model + 4 * sum(layout.widths))
     return 4 * (8 * parameters + batch + 3 * HEAD_CHUNK * layout.vocab)
 
 

@@ -153,7 +153,7 @@ def active_tokens(lm: LM, rows: Sequence[Row]) -> tuple[Tensor, int]:
         counts[layer] += ((values > 0) & real[..., None]).sum()
 
     watch(lm, rows, see)
-    return counts.cpu().double() / lm.layout.d_ff, sum(len(row.ids) for row in rows)
+    return counts.cpu().double() / torch.tensor(lm.layout.widths), sum(len(row.ids) for row in rows)
 
 
 def layer_weights(counts: Tensor, tokens: int, cue: Cue) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...models.hooks import Hook
 from ...models.lm import LM
 from ...patches.weight.delta import Delta, Dense, LowRank
 
@@ -142,7 +143,7 @@ class Adapter:
             return add
 
         found = self.factors(lm.dtype)
-        return [lm.module(name).register_forward_hook(adder(own)) for name, own in found.items()]
+        return [Hook(lm.module(name), adder(own)) for name, own in found.items()]
 
     def deltas(self, lm: LM) -> dict[str, Delta]:
         """The change by parameter name; matrices that are exactly zero are left out."""

@@ -107,7 +107,7 @@ def _training_bytes(lm: LM, net: Network, texts: int) -> int:
     layout = lm.layout
     features = 2 * net.inputs * texts
     learned = 16 * sum(p.numel() for p in net.parameters() if p.requires_grad)
-    batch = BATCH_TOKENS * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)
+    batch = BATCH_TOKENS * (12 * layout.n_layers * layout.d_model + 4 * sum(layout.widths))
     return features + learned + 4 * (batch + 3 * HEAD_CHUNK * layout.vocab)
 
 

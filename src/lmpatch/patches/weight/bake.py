@@ -48,8 +48,7 @@ class Baked:
         """Make the weight the original with exactly these changes."""
         self.changes = changes
         value = self._rebuilt([d for _, d in changes]) if changes else self.original
-        with torch.no_grad():
-            self.target.parameter.copy_(value)
+        self.target.parameter.detach().copy_(value)  # a Ctrl-C at the end of a no_grad block would leave it on
         self._checksum = checksum(self.target.parameter)
 
     def check(self) -> None:
