@@ -16,7 +16,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ..record import cache_dir, hash_json, replacing, versions
+from ..files import cache_dir, replacing
+from ..provenance import hash_json, versions
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = (64, 128, 256, 512)
@@ -107,6 +108,14 @@ def processor() -> str:
         first.setdefault(key.strip(), value.strip())
     named = [first[key] for key in ("model name", "flags", "Features") if first.get(key)]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *(named or [platform.machine(), platform.processor()])])
+
+
+def processor_name() -> str:
+    """The model's name as people know it, or the architecture where the system does not say."""
+    listed = Path("/proc/cpuinfo")
+    text = listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else ""
+    named = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def rate(
