@@ -20,8 +20,9 @@ import torch
 
 import lmpatch as lp
 from lmpatch.data.context import ContextRecord
-from lmpatch.inference.forward import frozen, hooked
+from lmpatch.inference.forward import frozen
 from lmpatch.inference.tokens import encode
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.probes.integrated_gradients.probe import Case, Config, attributions, cases
 from lmpatch.provenance import hardware, now, versions
@@ -62,7 +63,7 @@ def plain_layer(lm: LM, case: Case, layer: int, steps: int) -> torch.Tensor:
     """One layer's endpoint credits [f] as published."""
     module = lm.module(lm.layout.downs[layer])
     seen: list[torch.Tensor] = []
-    with torch.no_grad(), hooked(module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))):
+    with torch.no_grad(), hooked(Hook(module, lambda _, args: seen.append(args[0]), before=True)):
         for prompt in (case.without_context, case.with_context):
             lm.model(torch.tensor([prompt]))
     start, end = (x.reshape(-1, x.shape[-1])[-1] for x in seen)
@@ -75,7 +76,7 @@ def plain_layer(lm: LM, case: Case, layer: int, steps: int) -> torch.Tensor:
             whole = args[0].reshape(-1, args[0].shape[-1])
             return (torch.cat([whole[:-1], leaf[None]]).reshape(args[0].shape),)
 
-        with hooked(module.register_forward_pre_hook(put)):
+        with hooked(Hook(module, put, before=True)):
             p = lm.model(ids).logits[0, -1].float().softmax(-1)[case.label]
         total += torch.autograd.grad(p, leaf)[0] * (k / steps)
     return (end - start) / steps * total

@@ -16,7 +16,7 @@ from pathlib import Path
 from recipe_train import data
 
 import lmpatch as lp
-from lmpatch.data.readers import read_edits
+from lmpatch.data.edits import read_edits
 
 RESULTS = Path(__file__).parent / "results"
 

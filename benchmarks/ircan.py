@@ -40,7 +40,7 @@ from tables.rows import RESULTS, WORK
 
 import lmpatch as lp
 from lmpatch.benches import general, kre, memotrap
-from lmpatch.benches._context_prompts import worded
+from lmpatch.benches.context.prompts import worded
 from lmpatch.data.context import ContextRecord, read_context
 from lmpatch.locate.neurons import drawn, ranked, scaling
 from lmpatch.methods import iti, param_mute, scone
@@ -236,7 +236,7 @@ class Study:
         return [make(*self.best(method, [(0, value) for value in values], make))]
 
     @cached_property
-    def heads(self) -> iti.Found:
+    def heads(self) -> iti.HeadProbes:
         """What every head tells about dev's answers."""
         path = self.folder / f"heads-{hash_json(self.kept.kept['identity'])[:12]}.safetensors"
         if not path.exists():
@@ -250,14 +250,14 @@ class Study:
         have = load_file(path)
         kinds: tuple[iti.Direction, ...] = ("probe", "mass_mean")
         directions, spreads = ({kind: have[f"{kind} {what}"] for kind in kinds} for what in ("direction", "spread"))
-        return iti.Found(have["accuracy"], have["loss"], directions, spreads)
+        return iti.HeadProbes(have["accuracy"], have["loss"], directions, spreads)
 
     def of_iti(self, direction: iti.Direction, seed: int | None = None) -> list[Patch]:
         """Heads and strength chosen on dev; with a seed as many random heads instead."""
 
         def make(k: int, push: float, seed: int | None = None) -> Patch:
             cfg = iti.Config(heads=k, strength=push, direction=direction, control_seed=seed)
-            return iti.fit(self.lm, self.dev, cfg, found=self.heads)
+            return iti.fit(self.lm, self.dev, cfg, probes=self.heads)
 
         settings = [(k, push) for k in HEADS if k <= self.heads.accuracy.numel() for push in PUSH]
         return [make(*self.best(f"iti {direction}", settings, make), seed)]
@@ -290,7 +290,7 @@ class Study:
             report = self.bench.run(
                 self.tested, self.dev, cfg, patch=patches, run_id=name, out=self.folder / "dev", progress=told
             )
-            return float(report.metrics(name)["acc"].value)
+            return float(report.metrics()[name]["acc"].value)
 
         self.kept.once(f"{name} asked {self.tested.dtype}", ask)
 
@@ -336,7 +336,7 @@ def measure(test: list[ContextRecord], study: Study, args: argparse.Namespace, f
         if any(run.name == name and len(run.parts) == run.record["planned"] for run in report.runs):
             continue
         report = ask(config(baselines=(), **settings), patch=patches, run_id=name)
-        numbers = {key: round(metric.value, 4) for key, metric in report.run(name).numbers.items()}
+        numbers = {key: round(metric.value, 4) for key, metric in report.run(name).metrics().items()}
         print(f"{name}: {numbers} in {perf_counter() - start:.0f} s", flush=True)
         if number % 5 == 0:
             write(report, study, args, folder)
@@ -353,7 +353,7 @@ def other_tasks(study: Study, args: argparse.Namespace, folder: Path) -> None:
 
 def mean_of(report: Any, prefix: str) -> dict[str, float]:
     """Mean and standard deviation over the seeds of a control."""
-    found = [report.metrics(run.name)["acc"].value for run in report.runs if run.name.startswith(f"{prefix} ")]
+    found = [run.metrics()["acc"].value for run in report.runs if run.name.startswith(f"{prefix} ")]
     middle = sum(found) / len(found)
     spread = (sum((x - middle) ** 2 for x in found) / max(1, len(found) - 1)) ** 0.5
     return {"acc": middle, "sd_over_seeds": spread, "seeds": len(found)}
@@ -362,7 +362,7 @@ def mean_of(report: Any, prefix: str) -> dict[str, float]:
 def write(report: Any, study: Study, args: argparse.Namespace, folder: Path) -> None:
     """results.json, the plots, and the page with both."""
     numbers = {
-        run.name: {name: vars(metric) for name, metric in report.metrics(run.name).items()}
+        run.name: {name: vars(metric) for name, metric in run.metrics().items()}
         | {"differences": {name: vars(metric) for name, metric in report.differences(run.name).items()}}
         for run in report.runs
     }
@@ -412,7 +412,7 @@ def listed(report: Any, study: Study, controls: dict[str, dict[str, float]]) -> 
     for run in report.runs:
         if any(run.name.startswith(f"{prefix} ") for prefix in controls):
             continue
-        own, moved = report.metrics(run.name), report.differences(run.name)
+        own, moved = run.metrics(), report.differences(run.name)
         cells = [shown(own.get("acc")), shown(moved.get("acc")) if run.name != "none" else ""]
         cells += [shown(own.get(name)) for name in ("sr", "robustness", "bcu")]
         chosen = study.chosen.get(run.name, ())[run.name in RULES :]
@@ -481,7 +481,7 @@ def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folde
         axes.legend()
 
     bars = [("unpatched", "none"), ("IRCAN", "ircan"), ("ErCAN", "ErCAN")]
-    found = [(label, report.metrics(name)["acc"]) for label, name in bars if any(r.name == name for r in report.runs)]
+    found = [(label, report.metrics()[name]["acc"]) for label, name in bars if any(r.name == name for r in report.runs)]
     drawn_bars = [(label, metric.value, metric.stderr or 0.0) for label, metric in found]
     for name, c in controls.items():
         drawn_bars.append((name.replace(" ", "\n") + f",\n{c['seeds']} seeds", c["acc"], c["sd_over_seeds"]))
@@ -493,7 +493,7 @@ def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folde
 
     axes = figure("pareto", 7.0)
     for run in report.runs:
-        numbers, wording = report.metrics(run.name), run.record["baseline"] and run.name != "none"
+        numbers, wording = run.metrics(), run.record["baseline"] and run.name != "none"
         if "robustness" in numbers:
             point = numbers["acc"].value, numbers["robustness"].value
             axes.plot(*point, "o", color="lightgrey" if wording else "tab:blue", zorder=1 if wording else 2)

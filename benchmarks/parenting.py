@@ -33,6 +33,7 @@ from general import ability
 
 import lmpatch as lp
 from lmpatch.benches import general, rag
+from lmpatch.benches.core.report import Report
 from lmpatch.config import parse, resolve
 from lmpatch.data.rag.reader import Build, RagRecord, build, read_questions, read_rag, write
 from lmpatch.files import replacing
@@ -40,6 +41,7 @@ from lmpatch.inference.closed_book import closed_book_answers
 from lmpatch.methods.decoding import CAD, METHODS
 from lmpatch.methods.ircan import method as ircan
 from lmpatch.methods.parenting import method as parenting
+from lmpatch.methods.parenting.config import Config
 from lmpatch.probes.integrated_gradients import probe as integrated_gradients
 from lmpatch.provenance import hardware, now, versions
 
@@ -180,7 +182,7 @@ class Bench:
         for file in self.out.glob("work/*/mined-*.safetensors"):  # the same for all: what differs comes after
             if not (work / file.name).exists():
                 copy(file, work / file.name)
-        cfg = resolve(parenting.Config, {"validate_every": 40} | parse(parenting.Config, self.args.set) | settings)
+        cfg = resolve(Config, {"validate_every": 40} | parse(Config, self.args.set) | settings)
         return parenting.fit(self.lm, self.train, cfg, out=work, progress=_told)
 
 
@@ -301,7 +303,7 @@ def _report(bench: Bench) -> None:
         print(f"  {each.name}: {', '.join(told)}{f', {size} parameters' if size else ''}", flush=True)
 
 
-def verdict(report: rag.Report) -> dict[str, Any]:
+def verdict(report: Report) -> dict[str, Any]:
     """The paper's claims, as differences on the same items."""
     names = [run.name for run in report.runs[1:]]
     others = [name for name in names if name != "parenting" and name not in ABLATIONS[1:]]
@@ -312,7 +314,7 @@ def verdict(report: rag.Report) -> dict[str, Any]:
     return found
 
 
-def _moved(report: rag.Report, name: str, to: str) -> dict[str, Any]:
+def _moved(report: Report, name: str, to: str) -> dict[str, Any]:
     """Each number's difference, in points and in the larger of its two standard errors."""
     made: dict[str, Any] = {}
     for metric in SKILLS:

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 import lmpatch as lp
 from lmpatch.data.edits import read_edits
 from lmpatch.data.lines import read_text
-from lmpatch.inference.forward import hooked
 from lmpatch.inference.generate import generate
 from lmpatch.inference.tokens import Row, encode
 from lmpatch.locate.covariance import _accumulate, _text_rows
 from lmpatch.locate.prefixes import prefixes
 from lmpatch.locate.value_search import search
 from lmpatch.methods import rome
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.provenance import hardware, now, versions
 
@@ -56,7 +56,7 @@ def plain_search(lm: LM, edit: lp.Edit, cfg: rome.Config) -> torch.Tensor:
             change = torch.zeros_like(out).index_put((torch.arange(len(rows)), at), delta.expand(len(rows), -1))
             return out + change
 
-        with hooked(module.register_forward_hook(hook)):
+        with hooked(Hook(module, hook)):
             out: torch.Tensor = lm.model(input_ids=ids, attention_mask=mask).logits.float()
         return out
 
@@ -119,7 +119,7 @@ def timed_moments(lm: LM, text: list[str], tokens: int) -> dict[str, object]:
             keys = args[0][:, 1:].reshape(-1, lm.layout.d_ff)  # the start token stays out
             total.addmm_(keys.T, keys)
 
-        with torch.no_grad(), hooked(lm.module(lm.layout.downs[layer]).register_forward_pre_hook(add)):
+        with torch.no_grad(), hooked(Hook(lm.module(lm.layout.downs[layer]), add, before=True)):
             for i in range(0, used, 8):
                 lm.model(rows[i : min(i + 8, used)])
         worst = max(worst, float((total / count - fast[layer]).norm() / fast[layer].norm()))

@@ -94,23 +94,3 @@ def test_a_run_that_would_not_fit_is_refused_before_it_starts(scratch: Scratch, 
 def test_a_run_that_fits_goes_ahead(scratch: Scratch, model: LM) -> None:
     scratch.estimate = lambda lm, count, cfg: count  # type: ignore[attr-defined]
     assert api.fit(model, "scratch", [EDIT])
-
-
-@pytest.mark.parametrize("stacks", [False, True])
-def test_several_patches_are_put_on_in_order_or_merged(
-    stacks: bool, model: LM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Bench(ModuleType):
-        Config = Config
-
-        def run(self, lm: LM, data: Any, cfg: Config, *, patch: Any, **_: Any) -> Any:
-            return patch
-
-    module = Bench("scratch")
-    module.stacks = stacks  # type: ignore[attr-defined]
-    monkeypatch.setattr(api, "get", lambda kind, name: module)
-    one, two = (api.fit(model, "power", [], tau=tau) for tau in (1.5, 2.0))
-    found = api.bench(model, "scratch", [], patch=[one, two])
-    assert found == [one, two] if stacks else found.rules == (*one.rules, *two.rules)
-    alone = api.bench(model, "scratch", [], patch=[one])
-    assert alone == [one] if stacks else alone.rules == one.rules

@@ -33,7 +33,9 @@ from dataclasses import dataclass, field
 import torch
 
 from lmpatch.errors import BadPatch, WrongModel
-from lmpatch.patches.handle import Handle, Hook
+from lmpatch.inference.interventions import Intervention
+from lmpatch.models.hooks import Hook
+from lmpatch.patches.handle import Handle
 from lmpatch.patches.merge import merged_fields
 from lmpatch.patches.patch import Law, Patch
 
@@ -68,7 +70,7 @@ class GainPatch(Patch):
         def times(gain):
             return lambda module, args, output: output * gain
 
-        return Handle(hooks=[Hook(lm.module(name), times(gain)) for name, gain in self.gains.items()])
+        return Handle([Intervention([Hook(lm.module(name), times(gain)) for name, gain in self.gains.items()])])
 
     def merged(self, others):
         gains = {}
@@ -269,6 +271,6 @@ def test_no_file_of_lmpatch_lists_the_kinds() -> None:
     root = Path(lp.__file__).parent
     names = {cls.__name__ for cls in file.kinds()}
     shared = [*(root / "patches").glob("*.py"), root / "doctor.py", *(root / "benches").rglob("*.py")]
-    assert names == {"WeightPatch", "SteerPatch", "DecodePatch", "MemoryPatch"}
+    assert names == {"WeightPatch", "HookPatch", "DecodePatch", "MemoryPatch"}
     naming = {f.name: sorted(n for n in names if n in f.read_text().partition('"""\n\nfrom')[2]) for f in shared}
     assert {name: found for name, found in naming.items() if found} == {}

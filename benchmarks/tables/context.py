@@ -69,23 +69,25 @@ def _lines(task: str, kept: tuple[str, ...] = ()) -> list[list[str]]:
 def _table(task: str, head: tuple[str, str, str]) -> str:
     folder = f"ircan-{task}"
     n, dev = share(folder, "none", "acc"), summary(f"{folder}/chosen.json")["dev_records"]
-    whole = ("method", f"chosen on {dev} dev records", head[0], "minus unpatched, points", head[1], head[2], "BCU")
+    whole = ("method", f"chosen on {dev} dev records", head[0], "ACC minus unpatched, points", head[1], head[2], "BCU")
     return table(whole, _lines(task)) + f"\n\nn = {n.n if n else 0} records each, bf16."
 
 
 def memotrap_table() -> str:
-    return _table("memotrap", ("as told (ACC)", "the proverb (SR)", "kept under another's instruction"))
+    return _table(
+        "memotrap", ("follows the instruction (ACC)", "the proverb (SR)", "ignores an irrelevant instruction")
+    )
 
 
 def cose_table() -> str:
-    return _table("cose", ("the passage's letter (ACC)", "the right letter (SR)", "kept with another's passage"))
+    return _table("cose", ("the passage's letter (ACC)", "the right letter (SR)", "ignores an irrelevant passage"))
 
 
 def context_table() -> str:
     """The first page's rows of MemoTrap."""
     kept = ("none", "none, instr+opin", "ircan", "cad", "ircan + cad", "param_mute")
     lines = [[line[0], line[2], line[5], line[6]] for line in _lines("memotrap", kept)]
-    head = ("MemoTrap", "follows the instruction", "ignores an instruction of another phrase", "mean of both (BCU)")
+    head = ("MemoTrap", "follows the instruction", "ignores an irrelevant instruction", "mean of both (BCU)")
     n = share("ircan-memotrap", "none", "acc")
     return table(head, lines) + f"\n\nn = {n.n if n else 0} records each, bf16."
 
@@ -115,7 +117,7 @@ def cose_controls() -> str:
 
 
 def cose_letters() -> str:
-    """Which letters the model says, whatever is asked."""
+    """Which letters the model answers, whatever the question is."""
     asked = (
         ("the question alone", "none", "bare"), ("with its passage", "none", "context"),
         ("with its passage, wording `instr`", "none, instr", "context"),
@@ -141,5 +143,7 @@ def context_costs() -> str:
     ]
     for name, ratio in rules["ratio"].items():
         label = "`ircan`, 8 columns scaled" if name == "ircan" else f"`{name}`"
-        lines.append([f"{label}: an answer of {rules['new_tokens']} tokens", f"{ratio:.2f} × plain, two rows"])
-    return table(("what", "time"), lines)
+        lines.append(
+            [f"{label}: an answer of {rules['new_tokens']} tokens", f"{ratio:.2f} × a plain generation of two rows"]
+        )
+    return table(("what", "time, or ratio"), lines)

@@ -7,8 +7,8 @@ from .rows import of, runs, summary
 from .stats import Mean, mean, number, percent, size, table
 
 HEAD = (
-    "method", "facts in the model", "n", "states the new fact (efficacy)", "in other words (paraphrase)",
-    "says it twice or more", "distinct-2", "KL, same relation", "KL, unrelated", "bytes a fact",
+    "method", "facts in the model", "n", "efficacy", "paraphrase",
+    "says it twice or more", "distinct-2", "KL, same relation", "KL, unrelated", "bytes per fact",
 )  # fmt: skip
 CELLS = ("stated", "reworded", "twice", "distinct", "KL near", "KL far")
 Line = tuple[str, str, str]
@@ -168,15 +168,16 @@ def facts_stream() -> str:
     shares = [
         ("right after its own commit", mean([float(v) for v in before.values()])),
         ("the same facts at the end", mean([float(after[case]) for case in before])),
-        ("minus what it was", mean([float(after[c]) - before[c] for c in before])),
-        ("at the end, with the facts that were not written any more", mean([float(v) for v in after.values()])),
+        ("the difference", mean([float(after[c]) - before[c] for c in before])),
+        ("at the end, with the facts that were never written", mean([float(v) for v in after.values()])),
     ]
     lines = [[label, f"{100 * m.value:.1f} ± {100 * m.half:.1f}", str(m.n)] for label, m in shares]
     worse = health["perplexity_max"] / health["base_perplexity"]
     told = (
-        f"`memit`, {record['n_edits']:,} facts in commits of {record['commit_size']}, of which a sample is followed. "
+        f"`memit`, {record['n_edits']:,} facts in commits of {record['commit_size']}; a sample of the facts is asked "
+        f"again later. "
         f"After {record['collapsed_at'][0]} facts the perplexity is {worse:.1f} times the unpatched model's and the "
         f"run stops. Of the {len(right)} facts that were right just after their commit {lost} are lost, "
         f"{100 * lost / len(right):.0f} %."
     )
-    return told + "\n\n" + table(("states the new fact", "% or points", "n"), lines)
+    return told + "\n\n" + table(("efficacy", "% or points", "n"), lines)

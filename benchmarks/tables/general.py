@@ -62,21 +62,21 @@ def general_table() -> str:
         lines.append([label, _perplexity("general", run), *tasks])
     n = moved("general", "recipe", "csqa", "cloze-v1").n
     head = ("1,000 facts written by", "perplexity of plain text", *(f"{title}, points" for title, *_ in TASKS))
-    return table(head, lines) + f"\n\nn = {n} records a task, 64 windows of text; bf16."
+    return table(head, lines) + f"\n\nn = {n} records per task, 64 windows of text; bf16."
 
 
 def elsewhere(folder: str, run: str) -> str:
     """One patch, both protocols."""
     lines = [["perplexity of plain text", "", _perplexity(folder, "none"), _perplexity(folder, run), ""]]
-    both = [(title, "options' own texts" if task != "squad" else "1/perplexity of the answer", task, protocol)
+    both = [(title, "option texts" if task != "squad" else "1/perplexity of the answer", task, protocol)
             for title, task, protocol in TASKS]  # fmt: skip
-    both += [(title, "letters", task, "recipe-general-v1") for title, task in LETTERS]
+    both += [(title, "option letters", task, "recipe-general-v1") for title, task in LETTERS]
     for title, form, task, protocol in both:
         before, after = (100 * level(folder, name, task, protocol).value for name in ("none", run))
         lines.append([title, form, f"{before:.1f}", f"{after:.1f}", points(moved(folder, run, task, protocol))])
     n = moved(folder, run, "csqa", "cloze-v1").n
     head = ("task", "scored by", "unpatched, %", f"with `{run}`, %", "difference, points")
-    return table(head, lines) + f"\n\nn = {n} records a task, 64 windows of text."
+    return table(head, lines) + f"\n\nn = {n} records per task, 64 windows of text."
 
 
 def memotrap_elsewhere() -> str:

@@ -41,7 +41,7 @@ def memory_quality() -> str:
     for label, folder, run in QUALITY:
         cells = _shares(folder, run, names)
         lines.append([label, *cells, number(metric(folder, run, "distinct"))])
-    head = ("facts in the memory", "n", "states the fact", "in other words", "same relation unchanged")
+    head = ("facts in the memory", "n", "efficacy", "paraphrase", "same relation unchanged")
     return table((*head, "unrelated unchanged", "says it twice or more", "distinct-2"), lines)
 
 
@@ -54,12 +54,12 @@ def memory_teacher_forced() -> str:
         parts = [forced[f"{n}/{name}"] for name in ("tf_reliability", "tf_generality")]
         means = [Mean(part["value"], NORMAL * part["stderr"], part["n"]) for part in parts]
         lines.append([f"{n:,}, more cases", str(means[0].n), *(percent(m, 1) for m in means), "", ""])
-    head = ("facts in the memory", "n", "states the fact", "in other words", "same relation unchanged")
+    head = ("facts in the memory", "n", "efficacy", "paraphrase", "same relation unchanged")
     return table((*head, "unrelated unchanged"), lines)
 
 
 def memory_retrieval() -> str:
-    """Which questions find a fact."""
+    """Which questions retrieve a fact."""
     found = summary("recipe-retrieval.json")["results"]
     lines = []
     for gate, label in (("recipe", "sentinel"), ("recipe_cosine", "cosine")):
@@ -67,8 +67,14 @@ def memory_retrieval() -> str:
             row = found[f"{gate}/{n}"]
             keys = ("edit_used", "rephrase_used", "neighbour_false_fire", "unrelated_false_fire")
             lines.append([label, f"{n:,}", str(row["cases"]), *(f"{100 * row[key]:.1f} %" for key in keys)])
-    head = ("gate", "facts in the memory", "facts asked", "find theirs", "in other words")
-    return table((*head, "neighbours that find one", "unrelated that find one"), lines)
+    head = (
+        "gate",
+        "facts in the memory",
+        "facts asked",
+        "edit prompts that retrieve their fact",
+        "paraphrases that do",
+    )
+    return table((*head, "neighbours that retrieve one", "unrelated that retrieve one"), lines)
 
 
 def memory_names() -> str:
@@ -78,7 +84,7 @@ def memory_names() -> str:
         names = ("stated", "reworded", "tf stated", "tf reworded", "twice", "kept subject", "kept far")
         lines.append([label, *_shares(folder, run, (*names, "alias", "composition"))])
     head = (
-        "facts, how", "n", "states the fact", "in other words", "teacher-forced", "in other words, teacher-forced",
+        "facts, method", "n", "efficacy", "paraphrase", "efficacy, teacher-forced", "paraphrase, teacher-forced",
         "says it twice or more", "same subject unchanged", "unrelated unchanged", "alias of the subject", "composition",
     )  # fmt: skip
     return table(head, lines)
@@ -90,9 +96,9 @@ def recipe_training() -> str:
     shares = [f"{100 * seen[f'{name}_seen']:.1f} %" for name in ("template", "target", "subject")]
     return (
         f"The packaged editor was trained on {seen['training_facts']:,} facts, CounterFact's training half among them. "
-        f"Of the {seen['evaluation_facts']:,} facts of the evaluation half {shares[0]} use a template that it saw (the "
-        f"prompt without its subject), {shares[1]} a target word and {shares[2]} a subject. No evaluation prompt was "
-        "trained on."
+        f"Of the {seen['evaluation_facts']:,} facts of the evaluation half {shares[0]} use a template that was in "
+        f"its training data (the prompt without its subject), {shares[1]} such a target word and {shares[2]} such a "
+        "subject. No evaluation prompt was trained on."
     )
 
 
@@ -107,40 +113,40 @@ def memory_costs() -> str:
     extra = 1e3 * (speed["answer_s_memory"] - speed["answer_s_unpatched"])
     lines = [
         [
-            "an edit: encoder pass, key",
+            "one edit: encoder pass and key",
             f"{1e3 * speed['edit_s']:.0f} ms; in bulk {1e3 * speed['bulk_s_per_edit']:.1f} ms",
         ],
         [
-            f"the same, committed to a memory of {speed['facts']:,} facts and flushed",
+            f"the same, with its commit to a store of {speed['facts']:,} facts",
             f"{1e3 * speed['edit_on_disk_s']:.0f} ms",
         ],
         [
             f"an answer of 32 tokens with {speed['facts']:,} facts on disk",
-            f"{speed['answer_s_memory']:.2f} s; unpatched {speed['answer_s_unpatched']:.2f} s, so {extra:.0f} ms more",
+            f"{speed['answer_s_memory']:.2f} s, {extra:.0f} ms more than unpatched",
         ],
-        ["search among 10³, 10⁴, 10⁵ random keys, exactly", f"{', '.join(exact)} ms"],
+        ["exact search among 10³, 10⁴, 10⁵ random keys", f"{', '.join(exact)} ms"],
         [
-            "search among 10⁶ random keys, with the index",
+            "search with the index among 10⁶ random keys",
             f"{million['median_ms']:.0f} ms; of {million['queries']} planted facts "
             f"{million['queries'] * million['recall_at_1']:.0f} are found",
         ],
         [
-            "adding keys that are there: 10⁵ in one commit, one a commit",
+            "adding facts with known keys: 10⁵ in one commit; one per commit",
             f"{single['bulk_facts_per_s']:,.0f} and {single['single_facts_per_s']:.0f} facts a second",
         ],
         [
-            "one commit: when new, after 2,000",
+            f"one commit of one fact: the first and the last tenth of {single['single_facts']:,}",
             f"{single['first_tenth_median_ms']:.1f} and {single['last_tenth_median_ms']:.1f} ms",
         ],
         [
-            "on disk, a fact, 10⁶ facts",
+            "disk per fact, 10⁶ facts",
             f"{disk[0] / 1e3:.1f} kB, {disk[1] / 1e3:.1f} kB with the index",
         ],
         [
-            "in RAM, a fact, once searched",
+            "RAM per fact, after the first search",
             f"{ram[0] / 1e3:.1f} kB at 10⁵, {ram[1] / 1e3:.1f} kB at 10⁶ (index on disk)",
         ],
-        ["building the index of 10⁶", f"{million['compact_s']:.0f} s"],
+        ["building the index of 10⁶ facts", f"{million['compact_s']:.0f} s"],
     ]
     return table(("what", "median"), lines)
 
@@ -154,6 +160,6 @@ def memory_bytes() -> str:
         ("FT-M, commits of 100", "facts-commit", "ft_m"),
     )
     own = size(summary("recipe-speed.json")["results"]["bytes_per_edit"])
-    lines = [["`recipe`, beside an editor of 13.7 MiB", own]]
+    lines = [["`recipe`, plus an editor of 13.7 MiB", own]]
     lines += [[label, size(runs(folder)[run]["bytes_per_edit"])] for label, folder, run in rows]
-    return table(("method", "bytes a fact"), lines)
+    return table(("method", "per fact"), lines)

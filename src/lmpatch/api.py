@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from .benches.core.runner import run
 from .config import resolve
 from .data.edits import Ask, Edit
 from .data.record import Record
 from .errors import BadInput
 from .models.lm import LM
 from .patches.editor import Editor
-from .patches.merge import merge
 from .patches.patch import Mount, Patch
 from .progress import Progress
 from .registry import get, keywords, taken
@@ -164,7 +163,7 @@ def bench(
     Args:
         name: a name from ``names("benches")``.
         data: what the bench's ``load`` gives, or the path it reads: a file of facts, a folder of tasks for ``general``.
-        patch: scored on all records. Several are put on in this order, or merged first by a bench that takes one.
+        patch: scored on all records. Several are put on in this order.
         method: makes the patches of each commit, with ``method_settings``, ``text``, ``anchors`` and ``editor`` as in
             ``fit``.
         limit: at most this many records of a file.
@@ -172,7 +171,7 @@ def bench(
         out: folder for rows and records. A run that is there already goes on where it stopped.
         settings: fields of the bench's ``Config``.
     Returns:
-        the bench's own report: ``runs``, ``rows``, ``table()``, ``save_html(path)``.
+        the report: ``runs``, ``rows``, ``table()``, ``metrics()``, ``save_html(path)``, ``to_json()``, ``to_pandas()``.
     Raises:
         UnknownName: no such bench or method.
         BadInput: a setting that does not exist or has another type, or both ``patch`` and ``method``.
@@ -181,24 +180,15 @@ def bench(
     if patch is not None and method is not None:
         raise BadInput("give either a patch or a method that makes patches, not both.")
     module = get("benches", name)
-    if method is not None and "make" not in keywords(module.run):
-        raise BadInput(f"{name} makes no patches. Fit one with {method} first, and give it as patch.")
     config = resolve(module.Config, settings, name)
     path = data if isinstance(data, (str, Path)) else None
     if path is not None:
         data = module.load(path, limit=limit, **taken(name, keywords(module.load), {"unrelated": unrelated}))
-    makers: dict[str, Any] = {"patch": _stacked(module, patch)}
+    makers: dict[str, Any] = {"patch": patch}
     if method is not None:
         makers = _makers(method, dict(method_settings or {}), {"text": text, "anchors": anchors, "editor": editor})
     source = "" if path is None else Path(path).name
-    return module.run(lm, data, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
-
-
-def _stacked(module: ModuleType, patch: Patch | Sequence[Patch] | None) -> Patch | Sequence[Patch] | None:
-    """What a bench takes of several patches: all where it says ``stacks = True``, else their merge."""
-    if patch is None or isinstance(patch, Patch) or getattr(module, "stacks", False):
-        return patch
-    return merge(*patch) if patch else None
+    return run(module, lm, data, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
 
 
 def _makers(name: str, settings: dict[str, Any], material: dict[str, Any]) -> dict[str, Any]:

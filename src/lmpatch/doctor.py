@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LmpatchError
-from .inference.forward import first, hooked
+from .inference.forward import first
 from .inference.replay import record
 from .inference.states import hidden
 from .inference.tokens import encode_all
+from .models.hooks import Hook, hooked
 from .models.lm import LM
 from .patches.file import kinds
 from .patches.ledger import apply
@@ -58,13 +59,14 @@ def footprint(lm: LM) -> list[tuple[str, str]]:
     """(what, how much) of memory: the weights, what is free, one rank of a patch, and each method's own estimate."""
     layout = lm.layout
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
-    rank = (layout.d_model + layout.d_ff) * 4
+    width = max(layout.widths)
+    rank = (layout.d_model + width) * 4
     rows = [
         ("weights", format_bytes(weights)),
         (f"free on {lm.device}", format_bytes(free_bytes(lm.device))),
         ("one edit in one layer, as a patch", format_bytes(rank)),
-        ("original kept per baked layer", format_bytes(layout.d_model * layout.d_ff * lm.dtype.itemsize)),
-        ("second moments of one layer", format_bytes(layout.d_ff**2 * 4)),
+        ("original kept per baked layer", format_bytes(layout.d_model * width * lm.dtype.itemsize)),
+        ("second moments of one layer", format_bytes(width**2 * 4)),
     ]
     for name in names("methods"):
         found = method(name)
@@ -97,7 +99,7 @@ def _last_states(lm: LM) -> Tensor:
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         states.append(first(output).reshape(-1, lm.layout.d_model)[-1].float())
 
-    with hooked(lm.module(lm.layout.blocks[-1]).register_forward_hook(keep)):
+    with hooked(Hook(lm.module(lm.layout.blocks[-1]), keep)):
         for prompt in PROMPTS:
             _logits(lm, prompt)
     return torch.stack(states)
@@ -112,7 +114,7 @@ def _hooks_fire(lm: LM) -> Finding:
     def count(name: str) -> Callable[..., None]:
         return lambda *_: fired.update([name])
 
-    with hooked(*(lm.module(name).register_forward_hook(count(name)) for name in watched)):
+    with hooked(*(Hook(lm.module(name), count(name)) for name in watched)):
         _logits(lm)
     wrong = [f"{name} fired {fired[name]} times" for name in watched if fired[name] != 1]
     return Finding("every hook fires once per forward", not wrong, "; ".join(wrong) or f"{len(watched)} modules")

@@ -38,6 +38,8 @@ class Listed:
     """The first line of its docstring."""
     aim: str
     """``facts``, ``context``, ``documents``, or nothing."""
+    module: str
+    """The file or folder it is in; for another package's, the module."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,8 @@ def names(kind: str) -> list[str]:
 
 def listing(kind: str) -> list[Listed]:
     """Every name of one kind with what it does, by aim and name. Nothing is imported; outsiders are listed by name."""
-    own = _own(kind)
-    outside = [Listed(name, f"from {point.value}", "") for name, point in _outsiders(kind).items() if name not in own]
-    return sorted([*(listed for listed, _ in own.values()), *outside], key=lambda each: (each.aim, each.name))
+    outside = {name: Listed(name, f"from {p.value}", "", p.value) for name, p in _outsiders(kind).items()}
+    return sorted((outside | _own(kind)).values(), key=lambda each: (each.aim, each.name))
 
 
 def get(kind: str, name: str) -> Any:
@@ -155,8 +156,8 @@ def get(kind: str, name: str) -> Any:
     """
     own = _own(kind)
     if name in own:
-        module = importlib.import_module(f"{__package__}.{kind}.{own[name][1]}")
-        return module if own[name][1] == name else module.entry(name)
+        module = importlib.import_module(f"{__package__}.{kind}.{own[name].module}")
+        return module if own[name].module == name else module.entry(name)
     outsiders = _outsiders(kind)
     if name in outsiders:
         return outsiders[name].load()
@@ -166,17 +167,17 @@ def get(kind: str, name: str) -> Any:
     raise UnknownName(f"no {KINDS[kind]} is called {name!r}. {hint}")
 
 
-def _own(kind: str) -> dict[str, tuple[Listed, str]]:
-    """Name -> what is known of it and the module it is in."""
+def _own(kind: str) -> dict[str, Listed]:
+    """What the files of the folder hold, by name."""
     if kind not in KINDS:
         raise BadInput(f"no kind {kind!r} of module. There are: {', '.join(KINDS)}.")
-    own: dict[str, tuple[Listed, str]] = {}
+    own: dict[str, Listed] = {}
     for folder in importlib.import_module(f"{__package__}.{kind}").__path__:
         for path in sorted(Path(folder).iterdir()):
             source = path / "__init__.py" if path.is_dir() else path
             if path.name.startswith("_") or source.suffix != ".py" or not source.is_file():
                 continue
-            own |= {listed.name: (listed, path.stem) for listed in _read(source, path.stem, path.is_dir())}
+            own |= {listed.name: listed for listed in _read(source, path.stem, path.is_dir())}
     return own
 
 
@@ -197,7 +198,7 @@ def _read(source: Path, stem: str, folder: bool) -> tuple[Listed, ...]:
     }
     first = (ast.get_docstring(tree) or "").partition("\n")[0].replace("``", "")
     entries = literals.get("ENTRIES", {stem: first})
-    return tuple(Listed(name, what, literals.get("AIM", "")) for name, what in entries.items())
+    return tuple(Listed(name, what, literals.get("AIM", ""), stem) for name, what in entries.items())
 
 
 def _outsiders(kind: str) -> dict[str, EntryPoint]:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmpatch.benches._cases import Chunk, plan, sentence, with_fact
+from lmpatch.benches.facts.cases import Chunk, sentence, with_fact
+from lmpatch.benches.facts.cases import plan_chunks as plan
 from lmpatch.data.edits import Ask, Edit
 from lmpatch.errors import BadInput
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from lmpatch.benches._context_prompts import Wording, others, swapped, worded
+from lmpatch.benches.context.prompts import Wording, others, swapped, worded
 from lmpatch.data.context import ContextRecord
 
 ASKED = ContextRecord(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 from tiny import CORE, tiny_lm
 
-from lmpatch.benches import _ask, facts
-from lmpatch.benches.facts import Config, Row
+from lmpatch.benches import facts
+from lmpatch.benches.core.runner import estimate
+from lmpatch.benches.facts import Config, Row, asking, bench
 from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, ForeignWrite, NotEnoughMemory, SubjectNotFound
 from lmpatch.inference.generate import generate
@@ -126,7 +129,7 @@ def test_the_base_run_moves_nothing(tiny: LM, edits: list[Edit], quick: Config) 
     for row in none.rows:
         assert row.text == row.base_text
         assert row.kl is None or row.kl == pytest.approx(0, abs=1e-6)
-    for metric in none.metrics():
+    for metric in none.metrics().values():
         if metric.name.startswith(("loc_unchanged", "tf_locality")):
             assert metric.value == 1.0
 
@@ -159,11 +162,10 @@ def test_no_kl_is_given_where_the_head_was_changed(tiny: LM, edits: list[Edit], 
 
 
 def test_chat_asks_through_the_template(tiny: LM, edits: list[Edit], quick: Config) -> None:
-    cfg = replace(quick, chat=True)
-    with pytest.raises(BadInput, match="no chat template"):
-        facts.run(tiny, edits, cfg)
-    tiny.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}USER: {{ m.content }} BOT:{% endfor %}"
-    report = facts.run(tiny, edits, cfg)
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}USER: {{ m.content }} BOT:{% endfor %}"
+    chat = LM(tiny.model, tokenizer, tiny.layout, "chat")
+    report = facts.run(chat, edits, quick)
     rows = of(report.run("none").rows, "edit")
     assert [row.text for row in rows] == say(tiny, [f"USER: {row.prompt} BOT:" for row in rows], quick)
     assert report.run("none").record["protocol_id"] == "gen-final-v1-prefix-4tokens-chat"
@@ -172,13 +174,15 @@ def test_chat_asks_through_the_template(tiny: LM, edits: list[Edit], quick: Conf
 def test_score_gives_the_rows_of_the_model_as_it_is(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     patch = make(tiny, edits)
     wanted = facts.run(tiny, edits, quick, patch=patch).run("rank_one").rows
-    base = facts.baseline(tiny, edits, quick)
+    whole = replace(quick, n=len(edits))
+    items = bench.plan(tiny, edits, whole, fixed=True)
+    bench.warm(tiny, items, whole, None, None)
     with apply(tiny, patch):
-        found = facts.score(tiny, edits, quick, base=base)
+        found = facts.ask(tiny, items, whole)
         with pytest.raises(BadInput, match="carries patches"):
-            facts.score(tiny, edits, quick)
+            bench.warm(tiny, items, whole, None, None)
     assert [(row.prompt, row.text, row.em) for row in found] == [(row.prompt, row.text, row.em) for row in wanted]
-    assert all(row.text == row.base_text for row in facts.score(tiny, edits, quick))
+    assert all(row.text == row.base_text for row in facts.ask(tiny, items, whole))
 
 
 # When it is scored
@@ -236,7 +240,7 @@ def test_retention_follows_the_probes_through_later_commits(
     assert {age for when, age in ages if when == "retention"} <= set(range(2, 10, 2))
     assert any(when == "retention" for when, _ in ages)
     assert max(age for when, age in ages if when == "final") == 22
-    assert [bin for bin, _, _ in report.retention()] == ["0", "1-9", "10-99"]
+    assert [bin for bin, _, _ in report.record["retention"]] == ["0", "1-9", "10-99"]
     assert len({row.case_id for row in report.rows if row.probe}) == 10
 
 
@@ -397,7 +401,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_rows(
     with pytest.raises(KeyboardInterrupt):
         facts.run(tiny, edits, quick, make=until(4), run_id="fake", out=tmp_path)
     left = facts.read_report(tmp_path).run("fake")
-    assert len(left.chunks) == 4 and left.record["planned"] == 6
+    assert len(left.parts) == 4 and left.record["planned"] == 6
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"run_id": "fake", "wh')
     report = facts.run(tiny, edits, quick, make=until(99), run_id="fake", out=tmp_path)
@@ -417,7 +421,7 @@ def test_the_unpatched_model_is_asked_once(
         asked.append(len(prompts))
         return generate(lm, prompts, **settings)
 
-    monkeypatch.setattr(_ask, "generate", counted)
+    monkeypatch.setattr(asking, "generate", counted)
     facts.run(tiny, edits, quick, out=tmp_path)
     assert asked
     asked.clear()
@@ -430,12 +434,12 @@ def test_the_unpatched_model_is_asked_once(
 
 
 def test_other_weights_are_another_base(tiny: LM, edits: list[Edit], quick: Config, tmp_path: Path) -> None:
-    how = _ask.Protocol(max_new_tokens=quick.max_new_tokens)
-    questions = facts._one_chunk(edits, quick).questions
-    one = _ask.ask_base(tiny, questions, how, tmp_path)
-    other = _ask.ask_base(tiny_lm("llama", seed=1), questions, how, tmp_path)
+    how = asking.Protocol(max_new_tokens=quick.max_new_tokens)
+    questions = bench.plan(tiny, edits, replace(quick, n=len(edits)), fixed=True)[0].chunk.questions
+    one = asking.ask_base(tiny, questions, how, tmp_path)
+    other = asking.ask_base(tiny_lm("llama", seed=1), questions, how, tmp_path)
     assert one.texts != other.texts
-    again = _ask.ask_base(tiny, questions, how, tmp_path)
+    again = asking.ask_base(tiny, questions, how, tmp_path)
     assert again.texts == one.texts and again.scores == one.scores
     assert all(torch.equal(again.states[text], state) for text, state in one.states.items())
 
@@ -455,18 +459,18 @@ def test_a_folder_of_other_settings_is_refused(
 # Before it starts
 
 
-def test_an_estimate_counts_prompts_and_bytes(tiny: LM, edits: list[Edit], quick: Config) -> None:
-    small, large = facts.estimate(tiny, edits[:2], quick), facts.estimate(tiny, edits, quick)
-    assert 0 < small.prompts < large.prompts and 0 < small.bytes < large.bytes and small.seconds > 0
+def test_an_estimate_counts_items_and_bytes(tiny: LM, edits: list[Edit], quick: Config) -> None:
+    small, large = estimate(facts, tiny, edits[:2], quick), estimate(facts, tiny, edits, quick)
+    assert 0 < small.items < large.items and 0 < small.bytes < large.bytes and small.seconds > 0
 
 
 def test_a_run_that_would_not_fit_is_refused_before_it_starts(
     tiny: LM, edits: list[Edit], quick: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmpatch.resources.free_bytes", lambda device: 1000)
-    for call in (facts.estimate, facts.run):
+    for call in (partial(estimate, facts), facts.run):
         with pytest.raises(NotEnoughMemory, match="scoring needs about"):
-            call(tiny, edits, quick)  # type: ignore[operator]
+            call(tiny, edits, quick)
 
 
 def test_what_does_not_go_together_is_refused(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +15,18 @@ from typing import Any
 import pytest
 import torch
 from general_files import RECORDS, put, write
+from markupsafe import escape
 from rich.console import Console
 from tiny import tiny_lm, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 import lmpatch as lp
-from lmpatch.benches import _general_ask, general
-from lmpatch.benches._general_tasks import CLOZE, LETTERS, TASKS, TEXT, Sample
-from lmpatch.benches.general import Config, Data, Report, Row
+from lmpatch.benches import general
+from lmpatch.benches.core import runner
+from lmpatch.benches.core.report import Report
+from lmpatch.benches.general import Config, Data, Row, Sample, asking
+from lmpatch.benches.general.rows import CLOZE, LETTERS, TEXT
+from lmpatch.benches.general.tasks import TASKS
 from lmpatch.cli.app import build
 from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, NotEnoughMemory
@@ -95,7 +99,7 @@ def printed(report: Report) -> str:
 
 @pytest.mark.parametrize("task", ["csqa", "mmlu", "arc_easy", "boolq"])
 def test_letters_are_the_full_logits_of_their_tokens(lm: LM, data: Data, task: str) -> None:
-    for sample, row in zip(of(data, task, LETTERS), general.score(lm, of(data, task, LETTERS)), strict=True):
+    for sample, row in zip(of(data, task, LETTERS), general.ask(lm, of(data, task, LETTERS)), strict=True):
         table = logp(lm, sample.prompts[0])[-1]
         ids = [lm.tokenizer(mark, add_special_tokens=False)["input_ids"][0] for mark in sample.options]
         wanted = [float(table[i]) for i in ids]
@@ -105,7 +109,7 @@ def test_letters_are_the_full_logits_of_their_tokens(lm: LM, data: Data, task: s
 
 @pytest.mark.parametrize("task", ["csqa", "anli", "hellaswag", "piqa", "winogrande", "openbookqa"])
 def test_a_cloze_equals_a_plain_forward_of_each_option(lm: LM, data: Data, task: str) -> None:
-    for sample, row in zip(of(data, task, CLOZE), general.score(lm, of(data, task, CLOZE)), strict=True):
+    for sample, row in zip(of(data, task, CLOZE), general.ask(lm, of(data, task, CLOZE)), strict=True):
         each = [slowly(lm, p, o) for p, o in zip(sample.prompts, sample.options, strict=True)]
         wanted = [sum(values) / len(values) for values in each]
         assert row.scores == pytest.approx(wanted, abs=1e-4)
@@ -116,31 +120,32 @@ def test_squad_is_the_mean_of_one_over_the_perplexity_of_the_gold_answer(tiny: L
     report = general.run(tiny, data, Config(tasks=("squad",)))
     each = [slowly(tiny, s.prompts[0], s.options[0]) for s in of(data, "squad", LETTERS)]
     wanted = [math.exp(sum(values) / len(values)) for values in each]
-    found = report.comparison("none", "squad", LETTERS)
-    assert found and found.n == 3 and found.base.value == pytest.approx(sum(wanted) / 3, rel=1e-4)
+    found = report.run("none").metric("answer/squad")
+    assert found and found.n == 3 and found.value == pytest.approx(sum(wanted) / 3, rel=1e-4)
 
 
 def test_perplexity_counts_the_tokens_of_the_windows_behind_their_first_word(tiny: LM, data: Data) -> None:
     report = general.run(tiny, data, Config(tasks=("perplexity",)))
     each = [slowly(tiny, s.prompts[0], s.options[0]) for s in of(data, "perplexity", TEXT)]
-    found = report.comparison("none", "perplexity", TEXT)
-    assert found and found.tokens == sum(map(len, each))
-    assert found.base.value == pytest.approx(-sum(map(sum, each)) / found.tokens, rel=1e-4)
+    found = report.run("none").metric("nats/perplexity")
+    assert found and found.weight == sum(map(len, each))
+    assert found.value == pytest.approx(-sum(map(sum, each)) / found.weight, rel=1e-4)
 
 
 def test_the_numbers_of_three_records_by_hand(tiny: LM, data: Data, patch: WeightPatch) -> None:
     report = general.run(tiny, data, Config(tasks=("mmlu",)), patch=patch)
     for protocol in (LETTERS, CLOZE):
         samples = of(data, "mmlu", protocol)
-        before = [row.value for row in general.score(tiny, samples)]
+        before = [row.value for row in general.ask(tiny, samples)]
         with apply(tiny, patch):
-            after = [row.value for row in general.score(tiny, samples)]
+            after = [row.value for row in general.ask(tiny, samples)]
         moved = [b - a for a, b in zip(before, after, strict=True) if a is not None and b is not None]
         middle = sum(moved) / 3
-        found = report.comparison("rank_one", "mmlu", protocol)
-        assert found and found.difference and found.n == 3 and found.chance == 0.25
-        assert found.difference.value == pytest.approx(middle)
-        assert found.difference.stderr == pytest.approx(math.sqrt(sum((m - middle) ** 2 for m in moved) / 2 / 3))
+        name = "letters/mmlu" if protocol == LETTERS else "cloze/mmlu"
+        found = report.difference("rank_one", name)
+        assert found and found.n == 3 and report.run("none").chances[name] == 0.25
+        assert found.value == pytest.approx(middle)
+        assert found.stderr == pytest.approx(math.sqrt(sum((m - middle) ** 2 for m in moved) / 2 / 3))
 
 
 def test_a_mark_that_merges_with_the_bracket_is_tokenised_alone(tiny: LM) -> None:
@@ -153,12 +158,12 @@ def test_a_mark_that_merges_with_the_bracket_is_tokenised_alone(tiny: LM) -> Non
             return {"input_ids": [[7, 8] for _ in texts], "offset_mapping": [[(0, 8), (8, 10)] for _ in texts]}
 
     sample = Sample(LETTERS, "letters", ("x\nAnswer: (",), ("A", "B"))
-    assert _general_ask._marks(replace(tiny, tokenizer=Merging()), sample) == (ord("A"), ord("B"))
+    assert asking._marks(replace(tiny, tokenizer=Merging()), sample) == (ord("A"), ord("B"))
 
 
 def test_options_that_cannot_be_told_apart_are_not_asked(tiny: LM) -> None:
     sample = Sample(LETTERS, "letters", ("Answer: (",), ("A", "Ab"), task="csqa", id="1")
-    (row,) = general.score(tiny, [sample])
+    (row,) = general.ask(tiny, [sample])
     assert row.value is None and row.flag == "the options begin with the same token"
 
 
@@ -166,10 +171,10 @@ def test_a_model_that_gives_no_number_is_wrong_and_not_left_out(tiny: LM, data: 
     name = tiny.layout.weight(tiny.layout.head)
     loud = Dense(3e38 * torch.sign(tiny.parameter(name).detach()))  # sums overflow, and inf - inf is no number
     report = general.run(tiny, data, Config(), patch=WeightPatch.make(tiny, {name: loud}, method="loud", edits=()))
-    found = report.comparisons("loud")
-    assert len(found) == len(report.comparisons("none")) and {c.n for c in found} == {3, 9}
-    for c in found:
-        assert c.patched and c.patched.value == (math.inf if c.protocol == TEXT else 0.0)
+    found = report.run("loud").metrics()
+    assert found.keys() == report.run("none").metrics().keys() and {c.n for c in found.values()} == {3, 9}
+    for name, number in found.items():
+        assert number.value == (math.inf if name == "nats/perplexity" else 0.0)
 
 
 # What changes nothing
@@ -179,16 +184,16 @@ def test_a_patch_that_changes_nothing_makes_a_difference_of_exactly_nothing(tiny
     name = tiny.layout.weight(tiny.layout.downs[0])
     nothing = WeightPatch.make(tiny, {name: Dense(torch.zeros_like(tiny.parameter(name)))}, method="zero", edits=())
     report = general.run(tiny, data, Config(), patch=nothing)
-    assert {c.task for c in report.comparisons("zero")} == set(TASKS)
-    for found in report.comparisons("zero"):
-        assert found.difference and found.difference.value == 0.0 == found.difference.stderr and found.within
+    assert {name.partition("/")[2] for name in report.differences("zero")} == set(TASKS)
+    for moved in report.differences("zero").values():
+        assert moved.value == 0.0 == moved.stderr and moved.within
     assert plainly(report.run("zero").rows) == plainly(report.run("none").rows)
 
 
 def test_who_shares_a_batch_changes_nothing(tiny: LM, data: Data) -> None:
-    whole = general.score(tiny, data.samples)
+    whole = general.ask(tiny, data.samples)
     for cfg, samples in ((Config(batch_size=1), data.samples), (Config(batch_size=5), data.samples[::-1])):
-        again = {(row.task, row.protocol, row.id): row for row in general.score(tiny, samples, cfg)}
+        again = {(row.task, row.protocol, row.id): row for row in general.ask(tiny, samples, cfg)}
         for row in whole:
             other = again[row.task, row.protocol, row.id]
             assert other.scores == pytest.approx(row.scores, abs=1e-4) and other.flag == row.flag
@@ -221,9 +226,9 @@ def test_a_patch_that_acts_on_prompts_acts_here(tiny: LM, data: Data) -> None:
 
     samples = [*of(data, "csqa", LETTERS), *of(data, "csqa", CLOZE)]
     prefixed = [replace(s, prompts=tuple(f"The tower is in Paris. {p}" for p in s.prompts)) for s in samples]
-    wanted = general.score(tiny, prefixed)
+    wanted = general.ask(tiny, prefixed)
     tiny.model._lmpatch_ledger = SimpleNamespace(interventions=(Always(),), applied=())
-    assert general.score(tiny, samples) == wanted
+    assert general.ask(tiny, samples) == wanted
 
 
 # What is not asked
@@ -233,9 +238,9 @@ def test_a_record_longer_than_the_window_is_counted_and_not_cut(data: Data, tmp_
     long = RECORDS["squad/squad_v2_dev.jsonl.gz"][0] | {"context": "The tower is in Rome. " * 100}
     put(tmp_path / "data/squad/squad_v2_dev_more.jsonl", json.dumps(long))
     report = general.run(tiny_lm("llama"), general.load(tmp_path / "data"), Config(tasks=("squad", "perplexity")))
-    found = report.comparison("none", "squad", LETTERS)
+    found = report.run("none").metric("answer/squad")
     assert found and (found.n, found.dropped) == (3, 1)
-    assert report.comparison("none", "perplexity", TEXT) is None  # 256 words are more than 512 of these tokens
+    assert report.run("none").metric("nats/perplexity") is None  # 256 words are more than 512 of these tokens
     flags = [row.flag for row in report.rows if row.flag]
     assert flags == ["longer than the model's window of 512 tokens"] * 4
     assert "1 not asked" in printed(report) and "longer than the model's window of 512 tokens" in printed(report)
@@ -251,7 +256,7 @@ def test_a_missing_file_is_in_the_report(tiny: LM, tmp_path: Path) -> None:
 
 def test_n_takes_so_many_of_each_task_and_windows_of_the_text(tiny: LM, data: Data) -> None:
     report = general.run(tiny, data, Config(n=2, windows=1, tasks=("csqa", "piqa", "perplexity")))
-    counts = {(c.task, c.protocol): c.n + c.dropped for c in report.comparisons("none")}
+    counts = Counter((row.task, row.protocol) for row in report.run("none").rows)
     assert counts == {(task, protocol): 2 for protocol in (LETTERS, CLOZE) for task in ("csqa", "piqa")} | {
         ("perplexity", TEXT): 1
     }
@@ -299,10 +304,10 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_report(
     tiny: LM, data: Data, patch: WeightPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg, out = Config(tasks=("csqa", "anli", "squad")), tmp_path / "out"
-    monkeypatch.setattr(general, "BLOCK", 2)
+    monkeypatch.setattr(runner, "BLOCK", 2)
     whole = general.run(tiny, data, cfg, patch=patch)
     asked: list[int] = []
-    ask = _general_ask.ask
+    ask = asking.ask
 
     def until(limit: int) -> Any:
         def counted(lm: LM, samples: Sequence[Sample], batch_size: int) -> list[Row]:
@@ -315,19 +320,19 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_report(
 
     total = 2 * len(whole.run("none").parts)
     for limit in (2, total - 2):
-        monkeypatch.setattr(_general_ask, "ask", until(limit))
+        monkeypatch.setattr(asking, "ask", until(limit))
         with pytest.raises(KeyboardInterrupt):
             general.run(tiny, data, cfg, patch=patch, out=out)
         assert not applied(tiny)
         with (out / "rows.jsonl").open("a") as file:
             file.write('{"run_id": "none", "chu')
-    assert "is not finished" in printed(general.read_report(out))
-    monkeypatch.setattr(_general_ask, "ask", until(99))
+    assert "not finished" in printed(general.read_report(out))
+    monkeypatch.setattr(asking, "ask", until(99))
     report = general.run(tiny, data, cfg, patch=patch, out=out)
     assert len(asked) == total
-    assert report.rows == whole.rows and report.comparisons("rank_one") == whole.comparisons("rank_one")
-    assert general.read_report(out).comparisons("rank_one") == whole.comparisons("rank_one")
-    monkeypatch.setattr(_general_ask, "ask", until(total))  # all there: nothing is asked again
+    assert report.rows == whole.rows and report.differences("rank_one") == whole.differences("rank_one")
+    assert general.read_report(out).differences("rank_one") == whole.differences("rank_one")
+    monkeypatch.setattr(asking, "ask", until(total))  # all there: nothing is asked again
     general.run(tiny, data, cfg, patch=patch, out=out)
 
 
@@ -340,7 +345,7 @@ def test_another_patch_joins_the_folder_and_the_base_is_not_asked_again(
     report = general.run(tiny, data, cfg, patch=make(tiny, edits[:2]), run_id="two", out=tmp_path)
     assert [each.name for each in report.runs] == ["none", "rank_one", "two"]
     assert report.run("none").rows == before
-    assert "csqa: two" in printed(report)
+    assert "two" in printed(report)
     with pytest.raises(BadInput, match="'two' with other settings"):
         general.run(tiny, data, cfg, patch=make(tiny, edits[:3]), run_id="two", out=tmp_path)
 
@@ -364,7 +369,7 @@ def test_protocols_stand_in_tables_of_their_own(tiny: LM, data: Data, patch: Wei
     text = printed(general.run(tiny, data, Config(), patch=patch))
     places = [text.index(protocol) for protocol in (LETTERS, CLOZE, TEXT)]
     assert places == sorted(places) and len(set(places)) == 3
-    for word in ("guessing", "unpatched", "patched", "difference", "s.e.", "within one s.e.", "records", "tokens"):
+    for word in ("guessing", "none", "rank_one", "difference", "standard error", "records", "tokens"):
         assert word in text
     for task in TASKS:
         assert task in text
@@ -379,8 +384,8 @@ def test_every_row_has_its_protocol_and_the_record_says_how_it_was_made(
     assert record["patch_hash"] == patch.hash() and record["mount"] == "bake" and record["method"] == "rank_one"
     assert record["base_weights_hash"] == tiny.fingerprint() and record["settings"]["n"] == 2
     assert {"dtype", "versions", "hardware", "started", "tokenizer_hash", "files", "seconds"} <= set(record)
-    wanted = [(c.task, c.protocol, c.within) for c in report.comparisons("rank_one")]
-    assert [(m["task"], m["protocol"], m["within"]) for m in record["metrics"]] == wanted
+    moved = report.differences("rank_one")
+    assert {m["name"]: m["difference"]["value"] for m in record["metrics"]} == {n: m.value for n, m in moved.items()}
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert len(lines) == len(report.rows) and all(json.loads(line)["source"] for line in lines)
 
@@ -391,17 +396,17 @@ def test_the_page_draws_both_models_with_errors_and_needs_nothing(
     nasty = "<script>alert('&')</script>"
     report = general.run(tiny, data, Config(), patch=patch, run_id=nasty, data_name=nasty)
     text = report.save_html(tmp_path / "report.html").read_text()
-    assert "<script" not in text and html.escape(nasty) in text
+    assert "<script" not in text and str(escape(nasty)) in text
     assert "http" not in text and "url(" not in text
-    assert text.count("<svg") == 2  # perplexity is no share
-    drawn = sum(len([c for c in report.comparisons("none") if c.protocol == p]) for p in (LETTERS, CLOZE))
-    assert text.count("<rect") == 2 * drawn
-    assert 'class="error"' in text and 'class="mark"' in text and "within one standard error" in text
+    assert text.count("<figure") == 2  # perplexity is no share
+    drawn = [name for name in report.run("none").metrics() if not name.startswith("nats")]
+    assert text.count('class="bar"') == 2 * len(drawn)
+    assert 'class="error"' in text and 'class="chance"' in text and "within a standard error" in text
 
 
 def test_the_unpatched_model_alone_makes_a_report_too(tiny: LM, data: Data, tmp_path: Path) -> None:
     report = general.run(tiny, data, Config(tasks=("csqa", "perplexity")))
-    assert "within one s.e." not in printed(report) and "unpatched" in printed(report)
+    assert "Nothing is patched" in printed(report) and "cloze/csqa" in printed(report)
     assert report.save_html(tmp_path / "r.html").is_file()
     with pytest.raises(BadInput, match="There are: none"):
         report.run("rome")
@@ -433,6 +438,6 @@ def test_the_command_line_takes_the_folder_and_goes_on(tiny: LM, patch: WeightPa
     for _ in range(2):
         done = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(build(), words, catch_exceptions=False)
         assert done.exit_code == 0, done.output
-        assert "within one s.e." in done.stdout and "no file anli_r1_dev*.json*" in done.stdout
+        assert "against the unpatched model" in done.stdout and "no file anli_r1_dev*.json*" in done.stdout
     assert (out / "report.html").is_file()
     assert len((out / "rows.jsonl").read_text().splitlines()) == 2 * (3 + 3 + 3)

@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_lm
 
 from lmpatch.benches import facts
-from lmpatch.benches._health import TEXT, latency, peak_memory, perplexity, seconds, working_memory
+from lmpatch.benches.core.health import TEXT, latency, peak_memory, perplexity, seconds, working_memory
 from lmpatch.benches.facts import Config
 from lmpatch.data.edits import Edit
 from lmpatch.models.lm import LM

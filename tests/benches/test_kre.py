@@ -11,9 +11,10 @@ import torch
 from tiny import tiny_lm
 
 import lmpatch as lp
-from lmpatch.benches import _context_ask, kre
-from lmpatch.benches._context_ask import WHOLE, Letters, Said, choose
-from lmpatch.benches._context_prompts import worded
+from lmpatch.benches import kre
+from lmpatch.benches.context import answers
+from lmpatch.benches.context.answers import WHOLE, Letters, Reply, choose
+from lmpatch.benches.context.prompts import worded
 from lmpatch.benches.kre import Config
 from lmpatch.data.context import ContextRecord
 from lmpatch.data.edits import Edit
@@ -77,8 +78,8 @@ def without_context(lm: LM) -> list[int]:
 def test_the_token_of_a_letter_is_the_likelier_of_two(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tokenizer that knew " A", letters would have a token behind a blank too."""
     behind = (7, 30, 31)
-    monkeypatch.setattr(_context_ask, "option_tokens", lambda lm, prompt, _: (encode(lm, prompt), behind))
-    kinds: dict[Letters, list[Said]] = {k: choose(lm, RECORDS, batch_size=4, letters=k) for k in get_args(Letters)}
+    monkeypatch.setattr(answers, "option_tokens", lambda lm, prompt, _: (encode(lm, prompt), behind))
+    kinds: dict[Letters, list[Reply]] = {k: choose(lm, RECORDS, batch_size=4, letters=k) for k in get_args(Letters)}
     mass = [[torch.tensor(said.scores).logsumexp(0) for said in kinds[k]] for k in ("blank", "bare")]
     for i, record in enumerate(RECORDS):
         z = next_token(lm, record.prompt)
@@ -98,7 +99,7 @@ def test_what_is_counted_is_what_was_chosen(edits: list[Edit], make: Maker) -> N
     rows = [row for row in report.run("rank_one").rows if row.when == "context"]
     assert [row.said for row in rows] == wanted
     share = sum(said == r.answer for said, r in zip(wanted, RECORDS, strict=True)) / len(RECORDS)
-    assert report.metrics("rank_one")["acc"].value == pytest.approx(share)
+    assert report.metrics()["rank_one"]["acc"].value == pytest.approx(share)
     closed = [row for row in report.run("none").rows if row.when == "bare"]
     without_context = [replace(r, prompt=r.without_context) for r in RECORDS]
     assert [row.said for row in closed] == [said.text for said in choose(lm, without_context, batch_size=64)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
@@ -13,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 from rich.console import Console
 from tiny import tiny_lm
 from typer.testing import CliRunner
 
 import lmpatch as lp
-from lmpatch.benches import _context_ask, _context_report, _context_run, memotrap
-from lmpatch.benches._context_ask import WORD, complete, cut, settled, word
-from lmpatch.benches._context_rows import Metric, Row, mean, metrics
-from lmpatch.benches.memotrap import Config, Report
+from lmpatch.benches import memotrap
+from lmpatch.benches.context import answers as replies
+from lmpatch.benches.context.answers import WORD, complete, cut, settled, word
+from lmpatch.benches.core import runner, stats
+from lmpatch.benches.core.report import Report
+from lmpatch.benches.core.stats import Number, Values, number, numbers
+from lmpatch.benches.memotrap import Config
 from lmpatch.cli.app import build
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.data.edits import Edit
@@ -68,7 +71,7 @@ def spoken(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         texts = [table.get(prompt.prompt, " no idea") for prompt in prompts]
         return [" ".join(text.split(" ")[: max_new_tokens + 1]) for text in texts]
 
-    monkeypatch.setattr(_context_ask, "generate", say)
+    monkeypatch.setattr(replies, "generate", say)
     return table
 
 
@@ -95,7 +98,7 @@ def test_the_answer_to_a_question_is_one_line(tiny: LM, spoken: dict[str, str]) 
     asked = ContextRecord("The Eiffel Tower is in Rome.", "Where is the Eiffel Tower?", "Rome", "Paris")
     spoken |= {asked.prompt: " Rome\nQ:Where is", asked.without_context: " Paris\n"}
     found = memotrap.run(tiny, [asked], QUICK)
-    assert found.metrics("none")["acc"].value == 1 and found.rows[0].said == "Paris"
+    assert found.metrics()["none"]["acc"].value == 1 and found.rows[0].said == "Paris"
     assert cut("\nRome", line=True) == ""
     assert settled("Rome\n", ["Rome"], line=True) and not settled("Rome\n", ["Rome\nx"])
 
@@ -106,7 +109,7 @@ def test_the_numbers_of_four_records_by_hand(tiny: LM, spoken: dict[str, str]) -
         strict=True,
     ):  # fmt: skip
         spoken |= {record.prompt: said, record.without_context: alone}
-    found = memotrap.run(tiny, RECORDS, QUICK).metrics("none")
+    found = memotrap.run(tiny, RECORDS, QUICK).metrics()["none"]
     assert {name: found[name].value for name in ("acc", "sr", "rest")} == {"acc": 0.5, "sr": 0.25, "rest": 0.25}
     assert found["adherence"].value == pytest.approx(2 / 3) and found["adherence"].n == 3  # Rome is said without, too
     assert found["acc"].stderr == pytest.approx(math.sqrt(1 / 12 * 4 / 4))  # s = sqrt(1/3), n = 4
@@ -130,7 +133,7 @@ def test_with_anothers_context_the_first_word_without_any_should_stay(tiny: LM, 
     for record in RECORDS[1:]:
         for other in RECORDS:
             spoken[other.context + record.without_context] = f" {record.memory} and more"
-    assert memotrap.run(tiny, RECORDS, QUICK).metrics("none")["robustness"].value == 0.75
+    assert memotrap.run(tiny, RECORDS, QUICK).metrics()["none"]["robustness"].value == 0.75
 
 
 def test_an_early_verdict_is_the_verdict_on_the_whole_text() -> None:
@@ -155,7 +158,7 @@ def test_stopping_early_changes_no_verdict_on_a_model(lm: LM, monkeypatch: pytes
     texts = generate(lm, [r.prompt for r in RECORDS], max_new_tokens=6, stop=())
     wanted = [[cut(text) or "x", "Paris"] for text in texts]
     early = complete(lm, RECORDS, wanted, limit=6, batch_size=4)
-    monkeypatch.setattr(_context_ask, "settled", lambda *_: False)
+    monkeypatch.setattr(replies, "settled", lambda *_: False)
     whole = complete(lm, RECORDS, wanted, limit=6, batch_size=4)
     for answers, one, two in zip(wanted, early, whole, strict=True):
         assert [one.text == a for a in answers] == [two.text == a for a in answers]
@@ -180,13 +183,13 @@ def test_several_patches_go_on_together_and_controls_need_no_other_contexts(tiny
     report = memotrap.run(tiny, RECORDS, replace(QUICK, irrelevant=False), patch=[patch, patch], run_id="twice")
     assert [row.when for row in report.run("twice").rows] == ["context"] * 4
     assert len(report.run("twice").record["patches"]) == 2
-    assert "robustness" not in report.metrics("twice")
+    assert "robustness" not in report.metrics()["twice"]
 
 
 def test_a_stopped_run_goes_on_and_asks_nothing_twice(
     tiny: LM, patch: WeightPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_context_run, "BLOCK", 2)
+    monkeypatch.setattr(runner, "BLOCK", 2)
     whole = memotrap.run(tiny, RECORDS, QUICK, patch=patch)
     seen: list[str] = []
 
@@ -200,7 +203,7 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(
     assert not applied(tiny)
     told: list[tuple[int, int, str]] = []
     again = memotrap.run(tiny, RECORDS, QUICK, patch=patch, out=tmp_path, progress=lambda *a: told.append(a))
-    assert told == [(4, 4, "asking rank_one")]
+    assert told == [(4, 4, "scoring rank_one")]
     assert again.rows == whole.rows == memotrap.read_report(tmp_path).rows
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(whole.rows)
     with pytest.raises(BadInput, match="other settings|holds the run"):
@@ -213,11 +216,11 @@ def test_only_a_run_with_new_rows_is_resampled(
     first = memotrap.run(tiny, RECORDS, QUICK, out=tmp_path).run("none").record["metrics"]
     counted: list[int] = []
 
-    def count(rows: Sequence[Row], **how: Any) -> dict[str, Metric]:
-        counted.append(len(rows))
-        return metrics(rows, **how)
+    def count(values: Any, record: Any) -> dict[str, Number]:
+        counted.append(len(values["acc"][1].units))
+        return numbers(values, record)
 
-    monkeypatch.setattr(_context_report, "metrics", count)
+    monkeypatch.setattr(stats, "numbers", count)
     report = memotrap.run(tiny, RECORDS, replace(QUICK, irrelevant=False), patch=patch, out=tmp_path)
     assert counted == [4]
     assert report.run("none").record["metrics"] == first
@@ -236,7 +239,7 @@ def test_a_context_longer_than_the_window_is_not_asked_and_said_so(tiny: LM) -> 
     report = memotrap.run(tiny, [long, *RECORDS[1:]], QUICK)
     (row,) = [row for row in report.run("none").rows if row.place == 0 and row.when == "context"]
     assert row.said is None and row.flag == "longer than the model's window of 512 tokens"
-    found = report.metrics("none")
+    found = report.metrics()["none"]
     assert (found["acc"].n, found["acc"].dropped) == (3, 1)
     assert "longer than the model's window" in printed(report) and "1 not asked" in printed(report)
 
@@ -281,11 +284,13 @@ def test_as_released_a_prompt_is_cut_at_its_last_colon(tiny: LM, spoken: dict[st
 
 
 def test_the_interval_is_of_the_mean_over_records_and_repeats() -> None:
-    found = mean("acc", [0.0, 1.0] * 50, 0, 1000, 0)
-    assert found == mean("acc", [0.0, 1.0] * 50, 0, 1000, 0)
+    values = Values({i: [float(i % 2)] for i in range(100)})
+    found = number("acc", [values], bootstrap=1000, seed=0)
+    assert found and found == number("acc", [values], bootstrap=1000, seed=0)
     assert found.low is not None and found.high is not None and found.stderr is not None
     assert found.high - found.low == pytest.approx(2 * 1.96 * found.stderr, rel=0.1)
-    assert mean("acc", [1.0], 0, 1000, 0).stderr is None
+    alone = number("acc", [Values({0: [1.0]})], bootstrap=1000, seed=0)
+    assert alone and alone.stderr is None and alone.low is None
 
 
 def test_the_page_shows_every_run_and_needs_nothing(tiny: LM, patch: WeightPatch, tmp_path: Path) -> None:
@@ -294,8 +299,8 @@ def test_the_page_shows_every_run_and_needs_nothing(tiny: LM, patch: WeightPatch
         tiny, RECORDS, replace(QUICK, baselines=("opin",)), patch=patch, run_id=nasty, data_name=nasty
     )
     text = report.save_html(tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in text and html.escape(nasty) in text and "none, opin" in text
-    assert "http" not in text and "url(" not in text and text.count("<svg") == 2
+    assert "<script" not in text and str(escape(nasty)) in text and "none, opin" in text
+    assert "http" not in text and "url(" not in text and text.count("<svg") == 1
     assert "Examples" in text and "robustness" in text
 
 
@@ -312,5 +317,5 @@ def test_the_command_line_takes_a_file_and_goes_on(tiny: LM, patch: WeightPatch,
     words += ["-o", str(out), "--set", "baselines=opin", "--set", "max_new_tokens=4", "--set", "n=3"]
     done = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(build(), words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "With the context" in done.stdout and "none, opin" in done.stdout and (out / "report.html").is_file()
+    assert "With its context" in done.stdout and "none, opin" in done.stdout and (out / "report.html").is_file()
     assert len((out / "rows.jsonl").read_text().splitlines()) == 3 * (3 + 2 + 3)

@@ -20,14 +20,18 @@ from typer.testing import CliRunner
 
 import lmpatch as lp
 from lmpatch.benches import rag
-from lmpatch.benches._rag_rows import ALL, Row, Sample, chosen, difference, judged, mean, metric, samples
-from lmpatch.benches.rag import Config
+from lmpatch.benches.core import runner
+from lmpatch.benches.core.adapter import adapt
+from lmpatch.benches.core.report import Report, Run
+from lmpatch.benches.core.stats import Number, collect, numbers, total
+from lmpatch.benches.rag import METRICS, Config, Row, Sample, bench
+from lmpatch.benches.rag.rows import judged, samples
 from lmpatch.cli.app import build
 from lmpatch.data.context import InContext
 from lmpatch.data.rag.reader import Build, RagRecord, closed_book, read_questions, write
 from lmpatch.data.rag.reader import build as built
 from lmpatch.errors import BadInput
-from lmpatch.inference.closed_book import ClosedBookAnswer
+from lmpatch.inference.closed_book import ClosedBookAnswer as Own
 from lmpatch.inference.generate import generate
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
@@ -153,7 +157,18 @@ def test_questions_without_a_conflict_or_a_true_answer_are_not_asked() -> None:
 
 
 def row(id: str, condition: Any, hit: bool, known: bool = False, own: str = "x", article: str = "") -> Row:
-    return Row("r", 0, id, article or id, condition, "Who?", ("Rome",), own, known, "t", hit, hit, hit)
+    return Row(
+        id=id, article=article or id, condition=condition, question="Who?", wanted=("Rome",), own=own, known=known,
+        text="t", hit=hit, exact=hit, kept=hit,
+    )  # fmt: skip
+
+
+def metric(rows: Sequence[Row], name: str) -> Number | None:
+    return total(name, collect(rows, METRICS), {"bootstrap": 0})
+
+
+def difference(name: str, base: Sequence[Row], rows: Sequence[Row]) -> Number | None:
+    return total(name, collect(rows, METRICS), {"bootstrap": 0}, collect(base, METRICS))
 
 
 def test_the_numbers_are_shares_of_the_rows_they_name() -> None:
@@ -161,11 +176,11 @@ def test_the_numbers_are_shares_of_the_rows_they_name() -> None:
         row("a", "conflict", True), row("b", "conflict", False, known=True), row("c", "mixed", True),
         row("d", "irrelevant", True, known=True), row("e", "irrelevant", False), row("f", "empty", True, known=True),
     ]  # fmt: skip
-    found = {m.name: (m.value, m.n) for name in ALL if (m := metric(rows, name))}
+    found = {name: (m.value, m.n) for name, m in numbers(collect(rows, METRICS), {}).items()}
     assert found["R_Ad"] == (0.5, 2) and found["R_Ad/mixed"] == (1.0, 1) and found["R_Ad/known"] == (0.0, 1)
     assert found["R_Ro"] == (1.0, 1) and found["R_Ro/empty"] == (1.0, 1)
     assert found["kept"] == (0.5, 2) and found["accuracy/irrelevant"] == (0.5, 2) and "accuracy/context" not in found
-    assert chosen([row("a", "irrelevant", True, own="")], "kept") == []
+    assert metric([row("a", "irrelevant", True, own="")], "kept") is None
 
 
 def test_a_difference_is_taken_item_by_item() -> None:
@@ -175,7 +190,7 @@ def test_a_difference_is_taken_item_by_item() -> None:
     more = difference("R_Ad", base, [row(r.id, "conflict", True) for r in base[:6]])
     assert more and more.value == 0.5 and more.n == 6
     assert more.stderr == pytest.approx(math.sqrt(0.3 / 6))
-    assert mean("x", []) is None
+    assert metric([], "R_Ad") is None
 
 
 def test_the_clustered_error_is_that_of_whole_articles() -> None:
@@ -186,18 +201,19 @@ def test_the_clustered_error_is_that_of_whole_articles() -> None:
     assert few and many and few.stderr and many.stderr
     assert few.clustered == pytest.approx(few.stderr)  # one item an article: they agree
     assert many.clustered == pytest.approx(few.clustered) and many.stderr < few.stderr / 2
-    assert metric([row("1", "conflict", True)], "R_Ad") == mean("R_Ad", [("1", "1", 1.0)])
-    assert mean("x", [("1", "a", 1.0), ("2", "a", 0.0)]).clustered is None  # type: ignore[union-attr]
+    alone = metric([row("1", "conflict", True)], "R_Ad")
+    assert alone and (alone.value, alone.n, alone.stderr, alone.clustered) == (1.0, 1, None, None)
+    one = metric([row("1", "conflict", True, article="a"), row("2", "conflict", False, article="a")], "R_Ad")
+    assert one and one.clustered is None
 
 
 def test_a_report_compares_any_two_runs() -> None:
     hits = {"none": [False] * 4, "a": [True, False, False, False], "b": [True, True, True, False]}
-    report = rag.Report(
-        tuple(
-            rag.Run({"run_id": name}, [row(str(i), "conflict", hit) for i, hit in enumerate(own)], ())
-            for name, own in hits.items()
-        )
-    )
+    runs = [
+        Run(adapt(rag), {"run_id": name}, [row(str(i), "conflict", hit) for i, hit in enumerate(own)], ())
+        for name, own in hits.items()
+    ]
+    report = Report(adapt(rag), tuple(runs))
     moved = {to: report.difference("b", "R_Ad", to).value for to in hits}  # type: ignore[union-attr]
     assert moved == {"none": 0.75, "a": 0.5, "b": 0.0} and report.difference("b", "R_Ad").value == 0.75  # type: ignore[union-attr]
 
@@ -219,7 +235,7 @@ def test_a_sum_of_two_numbers_has_the_error_of_both_and_articles_tie_them() -> N
 
 def test_the_unpatched_answers_are_those_of_the_plain_call(tiny: LM, records: list[RagRecord]) -> None:
     report = rag.run(tiny, records, QUICK)
-    items = rag.prepare(tiny, records, QUICK)
+    items = rag.plan(tiny, records, QUICK)
     assert {s.condition for s in items} == {"context", "conflict", "mixed", "irrelevant", "empty"}
     conflicts, mixed = ([s.id.partition(":")[0] for s in items if s.condition == c] for c in ("conflict", "mixed"))
     assert mixed == conflicts[: len(mixed)] and len(mixed) == 2  # half as many, of the same questions
@@ -234,9 +250,9 @@ def test_a_run_leaves_no_trace_and_its_rows_are_the_patched_models(
     before = hash_tensors(sorted(tiny.model.state_dict().items()), exact=True)
     report = rag.run(tiny, records, QUICK, patch=patch, out=tmp_path / "out", data_name="s")
     assert hash_tensors(sorted(tiny.model.state_dict().items()), exact=True) == before and not applied(tiny)
-    items = rag.prepare(tiny, records, QUICK)
+    items = rag.plan(tiny, records, QUICK)
     with apply(tiny, patch):
-        wanted = [r.text for r in rag.score(tiny, items, QUICK)]
+        wanted = [r.text for r in rag.ask(tiny, items, QUICK)]
     assert [r.text for r in report.run("rank_one").rows] == wanted
     assert wanted != [r.text for r in report.run("none").rows]
     console = Console(width=200, file=io.StringIO())
@@ -244,7 +260,7 @@ def test_a_run_leaves_no_trace_and_its_rows_are_the_patched_models(
         console.print(report.table())
     assert "R_Ad" in capture.get() and "rank_one" in capture.get()
     page = report.save_html(tmp_path / "page.html").read_text()
-    assert "Robustness against adherence" in page and "<script" not in page
+    assert "At a glance" in page and "accuracy/conflict" in page and "<script" not in page
 
 
 @pytest.mark.slow
@@ -268,13 +284,13 @@ def test_parenting_ircan_cad_and_a_memory_are_on_at_once_and_leave_every_bit(rec
     (base, run) = report.runs
     assert run.name == "parenting + ircan + cad + recipe"
     assert [p["mount"] for p in run.record["patches"]] == ["bake", "bake", "run", "run"]
-    items = rag.prepare(lm, records, QUICK)
+    items = rag.plan(lm, records, QUICK)
     texts = []
     for some in (patches, patches[1:], patches[:1] + patches[2:], patches[:2] + patches[3:], patches[:3]):
         with ExitStack() as stack:
             for patch in some:
                 stack.enter_context(apply(lm, patch))
-            texts.append([r.text for r in rag.score(lm, items, QUICK)])
+            texts.append([r.text for r in rag.ask(lm, items, QUICK)])
     assert [r.text for r in run.rows] == texts[0] != [r.text for r in base.rows]
     assert all(texts[0] != without for without in texts[1:])  # each of the four has its part
 
@@ -292,17 +308,17 @@ def test_a_stopped_run_goes_on_and_the_base_is_asked_once(
     tiny: LM, records: list[RagRecord], patch: WeightPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = rag.run(tiny, records, QUICK, patch=patch)
-    monkeypatch.setattr(rag, "BLOCK", 4)
+    monkeypatch.setattr(runner, "BLOCK", 4)
 
     def stop(done: int, _: int, what: str) -> None:
-        if what == "asking rank_one" and done == 8:
+        if what == "scoring rank_one" and done == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         rag.run(tiny, records, QUICK, patch=patch, out=tmp_path / "out", progress=stop)
     asked: list[int] = []
-    real: Callable[..., Any] = rag.score
-    monkeypatch.setattr(rag, "score", lambda lm, items, cfg: asked.append(len(items)) or real(lm, items, cfg))
+    real: Callable[..., Any] = rag.ask
+    monkeypatch.setattr(rag, "ask", lambda lm, items, cfg: asked.append(len(items)) or real(lm, items, cfg))
     report = rag.run(tiny, records, QUICK, patch=patch, out=tmp_path / "out")
     assert sum(asked) == len(whole.run("none").rows) - 8
     for name in ("none", "rank_one"):
@@ -315,9 +331,9 @@ def test_items_the_model_knows_come_first_among_irrelevant_ones(
 ) -> None:
     foreign = [r for r in records if r.variant == "foreign"]
     right = {r.question: r.gold[0] for r in foreign[-2:]}
-    own = {q: ClosedBookAnswer(right.get(q, "nothing"), True) for q in (r.question for r in records)}
-    monkeypatch.setattr(rag, "closed_book_answers", lambda _, asked, **__: [own[q] for q in asked])
-    items = rag.prepare(tiny, records, Config(n=3, conditions=("irrelevant",)))
+    own = {q: Own(right.get(q, "nothing"), True) for q in (r.question for r in records)}
+    monkeypatch.setattr(bench, "closed_book_answers", lambda _, asked, **__: [own[q] for q in asked])
+    items = rag.plan(tiny, records, Config(n=3, conditions=("irrelevant",)))
     assert [s.known for s in items] == [True, True, False]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lmpatch.benches._rows import Row
-from lmpatch.benches._store import Store
+from lmpatch.benches.core.store import Store
+from lmpatch.benches.facts import Row
 from lmpatch.errors import BadInput, BadRecord
 
 
@@ -21,7 +22,11 @@ def chunk(index: int, run_id: str = "rome") -> dict[str, Any]:
 
 
 def rows(index: int, count: int = 2, run_id: str = "rome") -> list[Row]:
-    return [Row(run_id, "final", index, f"{index}-{i}", "edit", "Où est la tour ?", ("Rome",)) for i in range(count)]
+    return [
+        Row(run_id=run_id, chunk=index, when="final", case_id=f"{index}-{i}", kind="edit", prompt="Où est la tour ?",
+            aliases=("Rome",))
+        for i in range(count)
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -36,7 +41,10 @@ def full(tmp_path: Path) -> Path:
 def test_what_was_kept_is_there_again(full: Path) -> None:
     again = Store(full, Row.read)
     assert again.rows_of("rome") == [row for i in range(3) for row in rows(i)]
-    assert again.chunks_of("rome") == [chunk(i) for i in range(3)]
+    assert [{"run_id": c["run_id"], "chunk": c["chunk"]} for c in again.chunks_of("rome")] == [
+        chunk(i) for i in range(3)
+    ]
+    assert all(c["rows"] == 2 for c in again.chunks_of("rome"))
     assert again.runs == {"rome": identity(n=1)}
 
 
@@ -68,6 +76,37 @@ def test_rows_of_a_chunk_that_never_finished_do_not_count(full: Path) -> None:
     store._append("rows", [row.__dict__ for row in rows(3)])
     assert Store(full, Row.read).rows_of("rome") == store.rows_of("rome")
     assert (full / "rows.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "doubled", "changed"])
+def test_rows_that_are_missing_doubled_or_changed_are_noticed_on_resume(full: Path, damage: str) -> None:
+    path = full / "rows.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    other = {
+        "missing": lines[1:],
+        "doubled": [lines[0], *lines],
+        "changed": [lines[0].replace(b"Rome", b"Oslo"), *lines[1:]],
+    }
+    path.write_bytes(b"".join(other[damage]))
+    with pytest.raises(BadRecord, match="of chunk 0 of the run 'rome', and they are not the 2 that were written"):
+        Store(full, Row.read)
+
+
+def test_a_packed_folder_is_read_and_gone_on_with(full: Path) -> None:
+    wanted = Store(full, Row.read).rows_of("rome")
+    for name in ("rows", "chunks", "runs"):
+        path = full / f"{name}.jsonl"
+        path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    store = Store(full, Row.read)
+    assert store.rows_of("rome") == wanted and store.runs == {"rome": identity(n=1)}
+    store.add(chunk(3), rows(3))
+    assert Store(full, Row.read).rows_of("rome") == [*wanted, *rows(3)]
+    (full / "rows.jsonl").write_bytes(
+        (full / "rows.jsonl").read_bytes() + b'{"run_id": "rome", "chunk": 4, "kind": "x", "prompt": "y"}\n'
+    )
+    assert Store(full, Row.read).rows_of("rome") == [*wanted, *rows(3)]
+    assert Store(full, Row.read).rows_of("rome") == [*wanted, *rows(3)]  # also once the half chunk was cleared
 
 
 def test_a_damaged_line_inside_a_file_is_named(full: Path) -> None:

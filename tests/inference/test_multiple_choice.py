@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny import tiny_lm
 
-from lmpatch.inference.forward import hooked, logits
+from lmpatch.inference.forward import logits
 from lmpatch.inference.multiple_choice import option_logits
 from lmpatch.inference.states import hidden
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 
 PROMPTS = ["The Eiffel Tower is in", "Apple", "The mother tongue of Danielle Darrieux is", "Apple"]
@@ -42,5 +43,5 @@ def test_option_logits_see_what_a_hook_adds_to_the_head() -> None:
     lm = tiny_lm("llama")
     states, head = hidden(lm, PROMPTS), lm.module(lm.layout.head)
     before = option_logits(lm, states, [5, 9])
-    with hooked(head.register_forward_hook(lambda _, __, out: out + torch.arange(out.shape[-1]))):
+    with hooked(Hook(head, lambda _, __, out: out + torch.arange(out.shape[-1]))):
         torch.testing.assert_close(option_logits(lm, states, [5, 9]), before + torch.tensor([5.0, 9.0]))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_lm
 
-from lmpatch.inference.forward import blocks, hooked, logits, nll, positions
+from lmpatch.inference.forward import blocks, logits, nll, positions
 from lmpatch.inference.replay import record
 from lmpatch.inference.tokens import encode_all, pad
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 
 PROMPTS = [
@@ -29,7 +30,7 @@ def plain(lm: LM, rows: list[tuple[int, ...]], hook: object = None, module: str 
     out = []
     for i, row in enumerate(rows):
         ids, mask = pad([row], 0)
-        handles = [lm.module(module).register_forward_hook(lambda m, a, o, i=i: hook(i, o))] if hook else []
+        handles = [Hook(lm.module(module), lambda m, a, o, i=i: hook(i, o))] if hook else []
         with torch.no_grad(), hooked(*handles):
             out.append(blocks(lm, ids, mask, position_ids=positions(mask))[0])
     return out
@@ -55,7 +56,7 @@ def test_a_change_at_t_reaches_the_same_states_as_in_a_plain_forward(any_lm: LM)
         return output + delta.reshape(len(rows), 1, -1).reshape_as(output)
 
     with torch.no_grad():
-        with hooked(lm.module(lm.layout.downs[layer]).register_forward_hook(lambda m, a, o: add(o))):
+        with hooked(Hook(lm.module(lm.layout.downs[layer]), lambda m, a, o: add(o))):
             column = recording.forward(recording.hidden[layer][:, :1], layer, end=layer + 1)
         out = recording.forward(torch.cat([column, recording.hidden[layer + 1][:, 1:]], 1), layer + 1)
 
@@ -94,7 +95,7 @@ def test_recorded_keys_and_values_are_those_of_the_down_projection_at_t(any_lm: 
     def keep(module: object, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         seen.append((args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])))
 
-    with hooked(lm.module(lm.layout.downs[2]).register_forward_hook(keep)):
+    with hooked(Hook(lm.module(lm.layout.downs[2]), keep)):
         plain(lm, rows)
     for i, (key, value) in enumerate(seen):
         same(recording.keys[2][i], key[AT[i]])
@@ -117,7 +118,7 @@ def test_gradients_through_replay_equal_those_of_the_plain_forward(family: str) 
         leaf.append(inside)
         return ((inside, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": inside})
 
-    handle = lm.module(lm.layout.blocks[layer]).register_forward_pre_hook(watch, with_kwargs=True)
+    handle = Hook(lm.module(lm.layout.blocks[layer]), watch, kwargs=True, before=True)
     with hooked(handle):
         out = lm.model(torch.tensor([row])).logits[:, -1]
     torch.nn.functional.cross_entropy(out.float(), label).backward()

@@ -8,12 +8,13 @@ from tiny import tiny_lm
 
 from lmpatch.data.context import InContext
 from lmpatch.errors import BadInput
-from lmpatch.inference.forward import frozen, hooked, kl, logits
+from lmpatch.inference.forward import frozen, kl, logits
 from lmpatch.inference.generate import generate, stream
 from lmpatch.inference.sampling import Sampling
 from lmpatch.inference.score import score
 from lmpatch.inference.states import hidden, next_kl
 from lmpatch.inference.tokens import encode, encode_all
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 
 PROMPTS = ["The Eiffel Tower is in", "Apple", "The mother tongue of Danielle Darrieux is", "Apple"]
@@ -60,7 +61,7 @@ def test_an_answer_ends_with_the_token_that_is_enough_for_all_who_asked(lm: LM) 
     said = generate(lm, prompts, max_new_tokens=6, stop=(), enough=lambda i, text: i < 2)
     assert said == [short, *whole[1:]]  # the third wants more, and is asked together with the second
     steps: list[int] = []
-    with hooked(lm.module(lm.layout.blocks[0]).register_forward_hook(lambda *_: steps.append(1))):
+    with hooked(Hook(lm.module(lm.layout.blocks[0]), lambda *_: steps.append(1))):
         generate(lm, prompts, max_new_tokens=6, stop=(), enough=lambda i, text: True)
     assert len(steps) == 1
 

@@ -9,10 +9,10 @@ import torch
 from tiny import TEXT, tiny_lm
 
 from lmpatch.errors import BadInput
-from lmpatch.inference.forward import hooked
 from lmpatch.locate import covariance as _moments
 from lmpatch.locate.covariance import second_moments
 from lmpatch.methods import rome
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import applied, apply
 
@@ -30,8 +30,10 @@ def test_all_layers_in_one_pass_equal_one_pass_per_layer_over_the_same_tokens(lm
     rows = _moments._text_rows(lm, CORPUS, 2600)[: found.tokens // (_moments.LENGTH - 1) + 1]
     for layer in (0, 2):
         keys = []
-        hook = lm.module(lm.layout.downs[layer]).register_forward_pre_hook(
-            lambda m, a, keys=keys: keys.append(a[0].reshape(-1, lm.layout.d_ff))
+        hook = Hook(
+            lm.module(lm.layout.downs[layer]),
+            lambda m, a, keys=keys: keys.append(a[0].reshape(-1, lm.layout.d_ff)),
+            before=True,
         )
         with torch.no_grad(), hooked(hook):
             lm.model(rows)

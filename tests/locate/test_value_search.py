@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from lmpatch.data.edits import Edit
 from lmpatch.errors import SubjectNotFound
-from lmpatch.inference.forward import hooked
 from lmpatch.inference.tokens import encode
 from lmpatch.locate.prefixes import prefixes
 from lmpatch.locate.value_search import search
 from lmpatch.methods.rome import Config
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 
 EDITS = [
@@ -45,7 +45,7 @@ def plain_search(lm: LM, edit: Edit, layer: int, cfg: Config) -> torch.Tensor:
             change = change.index_add(0, torch.tensor([row.subject_last]), delta[None])
             return (flat + change).reshape(out.shape)
 
-        with hooked(module.register_forward_hook(hook)):
+        with hooked(Hook(module, hook)):
             z = lm.model(torch.tensor([row.ids])).logits[0].float()
         return z, seen[0]
 
@@ -147,7 +147,7 @@ def test_joint_keys_are_those_of_the_forward_in_which_the_changes_act() -> None:
 
         return hook
 
-    handles = [lm.module(lm.layout.downs[x]).register_forward_hook(add(i, x)) for i, x in enumerate([1, 2])]
+    handles = [Hook(lm.module(lm.layout.downs[x]), add(i, x)) for i, x in enumerate([1, 2])]
     with torch.no_grad(), hooked(*handles):
         lm.model(torch.tensor([row.ids]))
     for layer in (1, 2):

@@ -12,10 +12,9 @@ import torch
 from tiny import TEXT, tiny_lm
 from torch import Tensor
 
-from lmpatch.benches._context_ask import choose, complete, cut
+from lmpatch.benches.context.answers import choose, complete, cut
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.errors import BadInput
-from lmpatch.inference.forward import hooked
 from lmpatch.inference.generate import generate
 from lmpatch.inference.interventions import Rule
 from lmpatch.inference.replay import Recording, record
@@ -24,6 +23,7 @@ from lmpatch.locate.neurons import drawn, ranked, scaling
 from lmpatch.methods.ircan import grid as _ircan_grid
 from lmpatch.methods.ircan import method as ircan
 from lmpatch.methods.ircan.grid import accuracies, scaled_states
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.models.units import Neuron
 from lmpatch.patches.decode.patch import DecodePatch
@@ -67,7 +67,7 @@ def talking(family: str, mark: str) -> Iterator[LM]:
         ends = z.argmax(-1, keepdim=True) % 4 == 0
         return torch.where(ends & (ids == period), z.amax(-1, keepdim=True) + 1, z)
 
-    with hooked(lm.module(lm.layout.head).register_forward_hook(say)):
+    with hooked(Hook(lm.module(lm.layout.head), say)):
         yield lm
 
 

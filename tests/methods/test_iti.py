@@ -15,7 +15,7 @@ from lmpatch.inference.generate import generate
 from lmpatch.inference.states import hidden
 from lmpatch.inference.tokens import join
 from lmpatch.methods import iti
-from lmpatch.methods.iti import Found, chosen, head_outputs, logistic, observe
+from lmpatch.methods.iti import HeadProbes, best_heads, head_outputs, logistic, observe
 from lmpatch.models.lm import LM
 from lmpatch.models.units import Head
 from lmpatch.patches.ledger import apply
@@ -60,9 +60,9 @@ def descent(x: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_outputs_in_a_padded_batch_are_those_of_one_text_at_a_time(lm: LM) -> None:
     records = [*RECORDS[:2], ContextRecord("It is old.", "What else is known about this?", "nothing", "a lot")]
-    found = head_outputs(lm, records)
+    outputs = head_outputs(lm, records)
     texts = [join(r.prompt, r.answer) for r in records] + [join(r.prompt, r.memory) for r in records]
-    for got, text in zip(found, texts, strict=True):
+    for got, text in zip(outputs, texts, strict=True):
         want = slow_outputs(lm, text)
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -85,30 +85,30 @@ def test_a_head_in_which_the_answer_is_written_is_found_first(lm: LM, monkeypatc
     outputs = torch.randn(2 * len(RECORDS), 4, 4, 16, generator=source)
     outputs[: len(RECORDS), 2, 1, 5] += 20
     monkeypatch.setattr(iti, "head_outputs", lambda *_: outputs)
-    found = observe(lm, RECORDS, CFG)
-    assert chosen(lm, found, CFG)[0] == Head(2, 1)
-    assert found.accuracy[2, 1] == 1
-    for direction in found.directions.values():
+    probes = observe(lm, RECORDS, CFG)
+    assert best_heads(lm, probes, CFG)[0] == Head(2, 1)
+    assert probes.accuracy[2, 1] == 1
+    for direction in probes.directions.values():
         assert direction[2, 1, 5] > 0.9  # towards the context's answer
-    spread = outputs[:, 2, 1].double() @ found.directions["mass_mean"][2, 1]
-    assert found.spreads["mass_mean"][2, 1] == pytest.approx(float(spread.std()))
+    spread = outputs[:, 2, 1].double() @ probes.directions["mass_mean"][2, 1]
+    assert probes.spreads["mass_mean"][2, 1] == pytest.approx(float(spread.std()))
 
 
 @pytest.mark.parametrize("direction", ["probe", "mass_mean"])
-def test_the_patch_holds_alpha_sigma_theta_of_the_chosen_heads_and_nothing_else(
+def test_the_patch_holds_alpha_sigma_theta_of_the_best_heads_heads_and_nothing_else(
     lm: LM, direction: iti.Direction
 ) -> None:
     cfg = replace(CFG, direction=direction)
-    found = observe(lm, RECORDS, cfg)
-    patch = iti.fit(lm, RECORDS, cfg, found=found)
+    probes = observe(lm, RECORDS, cfg)
+    patch = iti.fit(lm, RECORDS, cfg, probes=probes)
     pushed = {(layer, head) for layer, head, _ in patch.notes["heads"]}
     assert len(pushed) == 3
     for layer, name in enumerate(lm.layout.attn_outs):
-        vector = patch.vectors.get(name, torch.zeros(64)).reshape(4, -1)
+        vector = patch.tensors().get(name, torch.zeros(64)).reshape(4, -1)
         for head in range(4):
             want = torch.zeros(16, dtype=torch.float64)
             if (layer, head) in pushed:
-                want = 8 * found.spreads[direction][layer, head] * found.directions[direction][layer, head]
+                want = 8 * probes.spreads[direction][layer, head] * probes.directions[direction][layer, head]
             assert torch.allclose(vector[head].double(), want, atol=1e-6)
     assert patch.hash() == iti.fit(lm, RECORDS, cfg).hash()
 
@@ -117,17 +117,17 @@ def test_heads_are_ordered_by_accuracy_then_likelihood_then_address() -> None:
     lm = tiny_lm("llama")
     accuracy, loss = torch.full((4, 4), 0.5), torch.ones(4, 4)
     accuracy[3, 3], loss[1, 2] = 0.9, 0.5
-    found = Found(accuracy, loss, {}, {})
-    assert chosen(lm, found, CFG) == [Head(3, 3), Head(1, 2), Head(0, 0)]
-    controls = [chosen(lm, found, replace(CFG, heads=16, control_seed=seed)) for seed in (0, 0, 1)]
+    probes = HeadProbes(accuracy, loss, {}, {})
+    assert best_heads(lm, probes, CFG) == [Head(3, 3), Head(1, 2), Head(0, 0)]
+    controls = [best_heads(lm, probes, replace(CFG, heads=16, control_seed=seed)) for seed in (0, 0, 1)]
     assert controls[0] == controls[1] != controls[2] and len(set(controls[0])) == 16
 
 
 def test_no_strength_is_no_change_and_more_of_it_moves_more(lm: LM) -> None:
-    found, clean = observe(lm, RECORDS, CFG), hidden(lm, ["The Eiffel Tower"])
+    probes, clean = observe(lm, RECORDS, CFG), hidden(lm, ["The Eiffel Tower"])
     moved = []
     for strength in (0.0, 1.0, 100.0):
-        with apply(lm, iti.fit(lm, RECORDS, replace(CFG, strength=strength), found=found)):
+        with apply(lm, iti.fit(lm, RECORDS, replace(CFG, strength=strength), probes=probes)):
             moved.append(float((hidden(lm, ["The Eiffel Tower"]) - clean).norm()))
     assert moved[0] == 0 and moved[0] < moved[1] < moved[2]
 
@@ -138,7 +138,7 @@ def test_at_the_newest_token_generation_is_pushed_as_released(lm: LM) -> None:
     ids: list[int] = lm.tokenizer(prompt)["input_ids"]
     start, pushed = len(ids), dict.fromkeys(range(len(ids) - 1))
     handles = []
-    for name, vector in patch.vectors.items():
+    for name, vector in patch.tensors().items():
 
         def push(_: object, args: tuple[Tensor, ...], vector: Tensor = vector) -> tuple[Tensor, ...]:
             x = args[0].clone()
@@ -152,10 +152,10 @@ def test_at_the_newest_token_generation_is_pushed_as_released(lm: LM) -> None:
     for handle in handles:
         handle.remove()
     with apply(lm, patch):
-        said = generate(lm, prompt, max_new_tokens=4, stop=())
+        text = generate(lm, prompt, max_new_tokens=4, stop=())
     want = ids[start:]
     want = want[: want.index(2)] if 2 in want else want  # the end token
-    assert said == lm.tokenizer.decode(want, skip_special_tokens=True)
+    assert text == lm.tokenizer.decode(want, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from tiny import FAMILIES, tiny_lm
 
 from lmpatch.data.context import ContextRecord
 from lmpatch.errors import BadInput, LayerOutOfRange
-from lmpatch.inference.forward import first, hooked
+from lmpatch.inference.forward import first
 from lmpatch.inference.tokens import encode_all
 from lmpatch.locate.activations import BATCH, activations
 from lmpatch.methods import param_mute
 from lmpatch.methods.param_mute import active_shares
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
 
@@ -43,7 +44,7 @@ def site(lm: LM, layer: int) -> str:
 def test_a_quietened_layer_writes_its_contribution_times_the_factor(family: str, mount: Any, factor: float) -> None:
     lm, layers = tiny_lm(family), (1, 3)
     clean = logits(lm)
-    handles = [lm.module(site(lm, i)).register_forward_hook(lambda m, a, o: o * factor) for i in layers]
+    handles = [Hook(lm.module(site(lm, i)), lambda m, a, o: o * factor) for i in layers]
     with hooked(*handles):
         want = logits(lm)
     with apply(lm, param_mute.fit(lm, RECORDS, replace(CFG, layers=layers, factor=factor)), mount=mount):
@@ -66,9 +67,9 @@ def inside(lm: LM, row: Any, layer: int) -> torch.Tensor:
         return lambda m, a, o: seen.__setitem__(name, first(o).reshape(len(row.ids), -1))
 
     ups, down = lm.layout.ups[layer], lm.layout.downs[layer]
-    handles = [lm.module(up).register_forward_hook(keep(up)) for up in ups]
+    handles = [Hook(lm.module(up), keep(up)) for up in ups]
     handles.append(
-        lm.module(down).register_forward_pre_hook(lambda m, a: seen.__setitem__("k", a[0].reshape(len(row.ids), -1)))
+        Hook(lm.module(down), lambda m, a: seen.__setitem__("k", a[0].reshape(len(row.ids), -1)), before=True)
     )
     with torch.no_grad(), hooked(*handles):
         lm.model(torch.tensor([row.ids]))

@@ -17,13 +17,13 @@ from torch import Tensor
 from lmpatch.data.rag.reader import RagRecord
 from lmpatch.errors import BadInput, Diverged
 from lmpatch.inference.closed_book import ClosedBookAnswer
-from lmpatch.inference.forward import hooked
 from lmpatch.locate.activations import activations
 from lmpatch.methods.parenting import data as _parenting_data
 from lmpatch.methods.parenting import method as parenting
 from lmpatch.methods.parenting import tune as _parenting_tune
+from lmpatch.methods.parenting.config import Config
 from lmpatch.methods.parenting.data import Rows, draws, loss, prepare
-from lmpatch.methods.parenting.method import Config, fit
+from lmpatch.methods.parenting.method import fit
 from lmpatch.methods.parenting.mine import (
     Tracker,
     active_tokens,
@@ -36,11 +36,13 @@ from lmpatch.methods.parenting.mine import (
 )
 from lmpatch.methods.parenting.tune import Tuner, by_tokens, gradients, mixes
 from lmpatch.methods.parenting.units import TYPES, Adapter, Type, Unit, cut
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.patches.export import export
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.weight.delta import LowRank
 from lmpatch.provenance import hash_tensors
+from lmpatch.training.loop import Loop
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +167,7 @@ def test_active_tokens_equal_a_loop_without_padding(lm: LM) -> None:
     for layer, name in enumerate(activations(lm)):  # by hand: what stands behind the activation, token after token
         seen: list[Tensor] = []
         see = partial(lambda kept, m, a, out: kept.append(out), seen)
-        with torch.no_grad(), hooked(lm.module(name).register_forward_hook(see)):
+        with torch.no_grad(), hooked(Hook(lm.module(name), see)):
             for row in rows:
                 lm.model(torch.tensor([row.ids]))
         wanted[layer] = sum(float((x.reshape(-1, lm.layout.d_ff) > 0).double().mean(1).sum()) for x in seen)
@@ -246,7 +248,6 @@ def test_however_units_are_cut_the_adapter_starts_as_the_same(lm: LM, kind: Any)
 
 @pytest.mark.parametrize("kind", ["matrix", "lora_rank", "full_matrix"])
 def test_hooks_do_what_the_patch_does(lm: LM, kind: Any) -> None:
-    from lmpatch.inference.forward import hooked
     from lmpatch.inference.states import hidden
     from lmpatch.patches.ledger import apply
     from lmpatch.patches.weight.patch import WeightPatch
@@ -305,7 +306,7 @@ def test_masked_tuning_is_a_slow_loop_over_parameters_and_others_keep_every_bit(
     tuner = Tuner(llama, double(Adapter(llama, units, 2.0, cfg.seed, types)), sets, mix, cfg)
     slow = double(Adapter(llama, units, 2.0, cfg.seed, types))  # every unit takes gradients here, with its own Adam
     frozen = slow.flat["others"].clone()
-    tuner.run()
+    loop = tuner.run()
     moments: dict[Type, list[Tensor]] = {t: [torch.zeros_like(x), torch.zeros_like(x)] for t, x in slow.leaves.items()}
     for step in range(cfg.steps):
         rows = {
@@ -333,7 +334,7 @@ def test_masked_tuning_is_a_slow_loop_over_parameters_and_others_keep_every_bit(
     for t, leaf in slow.leaves.items():
         assert torch.allclose(tuner.adapter.flat[t], leaf, atol=1e-10, rtol=0), t
     assert torch.equal(tuner.adapter.flat["others"], frozen)
-    assert "others" not in tuner.leaves and len(tuner.adam.state) == 3
+    assert "others" not in tuner.leaves and loop.optimiser is not None and len(loop.optimiser.state) == 3
 
 
 def test_frozen_units_have_no_part_in_the_patch(llama: LM) -> None:
@@ -376,11 +377,12 @@ def test_merged_in_the_space_of_products_it_is_the_weighted_mean_of_the_three_ch
     made: list[Adapter] = []
     real = Tuner.run
 
-    def keep(self: Tuner, *rest: Any) -> None:
-        real(self, *rest)
+    def keep(self: Tuner, *rest: Any) -> Loop:
+        loop = real(self, *rest)
         copy = Adapter(self.lm, self.adapter.units, self.adapter.scale, 0)
         copy.flat["entangled"] = self.adapter.flat["entangled"].detach().clone()
         made.append(copy)
+        return loop
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Tuner, "run", keep)

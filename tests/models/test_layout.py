@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lmpatch.errors import LayerOutOfRange, UnknownLayout
 from lmpatch.models.calls import first_tensor, forward, probe_ids
-from lmpatch.models.layout import Layout, discover
+from lmpatch.models.discover import discover
+from lmpatch.models.layout import Layout
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
 from lmpatch.provenance import hash_tensors

@@ -1,21 +1,21 @@
-"""A steer patch adds what a bias would, at every token or the newest, and nothing once it is off."""
+"""A hook patch adds what a bias would, at every token or those of the answer, and nothing once it is off."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_lm
 from torch import Tensor
 
-from lmpatch.errors import BadInput, BadPatch, CannotMerge, CannotMount, Diverged, WrongModel
+from lmpatch.errors import BadInput, BadPatch, CannotMount, Diverged, WrongModel
 from lmpatch.inference.forward import blocks, positions
 from lmpatch.models.lm import LM
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.format import sealed
-from lmpatch.patches.hook.patch import SteerPatch
+from lmpatch.patches.hook.patch import HookPatch, Site, SteerPatch
 from lmpatch.patches.ledger import applied, apply
 from lmpatch.patches.merge import merge
 from lmpatch.patches.weight.delta import Scale
@@ -29,11 +29,11 @@ def width(lm: LM, name: str) -> int:
     return weight.shape[0] if lm.layout.transposed else weight.shape[1]
 
 
-def patch_of(lm: LM, layers: tuple[int, ...] = (1, 3), newest: bool = False, seed: int = 0) -> SteerPatch:
+def patch_of(lm: LM, layers: tuple[int, ...] = (1, 3), newest: bool = False, seed: int = 0) -> HookPatch:
     source = torch.Generator().manual_seed(seed)
     names = [lm.layout.attn_outs[layer] for layer in layers]
     vectors = {name: torch.randn(width(lm, name), generator=source) for name in names}
-    return SteerPatch.make(lm, vectors, newest=newest, method="push")
+    return HookPatch.make(lm, vectors, newest=newest, method="push")
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def outputs(lm: LM, name: str) -> Tensor:
 def test_a_vector_on_the_input_is_the_folded_bias_behind_it(any_lm: LM) -> None:
     lm = any_lm
     patch = patch_of(lm, (1,))
-    ((name, vector),) = patch.vectors.items()
+    ((name, vector),) = patch.tensors().items()
     weight = lm.parameter(f"{name}.weight").detach()
     bias = vector @ (weight if lm.layout.transposed else weight.T)
     want = outputs(lm, name) + bias
@@ -102,14 +102,34 @@ def test_a_scale_acts_on_what_was_added_however_it_is_mounted(lm: LM) -> None:
     assert all((other - seen[0]).abs().max() <= 1e-4 * seen[0].abs().max() for other in seen)
 
 
-def test_merged_it_adds_up_and_the_two_sorts_do_not_mix(lm: LM) -> None:
-    one, two = patch_of(lm, (0, 1)), patch_of(lm, (1, 2), seed=1)
+@pytest.mark.parametrize("newest", [False, True])
+def test_merged_it_does_what_both_do_at_whichever_tokens(newest: bool, lm: LM, tmp_path: Path) -> None:
+    one, two = patch_of(lm, (0, 1)), patch_of(lm, (1, 2), newest, seed=1)
     with apply(lm, one), apply(lm, two):
         want = states(lm)
-    with apply(lm, merge(one, two)):
+    both = merge(one, two)
+    both.save(tmp_path / "both")
+    assert load_patch(tmp_path / "both").hash() == both.hash()
+    with apply(lm, load_patch(tmp_path / "both")):
         assert (states(lm) - want).abs().max() <= 1e-4 * want.abs().max()
-    with pytest.raises(CannotMerge, match="at the newest alone"):
-        merge(one, patch_of(lm, newest=True))
+
+
+def test_at_an_output_it_is_what_is_added_there(lm: LM) -> None:
+    name = lm.layout.downs[1]
+    vector = torch.linspace(-1, 1, 64)
+    want = outputs(lm, name) + vector
+    with apply(lm, HookPatch.make(lm, {Site(name, "output"): vector}, method="push")):
+        assert (outputs(lm, name) - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_what_the_first_release_wrote_opens_with_its_hash_and_under_its_name() -> None:
+    lm = tiny_lm("llama")
+    patch = patch_of(lm, newest=True)
+    parts = patch.parts()
+    assert parts == {"newest": True, "widths": {name: 64 for name in patch.tensors()}}
+    old = SteerPatch.from_parts(parts, patch.tensors(), method="push", config={}, base=patch.base)
+    assert old.hash() == patch.hash() and patch.kind == "steer" and isinstance(old, HookPatch)
+    assert {site.tokens for site in old.vectors} == {"answer"}
 
 
 def test_it_is_refused_where_it_does_not_fit() -> None:
@@ -123,6 +143,10 @@ def test_it_is_refused_where_it_does_not_fit() -> None:
         SteerPatch.make(lm, {"model.norm": torch.ones(64)}, method="push")
     with pytest.raises(Diverged, match="infinite"):
         SteerPatch.make(lm, {name: torch.full((64,), torch.inf)}, method="push")
+    with pytest.raises(BadInput, match="returns vectors of 64"):
+        SteerPatch.make(lm, {Site(name, "output"): torch.ones(3)}, method="push")
+    with pytest.raises(BadInput, match="runs behind the blocks"):
+        SteerPatch.make(lm, {Site("lm_head", "input", "answer"): torch.ones(64)}, method="push")
     with pytest.raises(CannotMount, match="cannot be mounted 'bake'"):
         apply(lm, patch_of(lm), mount="bake")
     with pytest.raises(WrongModel):
@@ -131,7 +155,7 @@ def test_it_is_refused_where_it_does_not_fit() -> None:
         apply(tiny_lm("gpt2"), patch_of(lm), strict=False)
 
 
-@pytest.mark.parametrize("change", [{"widths": {}}, {"newest": 1}, {"more": 1}])
+@pytest.mark.parametrize("change", [{"widths": {}}, {"newest": 1}, {"more": 1}, {"add": []}])
 def test_a_file_whose_parts_do_not_fit_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     import json
 
@@ -147,4 +171,29 @@ def test_a_file_whose_parts_do_not_fit_is_refused(change: dict[str, object], tmp
 def test_a_patch_says_where_it_acts() -> None:
     lm = tiny_lm("llama")
     assert "at every token" in patch_of(lm).summary()
-    assert "at the newest token" in replace(patch_of(lm), newest=True).summary()
+    assert "from the last prompt token on" in patch_of(lm, newest=True).summary()
+
+
+SITES: dict[str, Any] = {
+    "tokens": [["model.x", "input", "none", 2]],
+    "width": [["model.x", "input", "all", 3]],
+    "module": [["model.y", "input", "all", 2]],
+    "no site": [1],
+    "no list": 0,
+}
+
+
+@pytest.mark.parametrize("sites", SITES.values(), ids=SITES)
+def test_a_list_of_sites_that_does_not_fit_is_refused(sites: Any, tmp_path: Path) -> None:
+    import json
+
+    lm = tiny_lm("llama")
+    both = merge(patch_of(lm), patch_of(lm, newest=True))
+    both.save(tmp_path / "p")
+    header = json.loads((tmp_path / "p" / "patch.json").read_text())
+    good = header["parts"]["add"]
+    assert len(good) == 4
+    for wrong in (sites, good[1:] + sites if isinstance(sites, list) else sites):
+        (tmp_path / "p" / "patch.json").write_bytes(sealed(header | {"parts": {"add": wrong}}))
+        with pytest.raises(BadPatch):
+            load_patch(tmp_path / "p")

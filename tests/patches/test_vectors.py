@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_lm
 
 from lmpatch.errors import CannotMount
-from lmpatch.inference.forward import hooked
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.patches.export import export
 from lmpatch.patches.file import load_patch
@@ -52,7 +52,7 @@ def test_a_scaled_vector_acts_times_that_factor_and_comes_back_to_the_bit(
     def by_hand(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
         return output + (factor - 1) * vector if name.endswith("bias") else output * factor
 
-    with hooked(lm.module(module).register_forward_hook(by_hand)):
+    with hooked(Hook(lm.module(module), by_hand)):
         want = logits(lm)
     with apply(lm, times(factor, lm, name), mount=mount):
         torch.testing.assert_close(logits(lm), want, atol=1e-5, rtol=1e-5)

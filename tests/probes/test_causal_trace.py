@@ -10,11 +10,13 @@ from tiny import real_gemma
 
 from lmpatch.data.edits import Edit
 from lmpatch.errors import SubjectNotFound
-from lmpatch.inference.forward import first, hooked
+from lmpatch.inference.forward import first
 from lmpatch.inference.tokens import encode
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.probes.causal_trace import probe as causal_trace
 from lmpatch.probes.causal_trace.probe import Config
+from lmpatch.probes.causal_trace.trace import Trace
 
 FACTS = [
     Edit("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Paris"),
@@ -22,7 +24,7 @@ FACTS = [
 ]
 
 
-def slow(lm: LM, edit: Edit, trace: causal_trace.Trace, cfg: Config) -> torch.Tensor:
+def slow(lm: LM, edit: Edit, trace: Trace, cfg: Config) -> torch.Tensor:
     """Every place, every sample: one full forward with hooks."""
     ids = torch.tensor([encode(lm, edit.prompt).ids])
     begin = ids.shape[1] - len(trace.tokens)
@@ -37,8 +39,8 @@ def slow(lm: LM, edit: Edit, trace: causal_trace.Trace, cfg: Config) -> torch.Te
     def enter(m: object, a: tuple[torch.Tensor, ...], k: dict[str, torch.Tensor]) -> None:
         entering.append((a[0] if a else k["hidden_states"]).detach().clone())
 
-    handles = [lm.module(name).register_forward_hook(keep(i)) for i, name in enumerate(names)]
-    handles.append(lm.module(layout.blocks[0]).register_forward_pre_hook(enter, with_kwargs=True))
+    handles = [Hook(lm.module(name), keep(i)) for i, name in enumerate(names)]
+    handles.append(Hook(lm.module(layout.blocks[0]), enter, kwargs=True, before=True))
     with torch.no_grad(), hooked(*handles):
         answer = int(lm.model(ids).logits[0, -1].argmax())
     span = slice(begin, begin + trace.subject)
@@ -65,8 +67,8 @@ def slow(lm: LM, edit: Edit, trace: causal_trace.Trace, cfg: Config) -> torch.Te
 
                     return hook
 
-                handles = [lm.module(names[i]).register_forward_hook(restore(i)) for i in range(low, high)]
-                handles.append(lm.module(layout.blocks[0]).register_forward_pre_hook(corrupt, with_kwargs=True))
+                handles = [Hook(lm.module(names[i]), restore(i)) for i in range(low, high)]
+                handles.append(Hook(lm.module(layout.blocks[0]), corrupt, kwargs=True, before=True))
                 with torch.no_grad(), hooked(*handles):
                     p = lm.model(ids).logits[0, -1].float().softmax(-1)[answer]
                 scores[t, centre] += p / cfg.samples

@@ -12,7 +12,7 @@ from tiny import FAMILIES, real_gemma, tiny_lm
 
 from lmpatch.data.context import ContextRecord
 from lmpatch.errors import BadInput, BadRecord
-from lmpatch.inference.forward import hooked
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
 from lmpatch.probes.integrated_gradients import probe as ig
@@ -41,7 +41,7 @@ def credits(lm: LM, cfg: Config, records: list[ContextRecord] = RECORDS) -> torc
 def input_at(lm: LM, ids: tuple[int, ...], layer: int) -> torch.Tensor:
     """[f] the down-projection's input at the last token of a plain forward."""
     seen: list[torch.Tensor] = []
-    handle = lm.module(lm.layout.downs[layer]).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    handle = Hook(lm.module(lm.layout.downs[layer]), lambda m, a: seen.append(a[0]), before=True)
     with torch.no_grad(), hooked(handle):
         lm.model(torch.tensor([ids]))
     return seen[0].reshape(len(ids), -1)[-1]
@@ -63,7 +63,7 @@ def probabilities(lm: LM, case: ig.Case, layer: int, values: torch.Tensor) -> to
         whole = args[0].reshape(len(values), len(case.with_context), -1)
         return (torch.cat([whole[:, :-1], values[:, None]], 1).reshape(args[0].shape),)
 
-    with hooked(lm.module(lm.layout.downs[layer]).register_forward_pre_hook(put)):
+    with hooked(Hook(lm.module(lm.layout.downs[layer]), put, before=True)):
         logits = lm.model(torch.tensor([case.with_context] * len(values))).logits[:, -1]
     return logits.float().softmax(-1)[:, case.label]
 
@@ -229,8 +229,8 @@ def test_a_stopped_run_goes_on_where_it_was(lm: LM, tmp_path: Path, monkeypatch:
     again = ig.run(lm, RECORDS, CFG, out=path, progress=lambda *told: seen.append(told))
     assert seen == [(2, 3, "crediting neurons"), (3, 3, "crediting neurons")]
     assert again == whole == ig.Scores.load(path)
-    whole.save(tmp_path / "saved.jsonl")
-    assert (tmp_path / "saved.jsonl").read_text() == path.read_text()
+    whole.save(tmp_path)
+    assert (tmp_path / "integrated_gradients.jsonl").read_text() == path.read_text()
 
 
 def test_scores_of_another_run_are_not_gone_on_with(lm: LM, tmp_path: Path) -> None:
@@ -261,9 +261,9 @@ def test_it_runs_in_bf16(lm: LM, cfg: Config) -> None:
 
 def test_its_table_has_a_line_a_record_and_the_saved_file_all_of_it(lm: LM, tmp_path: Path) -> None:
     scores = ig.run(lm, RECORDS, CFG)
-    columns, rows = ig.table(scores)
+    columns, rows = scores.table()
     assert [len(row) for row in rows] == [len(columns)] * len(RECORDS)
-    ig.save(scores, tmp_path)
+    scores.save(tmp_path)
     assert ig.Scores.load(tmp_path / "integrated_gradients.jsonl") == scores
     with pytest.raises(BadInput, match="no file"):
         ig.Scores.load(tmp_path / "elsewhere.jsonl")

@@ -63,7 +63,7 @@ def bench(
     """Measure a model on data: with patches, with patches a method makes, or alone.
 
     The unpatched model is always in the table, for facts also the fact in the prompt. Several patches are put on in
-    this order, or merged first by a bench that takes one.
+    this order.
 
     \b
     Examples:

@@ -71,8 +71,8 @@ def probe(
         keep(context, f"What was written so far is in {out}.")
     with patched(lm, patches, mount), progress(f"{name} at work") as bar:
         found = api.probe(lm, name, data, limit=limit, progress=bar, **file, **chosen)
-    table(*module.table(found))
+    table(*found.table())
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        module.save(found, out)
+        found.save(out)
         say(f"saved in {out}", path=out)

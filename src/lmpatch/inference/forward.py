@@ -7,8 +7,10 @@ The head works in chunks, so ``[tokens, vocab]`` never exists.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 
 HEAD_CHUNK = 128  # positions per head call: 128 x 262,144 fp32 logits are 134 MB
@@ -26,26 +29,69 @@ class _Stop(Exception):
 
 
 @contextmanager
-def hooked(*handles: Any) -> Iterator[None]:
-    """Remove the hooks on the way out, whatever happens."""
+def frozen(lm: LM) -> Iterator[None]:
+    """No weight asks for a gradient inside; the flags are as before outside."""
+    trainable = [p for p in lm.model.parameters() if p.requires_grad]
     try:
-        yield
+        try:
+            _require_grad(trainable, False)
+            yield
+        finally:
+            _require_grad(trainable, True)
     finally:
-        for handle in handles:
-            handle.remove()
+        _require_grad(trainable, True)  # an interrupt may have stopped the first
+
+
+def _require_grad(parameters: Iterable[nn.Parameter], flag: bool) -> None:
+    for p in parameters:
+        p.requires_grad_(flag)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of a padded batch, as a hook sees it: which of its tokens are prompt, and which are answer.
+
+    With a cache a forward runs the newest ``width`` columns of the batch; earlier ones ran before.
+    """
+
+    mask: Tensor
+    """[n, columns] 1 at real tokens, those of earlier forwards included."""
+    width: int
+    """t: columns that run now, the last ones."""
+    prompt_end: Tensor
+    """[n] the column of each row's last prompt token."""
+
+    @property
+    def start(self) -> int:
+        """The first column that runs now; 0 where the prompt begins."""
+        return self.mask.shape[1] - self.width
+
+    def answering(self) -> Tensor:
+        """[n, t] True from each row's last prompt token on, where what is read decides the answer. Padding is False."""
+        columns = torch.arange(self.start, self.mask.shape[1], device=self.mask.device)
+        return self.mask[:, self.start :].bool() & (columns >= self.prompt_end[:, None])
+
+
+_pass: ContextVar[Pass | None] = ContextVar("lmpatch_pass", default=None)  # each thread has its own
+
+
+def current_pass() -> Pass | None:
+    """The forward that runs, for a hook; None in a call of the model that is not lmpatch's, or has no answer."""
+    return _pass.get()
 
 
 @contextmanager
-def frozen(lm: LM) -> Iterator[None]:
-    """No weight asks for a gradient inside; the flags are as before outside."""
-    asked = [p for p in lm.model.parameters() if p.requires_grad]
-    for p in asked:
-        p.requires_grad_(False)
+def during(now: Pass | None) -> Iterator[None]:
+    """Hooks see this pass inside the block."""
+    before = _pass.get()
     try:
-        yield
+        try:
+            _pass.set(now)
+            yield
+        finally:
+            _pass.set(before)
     finally:
-        for p in asked:
-            p.requires_grad_(True)
+        _pass.set(before)  # an interrupt may have stopped the first
 
 
 def first(output: Any) -> Tensor:
@@ -68,6 +114,7 @@ def blocks(
     cache: Cache | None = None,
     last: int | None = None,
     vectors: Tensor | None = None,
+    prompt_end: Tensor | None = None,
 ) -> Tensor:
     """Run the embedding and blocks 0..last and stop there: no final norm, no head.
 
@@ -76,6 +123,8 @@ def blocks(
         mask: [n, t] or, with a cache, [n, cached + t].
         last: 0-based block to stop after; None: the last one.
         vectors: [m, d] in the space of the embedding module's output. Gradients flow into them.
+        prompt_end: [n] the column of each row's last prompt token, cached columns counted. Patches that act on the
+            answer need it (see ``Pass``).
     Returns:
         [n, t, d] what block ``last`` hands on.
     """
@@ -87,11 +136,12 @@ def blocks(
         raise _Stop
 
     kwargs: dict[str, Any] = {"position_ids": position_ids} if _takes_positions(lm) else {}
-    hooks = [block.register_forward_hook(stop)]
+    hooks = [Hook(block, stop)]
     if vectors is not None:
-        hooks.append(lm.module(lm.layout.embed).register_forward_hook(_inserted(ids, vectors)))
+        hooks.append(Hook(lm.module(lm.layout.embed), _inserted(ids, vectors)))
         ids = ids.clamp(min=0)
-    with hooked(*hooks), suppress(_Stop):
+    now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end)
+    with during(now), hooked(*hooks), suppress(_Stop):
         lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **kwargs)
     return kept[0]
 

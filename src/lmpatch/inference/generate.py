@@ -26,7 +26,7 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int = 32,
-    stop: Sequence[str] = ("\n",),
+    stop: Sequence[str] | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -40,8 +40,8 @@ def generate(
         prompts: one or many; prompts of different length share a batch, padded on the left. Texts, or ``InContext``
             where a decode patch is on the model.
         max_new_tokens: at most this many new tokens.
-        stop: a token whose text contains one of these ends the answer and is left out. The model's own
-            end tokens always do.
+        stop: a token whose text contains one of these ends the answer and is left out. The model's own end tokens
+            always do. None: a new line, but for a chat model, which ends its replies itself.
         temperature: what logits are divided by before a token is drawn; 0 takes the likeliest one.
         top_p: draw from the likeliest tokens that together reach this probability.
         seed: of the draws. They depend on it and on a prompt's place in the list, not on the batch it is in.
@@ -52,34 +52,34 @@ def generate(
         BadInput: a prompt tokenises to nothing, or the model's window does not hold it and the new tokens; a decode
             patch is on and a prompt is a plain text.
     """
-    choice = Sampling(temperature, top_p, seed)
-    given: list[Prompt] = [prompts] if isinstance(prompts, (str, InContext)) else list(prompts)
-    inputs = streams(lm, given, new_tokens=max_new_tokens)
+    sampling = Sampling(temperature, top_p, seed)
+    questions: list[Prompt] = [prompts] if isinstance(prompts, (str, InContext)) else list(prompts)
+    inputs = streams(lm, questions, new_tokens=max_new_tokens)
     pairs = _pairs(inputs)
-    numbers = choice.numbers(len(pairs), max_new_tokens).to(lm.device)
-    asked = [(pair, i if temperature else 0) for i, pair in enumerate(pairs)]  # draws differ between equal prompts
-    queue = sorted(set(asked), key=lambda key: (longest(key[0]), key[1]))
+    numbers = sampling.numbers(len(pairs), max_new_tokens).to(lm.device)
+    keys = [(pair, i if temperature else 0) for i, pair in enumerate(pairs)]  # draws differ between equal prompts
+    queue = sorted(set(keys), key=lambda key: (longest(key[0]), key[1]))
     places: dict[tuple[Pair, int], list[int]] = {}
-    for i, key in enumerate(asked):
+    for i, key in enumerate(keys):
         places.setdefault(key, []).append(i)
     ends, size = StopTokens(lm, stop), max(1, batch_size // inputs.width)
-    done: dict[tuple[Pair, int], str] = {}
+    answers: dict[tuple[Pair, int], str] = {}
     for start in range(0, len(queue), size):
         batch = queue[start : start + size]
-        drawn = numbers[[place for _, place in batch]]
+        own_numbers = numbers[[place for _, place in batch]]
         new: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        for tokens in _steps(lm, inputs, [pair for pair, _ in batch], ends, choice, drawn, ended):
+        for tokens in steps(lm, inputs, [pair for pair, _ in batch], ends, sampling, own_numbers, ended):
             for i, token in tokens:
                 new[i].append(token)
                 if enough:
                     text = lm.tokenizer.decode(new[i], skip_special_tokens=True)
                     ended[i] = all(enough(place, text) for place in places[batch[i]])
         for key, ids in zip(batch, new, strict=True):
-            done[key] = lm.tokenizer.decode(ids, skip_special_tokens=True)
+            answers[key] = lm.tokenizer.decode(ids, skip_special_tokens=True)
         if progress:
             progress(start + len(batch), len(queue), "generating")
-    texts = [done[key] for key in asked]
+    texts = [answers[key] for key in keys]
     return texts[0] if isinstance(prompts, (str, InContext)) else texts
 
 
@@ -89,29 +89,29 @@ def stream(
     prompt: Prompt,
     *,
     max_new_tokens: int = 32,
-    stop: Sequence[str] = ("\n",),
+    stop: Sequence[str] | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Continue one prompt and give the text in pieces, as it comes; together they are what ``generate`` says.
+    """Continue one prompt and give the text in pieces, as it comes; together they are what ``generate`` gives.
 
     Arguments and errors are those of ``generate``. No piece ends within a character.
     """
-    choice = Sampling(temperature, top_p, seed)
+    sampling = Sampling(temperature, top_p, seed)
     inputs = streams(lm, [prompt], new_tokens=max_new_tokens)
+    numbers = sampling.numbers(1, max_new_tokens).to(lm.device)
     new: list[int] = []
-    said = text = ""
-    numbers = choice.numbers(1, max_new_tokens).to(lm.device)
-    for tokens in _steps(lm, inputs, _pairs(inputs), StopTokens(lm, stop), choice, numbers, [False]):
+    sent = text = ""
+    for tokens in steps(lm, inputs, _pairs(inputs), StopTokens(lm, stop), sampling, numbers, [False]):
         new += [token for _, token in tokens]
         text = lm.tokenizer.decode(new, skip_special_tokens=True)
         whole = text.rstrip(" \ufffd")  # a character may come in several tokens, and a blank may go before a point
-        if len(whole) > len(said):
-            yield whole[len(said) :]
-            said = whole
-    if len(text) > len(said):
-        yield text[len(said) :]
+        if len(whole) > len(sent):
+            yield whole[len(sent) :]
+            sent = whole
+    if len(text) > len(sent):
+        yield text[len(sent) :]
 
 
 def _pairs(inputs: Streams) -> list[Pair]:
@@ -124,11 +124,11 @@ def _pairs(inputs: Streams) -> list[Pair]:
 class StopTokens:
     """Which token ids end an answer. Ids are decoded once each, when they first come up."""
 
-    def __init__(self, lm: LM, stop: Sequence[str]) -> None:
+    def __init__(self, lm: LM, stop: Sequence[str] | None) -> None:
         config = getattr(lm.model, "generation_config", None)
-        found = [getattr(config, "eos_token_id", None), lm.tokenizer.eos_token_id]
-        self.known = {int(i): True for e in found if e is not None for i in (e if isinstance(e, list) else [e])}
-        self.stop, self.tokenizer = tuple(stop), lm.tokenizer
+        end = [getattr(config, "eos_token_id", None), lm.tokenizer.eos_token_id]
+        self.known = {int(i): True for e in end if e is not None for i in (e if isinstance(e, list) else [e])}
+        self.stop, self.tokenizer = (() if lm.chat else ("\n",)) if stop is None else tuple(stop), lm.tokenizer
 
     def __contains__(self, token: int) -> bool:
         if token not in self.known:
@@ -137,12 +137,12 @@ class StopTokens:
         return self.known[token]
 
 
-def _steps(
+def steps(
     lm: LM,
     inputs: Streams,
     batch: Sequence[Pair],
     ends: StopTokens,
-    choice: Sampling,
+    sampling: Sampling,
     numbers: Tensor,
     ended: list[bool],
 ) -> Iterator[list[tuple[int, int]]]:
@@ -151,32 +151,34 @@ def _steps(
     Rows that ended leave the batch once a quarter of it is idle.
 
     Args:
-        numbers: [n, steps] for ``choice``.
+        numbers: [n, steps] for ``sampling``.
         ended: which rows ended. The caller may end more of them between two steps.
     """
     width, n, limit = inputs.width, len(batch), numbers.shape[1]
     ids, mask = pad([pair[s] for s in range(width) for pair in batch], pad_id(lm), side="left")  # stream after stream
     ids, mask = ids.to(lm.device), mask.to(lm.device)
+    prompt_end = torch.full((len(ids),), ids.shape[1] - 1, device=lm.device)  # all prompts end in one column
     cache = DynamicCache(config=lm.model.config)
     alive = list(range(n))  # batch row -> row of `batch`
     state = initial_states(lm, inputs.rules, n)
+    vectors = inputs.vectors
     for step in range(limit):
         at = positions(mask)[:, -ids.shape[1] :]
-        vectors = inputs.vectors if step == 0 else None  # later tokens are all real
-        states = blocks(lm, ids, mask, position_ids=at, cache=cache, vectors=vectors)[:, -1]  # [streams * n, d]
-        scored = combined(lm, states.unflatten(0, (width, -1)), inputs.rules, state)
-        drawn = numbers[alive, step]
-        chosen = torch.cat([choice.take(z, drawn[rows]) for rows, z in scored])  # [n]
-        said = [(row, token) for row, token in zip(alive, chosen.tolist(), strict=True) if not ended[row]]
-        for row, token in said:
+        states = blocks(lm, ids, mask, position_ids=at, cache=cache, vectors=vectors, prompt_end=prompt_end)[:, -1]
+        vectors = None  # later tokens are all real
+        scores = combined(lm, states.unflatten(0, (width, -1)), inputs.rules, state)
+        own = numbers[alive, step]
+        tokens = torch.cat([sampling.take(z, own[rows]) for rows, z in scores])  # [n]
+        going = [(row, token) for row, token in zip(alive, tokens.tolist(), strict=True) if not ended[row]]
+        for row, token in going:
             ended[row] = token in ends
-        yield [(row, token) for row, token in said if not ended[row]]
+        yield [(row, token) for row, token in going if not ended[row]]
         keep = [i for i, row in enumerate(alive) if not ended[row]]
         if not keep or step + 1 == limit:
             return
-        ids, mask = chosen.repeat(width)[:, None], F.pad(mask, (0, 1), value=1)
+        ids, mask = tokens.repeat(width)[:, None], F.pad(mask, (0, 1), value=1)
         if len(keep) <= 0.75 * len(alive):
             pick = torch.tensor([s * len(alive) + i for s in range(width) for i in keep], device=lm.device)
             cache.batch_select_indices(pick)
             ids, mask, state = ids[pick], mask[pick], state[:, pick[: len(keep)]]
-            alive = [alive[i] for i in keep]
+            prompt_end, alive = prompt_end[pick], [alive[i] for i in keep]

@@ -1,8 +1,10 @@
-"""What a patch may do in lmpatch's own calls while it is on a model.
+"""What a patch may do while inference runs: before the prompt, inside the blocks, on the logits.
 
-It may put something before a prompt (``Intervention.retrieve``). It may combine what the model says behind a prompt
-with what it says behind the same prompt without its context (``Intervention.rules``). The ledger on a patched model
-has the interventions of its patches (see ``patches.ledger``).
+An ``Intervention`` may put something before a prompt (``retrieve``), run inside the blocks (``hooks``, which see where
+each row's prompt ends by ``forward.current_pass``), and combine what the model says behind a prompt with what it says
+behind the same prompt without its context (``rules``). Scoring, generation and hidden states use it alike, so what is
+scored is what would be generated. The ledger on a patched model has the interventions of its patches (see
+``patches.ledger``).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from ..data.context import InContext
 from ..errors import BadInput
+from ..models.hooks import Hook
 from ..models.lm import LM
 from .forward import HEAD_CHUNK, logits
 from .tokens import Row, encode_all
@@ -51,19 +54,24 @@ class Rule(ABC):
         """One step of n answers.
 
         Args:
-            full: [n, V] logits with context, fp32. May be overwritten.
-            bare: [n, V] logits without. Left alone.
-            memory: [n] int64, what the rule knows about each answer so far: 0 before its first token, written in place.
+            with_context: [n, V] logits with context, fp32. May be overwritten.
+            without_context: [n, V] logits without. Left alone.
+            state: [n] int64, what the rule knows about each answer so far: 0 before its first token, written in place.
         Returns:
             [n, V] logits of the combined distribution.
         """
 
 
 class Intervention:
-    """A patch at work. It inserts, or combines, or both."""
+    """A patch at work: before a prompt, inside the blocks, on the logits, or several of these."""
 
+    hooks: tuple[Hook, ...] = ()
+    """On the model's modules while the patch is on. ``forward.current_pass()`` tells them which tokens are prompt."""
     rules: tuple[Rule, ...] = ()
     """Applied one after the other: each takes the scores of the one before as the stream with context."""
+
+    def __init__(self, hooks: Sequence[Hook] = ()) -> None:
+        self.hooks = tuple(hooks)
 
     def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
         """What to put before each prompt; None leaves it alone. The answer is never part of ``prompts``."""
@@ -125,7 +133,7 @@ def _bare(prompt: Prompt) -> str:
         return prompt.without_context
     raise BadInput(
         f"a decode patch compares a prompt with its form without context, and {prompt[:60]!r} is one text. Give "
-        "InContext(prompt=..., bare=...) (lmpatch ask: --context), or take the patch off."
+        "InContext(prompt=..., without_context=...) (lmpatch ask: --context), or take the patch off."
     )
 
 
@@ -183,7 +191,7 @@ def combined(lm: LM, states: Tensor, rules: Sequence[Rule], state: Tensor) -> It
 
     Args:
         states: [streams, n, d] after the last block; one stream without rules, two with.
-        memory: [rules, n] as in ``Rule.combine``.
+        state: [rules, n] as in ``Rule.combine``.
     Yields:
         which prompts, and their logits [c, V], fp32.
     """

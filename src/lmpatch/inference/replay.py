@@ -20,16 +20,19 @@ Column 0 is padding in every row. A mask therefore always exists: without any pa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
-from .forward import blocks, first, hooked, positions
+from .forward import Pass, blocks, during, first, positions
 from .tokens import pad_id
 
 
@@ -56,13 +59,17 @@ class Recording:
     hidden: dict[int, Tensor]
     """Block index → [n, S, d] entering that block; index ``n_layers``: leaving the last one."""
     keys: dict[int, Tensor]
-    """Block index → [n, d_ff] input of the down-projection at column t."""
+    """Block index → [n, width] input of the down-projection at column t."""
     values: dict[int, Tensor]
     """Block index → [n, d] output of the down-projection at column t."""
     past: dict[int, tuple[Tensor, Tensor]]
     """Block index → keys and values [n, heads, P, head_dim] of the prefix."""
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
     """Block index → the arguments the model called it with."""
+    mask: Tensor
+    """[n, P + S] 1 at real tokens."""
+    prompt_end: Tensor | None
+    """[n] the column of each row's last prompt token, if ``record`` got it."""
 
     @property
     def n(self) -> int:
@@ -77,12 +84,14 @@ class Recording:
     def select(self, rows: Tensor) -> Recording:
         """The same recording for these rows only, in this order; a row may repeat."""
 
-        def pick(found: dict[int, Tensor]) -> dict[int, Tensor]:
-            return {i: v[rows] for i, v in found.items()}
+        def pick(states: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {i: v[rows] for i, v in states.items()}
 
+        end = None if self.prompt_end is None else self.prompt_end[rows]
         calls = {i: (_rows(a, rows, self.n), _rows(k, rows, self.n)) for i, (a, k) in self.calls.items()}
         past = {i: (k[rows], v[rows]) for i, (k, v) in self.past.items()}
-        return Recording(self.lm, self.prefix, pick(self.hidden), pick(self.keys), pick(self.values), past, calls)
+        states = pick(self.hidden), pick(self.keys), pick(self.values)
+        return Recording(self.lm, self.prefix, *states, past, calls, self.mask[rows], end)
 
     def forward(self, hidden: Tensor, layer: int, *, rows: Tensor | None = None, end: int | None = None) -> Tensor:
         """Run blocks ``layer`` .. ``end``-1 on the suffix.
@@ -110,21 +119,29 @@ class Recording:
             [n, v, d] leaving block ``end``-1.
         """
         assert self.suffix == 1, "only versions of a last token can stand side by side"
+        mask = F.pad(self.mask[:, : self.prefix], (0, hidden.shape[1]), value=1)
         for i in range(layer, self.lm.layout.n_layers if end is None else end):
             args, kwargs = (_fanned(x, hidden.shape[1]) for x in self.calls[i])
-            hidden = self._call(i, hidden, args, kwargs, *self.past[i])
+            with self._pass(mask, hidden.shape[1]):
+                hidden = self._call(i, hidden, args, kwargs, *self.past[i])
         return hidden
 
     def _block(self, layer: int, hidden: Tensor, rows: Tensor | None) -> Tensor:
         args, kwargs = self.calls[layer]
-        keys, values = self.past[layer]
+        (keys, values), mask = self.past[layer], self.mask
         if rows is not None:
             args, kwargs = _rows(args, rows, self.n), _rows(kwargs, rows, self.n)
-            keys, values = keys[rows], values[rows]
+            keys, values, mask = keys[rows], values[rows], mask[rows]
         width = hidden.shape[1]
         if width < self.suffix:
             args, kwargs = (_columns(x, width, self.suffix, self.prefix) for x in (args, kwargs))
-        return self._call(layer, hidden, args, kwargs, keys, values)
+        with self._pass(mask[:, : self.prefix + width], width, rows):
+            return self._call(layer, hidden, args, kwargs, keys, values)
+
+    def _pass(self, mask: Tensor, width: int, rows: Tensor | None = None) -> AbstractContextManager[None]:
+        """What patches on the model see of these columns."""
+        end = self.prompt_end
+        return during(None if end is None else Pass(mask, width, end if rows is None else end[rows]))
 
     def _call(self, layer: int, hidden: Tensor, args: Any, kwargs: Any, keys: Tensor, values: Tensor) -> Tensor:
         layers = [_Prefix(keys, values)] * (layer + 1)  # blocks look themselves up by their index
@@ -133,20 +150,26 @@ class Recording:
 
 
 @torch.no_grad()
-def record(lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, lowest: int = 0) -> Recording:
+def record(
+    lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, ends: Sequence[int] | None = None, lowest: int = 0
+) -> Recording:
     """Run the rows once and keep what later replays need.
 
     Args:
         rows: token ids, one list a row.
         at: for each row the index t of the first token that a change can reach.
+        ends: for each row the index of the last prompt token, for patches on the model that act on the answer.
         lowest: the lowest block a replay will start at; states below it are not kept.
     Returns:
         a ``Recording`` whose suffix column 0 is token t of every row.
     """
     ids, mask, prefix = _aligned(lm, rows, at)
     place = positions(mask)
+    prompt_end = None
+    if ends is not None:
+        prompt_end = torch.tensor([prefix - t + end for t, end in zip(at, ends, strict=True)], device=lm.device)
     cache = DynamicCache()  # every layer keeps all columns: sliding windows are the mask's business here
-    blocks(lm, ids[:, :prefix], mask[:, :prefix], position_ids=place[:, :prefix], cache=cache)
+    blocks(lm, ids[:, :prefix], mask[:, :prefix], position_ids=place[:, :prefix], cache=cache, prompt_end=prompt_end)
     layers: list[Any] = cache.layers
     past = {i: (layer.keys, layer.values) for i, layer in enumerate(layers) if i >= lowest}
 
@@ -182,19 +205,16 @@ def record(lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, lowest: 
 
         return hook
 
-    handles = [
-        lm.module(name).register_forward_pre_hook(enter(i), with_kwargs=True)
-        for i, name in enumerate(lm.layout.blocks)
-        if i >= lowest
-    ]
-    for i, name in enumerate(lm.layout.downs):
-        if i >= lowest:  # before other hooks: a patch on the side may scale what the projection then reads
-            handles.append(lm.module(name).register_forward_pre_hook(take(i), prepend=True))
-            handles.append(lm.module(name).register_forward_hook(watch(i)))
-    with hooked(*handles):
-        out = blocks(lm, ids[:, prefix:], mask, position_ids=place[:, prefix:], cache=cache)
+    hooks = []
+    for i in range(lowest, lm.layout.n_layers):
+        block, down = lm.module(lm.layout.blocks[i]), lm.module(lm.layout.downs[i])
+        hooks.append(Hook(block, enter(i), before=True, kwargs=True))
+        hooks.append(Hook(down, take(i), before=True, first=True))  # a patch may scale what the projection then reads
+        hooks.append(Hook(down, watch(i)))
+    with hooked(*hooks):
+        out = blocks(lm, ids[:, prefix:], mask, position_ids=place[:, prefix:], cache=cache, prompt_end=prompt_end)
     hidden[lm.layout.n_layers] = out
-    return Recording(lm, prefix, hidden, keys, values, past, calls)
+    return Recording(lm, prefix, hidden, keys, values, past, calls, mask, prompt_end)
 
 
 def _aligned(lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int]) -> tuple[Tensor, Tensor, int]:

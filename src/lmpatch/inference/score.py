@@ -15,6 +15,8 @@ from .forward import blocks, positions
 from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
 from .tokens import pad, pad_id
 
+_Key = tuple[Pair, tuple[int, ...]]
+
 
 @dataclass(frozen=True)
 class Score:
@@ -55,45 +57,55 @@ def score(
             raise BadInput(
                 f"nothing stands before the target of {prompt!r}: the tokenizer adds no start token. Give a prompt."
             )
-    asked = [(tuple(row.ids for row in rows), tuple(row.target for row in rows)) for rows in inputs.rows]
-    queue = sorted(set(asked), key=lambda key: longest(key[0]))
-    done: dict[tuple[Pair, tuple[int, ...]], Score] = {}
+    keys: list[_Key] = [(tuple(row.ids for row in rows), tuple(row.target for row in rows)) for rows in inputs.rows]
+    queue = sorted(set(keys), key=lambda key: longest(key[0]))
+    scores: dict[_Key, Score] = {}
     size = max(1, batch_size // inputs.width)
     for start in range(0, len(queue), size):
         batch = queue[start : start + size]
-        done.update(zip(batch, _scores(lm, inputs, batch), strict=True))
+        scores.update(zip(batch, score_batch(lm, inputs, batch), strict=True))
         if progress:
             progress(start + len(batch), len(queue), "scoring")
-    return [done[key] for key in asked]
+    return [scores[key] for key in keys]
 
 
-def _scores(lm: LM, inputs: Streams, batch: Sequence[tuple[Pair, tuple[int, ...]]]) -> list[Score]:
-    """One batch of ``score``: (ids, where the target begins) of each stream of each prompt."""
+def score_batch(lm: LM, inputs: Streams, batch: Sequence[_Key]) -> list[Score]:
+    """One padded batch of ``score``.
+
+    Args:
+        batch: for each prompt the token ids of its streams, and where the target begins in each of them.
+    """
     n, width = len(batch), inputs.width
-    rows = [pair[s] for s in range(width) for pair, _ in batch]
-    starts = torch.tensor([targets for _, targets in batch], device=lm.device).T  # [streams, n]
+    rows = [pair[s] for s in range(width) for pair, _ in batch]  # stream after stream
+    starts = torch.tensor([begins for _, begins in batch], device=lm.device).T  # [streams, n]
     ids, mask = pad(rows, pad_id(lm), side="right")
     ids, mask = ids.to(lm.device), mask.to(lm.device)
-    states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors)  # [streams * n, T, d]
-    states = states.unflatten(0, (width, n))
-    labels = [pair[0][targets[0] :] for pair, targets in batch]
-    spots = [(i, k) for i, label in enumerate(labels) for k in range(len(label))]
-    # a rule goes through an answer token by token, since it may remember; without one all tokens are alike
-    steps = [[s for s in spots if s[1] == k] for k in range(max(map(len, labels)))] if inputs.rules else [spots]
+    states = blocks(
+        lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors, prompt_end=starts.flatten() - 1
+    ).unflatten(0, (width, n))  # [streams, n, T, d]
+    labels = [pair[0][begins[0] :] for pair, begins in batch]
+    places = [(i, k) for i, label in enumerate(labels) for k in range(len(label))]
+    if inputs.rules:  # a rule goes through an answer token by token, since it may remember
+        steps = [[place for place in places if place[1] == k] for k in range(max(map(len, labels)))]
+    else:
+        steps = [places]
     state = initial_states(lm, inputs.rules, n)
-    found: dict[tuple[int, int], tuple[float, int]] = {}
+    stream = torch.arange(width, device=lm.device)[:, None]
+    results: dict[tuple[int, int], tuple[float, int]] = {}  # (row, k) -> its log probability, and the first choice
     for step in steps:
         row, k = torch.tensor(step, device=lm.device).T
-        want = ids[row, starts[0, row] + k]
-        picked = states[torch.arange(width, device=lm.device)[:, None], row, starts[:, row] + k - 1]  # [streams, c, d]
-        known, logp, best = state[:, row], [], []
-        for part, z in combined(lm, picked, inputs.rules, known):
-            logp.append(-F.cross_entropy(z, want[part], reduction="none"))
-            best.append(z.argmax(-1))
-        state[:, row] = known
-        found.update(zip(step, zip(torch.cat(logp).tolist(), torch.cat(best).tolist(), strict=True), strict=True))
-    each = [[found[i, k] for k in range(len(label))] for i, label in enumerate(labels)]
+        label = ids[row, starts[0, row] + k]
+        before = states[stream, row, starts[:, row] + k - 1]  # [streams, c, d] what predicts token k
+        own, logprobs, argmax = state[:, row], [], []
+        for part, z in combined(lm, before, inputs.rules, own):
+            logprobs.append(-F.cross_entropy(z, label[part], reduction="none"))
+            argmax.append(z.argmax(-1))
+        state[:, row] = own
+        results.update(
+            zip(step, zip(torch.cat(logprobs).tolist(), torch.cat(argmax).tolist(), strict=True), strict=True)
+        )
+    per_row = [[results[i, k] for k in range(len(label))] for i, label in enumerate(labels)]
     return [
-        Score(label, tuple(p for p, _ in tokens), tuple(a for _, a in tokens))
-        for label, tokens in zip(labels, each, strict=True)
+        Score(label, tuple(logprob for logprob, _ in tokens), tuple(best for _, best in tokens))
+        for label, tokens in zip(labels, per_row, strict=True)
     ]

@@ -38,7 +38,8 @@ def last_states(lm: LM, inputs: Streams, *, batch_size: int = 64, progress: Prog
         batch = queue[start : start + batch_size]
         ids, mask = pad(batch, pad_id(lm), side="left")
         ids, mask = ids.to(lm.device), mask.to(lm.device)
-        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors)  # [n, T, d]
+        ends = torch.full((len(batch),), ids.shape[1] - 1, device=lm.device)
+        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors, prompt_end=ends)
         done.update(zip(batch, states[:, -1].float(), strict=True))
         if progress:
             progress(start + len(batch), len(queue), "reading states")

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from ..errors import UnknownLayout
-from ..inference.forward import blocks, first, hooked, positions
+from ..inference.forward import blocks, first, positions
 from ..inference.tokens import Row, pad, pad_id
 from ..models.calls import probe_ids, trace
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 
 BATCH = 16  # texts per forward
 
 
 def activations(lm: LM) -> list[str]:
-    """Each block's activation module: the first of width d_ff between the up- and the down-projection.
+    """Each block's activation module: the first of the MLP's width between the up- and the down-projection.
 
     Raises:
         UnknownLayout: there is none.
@@ -27,9 +28,9 @@ def activations(lm: LM) -> list[str]:
     layout, calls = lm.layout, trace(lm.model, probe_ids(lm.model, lm.tokenizer))
     order = [call.name for call in calls]
     found = []
-    for ups, down in zip(layout.ups, layout.downs, strict=True):
+    for ups, down, width in zip(layout.ups, layout.downs, layout.widths, strict=True):
         between = calls[min(order.index(up) for up in ups) + 1 : order.index(down)]
-        names = [c.name for c in between if c.leaf and not c.projection and c.d_in == c.d_out == layout.d_ff]
+        names = [c.name for c in between if c.leaf and not c.projection and c.d_in == c.d_out == width]
         if not names:
             raise UnknownLayout(
                 f"no module between {', '.join(ups)} and {down} is the MLP's activation, so what is on cannot be seen. "
@@ -58,5 +59,5 @@ def watch(lm: LM, rows: Sequence[Row], see: Callable[[int, slice, Tensor, Tensor
         def hook(layer: int, _: Any, __: Any, output: Any, part: slice = part, real: Tensor = real) -> None:
             see(layer, part, first(output).reshape(*real.shape, -1), real)
 
-        with hooked(*(lm.module(name).register_forward_hook(partial(hook, i)) for i, name in enumerate(names))):
+        with hooked(*(Hook(lm.module(name), partial(hook, i)) for i, name in enumerate(names))):
             blocks(lm, ids, mask, position_ids=positions(mask))

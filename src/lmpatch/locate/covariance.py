@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..files import cache_dir, replacing
-from ..inference.forward import blocks, hooked, positions
+from ..inference.forward import blocks, positions
 from ..inference.tokens import encode_all
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..patches.ledger import suspended
 from ..progress import Progress
@@ -75,8 +76,7 @@ def second_moments(
     corpus = hash_json(list(text)) if text is not None else f"own samples, seed {seed}"
     with suspended(lm):
         source = hash_json([lm.fingerprint(), str(lm.dtype), corpus, tokens, seed, LENGTH, AGREE])
-        folder = cache_dir() / "moments" / source[:32]
-        kept = _read(folder, layers) if cache else None
+        kept = _read(folder(source), layers) if cache else None
         if kept is not None:
             return Moments(*kept, source)
         if text is not None:
@@ -86,13 +86,18 @@ def second_moments(
         wanted = sorted(set(layers))
         found, count, agreement = _accumulate(lm, rows, wanted, progress, folder if cache else None)
     if cache:
-        _write(folder, found, count, agreement)
+        _write(folder(source), found, count, agreement)
     return Moments(found, count, agreement, source)
+
+
+def folder(source: str) -> Path:
+    """Where moments of that hash are cached, and what is computed from them."""
+    return cache_dir() / "moments" / source[:32]
 
 
 def memory(lm: LM, layers: int) -> int:
     """Bytes an estimate takes on top of the model: two halves and their sum per layer, and the factors in fp64."""
-    return (3 * layers * 4 + 4 * 8) * lm.layout.d_ff**2
+    return (3 * layers * 4 + 4 * 8) * max(lm.layout.widths) ** 2
 
 
 @dataclass
@@ -115,8 +120,9 @@ def _accumulate(
     lm: LM, rows: Tensor, layers: list[int], progress: Progress | None, folder: Path | None = None
 ) -> tuple[dict[int, Tensor], int, float]:
     """Sums over rows [n, T] of ids, two halves apart, until they agree. After Ctrl-C they stay in ``folder``."""
+    widths = lm.layout.widths
     sums = (_read_sums(folder, lm, layers) if folder else None) or _Sums(
-        [{layer: torch.zeros(lm.layout.d_ff, lm.layout.d_ff, device=lm.device) for layer in layers} for _ in range(2)],
+        [{i: torch.zeros(widths[i], widths[i], device=lm.device) for i in layers} for _ in range(2)],
         [0, 0],
     )
     try:
@@ -134,6 +140,7 @@ def _accumulate(
 
 def _pass(lm: LM, rows: Tensor, layers: list[int], sums: _Sums, progress: Progress | None) -> float:
     """Add the rows from ``sums.row`` on; ends once the halves agree, and returns how well they do."""
+    widest = max(lm.layout.widths[i] for i in layers)
     agreement, what = 0.0, f"second moments of {len(layers)} layer{'s' * (len(layers) > 1)}"
     while sums.row < len(rows):
         half = (sums.row // ROWS) % 2
@@ -151,7 +158,7 @@ def _pass(lm: LM, rows: Tensor, layers: list[int], sums: _Sums, progress: Progre
         last, done = sums.row >= len(rows), sum(sums.counts)
         if progress:
             progress(sums.row, len(rows), what)
-        if min(sums.counts) and (last or done >= 2 * max(sums.checked, lm.layout.d_ff)):  # at 2 f, 4 f, 8 f, ... keys
+        if min(sums.counts) and (last or done >= 2 * max(sums.checked, widest)):  # at 2 f, 4 f, 8 f, ... keys
             sums.checked = done
             agreement = _agree(sums, layers)
             if agreement >= AGREE:
@@ -168,13 +175,12 @@ def _keys(lm: LM, ids: Tensor, layers: list[int]) -> dict[int, Tensor]:
 
     def keep(layer: int) -> Any:
         def hook(_: Any, args: tuple[Tensor, ...]) -> None:
-            keys[layer] = args[0].reshape(-1, lm.layout.d_ff)[wanted].float()
+            keys[layer] = args[0].reshape(-1, args[0].shape[-1])[wanted].float()
 
         return hook
 
     mask = torch.ones_like(ids)
-    handles = [lm.module(lm.layout.downs[i]).register_forward_pre_hook(keep(i)) for i in layers]
-    with hooked(*handles):
+    with hooked(*(Hook(lm.module(lm.layout.downs[i]), keep(i), before=True) for i in layers)):
         blocks(lm, ids, mask, position_ids=positions(mask), last=layers[-1])
     return keys
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -40,9 +42,9 @@ def ranked(named: Iterable[Named], ties: Literal["score", "first_seen"] = "score
 
 def drawn(lm: LM, count: int, seed: int) -> list[Neuron]:
     """That many neurons of the model at random, each once: the control."""
-    width = lm.layout.d_ff
-    places = random.Random(seed).sample(range(lm.layout.n_layers * width), count)
-    return [Neuron(place // width, place % width) for place in places]
+    ends = list(accumulate(lm.layout.widths))  # of each block's neurons, counted through the model
+    places = random.Random(seed).sample(range(ends[-1]), count)
+    return [Neuron(i, place - ends[i] + lm.layout.widths[i]) for place in places for i in [bisect_right(ends, place)]]
 
 
 def check(neurons: int, factor: float) -> None:
@@ -73,6 +75,6 @@ def scaling(lm: LM, neurons: Sequence[Neuron], factor: float, **made: Any) -> We
     deltas = {}
     for layer in sorted({neuron.layer for neuron in neurons}):
         index = torch.tensor(sorted(n.index for n in neurons if n.layer == layer))
-        shape = (layout.d_model, layout.d_ff)
+        shape = (layout.d_model, layout.widths[layer])
         deltas[layout.weight(layout.downs[layer])] = Scale(index, torch.full((len(index),), float(factor)), shape)
     return WeightPatch.make(lm, deltas, **made)

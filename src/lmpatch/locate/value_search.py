@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..data.edits import Edit
 from ..errors import Diverged
-from ..inference.forward import HEAD_CHUNK, hooked, kl, logits, nll
+from ..inference.forward import HEAD_CHUNK, kl, logits, nll
 from ..inference.replay import Recording, record
 from ..inference.tokens import Row, batches_of_tokens, encode_all
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..progress import Progress
 from .prefixes import prefixes
@@ -124,7 +125,7 @@ def memory(lm: LM, facts: int, cfg: Numbers) -> int:
     base distributions of the batch's facts."""
     layout, rows = lm.layout, 2 + cfg.short_prefixes + cfg.long_prefixes
     tokens = min(BATCH_TOKENS, facts * rows * TOKENS_PER_ROW)
-    kept = tokens * layout.n_layers * (12 * layout.d_model + 4 * layout.d_ff)  # what autograd keeps of a block
+    kept = tokens * (layout.n_layers * 12 * layout.d_model + 4 * sum(layout.widths))  # what autograd keeps of blocks
     batch = -(-tokens // (rows * 2))  # facts of a batch, at two columns a row
     return 4 * (kept + (3 * HEAD_CHUNK + min(batch, facts)) * layout.vocab)
 
@@ -157,7 +158,8 @@ class _Search:
         flat = [row for group in groups for row in group]
         is_essence = [i % self.per_fact == self.per_fact - 1 for i in range(len(flat))]
         ids = [row.ids if last else row.ids[:-1] for row, last in zip(flat, is_essence, strict=True)]
-        self.full = record(lm, ids, [_at(row) for row in flat], lowest=layers[0])
+        ends = [row.target - 1 for row in flat]
+        self.full = record(lm, ids, [_at(row) for row in flat], ends=ends, lowest=layers[0])
         spots = [  # (row, suffix column, label, weight) of every position that predicts a target token
             (i, t - 1 - _at(row), row.ids[t], 1 / ((self.per_fact - 1) * (len(row.ids) - row.target)))
             for i, row in enumerate(flat)
@@ -281,7 +283,7 @@ class _Search:
                 see[layer] = key, value
             return output + add.reshape(output.shape)
 
-        with hooked(self.lm.module(self.lm.layout.downs[layer]).register_forward_hook(hook)):
+        with hooked(Hook(self.lm.module(self.lm.layout.downs[layer]), hook)):
             return state.forward(hidden, layer, end=layer + 1)
 
     @torch.no_grad()

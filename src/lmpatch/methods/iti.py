@@ -22,12 +22,13 @@ from torch.nn import functional as F
 
 from ..data.context import ContextRecord, brief
 from ..errors import BadInput, UnknownLayout
-from ..inference.forward import blocks, hooked, positions
+from ..inference.forward import blocks, positions
 from ..inference.interventions import need_window
 from ..inference.tokens import batches_of_rows, encode_all, pad, pad_id
+from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..models.units import Head
-from ..patches.hook.patch import SteerPatch
+from ..patches.hook.patch import HookPatch, Site
 from ..probes.integrated_gradients import probe as integrated_gradients
 from ..progress import Progress
 
@@ -51,7 +52,7 @@ class Config:
     direction: Direction = "mass_mean"
     """From the mean output at memory answers to the mean at context answers, or the probe's coefficients."""
     positions: Literal["all", "newest"] = "all"
-    """Push at every token, as a bias would, or as released at the newest one only."""
+    """Push at every token, as a bias would; or as released at the newest one only: from the last prompt token on."""
     folds: int = 2
     """Parts of the records; each is held out once."""
     examples: int = 200
@@ -61,8 +62,8 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the outputs of all heads tell about the two sorts of answers."""
+class HeadProbes:
+    """How well the outputs of all heads tell the two sorts of answers apart."""
 
     accuracy: Tensor
     """[layers, heads] share of held-out texts that the probe tells right."""
@@ -79,15 +80,15 @@ def fit(
     records: Sequence[ContextRecord],
     cfg: Config,
     *,
-    found: Found | None = None,
+    probes: HeadProbes | None = None,
     progress: Progress | None = None,
-) -> SteerPatch:
+) -> HookPatch:
     """Add a constant to the outputs of the heads that know best which answer is the context's: alpha, times the spread
     of the output along a direction, times that direction.
 
     Args:
         records: with ``memory`` answers; those without one, or with the same one, are left out.
-        found: what ``observe`` found on these records, if it is there already.
+        probes: what ``observe`` gives for these records, if it is there already.
     Returns:
         one vector per layer that holds such a head, in front of the attention's output projection. Notes: the heads
         and their probes' accuracy.
@@ -101,29 +102,28 @@ def fit(
     """
     start = time.perf_counter()
     _check(lm, cfg)
-    found = found or observe(lm, records, cfg, progress=progress)
-    heads = chosen(lm, found, cfg)
-    size = found.directions[cfg.direction].shape[-1]
-    vectors: dict[str, Tensor] = {}
+    probes = probes or observe(lm, records, cfg, progress=progress)
+    heads = best_heads(lm, probes, cfg)
+    size = probes.directions[cfg.direction].shape[-1]
+    vectors: dict[str | Site, Tensor] = {}
     for head in heads:
-        push = cfg.strength * found.spreads[cfg.direction][head.layer, head.index]
-        name = lm.layout.attn_outs[head.layer]
-        whole = vectors.setdefault(name, torch.zeros(found.accuracy.shape[1] * size, dtype=torch.float64))
+        push = cfg.strength * probes.spreads[cfg.direction][head.layer, head.index]
+        site = Site(lm.layout.attn_outs[head.layer], "input", "answer" if cfg.positions == "newest" else "all")
+        whole = vectors.setdefault(site, torch.zeros(probes.accuracy.shape[1] * size, dtype=torch.float64))
         place = slice(head.index * size, (head.index + 1) * size)
-        whole[place] = push * found.directions[cfg.direction][head.layer, head.index]
-    return SteerPatch.make(
+        whole[place] = push * probes.directions[cfg.direction][head.layer, head.index]
+    return HookPatch.make(
         lm,
         vectors,
-        newest=cfg.positions == "newest",
         method="iti",
         config=cfg,
         edits=brief(records),
         seconds=time.perf_counter() - start,
-        notes={"heads": [[h.layer, h.index, float(found.accuracy[h.layer, h.index])] for h in heads]},
+        notes={"heads": [[h.layer, h.index, float(probes.accuracy[h.layer, h.index])] for h in heads]},
     )
 
 
-def observe(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Progress | None = None) -> Found:
+def observe(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Progress | None = None) -> HeadProbes:
     """Read every head's output at the end of each answer, and train a probe on each."""
     _check(lm, cfg)
     used = [r for r in records[: cfg.examples] if r.memory and r.memory != r.answer]
@@ -141,18 +141,18 @@ def observe(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: 
     spreads = {
         name: torch.einsum("nlhd,lhd->nlh", outputs.double(), theta).std(0) for name, theta in directions.items()
     }
-    return Found(accuracy, loss, directions, spreads)
+    return HeadProbes(accuracy, loss, directions, spreads)
 
 
-def chosen(lm: LM, found: Found, cfg: Config) -> list[Head]:
+def best_heads(lm: LM, probes: HeadProbes, cfg: Config) -> list[Head]:
     """The heads that are pushed, the best first."""
-    layers, heads = found.accuracy.shape
+    layers, heads = probes.accuracy.shape
     if cfg.heads > layers * heads:
         raise BadInput(f"heads is {cfg.heads}, and {lm.name} has {layers * heads}. Push fewer.")
     every = [Head(layer, index) for layer in range(layers) for index in range(heads)]
     if cfg.control_seed is not None:
         return random.Random(cfg.control_seed).sample(every, cfg.heads)
-    accuracy, loss = found.accuracy.tolist(), found.loss.tolist()
+    accuracy, loss = probes.accuracy.tolist(), probes.loss.tolist()
     return sorted(every, key=lambda h: (-accuracy[h.layer][h.index], loss[h.layer][h.index], h))[: cfg.heads]
 
 
@@ -169,24 +169,25 @@ def head_outputs(lm: LM, records: Sequence[ContextRecord], progress: Progress | 
     prompts = [r.prompt for r in records] * 2
     rows = encode_all(lm, prompts, [r.answer for r in records] + [r.memory for r in records])
     need_window(lm, [row.ids for row in rows])
-    made: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     seen: list[Tensor] = []
 
     def see(_: Any, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0][:, -1].float().cpu())  # [n, heads * d_h]
 
-    with hooked(*(lm.module(name).register_forward_pre_hook(see) for name in lm.layout.attn_outs)):
+    with hooked(*(Hook(lm.module(name), see, before=True) for name in lm.layout.attn_outs)):
         for batch in batches_of_rows([len(row.ids) for row in rows], BATCH):
             ids, mask = (x.to(lm.device) for x in pad([rows[i].ids for i in batch], pad_id(lm), side="left"))
             seen.clear()
             blocks(lm, ids, mask, position_ids=positions(mask))
-            made.update(zip(batch, torch.stack(seen, 1), strict=True))
+            widths = {x.shape[-1] for x in seen}
+            if len(widths) > 1 or widths.pop() % heads:
+                listed = ", ".join(str(x.shape[-1]) for x in seen)
+                raise UnknownLayout(f"attention hands on {listed} numbers, which are no {heads} heads of one size.")
+            outputs.update(zip(batch, torch.stack(seen, 1), strict=True))
             if progress:
-                progress(len(made), len(rows), "reading heads")
-    found = torch.stack([made[i] for i in range(len(rows))])  # [2 n, layers, heads * d_h]
-    if found.shape[-1] % heads:
-        raise UnknownLayout(f"attention hands on {found.shape[-1]} numbers, which are no {heads} heads of one size.")
-    by_head: Tensor = found.unflatten(-1, (heads, -1))
+                progress(len(outputs), len(rows), "reading heads")
+    by_head: Tensor = torch.stack([outputs[i] for i in range(len(rows))]).unflatten(-1, (heads, -1))
     return by_head
 
 

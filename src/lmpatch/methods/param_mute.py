@@ -171,8 +171,8 @@ def _muting(lm: LM, layer: int, factor: float, norms: Sequence[str]) -> dict[str
     vector = Scale(torch.tensor([0]), torch.tensor([float(factor)]), (layout.d_model, 1))
     if norms:
         return {layout.weight(norms[layer]): vector}
-    down, columns = layout.downs[layer], torch.arange(layout.d_ff)
-    scale = Scale(columns, torch.full((layout.d_ff,), float(factor)), (layout.d_model, layout.d_ff))
+    down, width = layout.downs[layer], layout.widths[layer]
+    scale = Scale(torch.arange(width), torch.full((width,), float(factor)), (layout.d_model, width))
     bias: dict[str, Delta] = {f"{down}.bias": vector} if getattr(lm.module(down), "bias", None) is not None else {}
     return {layout.weight(down): scale, **bias}
 
@@ -181,7 +181,7 @@ def estimate(lm: LM, count: int, cfg: Config) -> int:
     """Bytes a fit takes on top of the model, rounded up: one batch's activations, and keys and values of a response."""
     layout = lm.layout
     tokens = min(BATCH * 4, count) * (256 + cfg.max_new_tokens)
-    return 4 * tokens * (4 * layout.d_ff + 12 * layout.d_model + 2 * layout.n_layers * layout.d_model)
+    return 4 * tokens * (4 * max(layout.widths) + 12 * layout.d_model + 2 * layout.n_layers * layout.d_model)
 
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:

@@ -139,7 +139,7 @@ def _pool(by: Tensor, credit: Tensor, size: int) -> Tensor:
 
 def estimate(lm: LM, count: int, cfg: Config) -> int:
     """Bytes a fit takes on top of the model, rounded up."""
-    window = 4 * (cfg.window + 2) * lm.layout.n_layers * lm.layout.d_ff
+    window = 4 * (cfg.window + 2) * lm.layout.n_layers * max(lm.layout.widths)
     return integrated_gradients.memory(lm, cfg) + window
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .hooks import Hook, hooked
 
 SENTENCE = "The quick brown fox jumps over the lazy dog and runs away."
 LENGTH = 5
@@ -70,14 +72,13 @@ def forward(model: Any, ids: Tensor, changes: Mapping[str, Change] | None = None
         return run
 
     changes = changes or {}
-    with ExitStack() as stack:
-        for name in {*changes, *([stop] if stop else [])}:
-            module: nn.Module = model.get_submodule(name)
-            stack.callback(module.register_forward_hook(hook(changes.get(name), name == stop)).remove)
-        try:
-            return model(input_ids=ids, use_cache=False).logits
-        except _Stop:
-            return None
+    hooks = [
+        Hook(model.get_submodule(name), hook(changes.get(name), name == stop))
+        for name in {*changes, *([stop] if stop else [])}
+    ]
+    with hooked(*hooks), suppress(_Stop):
+        return model(input_ids=ids, use_cache=False).logits
+    return None
 
 
 @torch.no_grad()
@@ -96,11 +97,11 @@ def trace(model: Any, ids: Tensor) -> list[Call]:
 
         return run
 
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            leaf = next(module.children(), None) is None
-            watch = hook(name, is_projection(module), leaf)
-            stack.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
+    hooks = [
+        Hook(module, hook(name, is_projection(module), next(module.children(), None) is None), kwargs=True)
+        for name, module in model.named_modules()
+    ]
+    with hooked(*hooks):
         model(input_ids=ids, use_cache=False)
     return calls
 
@@ -149,12 +150,9 @@ def embed_scale(model: Any, ids: Tensor, embed: str, block: str) -> float:
     def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
 
-    handle = model.get_submodule(block).register_forward_pre_hook(take, with_kwargs=True)
-    try:
+    with hooked(Hook(model.get_submodule(block), take, before=True, kwargs=True)):
         for tokens in (ids, other):
             forward(model, tokens, stop=block)
-    finally:
-        handle.remove()
     ratio = float((states[0] - states[1]).float().norm() / rows.float().norm())
     ratio *= (rows.shape[-1] / states[0].shape[-1]) ** 0.5  # norms to RMS, where a projection changes the width
     return 1.0 if abs(ratio - 1.0) < 1e-2 else ratio

@@ -11,8 +11,9 @@ from ..errors import BadInput, MissingExtra, UnknownName
 from ..progress import Progress
 from . import hub, number_format, packaged
 from .calls import probe_ids
+from .discover import discover, verify
 from .gguf import converted, quiet, sha256_file
-from .layout import Layout, discover, verify
+from .layout import Layout
 from .lm import LM
 
 

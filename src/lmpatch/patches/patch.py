@@ -234,7 +234,7 @@ class RunPatch(Patch):
         """
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
-        return Handle(interventions=[self.intervention(lm)])
+        return Handle([self.intervention(lm)])
 
 
 def plain(value: Any) -> Any:

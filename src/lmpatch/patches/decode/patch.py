@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ...errors import BadInput, BadPatch
 from ...inference.interventions import Intervention, Rule
+from ...models.hooks import Hook
 from ...models.lm import LM
 from ...provenance import made_now
 from ..base import Base, fingerprint
-from ..handle import Handle, Hook
 from ..merge import merged_fields
-from ..patch import Law, Mount, RunPatch, plain, plain_edits
+from ..patch import Law, RunPatch, plain, plain_edits
 from .rules import AdaCAD, Arr, Coiecd, Grd, Power
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,7 @@ class DecodePatch(RunPatch):
         return [f"  {NAMES[type(rule)]}: {_numbers(rule)}".rstrip(": ") for rule in self.rules]
 
     def intervention(self, lm: LM) -> Combine:
-        return Combine(self.rules)
-
-    def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
-        return Handle(interventions=[self.intervention(lm)], hooks=[Hook(lm.model, _missed(self.method))])
+        return Combine(self.rules, Hook(lm.model, _missed(self.method)))
 
     def merged(self, others: Sequence[DecodePatch]) -> DecodePatch:
         patches = (self, *others)
@@ -97,8 +94,8 @@ class DecodePatch(RunPatch):
 class Combine(Intervention):
     """A decode patch at work."""
 
-    def __init__(self, rules: tuple[Rule, ...]) -> None:
-        self.rules = rules
+    def __init__(self, rules: tuple[Rule, ...], *hooks: Hook) -> None:
+        self.rules, self.hooks = rules, hooks
 
 
 def _missed(method: str) -> Any:

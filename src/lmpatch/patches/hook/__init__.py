@@ -1,5 +1,5 @@
-"""Constants added to what modules read, by hooks."""
+"""Constants added to what modules read or return, by hooks."""
 
-from .patch import SteerPatch
+from .patch import HookPatch
 
-KIND = SteerPatch
+KIND = HookPatch

@@ -1,45 +1,61 @@
-"""``SteerPatch``: a constant added to what modules read, by hooks. No weight could hold it: most have no bias there."""
+"""``HookPatch``: constants added to what modules read or return. No weight could hold them: most have no bias there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import BadInput, BadPatch, CannotMerge, Diverged, WrongModel
+from ...errors import BadInput, BadPatch, Diverged, WrongModel
+from ...inference.forward import current_pass
+from ...inference.interventions import Intervention
+from ...models.hooks import Hook
 from ...models.lm import LM
 from ...provenance import made_now
 from ..base import Base, fingerprint
-from ..handle import Handle, Hook
+from ..handle import Handle
 from ..merge import merged_fields
 from ..patch import Law, Mount, Patch, plain, plain_edits
 
 
-@dataclass(eq=False)
-class SteerPatch(Patch):
-    """Vectors added to the inputs of projections. Make one with ``SteerPatch.make``.
+@dataclass(frozen=True, order=True)
+class Site:
+    """Where in a forward a hook patch acts."""
 
-    A vector v in front of y = W x + b is what the bias b + W v would be. With ``newest`` it is added at the last token
-    of each call alone: the newest while text is generated or read to its end. Where a text is scored as a whole
-    (``score``), every token but the last is then left as it was; measure such a patch by what it generates.
+    module: str
+    """A linear layer, as a dotted module name."""
+    at: Literal["input", "output"] = "input"
+    tokens: Literal["all", "answer"] = "all"
+    """At every token; or from the last prompt token on, where the answer is decided, in what is generated and what is
+    scored alike. In a call of the model that is not lmpatch's, ``answer`` is the last token of each row."""
+
+    @property
+    def name(self) -> str:
+        """Its tensor's name in a file."""
+        return f"{self.module}:{self.at}:{self.tokens}"
+
+
+@dataclass(eq=False)
+class HookPatch(Patch):
+    """Vectors added to what linear layers read or return. Make one with ``HookPatch.make``.
+
+    A vector v in front of y = W x + b is what the bias b + W v would be.
     """
 
     kind: ClassVar[str] = "steer"
     mounts: ClassVar[tuple[Mount, ...]] = ("side",)
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    """Projection, as a dotted module name -> [d_in] fp32."""
-    newest: bool = False
-    """At the newest token alone."""
+    vectors: dict[Site, Tensor] = field(default_factory=dict)
+    """Site -> [width] fp32."""
 
     @classmethod
     def make(
         cls,
         lm: LM,
-        vectors: Mapping[str, Tensor],
+        vectors: Mapping[str | Site, Tensor],
         *,
         newest: bool = False,
         method: str,
@@ -47,19 +63,24 @@ class SteerPatch(Patch):
         edits: Sequence[Any] = (),
         seconds: float = 0.0,
         notes: Mapping[str, Any] | None = None,
-    ) -> SteerPatch:
+    ) -> HookPatch:
         """A patch for ``lm``, whose vectors are copied to the CPU.
 
+        Args:
+            vectors: by site; a module's name alone is its input, at every token.
+            newest: modules given by their names are steered from the last prompt token on.
         Raises:
-            BadInput: no such projection, or a vector of another width.
+            BadInput: no such layer, or a vector of another width.
             Diverged: a vector holds infinite or undefined numbers.
         """
+        tokens: Literal["all", "answer"] = "answer" if newest else "all"
+        sites = {s if isinstance(s, Site) else Site(s, "input", tokens): v for s, v in vectors.items()}
         try:
-            for name, vector in vectors.items():
-                _check(lm, name, vector)
+            for site, vector in sites.items():
+                _check(lm, site, vector)
         except LookupError as error:
             raise BadInput(f"cannot make a {method} patch: {error}") from None
-        if not all(bool(vector.isfinite().all()) for vector in vectors.values()):
+        if not all(bool(vector.isfinite().all()) for vector in sites.values()):
             raise Diverged(f"{method}: a vector holds infinite or undefined numbers. Lower the strength.")
         return cls(
             method=method,
@@ -68,80 +89,113 @@ class SteerPatch(Patch):
             edits=plain_edits(edits),
             made=made_now(seconds),
             notes=plain(notes or {}),
-            vectors={name: v.detach().to("cpu", torch.float32, copy=True).contiguous() for name, v in vectors.items()},
-            newest=newest,
+            vectors={s: v.detach().to("cpu", torch.float32, copy=True).contiguous() for s, v in sites.items()},
         )
 
     def parts(self) -> dict[str, Any]:
-        return {"newest": self.newest, "widths": {name: len(vector) for name, vector in self.vectors.items()}}
+        if (tokens := self._one_sort()) is not None:  # as the first release wrote them, so that hashes stay
+            widths = {site.module: len(vector) for site, vector in self.vectors.items()}
+            return {"newest": tokens == "answer", "widths": widths}
+        return {"add": sorted([s.module, s.at, s.tokens, len(vector)] for s, vector in self.vectors.items())}
 
     def tensors(self) -> dict[str, Tensor]:
-        return dict(self.vectors)
+        if self._one_sort() is not None:
+            return {site.module: vector for site, vector in self.vectors.items()}
+        return {site.name: vector for site, vector in self.vectors.items()}
+
+    def _one_sort(self) -> str | None:
+        """``Site.tokens`` of all sites, if all are inputs and it is the same."""
+        sorts = {(site.at, site.tokens) for site in self.vectors} or {("input", "all")}
+        at, tokens = next(iter(sorts))
+        return tokens if len(sorts) == 1 and at == "input" else None
 
     @classmethod
-    def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> SteerPatch:
-        widths = {name: len(t) for name, t in tensors.items() if t.ndim == 1 and t.dtype == torch.float32}
-        if set(parts) != {"newest", "widths"} or type(parts["newest"]) is not bool:
-            raise BadPatch(f"its parts are {sorted(parts)}, not newest and widths.")
-        if parts["widths"] != widths or len(widths) < len(tensors):
-            raise BadPatch("its vectors are not those it lists.")
+    def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> HookPatch:
+        if not all(t.ndim == 1 and t.dtype == torch.float32 for t in tensors.values()):
+            raise BadPatch("it holds tensors that are no vectors in fp32.")
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise BadPatch("a vector holds infinite or undefined numbers.")
-        return cls(**common, vectors=dict(tensors), newest=parts["newest"])
+        if set(parts) == {"newest", "widths"} and type(parts["newest"]) is bool:
+            tokens: Literal["all", "answer"] = "answer" if parts["newest"] else "all"
+            by_name = {module: Site(module, "input", tokens) for module in tensors}
+        elif set(parts) == {"add"}:
+            by_name = {site.name: site for site in (Site(*entry[:3]) for entry in parts["add"])}
+        else:
+            raise BadPatch(f"its parts are {sorted(parts)}, not add, nor newest and widths.")
+        if set(by_name) != set(tensors):
+            raise BadPatch("its vectors are not those it lists.")
+        patch = cls(**common, vectors={by_name[name]: vector for name, vector in tensors.items()})
+        if any(s.at not in ("input", "output") or s.tokens not in ("all", "answer") for s in patch.vectors):
+            raise BadPatch(f"a site is none: {sorted(by_name)}.")
+        if patch.parts() != dict(parts):
+            raise BadPatch("its vectors are not those it lists.")
+        return patch
 
     def describe(self) -> list[str]:
-        where = "at the newest token" if self.newest else "at every token"
-        return [f"  {name}: a vector of length {v.norm():.3g} on its input {where}" for name, v in self.vectors.items()]
+        where = {"all": "at every token", "answer": "from the last prompt token on"}
+        return [
+            f"  {s.module}: a vector of length {v.norm():.3g} on its {s.at} {where[s.tokens]}"
+            for s, v in self.vectors.items()
+        ]
 
     def fits(self, lm: LM) -> None:
         try:
-            for name, vector in self.vectors.items():
-                _check(lm, name, vector)
+            for site, vector in self.vectors.items():
+                _check(lm, site, vector)
         except LookupError as error:
             raise WrongModel(f"a {self.method} patch does not fit {lm.name}: {error}") from None
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
-        # before other hooks: a scale on the side must also scale what is added here, as it would a larger input
-        return Handle(
-            hooks=[
-                Hook(lm.module(name), _adding(vector, self.newest), before=True, first=True)
-                for name, vector in self.vectors.items()
-            ]
-        )
+        hooks = [_hook(lm.module(site.module), site, vector) for site, vector in self.vectors.items()]
+        return Handle([Intervention(hooks)])
 
-    def merged(self, others: Sequence[SteerPatch]) -> SteerPatch:
+    def merged(self, others: Sequence[HookPatch]) -> HookPatch:
         patches = (self, *others)
-        if len({p.newest for p in patches}) > 1:
-            raise CannotMerge("one patch acts at every token and another at the newest alone. Apply both instead.")
-        total: dict[str, Tensor] = {}
+        total: dict[Site, Tensor] = {}
         for patch in patches:
-            for name, vector in patch.vectors.items():
-                total[name] = total[name] + vector if name in total else vector
-        return SteerPatch(**merged_fields(patches), vectors=total, newest=self.newest)
+            for site, vector in patch.vectors.items():
+                total[site] = total[site] + vector if site in total else vector
+        return HookPatch(**merged_fields(patches), vectors=total)
 
     def law(self) -> Law:
         return Law.STACK
 
 
-def _adding(vector: Tensor, newest: bool) -> Any:
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]  # [n, T, d_in]
+SteerPatch = HookPatch
+"""The name of the first release."""
+
+
+def _hook(module: nn.Module, site: Site, vector: Tensor) -> Hook:
+    def add(x: Tensor) -> Tensor:  # [n, t, width], or [n t, width] where a model flattens the batch
         moved = vector.to(x.device, x.dtype)
-        if not newest:
-            return x + moved, *args[1:]
-        return torch.cat([x[:, :-1], x[:, -1:] + moved], 1), *args[1:]
+        if site.tokens == "all":
+            return x + moved
+        now = current_pass()
+        if now is None:
+            return torch.cat([x[..., :-1, :], x[..., -1:, :] + moved], -2)
+        return torch.where(now.answering().reshape(*x.shape[:-1], 1), x + moved, x)
 
-    return add
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return add(args[0]), *args[1:]
+
+    def after(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return add(output)
+
+    # before other hooks: a scale on the side must also scale what is added here, as it would a larger input
+    return Hook(module, before, before=True, first=True) if site.at == "input" else Hook(module, after)
 
 
-def _check(lm: LM, name: str, vector: Tensor) -> None:
-    """Raise ``LookupError`` unless the vector fits the input of that projection."""
+def _check(lm: LM, site: Site, vector: Tensor) -> None:
+    """Raise ``LookupError`` unless the vector fits that site of the model."""
     try:
-        module = lm.module(name)
+        module = lm.module(site.module)
     except AttributeError:
-        raise LookupError(f"the model has no module {name}.") from None
+        raise LookupError(f"the model has no module {site.module}.") from None
     if not isinstance(module, (nn.Linear, Conv1D)):
-        raise LookupError(f"{name} is a {type(module).__name__}, not a linear layer.")
-    width = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
+        raise LookupError(f"{site.module} is a {type(module).__name__}, not a linear layer.")
+    if site.tokens == "answer" and site.module in lm.layout.tail:
+        raise LookupError(f"{site.module} runs behind the blocks, where no token is told from another.")
+    shape = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else tuple(module.weight.shape)
+    width, verb = (shape[0], "reads") if site.at == "input" else (shape[1], "returns")
     if tuple(vector.shape) != (width,):
-        raise LookupError(f"{name} reads vectors of {width}, the patch has one of shape {tuple(vector.shape)}.")
+        raise LookupError(f"{site.module} {verb} vectors of {width}, the patch has one of shape {tuple(vector.shape)}.")

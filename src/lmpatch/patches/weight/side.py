@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import CannotMount
-from ..handle import Hook, forget_compiled
+from ...models.hooks import Hook, Hooks
+from ..handle import forget_compiled
 from .delta import Addition, Changes, Delta, LowRank, Scale, Sparse, join
 from .target import Target
 
@@ -26,12 +27,10 @@ class Side:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.changes: Changes = ()
-        self._hooks: tuple[Hook, ...] = (
-            Hook(target.module, self._scale, before=True),
-            Hook(target.module, self._add),
-        )
         if target.vector:
-            self._hooks = (Hook(target.module, self._scale_vector),)
+            self._hooks = Hooks(Hook(target.module, self._scale_vector))
+        else:
+            self._hooks = Hooks(Hook(target.module, self._scale, before=True), Hook(target.module, self._add))
         self._ready: tuple[Any, Tensor | None, list[Addition]] = (None, None, [])
 
     def add(self, delta: Delta, changes: Changes) -> Tensor:
@@ -43,8 +42,10 @@ class Side:
         """Have exactly these changes; without any the hooks go off."""
         self.changes = changes
         self._ready = (None, None, [])
-        for hook in self._hooks:
-            hook.enable() if changes else hook.disable()
+        if changes:
+            self._hooks.put()
+        else:
+            self._hooks.remove()
         forget_compiled()
 
     def check(self) -> None:

@@ -5,8 +5,7 @@ Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT" (ar
 
 from .probe import Config as Config
 from .probe import Record as Record
-from .probe import Trace as Trace
 from .probe import example as example
 from .probe import run as run
-from .probe import save as save
-from .probe import table as table
+from .trace import Trace as Trace
+from .trace import Traces as Traces

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...data.edits import Edit
 from ...errors import BadInput
-from ...inference.forward import HEAD_CHUNK, first, hooked, logits
+from ...inference.forward import HEAD_CHUNK, first, logits
 from ...inference.replay import Recording, record
 from ...inference.tokens import Row, encode
+from ...models.hooks import Hook, hooked
 from ...models.lm import LM
-from ...patches.patch import plain
 from ...progress import Progress
+from .trace import Kind, Trace, Traces
 
 Record = Edit
-Kind = Literal["state", "mlp", "attention"]
 
 
 @dataclass(frozen=True)
@@ -40,38 +38,7 @@ class Config:
     """Seed of the noise."""
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What restoring each (token, layer) brings back."""
-
-    prompt: str
-    answer: str
-    """The token the clean model predicts; its probability is what is traced."""
-    tokens: tuple[str, ...]
-    """Tokens from the subject's first on; earlier ones are out of the noise's reach."""
-    subject: int
-    """How many of ``tokens`` are the subject's."""
-    kind: Kind
-    clean: float
-    """p(answer) without noise."""
-    corrupted: float
-    """p(answer) with noise, nothing restored."""
-    scores: Tensor
-    """[tokens, layers] p(answer) with noise and that place restored, mean over samples."""
-
-    def best(self) -> tuple[int, int]:
-        """(token, layer) whose restoration brings back most."""
-        place = int(self.scores.argmax())
-        return place // self.scores.shape[1], place % self.scores.shape[1]
-
-    def plot(self, path: str | Path) -> None:
-        """Write the heat map as a PNG."""
-        from .plot import heat_map
-
-        heat_map(self, path)
-
-
-def run(lm: LM, data: Sequence[Edit], cfg: Config, *, progress: Progress | None = None) -> list[Trace]:
+def run(lm: LM, data: Sequence[Edit], cfg: Config, *, progress: Progress | None = None) -> Traces:
     """Trace each prompt for the token the model itself predicts.
 
     Noise is added to the subject's embeddings. Then, for every token from the subject on and every layer, the run
@@ -90,7 +57,7 @@ def run(lm: LM, data: Sequence[Edit], cfg: Config, *, progress: Progress | None 
         raise BadInput(f"samples is {cfg.samples} and window {cfg.window}. Both must be at least 1.")
     for edit in data:
         edit.need_subject()
-    traces = []
+    traces = Traces()
     for i, edit in enumerate(data):
         traces.append(_trace(lm, edit, cfg))
         if progress:
@@ -135,7 +102,7 @@ def _trace(lm: LM, edit: Edit, cfg: Config) -> Trace:
 
 def _clean(lm: LM, row: Row, begin: int, kind: Kind) -> tuple[Recording, list[Tensor]]:
     """The recording, and for ``mlp`` and ``attention`` each layer's clean output [S, d]."""
-    recording = record(lm, [row.ids], [begin])
+    recording = record(lm, [row.ids], [begin], ends=[len(row.ids) - 1])
     if kind == "state":
         return recording, []
     outputs: list[Tensor] = []
@@ -144,7 +111,7 @@ def _clean(lm: LM, row: Row, begin: int, kind: Kind) -> tuple[Recording, list[Te
         outputs.append(first(output).reshape(recording.suffix, -1))
 
     names = lm.layout.downs if kind == "mlp" else lm.layout.attn_outs
-    with hooked(*(lm.module(name).register_forward_hook(see) for name in names)):
+    with hooked(*(Hook(lm.module(name), see) for name in names)):
         recording.forward(recording.hidden[0], 0)
     return recording, outputs
 
@@ -186,28 +153,10 @@ def _restored(
             whole[inside, token] = clean[token]
             return whole.reshape(output.shape)
 
-        with hooked(lm.module(names[layer]).register_forward_hook(put)):
+        with hooked(Hook(lm.module(names[layer]), put)):
             hidden = recording.forward(hidden, layer, rows=rows, end=layer + 1)
     back = torch.tensor(order).argsort()
     return hidden[:, -1].reshape(n, m, -1)[back].reshape(n * m, -1)
-
-
-def table(traces: Sequence[Trace]) -> tuple[list[str], list[tuple[object, ...]]]:
-    """Column names, and one row a record."""
-    rows: list[tuple[object, ...]] = []
-    for trace in traces:
-        token, layer = trace.best()
-        best = float(trace.scores[token, layer])
-        rows.append((trace.prompt, trace.answer, trace.clean, trace.corrupted, best, trace.tokens[token], layer))
-    return ["prompt", "answer", "p clean", "p noisy", "p restored", "best at token", "layer"], rows
-
-
-def save(traces: Sequence[Trace], folder: Path) -> None:
-    """Write the traces as JSON lines, and one heat map a record, into a folder that is there."""
-    lines = [json.dumps(plain(trace), ensure_ascii=False) + "\n" for trace in traces]
-    (folder / "causal_trace.jsonl").write_text("".join(lines), encoding="utf-8")
-    for i, trace in enumerate(traces):
-        trace.plot(folder / f"{i:03d}.png")
 
 
 def example(lm: LM) -> tuple[list[Edit], Config]:

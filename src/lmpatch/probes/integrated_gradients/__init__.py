@@ -11,5 +11,4 @@ from .probe import Config as Config
 from .probe import Record as Record
 from .probe import example as example
 from .probe import run as run
-from .probe import save as save
-from .probe import table as table
+from .scores import Scores as Scores

@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...data.context import ContextRecord
 from ...errors import BadInput
-from ...inference.forward import HEAD_CHUNK, frozen, hooked, logits
+from ...inference.forward import HEAD_CHUNK, frozen, logits
 from ...inference.interventions import need_window
 from ...inference.replay import Recording, record
 from ...inference.tokens import Row, encode_all
+from ...models.hooks import Hook, hooked
 from ...models.lm import LM
 from ...progress import Progress
 from .scores import Credit, Log, Scores, header
@@ -68,7 +70,7 @@ class Credits:
     """What a batch of n records found, before anything is dropped."""
 
     scores: Tensor
-    """[n, layers, d_ff] fp32, signed."""
+    """[n, layers, widest MLP] fp32, signed; -inf where a narrower block has no neuron."""
     gap: Tensor | None
     """[n, layers] p(answer) with the layer's values from the context, minus without, minus the layer's summed credits.
     ``path`` only: the other weighting does not promise a sum."""
@@ -196,13 +198,15 @@ def _points(cfg: Steps) -> dict[float, float]:
 def _layer_bytes(lm: LM, layer: int, points: int) -> int:
     """What autograd keeps of one record's rows that join at a layer and run to the top."""
     layout = lm.layout
-    return 4 * points * (layout.n_layers - layer) * (12 * layout.d_model + 4 * layout.d_ff)
+    above = layout.widths[layer:]
+    return 4 * points * (len(above) * 12 * layout.d_model + 4 * sum(above))
 
 
 def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor, weights: Tensor) -> list[Credits]:
     context, plain = (
-        record(lm, rows, [len(row) - 1 for row in rows])
+        record(lm, rows, ends, ends=ends)
         for rows in ([c.with_context for c in batch], [c.without_context for c in batch])
+        for ends in [[len(row) - 1 for row in rows]]
     )
     labels = torch.tensor([case.label for case in batch], device=lm.device)
     scores: list[list[Tensor]] = [[] for _ in cfgs]
@@ -216,8 +220,10 @@ def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor,
             moved.append(p[:, i, -1] - p[:, i, 0])
     made = []
     for cfg, found in zip(cfgs, scores, strict=True):
-        whole = torch.stack(found, 1)  # [n, layers, f]
-        made.append(Credits(whole, torch.stack(moved, 1) - whole.sum(-1) if cfg.weighting == "path" else None))
+        widest = max(lm.layout.widths)
+        whole = torch.stack([F.pad(x, (0, widest - x.shape[1]), value=-torch.inf) for x in found], 1)  # [n, layers, f]
+        total = whole.masked_fill(whole == -torch.inf, 0).sum(-1)  # [n, layers]
+        made.append(Credits(whole, torch.stack(moved, 1) - total if cfg.weighting == "path" else None))
     return made
 
 
@@ -256,15 +262,15 @@ def _wavefront(
     hidden = context.hidden[layers.start][:, :0]  # [n, 0, d]
     with torch.enable_grad():
         for layer in range(layers.start, lm.layout.n_layers):
-            handles = []
+            hooks = []
             if layer in layers:
                 start, end = (r.values[layer].float()[:, None] for r in (plain, context))  # [n, 1, d]
                 # a leaf that moves each point by its weight receives the weighted sum of their gradients
                 leaves.append(start.new_zeros(n, w.shape[1], start.shape[-1]).requires_grad_())
                 values = torch.lerp(start, end, a) + w @ leaves[-1]  # [n, m, d]
                 hidden = torch.cat([hidden, context.hidden[layer].expand(-1, m, -1)], 1)
-                handles.append(lm.module(lm.layout.downs[layer]).register_forward_hook(_newest(values)))
-            with hooked(*handles):
+                hooks.append(Hook(lm.module(lm.layout.downs[layer]), _newest(values)))
+            with hooked(*hooks):
                 hidden = context.fan(hidden, layer, end=layer + 1)
         top = hidden.reshape(-1, hidden.shape[-1])  # [n * layers * m, d]
         p, grad = _answer(lm, top.detach(), labels.repeat_interleave(len(top) // n))
@@ -311,14 +317,14 @@ def _pulled_back(lm: LM, layer: int, key: Tensor, grad: Tensor) -> Tensor:
 
 def kept(found: Credits, cfg: Config) -> list[Credit]:
     """The neurons that pass the threshold, the highest first. One transfer a batch."""
-    d_ff = found.scores.shape[-1]
+    widest = found.scores.shape[-1]
     flat = found.scores.flatten(1)  # [n, layers * f]
     scores, places = flat.topk(min(cfg.top, flat.shape[1]))
     gaps = [None] * len(flat) if found.gap is None else found.gap.abs().amax(1).tolist()
     return [
         Credit(
             tuple(
-                (place // d_ff, place % d_ff, score)
+                (place // widest, place % widest, score)
                 for score, place in zip(row, at, strict=True)
                 if row[0] > 0 and score >= cfg.threshold * row[0]
             ),
@@ -327,20 +333,6 @@ def kept(found: Credits, cfg: Config) -> list[Credit]:
         )
         for row, at, gap in zip(scores.tolist(), places.tolist(), gaps, strict=True)
     ]
-
-
-def table(found: Scores) -> tuple[list[str], list[tuple[object, ...]]]:
-    """Column names, and one row a record."""
-    rows: list[tuple[object, ...]] = []
-    for i, credit in enumerate(found.records):
-        best = credit.neurons[0][:2] if credit.neurons else ("", "")
-        rows.append((i, len(credit.neurons), credit.highest, *best, "" if credit.gap is None else credit.gap))
-    return ["record", "neurons", "highest score", "in layer", "at index", "gap"], rows
-
-
-def save(found: Scores, folder: Path) -> None:
-    """Write the scores into a folder that is there, as ``integrated_gradients.jsonl``."""
-    found.save(folder / "integrated_gradients.jsonl")
 
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:

@@ -37,10 +37,19 @@ class Scores:
     """What was asked of which model: equal headers, equal scores."""
     records: tuple[Credit, ...]
 
-    def save(self, path: str | Path) -> None:
-        """Write the file that ``run(..., out=path)`` writes."""
+    def table(self) -> tuple[list[str], list[tuple[object, ...]]]:
+        """Column names, and one row a record."""
+        rows: list[tuple[object, ...]] = []
+        for i, credit in enumerate(self.records):
+            best = credit.neurons[0][:2] if credit.neurons else ("", "")
+            rows.append((i, len(credit.neurons), credit.highest, *best, "" if credit.gap is None else credit.gap))
+        return ["record", "neurons", "highest score", "in layer", "at index", "gap"], rows
+
+    def save(self, folder: Path) -> None:
+        """Write the file that ``run(..., out=path)`` writes, as ``integrated_gradients.jsonl`` of the folder."""
         lines = [self.header, *map(asdict, self.records)]
-        Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        path = folder / "integrated_gradients.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:

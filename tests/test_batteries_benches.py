@@ -1,0 +1,217 @@
+"""What every bench keeps: equal rows after a kill, the model as it was, errors on every number, nothing cut."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from general_files import write
+from rag_files import squad
+from rich.console import Console
+from tiny import tiny_model, tiny_tokenizer
+
+from lmpatch import registry
+from lmpatch.benches.core import runner
+from lmpatch.benches.core.adapter import adapt
+from lmpatch.benches.core.contract import Settings
+from lmpatch.benches.core.store import Store
+from lmpatch.benches.core.tables import label
+from lmpatch.data.context import ContextRecord
+from lmpatch.data.edits import Ask, Edit
+from lmpatch.errors import BadRecord, MissingExtra
+from lmpatch.models.lm import LM
+from lmpatch.models.load import wrap
+from lmpatch.patches.ledger import applied
+from lmpatch.patches.weight.delta import LowRank
+from lmpatch.patches.weight.patch import WeightPatch
+from lmpatch.provenance import hash_tensors
+
+BENCHES = registry.names("benches")
+LONG = "The Eiffel Tower is in the city of Paris, and Tokyo is not. " * 200
+
+
+@dataclass
+class Case:
+    """A bench with data that a tiny model can be asked."""
+
+    module: ModuleType
+    data: Any
+    cfg: Any
+    lm: LM
+    patch: WeightPatch
+
+    def run(self, **how: Any) -> Any:
+        return runner.run(self.module, self.lm, self.data, self.cfg, patch=self.patch, **how)
+
+
+def material(name: str, folder: Path, long: bool = False) -> tuple[Any, dict[str, Any]]:
+    """Data, and settings that keep it short; with ``long`` one record is longer than any window."""
+    places = ("Paris", "Rome", "Tokyo", "Seattle", "Japan", "Italy")
+    if name == "facts":
+        edits = [
+            Edit(f"The tower of {place} is in", "Oslo", f"tower of {place}", old=place, id=place,
+                 rephrases=[(LONG if long and not i else "") + f"You find the tower of {place} in"],
+                 locality={"near": [Ask(f"The capital of {place} is", (place,))]})
+            for i, place in enumerate(places)
+        ]  # fmt: skip
+        return edits, {"max_new_tokens": 3, "latency": False}
+    if name in ("memotrap", "kre"):
+        options = ("Paris", "Seattle", "Tokyo") if name == "kre" else ()
+        records = [
+            ContextRecord((LONG if long and not i else "") + f"The {thing} is in Rome.", f"Where is the {thing}?",
+                          "ABC"[i % 3] if options else "Rome", "ABC"[(i + 1) % 3] if options else "Paris",
+                          options=options, id=thing)
+            for i, thing in enumerate(places)
+        ]  # fmt: skip
+        return records, {"baselines": ("opin",)}
+    if name == "general":
+        data = registry.get("benches", name).load(write(folder / "data"))
+        if long:
+            first = data.samples[0]
+            data = replace(data, samples=(replace(first, prompts=(LONG + first.prompts[0],), id="long"), *data.samples))
+        return data, {"tasks": ("csqa", "anli", "squad")}
+    records = registry.get("benches", "rag").load(squad(folder / "s.jsonl"))
+    if long:
+        at = next(i for i, r in enumerate(records) if r.variant == "original")
+        records[at] = replace(records[at], documents=(LONG,), prompt="")
+    return records, {"n": 50 if long else 4, "max_new_tokens": 3}
+
+
+def build(name: str, folder: Path, long: bool = False) -> Case:
+    module, (data, settings) = registry.get("benches", name), material(name, folder, long)
+    window = 2048
+    lm = wrap(tiny_model("llama", max_position_embeddings=window), tiny_tokenizer(), name="tiny")
+    source = torch.Generator().manual_seed(0)
+    b, a = torch.randn(lm.layout.d_model, 1, generator=source), torch.randn(1, 128, generator=source)
+    patch = WeightPatch.make(lm, {lm.layout.weight(lm.layout.downs[1]): LowRank(b, a)}, method="rank_one")
+    return Case(module, data, module.Config(bootstrap=20, **settings), lm, patch)
+
+
+@pytest.fixture(autouse=True)
+def short_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMPATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(runner, "BLOCK", 2)
+
+
+@pytest.fixture(params=BENCHES)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    return build(request.param, tmp_path)
+
+
+def bits(lm: LM) -> str:
+    return hash_tensors(sorted(lm.model.state_dict().items()), exact=True)
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_a_bench_has_what_the_contract_says(name: str) -> None:
+    bench = adapt(registry.get("benches", name))
+    assert bench.name == name and issubclass(bench.Config, Settings) and bench.question.endswith("?")
+    assert all(measure.means and (measure.derived or measure.value) for measure in bench.metrics.values())
+    assert any(measure.headline for measure in bench.metrics.values())
+
+
+def test_a_killed_run_goes_on_to_equal_rows_and_the_model_comes_back(case: Case, tmp_path: Path) -> None:
+    before, whole, seen = bits(case.lm), case.run(), []
+
+    def stop(done: int, total: int, what: str) -> None:
+        seen.append(what)
+        if what.startswith("scoring rank_one") or len(seen) == 4:
+            raise KeyboardInterrupt
+
+    out, kills = tmp_path / "out", 0
+    while kills < 3:
+        seen.clear()
+        try:
+            case.run(out=out, progress=stop)
+            break
+        except KeyboardInterrupt:
+            kills += 1
+            assert bits(case.lm) == before and not applied(case.lm)
+            with (out / "rows.jsonl").open("a") as file:
+                file.write('{"run_id": "none", "chu')
+    assert kills >= 1
+    again = case.run(out=out)
+    assert again.rows == whole.rows and again.metrics() == whole.metrics()
+    assert bits(case.lm) == before and not applied(case.lm)
+    lines = (out / "rows.jsonl").read_bytes()
+    case.run(out=out)
+    assert (out / "rows.jsonl").read_bytes() == lines
+
+
+def test_a_folder_with_doubled_rows_is_refused(case: Case, tmp_path: Path) -> None:
+    case.run(out=tmp_path / "out")
+    path = tmp_path / "out" / "rows.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, lines[-1]]))
+    with pytest.raises(BadRecord, match="are not the"):
+        case.run(out=tmp_path / "out")
+
+
+def test_every_number_has_n_and_an_error(case: Case) -> None:
+    report = case.run()
+    assert {run.name for run in report.runs} >= {"none", "rank_one"}
+    for run in report.runs:
+        assert run.metrics()
+        for name, number in run.metrics().items():
+            assert number.n >= 1 and math.isfinite(number.value), name
+            assert (number.stderr is None) == (number.n == 1), name
+            if number.n > 1 and number.low is not None:
+                assert number.low - 1e-9 <= number.high + 1e-9, name
+    moved = report.differences("rank_one")
+    assert moved and all(number.stderr is not None for number in moved.values() if number.n > 1)
+    assert all(number.value == 0 for number in report.differences("none").values())
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_what_is_longer_than_the_window_is_not_asked_and_said_so(name: str, tmp_path: Path) -> None:
+    case = build(name, tmp_path, long=True)
+    report = case.run(out=tmp_path / "out")
+    for run in (report.run("none"), report.run("rank_one")):
+        flags = {row.flag for row in run.rows if row.flag.startswith("longer")}
+        assert flags == {"longer than the model's window of 2048 tokens"}
+        long = [row for row in run.rows if row.flag.startswith("longer")]
+        assert all(row.example() is None and row.generation() is None for row in long)
+    assert "longer than the model's window of 2048 tokens" in printed(report)
+
+
+def printed(report: Any) -> str:
+    console = Console(width=250, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(report.table())
+    return capture.get()
+
+
+def test_the_report_says_it_all_and_needs_nothing(case: Case, tmp_path: Path) -> None:
+    report = case.run(out=tmp_path / "out", data_name="<script>x</script>")
+    page = report.save_html(tmp_path / "page.html").read_text()
+    assert "<script" not in page and "http" not in page and "rank_one against the unpatched model" in page
+    text = printed(report)
+    for name, number in report.run("rank_one").metrics().items():
+        if report.run("rank_one").values[name][0].shown:
+            assert label(name) in page and name.partition("@")[0] in text and f"n={number.n}" in text
+    whole = json.loads(report.to_json())
+    assert whole["runs"][-1]["metrics"].keys() == report.run("rank_one").metrics().keys()
+    assert "<table" in report._repr_html_() and "<script" not in report._repr_html_()
+    bench = adapt(case.module)
+    again = Store(tmp_path / "out", bench.Row.read)
+    assert [asdict(row) for row in again.rows_of("none")] == [asdict(row) for row in report.run("none").rows]
+    if any(row.generation() for row in report.rows):
+        assert {"repeats", "distinct_2"} <= report.run("none").metrics().keys()
+
+
+def test_without_pandas_to_pandas_says_what_to_install(case: Case) -> None:
+    pytest.importorskip("scipy")
+    try:
+        import pandas  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingExtra, match="pip install pandas"):
+            case.run().to_pandas()
+    else:
+        assert len(case.run().to_pandas()) > 0
