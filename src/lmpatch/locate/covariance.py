@@ -76,7 +76,8 @@ def second_moments(
     corpus = hash_json(list(text)) if text is not None else f"own samples, seed {seed}"
     with suspended(lm):
         source = hash_json([lm.fingerprint(), str(lm.dtype), corpus, tokens, seed, LENGTH, AGREE])
-        kept = _read(folder(source), layers) if cache else None
+        folder = cache_folder(source)
+        kept = _read(folder, layers) if cache else None
         if kept is not None:
             return Moments(*kept, source)
         if text is not None:
@@ -86,11 +87,11 @@ def second_moments(
         wanted = sorted(set(layers))
         found, count, agreement = _accumulate(lm, rows, wanted, progress, folder if cache else None)
     if cache:
-        _write(folder(source), found, count, agreement)
+        _write(folder, found, count, agreement)
     return Moments(found, count, agreement, source)
 
 
-def folder(source: str) -> Path:
+def cache_folder(source: str) -> Path:
     """Where moments of that hash are cached, and what is computed from them."""
     return cache_dir() / "moments" / source[:32]
 
