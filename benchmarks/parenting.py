@@ -41,6 +41,7 @@ from lmpatch.inference.closed_book import closed_book_answers
 from lmpatch.methods.decoding import CAD, METHODS
 from lmpatch.methods.ircan import method as ircan
 from lmpatch.methods.parenting import method as parenting
+from lmpatch.methods.parenting.config import Config
 from lmpatch.probes.integrated_gradients import probe as integrated_gradients
 from lmpatch.provenance import hardware, now, versions
 
@@ -181,7 +182,7 @@ class Bench:
         for file in self.out.glob("work/*/mined-*.safetensors"):  # the same for all: what differs comes after
             if not (work / file.name).exists():
                 copy(file, work / file.name)
-        cfg = resolve(parenting.Config, {"validate_every": 40} | parse(parenting.Config, self.args.set) | settings)
+        cfg = resolve(Config, {"validate_every": 40} | parse(Config, self.args.set) | settings)
         return parenting.fit(self.lm, self.train, cfg, out=work, progress=_told)
 
 

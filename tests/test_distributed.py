@@ -67,7 +67,7 @@ def both(out: str, sharded: bool, device: str | None = None) -> None:
 def weights(folder: Path) -> torch.Tensor:
     """All that an editor has learned, fp32, from its checkpoint."""
     tensors = load_file(folder / CHECKPOINT)
-    return torch.cat([tensors[name].flatten() for name in sorted(tensors) if name.startswith("net/")])
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors) if name.startswith("value/")])
 
 
 def blocks_of(lm: Any) -> list[torch.nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -161,11 +162,10 @@ def test_no_kl_is_given_where_the_head_was_changed(tiny: LM, edits: list[Edit], 
 
 
 def test_chat_asks_through_the_template(tiny: LM, edits: list[Edit], quick: Config) -> None:
-    cfg = replace(quick, chat=True)
-    with pytest.raises(BadInput, match="no chat template"):
-        facts.run(tiny, edits, cfg)
-    tiny.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}USER: {{ m.content }} BOT:{% endfor %}"
-    report = facts.run(tiny, edits, cfg)
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}USER: {{ m.content }} BOT:{% endfor %}"
+    chat = LM(tiny.model, tokenizer, tiny.layout, "chat")
+    report = facts.run(chat, edits, quick)
     rows = of(report.run("none").rows, "edit")
     assert [row.text for row in rows] == say(tiny, [f"USER: {row.prompt} BOT:" for row in rows], quick)
     assert report.run("none").record["protocol_id"] == "gen-final-v1-prefix-4tokens-chat"

@@ -15,7 +15,7 @@ from tiny import tiny_tokenizer
 
 from lmpatch.errors import BadInput
 from lmpatch.models import gguf
-from lmpatch.models._gguf_header import Head, without_tokens
+from lmpatch.models.gguf_header import Head, without_tokens
 from lmpatch.models.load import load
 
 LOAD = """

@@ -26,7 +26,7 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int = 32,
-    stop: Sequence[str] = ("\n",),
+    stop: Sequence[str] | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -40,8 +40,8 @@ def generate(
         prompts: one or many; prompts of different length share a batch, padded on the left. Texts, or ``InContext``
             where a decode patch is on the model.
         max_new_tokens: at most this many new tokens.
-        stop: a token whose text contains one of these ends the answer and is left out. The model's own
-            end tokens always do.
+        stop: a token whose text contains one of these ends the answer and is left out. The model's own end tokens
+            always do. None: a new line, but for a chat model, which ends its replies itself.
         temperature: what logits are divided by before a token is drawn; 0 takes the likeliest one.
         top_p: draw from the likeliest tokens that together reach this probability.
         seed: of the draws. They depend on it and on a prompt's place in the list, not on the batch it is in.
@@ -89,7 +89,7 @@ def stream(
     prompt: Prompt,
     *,
     max_new_tokens: int = 32,
-    stop: Sequence[str] = ("\n",),
+    stop: Sequence[str] | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -124,11 +124,11 @@ def _pairs(inputs: Streams) -> list[Pair]:
 class StopTokens:
     """Which token ids end an answer. Ids are decoded once each, when they first come up."""
 
-    def __init__(self, lm: LM, stop: Sequence[str]) -> None:
+    def __init__(self, lm: LM, stop: Sequence[str] | None) -> None:
         config = getattr(lm.model, "generation_config", None)
         end = [getattr(config, "eos_token_id", None), lm.tokenizer.eos_token_id]
         self.known = {int(i): True for e in end if e is not None for i in (e if isinstance(e, list) else [e])}
-        self.stop, self.tokenizer = tuple(stop), lm.tokenizer
+        self.stop, self.tokenizer = (() if lm.chat else ("\n",)) if stop is None else tuple(stop), lm.tokenizer
 
     def __contains__(self, token: int) -> bool:
         if token not in self.known:

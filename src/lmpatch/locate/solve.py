@@ -1,4 +1,4 @@
-"""Solves with second moments: factor once (Cholesky), then Woodbury. Never an LU per commit."""
+"""Solves with second moments, from a factor that serves every commit (Cholesky, then Woodbury)."""
 
 from __future__ import annotations
 
@@ -59,17 +59,13 @@ def woodbury(lower: Tensor, keys: Tensor, earlier: Tensor | None = None) -> Tens
     return out
 
 
-def null_space(moments: Tensor, share: float) -> Tensor:
-    """The directions a corpus uses least.
+def eigenvectors(moments: Tensor) -> Tensor:
+    """Columns of [f, f] fp64, those of the lowest eigenvalues first.
 
     Args:
         moments: [f, f] symmetric.
-        share: the share of directions kept, lowest eigenvalues first.
-    Returns:
-        [f, r] orthonormal columns, fp64.
     """
-    _, vectors = torch.linalg.eigh(moments.double())  # ascending
-    out: Tensor = vectors[:, : round(share * len(vectors))]
+    out: Tensor = torch.linalg.eigh(moments.double())[1]
     return out
 
 

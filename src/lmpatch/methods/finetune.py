@@ -8,24 +8,25 @@ Source: Zhu et al. 2020, "Modifying Memories in Transformer Models" (arXiv:2012.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput, Diverged
 from ..inference.forward import HEAD_CHUNK, frozen, nll
 from ..inference.replay import Recording, record
 from ..inference.tokens import Row, batches_of_rows, encode_all
-from ..models.hooks import Hook, hooked
+from ..models.hooks import hooked
 from ..models.lm import LM
-from ..patches.weight.delta import Delta, Dense, LowRank
 from ..patches.weight.patch import WeightPatch
 from ..progress import Progress
+from ..training import adapter
+from ..training.loop import Loop, Schedule, Task
 
 TOKENS = 32  # of a long fact, for the estimate of memory
 SKIP = 1e-2  # nats; a batch below this makes no step, an epoch below this ends the run
@@ -78,119 +79,70 @@ def fit(lm: LM, edits: Sequence[Edit], cfg: Config, *, progress: Progress | None
     check_contradictions(edits)
     start = time.perf_counter()
     with frozen(lm):
-        change = _LoRA(lm, cfg) if cfg.rank else _Full(lm, cfg)
-        epochs, loss = _train(lm, edits, change, cfg, progress)
-    notes = {"epochs": epochs, "loss": round(loss, 5), "layer": change.lowest}
+        task = _Tuning(lm, edits, cfg)
+        steps = cfg.epochs * len(task.batches)
+        Loop(task, Schedule(steps), name="fine-tuning", advice=f"Lower lr, now {cfg.lr}.").run(progress)
+    notes = {"epochs": task.epoch, "loss": round(task.mean, 5), "layer": task.lowest}
     seconds = time.perf_counter() - start
-    return WeightPatch.make(
-        lm, change.deltas(), method="finetune", config=cfg, edits=edits, seconds=seconds, notes=notes
-    )
+    deltas = adapter.deltas(lm, task.factors)
+    return WeightPatch.make(lm, deltas, method="finetune", config=cfg, edits=edits, seconds=seconds, notes=notes)
 
 
-class _Full:
-    """ΔW on one down-projection."""
+class _Tuning(Task):
+    """ΔW on one down-projection, or with ``rank`` B A on every linear projection of every block."""
 
-    def __init__(self, lm: LM, cfg: Config) -> None:
-        layout = lm.layout
-        self.lowest = layout.check_layer(round(layout.n_layers * 2 / 3) if cfg.layer is None else cfg.layer)
-        self.module = layout.downs[self.lowest]
-        self.name, self.limit = layout.weight(self.module), cfg.limit
-        self.value = torch.zeros(layout.d_model, layout.widths[self.lowest], device=lm.device, requires_grad=True)
+    def __init__(self, lm: LM, edits: Sequence[Edit], cfg: Config) -> None:
+        self.lm, self.cfg, layout = lm, cfg, lm.layout
+        self.factors: dict[str, dict[str, Tensor]]
+        if cfg.rank:
+            self.lowest = 0
+            self.factors = adapter.low_rank(lm, chain(*adapter.projections(lm)), cfg.rank, cfg.seed)
+        else:
+            self.lowest = layout.check_layer(round(layout.n_layers * 2 / 3) if cfg.layer is None else cfg.layer)
+            module = layout.downs[self.lowest]
+            whole = torch.zeros(adapter.shape(lm, module), device=lm.device, requires_grad=True)
+            self.factors = {module: {"w": whole}}
+        self.values = {f"{module}.{k}": x for module, own in self.factors.items() for k, x in own.items()}
+        rows = encode_all(lm, [e.prompt for e in edits], [e.target for e in edits])
+        parts = batches_of_rows([len(row.ids) for row in rows], cfg.batch)
+        self.batches = [_Batch(lm, [rows[i] for i in part], self.lowest, cfg) for part in parts]
+        self.generator = torch.Generator().manual_seed(cfg.seed)
+        self.order: list[int] = []  # of the epoch's batches
+        self.losses: list[float] = []  # of the epoch so far
+        self.epoch, self.mean = 0, 0.0
 
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [self.value]
+    def optimiser(self, step: int) -> torch.optim.Optimizer:
+        return torch.optim.Adam(list(self.values.values()), lr=self.cfg.lr)
 
-    def hooks(self, lm: LM) -> list[Hook]:
-        def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + F.linear(args[0], self.value.to(args[0].dtype))
-
-        return [Hook(lm.module(self.module), add)]
+    def learn(self, step: int) -> dict[str, float] | None:
+        """The next batch of the epoch. One that is learned already makes no step; an epoch of such ends the run."""
+        epoch, place = divmod(step, len(self.batches))
+        if place == 0:
+            self.order, self.losses = torch.randperm(len(self.batches), generator=self.generator).tolist(), []
+        loss = self.batches[self.order[place]].loss(self.lm, self.factors)
+        self.losses.append(float(loss.detach()))
+        if self.losses[-1] != self.losses[-1]:
+            raise Diverged(f"fine-tuning left the finite numbers in epoch {epoch + 1}. Lower lr, now {self.cfg.lr}.")
+        if place + 1 == len(self.batches):
+            self.epoch, self.mean = epoch + 1, sum(self.losses) / len(self.losses)
+            self.finished = self.mean < SKIP
+        if self.losses[-1] < SKIP:
+            return None
+        loss.backward()
+        return {}
 
     @torch.no_grad()
-    def project(self) -> None:
-        if self.limit is not None:
-            self.value.clamp_(-self.limit, self.limit)
-
-    def deltas(self) -> dict[str, Delta]:
-        return {self.name: Dense(self.value.detach())}
-
-
-class _LoRA:
-    """B A on every linear projection of every block; B starts at zero."""
-
-    lowest = 0
-
-    def __init__(self, lm: LM, cfg: Config) -> None:
-        layout = lm.layout
-        assert cfg.rank
-        generator = torch.Generator().manual_seed(cfg.seed)
-        self.parts: dict[str, tuple[Tensor, Tensor]] = {}
-        for i in range(layout.n_layers):
-            for name in (*layout.attn_ins[i], layout.attn_outs[i], *layout.ups[i], layout.downs[i]):
-                shape = lm.parameter(layout.weight(name)).shape
-                out, width = shape[::-1] if layout.transposed else shape
-                a = torch.randn(cfg.rank, width, generator=generator) / width**0.5
-                b = torch.zeros(out, cfg.rank)
-                self.parts[name] = (b.to(lm.device).requires_grad_(), a.to(lm.device).requires_grad_())
-        self.names = {name: layout.weight(name) for name in self.parts}
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [x for pair in self.parts.values() for x in pair]
-
-    def hooks(self, lm: LM) -> list[Hook]:
-        def adder(b: Tensor, a: Tensor) -> Callable[..., Tensor]:
-            def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                x = args[0]
-                return output + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
-
-            return add
-
-        return [Hook(lm.module(name), adder(*pair)) for name, pair in self.parts.items()]
-
-    def project(self) -> None:
-        return None
-
-    def deltas(self) -> dict[str, Delta]:
-        return {self.names[name]: LowRank(b.detach(), a.detach()) for name, (b, a) in self.parts.items()}
-
-
-def _train(
-    lm: LM, edits: Sequence[Edit], change: _Full | _LoRA, cfg: Config, progress: Progress | None
-) -> tuple[int, float]:
-    """Epochs made and the last epoch's mean loss, nats per target token."""
-    rows = encode_all(lm, [e.prompt for e in edits], [e.target for e in edits])
-    parts = batches_of_rows([len(row.ids) for row in rows], cfg.batch)
-    batches = [_Batch(lm, [rows[i] for i in part], change, cfg) for part in parts]
-    optimizer = torch.optim.Adam(change.leaves, lr=cfg.lr)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    mean = 0.0
-    for epoch in range(1, cfg.epochs + 1):
-        losses = []
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            loss = batches[i].loss(lm, change)
-            losses.append(float(loss.detach()))
-            if losses[-1] != losses[-1]:
-                raise Diverged(f"fine-tuning left the finite numbers in epoch {epoch}. Lower lr, now {cfg.lr}.")
-            if losses[-1] < SKIP:
-                continue
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            change.project()
-        mean = sum(losses) / len(losses)
-        if progress:
-            progress(epoch, cfg.epochs, "fine-tuning")
-        if mean < SKIP:
-            return epoch, mean
-    return cfg.epochs, mean
+    def updated(self) -> None:
+        """FT-L: no entry goes further than the limit."""
+        if self.cfg.limit is not None:
+            for value in self.values.values():
+                value.clamp_(-self.cfg.limit, self.cfg.limit)
 
 
 class _Batch:
     """Rows recorded once below the trained block, with the positions that are scored."""
 
-    def __init__(self, lm: LM, rows: list[Row], change: _Full | _LoRA, cfg: Config) -> None:
+    def __init__(self, lm: LM, rows: list[Row], lowest: int, cfg: Config) -> None:
         last = cfg.loss == "prompt_last"
         ids = [row.ids[: row.target] if last else row.ids[:-1] for row in rows]
         spots = [
@@ -202,14 +154,13 @@ class _Batch:
             torch.tensor(c, device=lm.device) for c in list(zip(*spots, strict=True))[:3]
         )
         self.weight = torch.tensor([s[3] for s in spots], device=lm.device)
-        self.recording: Recording = record(
-            lm, ids, [0] * len(ids), ends=[row.target - 1 for row in rows], lowest=change.lowest
-        )
-        self.lowest = change.lowest
+        ends = [row.target - 1 for row in rows]
+        self.recording: Recording = record(lm, ids, [0] * len(ids), ends=ends, lowest=lowest)
+        self.lowest = lowest
 
-    def loss(self, lm: LM, change: _Full | _LoRA) -> Tensor:
+    def loss(self, lm: LM, factors: Mapping[str, adapter.Factors]) -> Tensor:
         """Mean over facts of the mean over target tokens, nats."""
-        with torch.enable_grad(), hooked(*change.hooks(lm)):
+        with torch.enable_grad(), hooked(*adapter.hooks(lm, factors)):
             out = self.recording.forward(self.recording.hidden[self.lowest], self.lowest)
             return (nll(lm, out[self.row, self.column], self.label) * self.weight).sum()
 

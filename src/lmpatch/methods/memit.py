@@ -18,11 +18,12 @@ from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput
 from ..inference.forward import blocks, first, frozen, positions
 from ..inference.tokens import batches_of_rows, encode_all, pad, pad_id
-from ..locate import covariance as _moments
+from ..locate import covariance
 from ..locate import value_search as _value
-from ..locate.covariance import second_moments
+from ..locate.covariance import Covariance, estimate_covariance
+from ..locate.factors import cholesky, null_space
 from ..locate.prefixes import prefixes
-from ..locate.solve import factor, null_space, projected, woodbury
+from ..locate.solve import projected, woodbury
 from ..locate.value_search import Values, search
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
@@ -115,7 +116,7 @@ def fit(
     start = time.perf_counter()
     layers = _layers(lm, cfg)
     tokens = cfg.moment_tokens or 10 * max(lm.layout.widths[layer] for layer in layers)
-    moments = second_moments(lm, layers, text=text, tokens=tokens, progress=progress)
+    moments = estimate_covariance(lm, layers, text=text, tokens=tokens, progress=progress)
     prepared = time.perf_counter()  # the statistics serve every later edit and are counted apart
     joint = (cfg.spread or ("joint" if lm.layout.post_norm else "residual")) == "joint"
     with frozen(lm):
@@ -128,7 +129,7 @@ def fit(
         }  # fmt: skip
         if cfg.nas:
             values, notes["nas"] = _anchored(lm, values, layers, cfg, joint, anchors, progress)
-        deltas, keys = _write(lm, edits, values, layers, cfg, joint, moments.c)
+        deltas, keys = _write(lm, edits, values, layers, cfg, joint, moments)
     return WeightPatch.make(
         lm, deltas, method="memit", config=cfg, edits=edits, seconds=time.perf_counter() - prepared, notes=notes,
         extras={f"keys.{layer}": k for layer, k in keys.items()},
@@ -153,7 +154,7 @@ def _values(
 
 
 def _write(
-    lm: LM, edits: Sequence[Edit], values: Values, layers: list[int], cfg: Config, joint: bool, c: dict[int, Tensor]
+    lm: LM, edits: Sequence[Edit], values: Values, layers: list[int], cfg: Config, joint: bool, moments: Covariance
 ) -> tuple[dict[str, Delta], dict[int, Tensor]]:
     """Solve layer after layer, each under the writes before it. The writes are hooks: no weight is touched."""
     deltas: dict[str, Delta] = {}
@@ -168,7 +169,7 @@ def _write(
                 goal = values.clean[:, 0] + values.delta[:, 0]
                 residual = (goal - state) / (len(layers) - place)
             earlier = _earlier_keys(lm, layer) if cfg.prev_keys and not cfg.faithful else None
-            a = _solve(keys.T, c[layer].to(keys.device), cfg, earlier)  # [f, u]
+            a = _solve(keys.T, moments, layer, cfg, earlier)  # [f, u]
             name = lm.layout.weight(lm.layout.downs[layer])
             deltas[name] = LowRank(residual.T.float().contiguous(), a.T.float().contiguous())
             kept[layer] = keys.float()
@@ -178,16 +179,14 @@ def _write(
     return deltas, kept
 
 
-def _solve(keys: Tensor, c: Tensor, cfg: Config, earlier: Tensor | None) -> Tensor:
+def _solve(keys: Tensor, moments: Covariance, layer: int, cfg: Config, earlier: Tensor | None) -> Tensor:
     """[f, u]: what multiplies the residuals."""
     if cfg.solver == "alphaedit":
-        basis = null_space(c, cfg.keep)
+        basis = null_space(moments, layer, keys.device, cfg.keep)
         ridge = cfg.ridge * float((basis.T @ keys.double()).square().sum(0).median())
         return projected(basis, keys, ridge, earlier)
-    weighted = cfg.weight * c.double()
-    if cfg.frobenius:
-        weighted = weighted + cfg.frobenius * weighted.diagonal().mean() * torch.eye(len(c), device=c.device)
-    return woodbury(factor(weighted), keys, earlier)
+    lower = cholesky(moments, layer, keys.device, weight=cfg.weight, ridge=cfg.frobenius)
+    return woodbury(lower, keys, earlier)
 
 
 def _earlier_keys(lm: LM, layer: int) -> Tensor | None:
@@ -254,7 +253,7 @@ def _anchored(
 
 def estimate(lm: LM, facts: int, cfg: Config) -> int:
     """Bytes a fit of that many facts takes on top of the model, rounded up."""
-    return _value.memory(lm, facts, cfg) + _moments.memory(lm, len(_layers(lm, cfg)))
+    return _value.memory(lm, facts, cfg) + covariance.memory(lm, len(_layers(lm, cfg)))
 
 
 def example(lm: LM) -> tuple[list[Edit], Config]:

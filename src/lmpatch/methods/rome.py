@@ -17,8 +17,9 @@ from torch import Tensor
 from ..data.edits import Edit, check_contradictions
 from ..inference.forward import frozen
 from ..locate import covariance, value_search
-from ..locate.covariance import second_moments
-from ..locate.solve import factor, solve
+from ..locate.covariance import estimate_covariance
+from ..locate.factors import cholesky
+from ..locate.solve import solve
 from ..locate.value_search import search
 from ..models.lm import LM
 from ..patches.weight.delta import LowRank
@@ -106,7 +107,7 @@ def pairs(
     start, moments = time.perf_counter(), None
     if cfg.covariance:
         tokens = cfg.moment_tokens or 10 * layout.widths[layer]
-        moments = second_moments(lm, [layer], text=text, tokens=tokens, progress=progress)
+        moments = estimate_covariance(lm, [layer], text=text, tokens=tokens, progress=progress)
         notes |= {"moments": moments.source, "moment_tokens": moments.tokens, "moment_agreement": moments.agreement}
     prepared = time.perf_counter()
     with frozen(lm):
@@ -117,7 +118,7 @@ def pairs(
         with torch.no_grad():
             output = lm.module(layout.downs[layer])(key.to(lm.dtype)).double()  # [u, d]
     target = (output if anchor_mean else values.clean[:, 0].double()) + values.delta[:, 0].double()
-    direction = mean if moments is None else solve(factor(moments.c[layer].to(mean.device)), mean.T).T
+    direction = mean if moments is None else solve(cholesky(moments, layer, mean.device), mean.T).T
     direction = direction / direction.norm(dim=1, keepdim=True)
     notes |= {"steps": values.steps, "loss": [round(x, 4) for x in values.loss]}
     notes["prep_seconds"] = round(prepared - start, 3)  # the statistics serve every later edit

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...data.matching import match
-from ...errors import BadInput
 from ...inference.generate import generate
 from ...inference.score import Score, score
 from ...inference.states import hidden, next_kl
@@ -35,7 +33,6 @@ class Protocol:
 
     max_new_tokens: int = 32
     em_rule: str = "prefix"
-    chat: bool = False
     teacher_forced: bool = True
     batch_size: int = 64
 
@@ -85,25 +82,24 @@ class Answers:
 def ask(lm: LM, questions: Iterable[Question], how: Protocol, progress: Progress | None = None) -> Answers:
     """Put the questions to the model as it is now, patches included. Equal prompts run once, too long ones never."""
     open_ones = [q for q in questions if not q.flag]
-    shown = _shown(lm, list(dict.fromkeys(q.text for q in open_ones)), how.chat)
+    asked = list(dict.fromkeys(q.text for q in open_ones))
     pairs = list(dict.fromkeys(pair for q in open_ones for pair in _pairs(q))) if how.teacher_forced else []
-    flags = dict(zip(shown, beyond_window(lm, list(shown.values()), new_tokens=how.max_new_tokens), strict=True))
-    over = beyond_window(lm, [shown[text] for text, _ in pairs], [answer for _, answer in pairs])
+    flags = dict(zip(asked, beyond_window(lm, asked, new_tokens=how.max_new_tokens), strict=True))
+    over = beyond_window(lm, [text for text, _ in pairs], [answer for _, answer in pairs])
     flags |= {text: flag for (text, _), flag in zip(pairs, over, strict=True) if flag}
     answers = Answers(long={text: flag for text, flag in flags.items() if flag})
-    texts = [text for text in shown if not flags[text]]
+    texts = [text for text in asked if not flags[text]]
     near = list(dict.fromkeys(q.text for q in open_ones if q.kind.startswith("loc/") and not flags[q.text]))
     pairs = [pair for pair in pairs if not flags[pair[0]]]
     size = how.batch_size
     if texts:
-        prompts = [shown[text] for text in texts]
-        generated = generate(lm, prompts, max_new_tokens=how.max_new_tokens, batch_size=size, progress=progress)
+        generated = generate(lm, texts, max_new_tokens=how.max_new_tokens, batch_size=size, progress=progress)
         answers.texts.update(zip(texts, generated, strict=True))
     if near:
-        states = hidden(lm, [shown[text] for text in near], batch_size=size, progress=progress).cpu()
+        states = hidden(lm, near, batch_size=size, progress=progress).cpu()
         answers.states.update(zip(near, states, strict=True))
     if pairs:
-        scores = score(lm, [shown[p] for p, _ in pairs], [a for _, a in pairs], batch_size=size, progress=progress)
+        scores = score(lm, [p for p, _ in pairs], [a for _, a in pairs], batch_size=size, progress=progress)
         answers.scores.update(zip(pairs, scores, strict=True))
     return answers
 
@@ -124,7 +120,13 @@ def ask_base(
     done = 0
     while block := list(islice(rest, BLOCK)):
         key = hash_json(
-            [lm.fingerprint(), str(lm.dtype), asdict(replace(how, batch_size=0)), [asdict(q) for q in block]]
+            [
+                lm.fingerprint(),
+                str(lm.dtype),
+                lm.chat is not None,
+                asdict(replace(how, batch_size=0)),
+                [asdict(q) for q in block],
+            ]
         )
         path = folder / "base" / f"{key[:24]}.safetensors" if folder else None
         if path and path.is_file():
@@ -143,19 +145,6 @@ def ask_base(
 def _pairs(q: Question) -> list[tuple[str, str]]:
     """(text, answer) to score teacher-forced: the wanted answer, and the old one where there is one."""
     return [(q.text, answers[0]) for answers in (q.answers, q.old) if answers]
-
-
-def _shown(lm: LM, texts: Sequence[str], chat: bool) -> dict[str, str]:
-    """Each text as the model reads it: itself, or one user turn of the chat template."""
-    if not chat:
-        return {text: text for text in texts}
-    if not getattr(lm.tokenizer, "chat_template", None):
-        raise BadInput(f"{lm.name} has no chat template. Leave chat off to ask it plainly.")
-    bos = lm.tokenizer.bos_token or ""  # encoding adds it again
-    render: Callable[..., Any] = lm.tokenizer.apply_chat_template
-    turns = [[{"role": "user", "content": text}] for text in texts]
-    prompts = [render(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
-    return {text: prompt.removeprefix(bos) for text, prompt in zip(texts, prompts, strict=True)}
 
 
 def rows(

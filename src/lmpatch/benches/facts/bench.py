@@ -50,8 +50,6 @@ class Config(Settings):
     """Length of an answer at most; a new line ends it earlier."""
     em_rule: Literal["prefix", "full"] = "prefix"
     """An answer is right if it begins with an accepted spelling, or (full, for chat models) if it is one."""
-    chat: bool = False
-    """Ask through the tokenizer's chat template."""
     immediate: bool = True
     """Also score each edit right after its commit, where a chunk has several."""
     retention: bool = False
@@ -90,12 +88,14 @@ class Item:
     base: Base
     left_over: int
     """Edits of the data that filled no chunk."""
+    chat: bool
+    """Prompts are asked through the model's chat template."""
 
 
 def load(
     path: str | Path, *, limit: int | None = None, seed: int | None = None, unrelated: str | Path | None = None
 ) -> list[Edit]:
-    """Facts from a file, see ``data.readers``.
+    """Facts from a file, see ``data.edits``.
 
     Args:
         unrelated: a file of questions; one of them joins each edit as locality kind ``unrelated``.
@@ -138,7 +138,7 @@ def plan(
     if fixed:  # it holds whatever it holds
         chunks = [replace(chunk, commits=(tuple(range(len(chunk.edits))),)) for chunk in chunks]
     base = Base()
-    return [Item(chunk, base, left) for chunk in chunks]
+    return [Item(chunk, base, left, lm.chat is not None) for chunk in chunks]
 
 
 def warm(lm: LM, items: Sequence[Item], cfg: Config, folder: Path | None, progress: Progress | None) -> None:
@@ -298,7 +298,7 @@ class _Pass:
 
 def record(items: Sequence[Item], edits: Sequence[Edit], cfg: Config) -> Json:
     """The protocol, and how many edits stand together."""
-    suffix = _suffix(cfg)
+    suffix = _suffix(cfg, items[0].chat)
     counts: Counter[str] = Counter()
     for item in items:
         counts.update(item.chunk.counts)
@@ -309,7 +309,7 @@ def record(items: Sequence[Item], edits: Sequence[Edit], cfg: Config) -> Json:
         "commit_size": _commit_size(cfg),
         "order_seed": cfg.seed,
         "left_over": items[0].left_over,
-        "chat_template": cfg.chat,
+        "chat_template": items[0].chat,
         "collision_counts": dict(counts),
     }
 
@@ -369,13 +369,13 @@ def _health(chunks: Sequence[Json], written: Sequence[Json]) -> dict[str, Any]:
 
 def _how(cfg: Config) -> Protocol:
     """The part of the settings that decides an answer."""
-    return Protocol(cfg.max_new_tokens, cfg.em_rule, cfg.chat, cfg.teacher_forced, cfg.batch_size)
+    return Protocol(cfg.max_new_tokens, cfg.em_rule, cfg.teacher_forced, cfg.batch_size)
 
 
-def _suffix(cfg: Config) -> str:
+def _suffix(cfg: Config, chat: bool) -> str:
     """What in the settings makes another protocol, as the end of its id."""
     length = "" if cfg.max_new_tokens == 32 else f"-{cfg.max_new_tokens}tokens"
-    return f"-{cfg.em_rule}{length}" + ("-chat" if cfg.chat else "") + ("-raw" if cfg.raw else "")
+    return f"-{cfg.em_rule}{length}" + ("-chat" if chat else "") + ("-raw" if cfg.raw else "")
 
 
 def _commit_size(cfg: Config) -> int:

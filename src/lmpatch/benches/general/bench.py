@@ -74,8 +74,11 @@ def plan(lm: LM, data: Data, cfg: Config, **how: Any) -> list[Sample]:
 
 
 def ask(lm: LM, samples: Sequence[Sample], cfg: Config | None = None) -> list[TaskRow]:
-    """One row per sample, in their order, from the model as it is now."""
-    return asking.ask(lm, samples, (cfg or Config()).batch_size)
+    """One row per sample, in their order, from the model as it is now.
+
+    Prompts are read as they stand, also by a chat model: these are the protocols of base models.
+    """
+    return asking.ask(lm.plain, samples, (cfg or Config()).batch_size)
 
 
 def group(sample: Sample) -> Hashable:

@@ -4,10 +4,12 @@ Source: Xu et al. 2025, "Parenting: Optimizing Knowledge Selection of Retrieval-
 Decoupling and Tailored Tuning" (arXiv:2410.10360).
 """
 
-from .method import Config as Config
-from .method import Record as Record
+from ...data.rag.reader import RagRecord
+from .config import Config as Config
 from .method import estimate as estimate
 from .method import example as example
 from .method import fit as fit
+from .plot import plots as plots
 
 AIM = "documents"
+Record = RagRecord

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -13,16 +13,13 @@ from ...data.rag.reader import RagRecord, holds, known, refused
 from ...distributed import SINGLE, World
 from ...errors import BadInput
 from ...inference.closed_book import closed_book_answers
-from ...inference.forward import nll
 from ...inference.interventions import need_window
 from ...inference.tokens import Row, encode_all
 from ...models.hooks import Hook, hooked
 from ...models.lm import LM
 from ...progress import Progress
-from ...training.answers import answer_states
-
-if TYPE_CHECKING:
-    from .method import Config
+from ...training.losses import answer_loss
+from .config import Config
 
 SETS = ("adherence", "robustness", "extraction")
 WHOLE = ("mixed", "plain")
@@ -155,11 +152,6 @@ def draws(rows: Rows, count: int, step: int, seed: str, share: float = 0.0) -> l
 
 
 def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Hook]], world: World = SINGLE) -> Tensor:
-    """Mean cross-entropy over the answer tokens of the rows, nats; the head runs at those positions only.
-
-    Args:
-        team: each process has its part of the sum, or runs the first row for nothing; their sum is the mean.
-    """
+    """``answer_loss`` of the rows under these hooks."""
     with hooked(*hooks()):
-        states, labels, _ = answer_states(lm, rows, world)
-    return nll(lm, states, labels).sum() / sum(len(row.ids) - row.target for row in rows)
+        return answer_loss(lm, rows, world)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +23,13 @@ from ...patches.weight.delta import Delta, LowRank
 from ...patches.weight.patch import WeightPatch
 from ...progress import Progress
 from ...provenance import hash_json
-from ...training import checkpoint as _checkpoint
+from ...training import checkpoint
+from .config import Config
 from .data import SETS, WHOLE, Material, prepare
-from .mine import Cue, Mined, balance, correlation, mine, typed, z_scores
+from .mine import Mined, balance, correlation, mine, typed, z_scores
 from .plot import plots as plots
 from .tune import Mix, Tuner, mixes
-from .units import TYPES, Adapter, Type, Unit, Units, counted, cut
-
-Record = RagRecord
+from .units import TYPES, Adapter, Type, Unit, counted, cut
 
 SKILLS = ("adherence", "robustness")
 MERGE: dict[Type, tuple[float, float, float]] = {
@@ -46,78 +45,6 @@ MINING = (
     "beta2", "update_point", "decay", "clip", "known_share", "refusals", "seed",
 )  # fmt: skip
 """What decides the scores of units: a run that differs elsewhere may use those of another."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Parenting. LoRA, β and δ1 are the paper's; rates and sizes are for a model of 270M parameters on a CPU."""
-
-    units: Units = "matrix"
-    """What is scored and typed as one: A and B of a projection together (``matrix``), each alone (``factor``, as
-    released), a row of A with its column of B (``lora_rank``), or a full weight without LoRA (``full_matrix``)."""
-    modules: Literal["attention", "mlp", "all"] = "attention"
-    """Projections that have units; the paper's are those of attention."""
-    rank: int = 8
-    """Of the LoRA."""
-    alpha: float = 16.0
-    """The LoRA is multiplied by alpha / rank."""
-    mode: Literal["masked", "merge", "mixed", "plain"] = "masked"
-    """``masked``: each type of unit has its own losses, as the paper says. ``merge``: three adapters trained apart and
-    averaged unit by unit, as the released code does. ``mixed``: no units, one mix of the three losses for all.
-    ``plain``: no units and no mix, one mean over all answer tokens of a step: fine-tuning on the rows together."""
-    merge_space: Literal["factors", "delta"] = "delta"
-    """What ``merge`` averages: A and B apart, as released, or their product."""
-    cue: Cue = "rate"
-    """Layer weights from shares of active tokens, from counts as released, or none."""
-    cue_rows: int = 100
-    """Rows of each set whose activations are counted at most."""
-    mine_steps: int = 30
-    """Steps of the short tuning that scores units, on each of the two sets."""
-    mine_rows: int = 4
-    """Rows of such a step."""
-    mine_lr: float = 1e-4
-    """Its rate."""
-    mine_warmup: int = 10
-    """Its steps of rising rate."""
-    beta1: float = 0.85
-    """Smoothing of sensitivity."""
-    beta2: float = 0.85
-    """Smoothing of uncertainty."""
-    update_point: Literal["before_step", "after_step"] = "before_step"
-    """When scores are taken: before the optimiser's step on unclipped gradients; after it on clipped, as released."""
-    threshold: float = 0.0
-    """τ: a unit is important for a skill if its z-score is above."""
-    rule: Literal["z", "variance"] = "z"
-    """``variance``: important is what exceeds mean + variance of the raw scores, as released; threshold is not used."""
-    delta: float = 0.8
-    """δ1, weight of the two skills; document extraction has the rest. 1: no document extraction, in any mode."""
-    boundary: bool = True
-    """Each type of unit learns from its own losses. False: all that are not ``others`` from one mix."""
-    steps: int = 80
-    """Steps of tailored tuning."""
-    rows_adherence: int = 2
-    """Rows of a step whose document answers."""
-    rows_robustness: int = 2
-    """Rows of a step whose documents do not."""
-    rows_extraction: int = 1
-    """Rows of a step that tell documents apart."""
-    lr: float = 2.5e-4
-    """AdamW's rate at its height, the best of three on dev articles; it falls to 0 in a line."""
-    warmup: int = 10
-    """Steps of rising rate."""
-    decay: float = 0.01
-    """AdamW's weight decay."""
-    clip: float = 1.0
-    """Norm that gradients are cut to."""
-    known_share: float = 0.5
-    """Share of robustness rows whose closed-book answer is right, as far as there are such records."""
-    refusals: bool = False
-    """Train closed-book answers that are empty, refused or cut off too, as "I do not know."; otherwise they are left
-    out and counted."""
-    validate_every: int = 20
-    """Steps between validation losses, checkpoints, and looks at whether the run still converges."""
-    seed: int = 0
-    """Of A and of the order of rows."""
 
 
 def fit(
@@ -217,11 +144,11 @@ def _mined(
 
 def _write(path: Path, mined: Mined, stamp: str) -> None:
     head = {"tokens": str(mined.tokens)} | {f"note/{key}": str(value) for key, value in mined.notes.items()}
-    _checkpoint.write(path, stamp, head, {"scores": mined.scores, "counts": mined.counts})
+    checkpoint.write(path, stamp, head, {"scores": mined.scores, "counts": mined.counts})
 
 
 def _read(path: Path, stamp: str) -> Mined:
-    head, tensors = _checkpoint.read(path, stamp)
+    head, tensors = checkpoint.read(path, stamp)
     notes = {key.removeprefix("note/"): float(value) for key, value in head.items() if key.startswith("note/")}
     return Mined(tensors["scores"], tensors["counts"], int(head["tokens"]), notes)
 
@@ -249,19 +176,19 @@ def _tuned(
         plans = {f"tuning {name}": (everything, {"entangled": {name: 1.0}}) for name in SKILLS}
         kinds = SKILLS if cfg.delta == 1 else SETS
         plans["tuning all"] = (everything, {"entangled": dict.fromkeys(kinds, 1 / len(kinds))})
-    made: list[Adapter] = []
+    adapters: list[Adapter] = []
     curves: dict[str, Any] = {}
     stopped: list[str] = []
     seconds = 0.0
     for name, (own_types, mix) in plans.items():
         tuner = Tuner(lm, Adapter(lm, units, scale, cfg.seed, own_types), material.sets, mix, cfg, name)
-        tuner.run(folder, stamp, progress)
-        made.append(tuner.adapter)
-        curves[name] = tuner.curve
-        stopped += [tuner.stopped] if tuner.stopped else []
-        seconds += tuner.seconds
+        loop = tuner.run(folder, stamp, progress)
+        adapters.append(tuner.adapter)
+        curves[name] = [{key: point[key] for key in ("step", *tuner.counts)} for point in loop.curve]
+        stopped += [loop.stopped] if loop.stopped else []
+        seconds += loop.seconds
     notes = {"validation": curves, "stopped": stopped, "tuning_seconds": round(seconds, 3)}
-    return _averaged(lm, made, types, cfg) if cfg.mode == "merge" else made[0].deltas(lm), notes
+    return _averaged(lm, adapters, types, cfg) if cfg.mode == "merge" else adapters[0].deltas(lm), notes
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +20,11 @@ from ...inference.tokens import Row
 from ...locate.activations import watch
 from ...models.lm import LM
 from ...progress import Progress
+from ...training.loop import Loop, Schedule, Task, linear
+from .config import Config, Cue
 from .data import Rows, draws, loss
 from .units import Adapter, Type, Unit
 
-if TYPE_CHECKING:
-    from .method import Config
-
-Cue = Literal["rate", "count", "none"]
 FLOOR = 0.1  # of the mean excess: what the least active layer still counts
 
 
@@ -58,36 +57,54 @@ def mine(lm: LM, units: Sequence[Unit], rows: Rows, cfg: Config, name: str, prog
     """
     counts, tokens = active_tokens(lm, rows.train[: cfg.cue_rows])
     adapter = Adapter(lm, units, cfg.alpha / cfg.rank if cfg.units != "full_matrix" else 1.0, cfg.seed)
-    (leaf,) = adapter.leaves.values()
-    tracker = Tracker(leaf, _weights(lm, adapter) if cfg.units == "full_matrix" else None, cfg.beta1, cfg.beta2)
-    adam = torch.optim.AdamW([leaf], lr=cfg.mine_lr, weight_decay=cfg.decay)
-    start, spent, processes = perf_counter(), 0.0, world()
-    for step in range(cfg.mine_steps):
-        picked = draws(rows, cfg.mine_rows, step, f"{cfg.seed}/mine/{name}", cfg.known_share)
-        with torch.enable_grad():
-            (leaf.grad,) = torch.autograd.grad(loss(lm, picked, lambda: adapter.hooks(lm), processes), leaf)
-        processes.sum([leaf.grad])
-        for group in adam.param_groups:
-            group["lr"] = cfg.mine_lr * min(1.0, (step + 1) / max(1, cfg.mine_warmup))
-        before = cfg.update_point == "before_step"
-        spent += tracker.update(leaf.grad) if before else 0.0
-        torch.nn.utils.clip_grad_norm_([leaf], cfg.clip)
-        adam.step()
-        spent += tracker.update(leaf.grad) if not before else 0.0
-        if progress:
-            progress(step + 1, cfg.mine_steps, f"mining {name}")
-    seconds = perf_counter() - start
-    scores, odd = tracker.reduced([unit.size for unit in units])
-    finite = bool(scores.isfinite().all()) and bool(leaf.isfinite().all())  # entries that are not count as 0 above
-    if not finite or odd * 2 > leaf.numel() * cfg.mine_steps:
-        raise Diverged(f"mining {name} left the finite numbers. Lower mine_lr, now {cfg.mine_lr}.")
+    task = _Mining(lm, adapter, rows, cfg, name)
+    rate = partial(linear, steps=cfg.mine_steps, warmup=cfg.mine_warmup, final=1.0)
+    advice = f"Lower mine_lr, now {cfg.mine_lr}."
+    loop = Loop(task, Schedule(cfg.mine_steps, rate=rate, clip=cfg.clip), name=f"mining {name}", advice=advice)
+    loop.run(progress)
+    scores, odd = task.tracker.reduced([unit.size for unit in units])
+    finite = bool(scores.isfinite().all()) and bool(task.leaf.isfinite().all())  # entries that are not count as 0 above
+    if not finite or odd * 2 > task.leaf.numel() * cfg.mine_steps:
+        raise Diverged(f"mining {name} left the finite numbers. {advice}")
     notes = {
-        "seconds": round(seconds, 3),
-        "tracking_share": round(spent / (seconds - spent), 5) if seconds > spent else 0.0,
-        "tracking_bytes": tracker.nbytes,
+        "seconds": round(loop.seconds, 3),
+        "tracking_share": round(task.spent / (loop.seconds - task.spent), 5) if loop.seconds > task.spent else 0.0,
+        "tracking_bytes": task.tracker.nbytes,
         "not_finite": odd,
     }
     return Mined(scores, counts, tokens, notes)
+
+
+class _Mining(Task):
+    """A short tuning on one set, whose gradients are tracked."""
+
+    def __init__(self, lm: LM, adapter: Adapter, rows: Rows, cfg: Config, name: str) -> None:
+        self.lm, self.adapter, self.rows, self.cfg, self.world = lm, adapter, rows, cfg, world()
+        (self.leaf,) = adapter.leaves.values()
+        self.values = {"entangled": self.leaf}
+        base = _weights(lm, adapter) if cfg.units == "full_matrix" else None
+        self.tracker, self.spent = Tracker(self.leaf, base, cfg.beta1, cfg.beta2), 0.0
+        self.seed = f"{cfg.seed}/mine/{name}"
+
+    def optimiser(self, step: int) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([self.leaf], lr=self.cfg.mine_lr, weight_decay=self.cfg.decay)
+
+    def learn(self, step: int) -> dict[str, float]:
+        picked = draws(self.rows, self.cfg.mine_rows, step, self.seed, self.cfg.known_share)
+        with torch.enable_grad():
+            value = loss(self.lm, picked, lambda: self.adapter.hooks(self.lm), self.world)
+            (grad,) = torch.autograd.grad(value, self.leaf)
+        self.world.sum([grad])
+        self.leaf.grad = grad
+        self._track("before_step")
+        return {}
+
+    def updated(self) -> None:
+        self._track("after_step")
+
+    def _track(self, point: Literal["before_step", "after_step"]) -> None:
+        if self.cfg.update_point == point and self.leaf.grad is not None:
+            self.spent += self.tracker.update(self.leaf.grad)
 
 
 class Tracker:

@@ -7,19 +7,19 @@ is left out of a loss, or of the optimiser, is left out whole.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...models.hooks import Hook
 from ...models.lm import LM
-from ...patches.weight.delta import Delta, Dense, LowRank
+from ...patches.weight.delta import Delta
+from ...training import adapter
+from .config import Units
 
-Units = Literal["matrix", "factor", "lora_rank", "full_matrix"]
 Type = Literal["entangled", "adherence", "robustness", "others"]
 TYPES: tuple[Type, ...] = ("entangled", "adherence", "robustness", "others")
 
@@ -55,17 +55,13 @@ class Piece:
         return int(torch.Size(self.shape).numel())
 
 
-def cut(lm: LM, kind: Units, rank: int, modules: Literal["attention", "mlp", "all"]) -> list[Unit]:
+def cut(lm: LM, kind: Units, rank: int, modules: adapter.Modules) -> list[Unit]:
     """All units, in the order of layers and projections."""
-    layout, units = lm.layout, []
-    for layer, block in enumerate(layout.blocks):
-        attention = (*layout.attn_ins[layer], layout.attn_outs[layer])
-        mlp = (*layout.ups[layer], layout.downs[layer])
-        for module in {"attention": attention, "mlp": mlp, "all": attention + mlp}[modules]:
-            shape = lm.parameter(layout.weight(module)).shape
-            out, width = shape[::-1] if layout.transposed else shape
-            short = module.removeprefix(f"{block}.")
-            for name, pieces in _pieces(module, kind, rank, int(out), int(width)).items():
+    units = []
+    for layer, names in enumerate(adapter.projections(lm, modules)):
+        for module in names:
+            short = module.removeprefix(f"{lm.layout.blocks[layer]}.")
+            for name, pieces in _pieces(module, kind, rank, *adapter.shape(lm, module)).items():
                 units.append(Unit(f"{module}{name}", layer, short, pieces))
     return units
 
@@ -130,32 +126,15 @@ class Adapter:
             found.setdefault(module, {})[factor] = torch.stack(ordered, 0 if factor == "a" else 1)
         return found
 
-    def hooks(self, lm: LM) -> list[Any]:
-        """Hooks that add the change to each projection's output; remove them when the forward is done."""
-
-        def adder(own: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-            def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                x = args[0]
-                if "w" in own:
-                    return output + F.linear(x, own["w"])
-                return output + self.scale * F.linear(F.linear(x, own["a"]), own["b"])
-
-            return add
-
-        found = self.factors(lm.dtype)
-        return [Hook(lm.module(name), adder(own)) for name, own in found.items()]
+    def hooks(self, lm: LM) -> list[Hook]:
+        """Hooks that add the change to each projection's output."""
+        return adapter.hooks(lm, self.factors(lm.dtype), self.scale)
 
     def deltas(self, lm: LM) -> dict[str, Delta]:
         """The change by parameter name; matrices that are exactly zero are left out."""
-        made: dict[str, Delta] = {}
-        for module, own in self.factors().items():
-            name = lm.layout.weight(module)
-            if "w" in own:
-                if bool(own["w"].any()):
-                    made[name] = Dense(own["w"].detach())
-            elif bool(own["b"].any()):
-                made[name] = LowRank(own["b"].detach() * self.scale, own["a"].detach())
-        return made
+        factors = self.factors()
+        moved = {module: own for module, own in factors.items() if bool((own["w"] if "w" in own else own["b"]).any())}
+        return adapter.deltas(lm, moved, self.scale)
 
 
 def initial(units: Sequence[Unit], seed: int) -> dict[Piece, Tensor]:
@@ -171,7 +150,7 @@ def initial(units: Sequence[Unit], seed: int) -> dict[Piece, Tensor]:
             if piece.module not in drawn:
                 rank = piece.shape[0] if piece.rank is None else _ranks(units, piece.module)
                 width = piece.shape[-1]
-                drawn[piece.module] = torch.randn(rank, width, generator=generator) / width**0.5
+                drawn[piece.module] = adapter.drawn(rank, width, generator)
             found[piece] = drawn[piece.module] if piece.rank is None else drawn[piece.module][piece.rank]
     return found
 

@@ -14,7 +14,7 @@ from ...inference.forward import head_loss, logits
 from ...inference.interventions import inserted
 from ...inference.tokens import Row, batches_of_tokens
 from ...models.lm import LM
-from ...training.answers import answer_states
+from ...training.losses import answer_states
 
 BATCH_TOKENS = 1024  # of one forward with gradients, in each process
 

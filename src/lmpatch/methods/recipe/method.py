@@ -72,9 +72,9 @@ def train(
     net.start(cfg.seed, embeddings, [(e.prompt, e.target) for e in edits[:TYPICAL]])
     encoder.module.to(lm.device)
     folder = Path(out) if out is not None else None
-    trainer = train_network(lm, net.to(lm.device), edits, data.unrelated, cfg, folder, progress)
-    made = {"steps": trainer.step, "facts": len(trainer.edits), "lm_dtype": str(lm.dtype).removeprefix("torch.")}
-    return _editor(lm, net.cpu(), plain(cfg), made | made_now(trainer.spent()))
+    run, facts = train_network(lm, net.to(lm.device), edits, data.unrelated, cfg, folder, progress)
+    made = {"steps": run.step, "facts": facts, "lm_dtype": str(lm.dtype).removeprefix("torch.")}
+    return _editor(lm, net.cpu(), plain(cfg), made | made_now(run.seconds))
 
 
 def _shape(encoder: Encoder, d_model: int, cfg: Training) -> Shape:

@@ -1,4 +1,4 @@
-"""One forward of prompts with their answers, as far as a loss over the answers needs it."""
+"""Losses over the answers of prompts, and the one forward they need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import SINGLE, World
-from ..inference.forward import blocks, positions
+from ..inference.forward import blocks, nll, positions
 from ..inference.tokens import Row, pad, pad_id
 from ..models.lm import LM
 
@@ -19,8 +19,8 @@ def answer_states(
     """States [m, d] that predict an answer token, their labels [m], and which of the rows each belongs to.
 
     Args:
-        team: each process runs its part of the rows, or the first one for nothing: the passes must be as many.
-        vectors: [v, d] embeddings of virtual tokens, see ``models.forward.blocks``.
+        world: each process runs its part of the rows, or the first one for nothing: the passes must be as many.
+        vectors: [v, d] embeddings of virtual tokens, see ``inference.forward.blocks``.
     """
     own = world.part(range(len(rows)))
     ids, mask = (t.to(lm.device) for t in pad([rows[i].ids for i in own or [0]], pad_id(lm), side="right"))
@@ -29,3 +29,13 @@ def answer_states(
     where = [(n, t - 1) for n, i in enumerate(own) for t in range(rows[i].target, len(rows[i].ids))]
     r, c = torch.tensor(where, dtype=torch.int64, device=lm.device).reshape(-1, 2).T
     return states[r, c], ids[r, c + 1], [own[n] for n, _ in where]
+
+
+def answer_loss(lm: LM, rows: Sequence[Row], world: World = SINGLE) -> Tensor:
+    """Mean cross-entropy over the answer tokens of the rows, nats; the head runs at those positions only.
+
+    Args:
+        world: each process has its part of the sum; their sum is the mean.
+    """
+    states, labels, _ = answer_states(lm, rows, world)
+    return nll(lm, states, labels).sum() / sum(len(row.ids) - row.target for row in rows)
