@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import BadInput
-from .options import Device, Download, Dtype, Model, Mount, Patches, open_model, patched
+from .options import Device, Download, Dtype, Model, Mount, Patches, Raw, open_model, open_patches, patched
 from .screen import progress, table
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 def ask(
     model: Model,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more texts to continue.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help="Texts to continue. - or nothing: the lines of stdin."),
+    ] = None,
     patch: Patches = None,
     mount: Mount = None,
     context: Annotated[
@@ -25,39 +29,68 @@ def ask(
         typer.Option(metavar="TEXT|@FILE", help="What the prompts are questions about: a text, or @ and a file."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 32,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    raw: Raw = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     download: Download = False,
 ) -> None:
     """Continue prompts, before and after patches side by side.
+
+    An answer ends at its first line break, and where the model ends it.
 
     \b
     Examples:
       lmpatch ask gemma-3-270m "The Eiffel Tower is in"
       lmpatch ask gemma-3-270m -p eiffel "The Eiffel Tower is in" "The Louvre is in"
+      lmpatch ask gemma-3-270m -p eiffel - < prompts.txt
       lmpatch ask gemma-3-270m -p cad --context "The Eiffel Tower moved to Rome." "Where is the Eiffel Tower?"
     """
+    texts = given(prompts)
+    if context is not None:
+        context = text_of(context)
+    patches = open_patches(patch)
     from ..inference.generate import generate
 
-    asked: list[Prompt] = [*prompts] if context is None else in_context(context, prompts)
-    lm = open_model(model, dtype, device, download)
-    with progress() as bar:
-        before = generate(lm, asked, max_new_tokens=tokens, progress=bar)
-        if not patch:
-            table(["prompt", "answer"], list(zip(prompts, before, strict=True)))
+    batch: list[Prompt] = [*texts] if context is None else in_context(context, texts)
+    lm = open_model(model, dtype, device, download, raw=raw)
+    with progress("generating") as bar:
+        before = generate(lm, batch, max_new_tokens=tokens, progress=bar)
+        if not patches:
+            table(["prompt", "answer"], list(zip(texts, before, strict=True)))
             return
-        with patched(lm, patch, mount):
-            after = generate(lm, asked, max_new_tokens=tokens, progress=bar)
-    table(["prompt", "before", "after"], list(zip(prompts, before, after, strict=True)))
+        with patched(lm, patches, mount):
+            after = generate(lm, batch, max_new_tokens=tokens, progress=bar)
+    table(["prompt", "before", "after"], list(zip(texts, before, after, strict=True)))
+
+
+def given(prompts: list[str] | None) -> list[str]:
+    """The prompts themselves, or the lines of stdin that are not blank.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if prompts and prompts != ["-"]:
+        return prompts
+    if not prompts and sys.stdin.isatty():
+        raise BadInput("no prompt was given. Write one or more behind the model, or - to read them from stdin.")
+    lines = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    if not lines:
+        raise BadInput("stdin holds no prompt. Give one prompt a line.")
+    return lines
+
+
+def text_of(context: str) -> str:
+    """The text itself, or that of the file behind an ``@``."""
+    if not context.startswith("@"):
+        return context
+    try:
+        return Path(context[1:]).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"the context {context[1:]} cannot be read ({error}). Give a text file after @.") from None
 
 
 def in_context(context: str, questions: list[str]) -> list[Prompt]:
-    """Each question as the model reads it with and without the context, which is a text or ``@`` and a file."""
+    """Each question as the model reads it with and without the context."""
     from ..data.context import InContext, render
 
-    if context.startswith("@"):
-        try:
-            context = Path(context[1:]).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"the context {context[1:]} cannot be read ({error}). Give a text file after @.") from None
     return [InContext(render(context, question), render("", question)) for question in questions]

@@ -16,11 +16,14 @@ from .options import (
     Model,
     Mount,
     Patches,
+    Raw,
     Settings,
     Text,
     material,
+    named,
     open_model,
-    open_patch,
+    open_patches,
+    writable,
 )
 from .screen import draw, keep, progress, say
 
@@ -28,7 +31,9 @@ from .screen import draw, keep, progress, say
 def bench(
     context: typer.Context,
     model: Model,
-    name: Annotated[str, typer.Argument(metavar="BENCH", help="A name from `lmpatch methods`.")],
+    name: Annotated[
+        str, typer.Argument(metavar="BENCH", help="A name from `lmpatch methods`.", autocompletion=named("benches"))
+    ],
     data: Annotated[
         Path, typer.Argument(metavar="DATA", help="What the bench reads: a JSONL file of facts, or a folder of tasks.")
     ],
@@ -50,8 +55,9 @@ def bench(
         typer.Option("-o", "--out", metavar="OUT", help="Folder for rows and report.html; a run there is continued."),
     ] = None,
     mount: Mount = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    raw: Raw = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     download: Download = False,
 ) -> None:
     """Measure a model on data: with patches, with patches a method makes, or alone.
@@ -70,16 +76,19 @@ def bench(
 
     chosen = parse(registry.get("benches", name).Config, settings or [])
     of_method = parse(registry.get("methods", method).Config, method_settings or []) if method else {}
-    patches = [open_patch(path) for path in patch or []]
+    patches, files = open_patches(patch), material(text, anchors, editor)
+    if out is not None:
+        writable(out)
     kept = f"What was scored is in {out}; the same command goes on from there." if out else "Nothing was kept: give -o."
-    lm = open_model(model, dtype, device, download)
+    lm = open_model(model, dtype, device, download, raw=raw)
     keep(context, kept)
-    with progress() as bar:
+    with progress(f"{name} at work") as bar:
         report = api.bench(
             lm, name, data, patch=patches or None, method=method, method_settings=of_method,
             mount=mount, limit=limit, unrelated=unrelated, out=out, progress=bar,
-            **material(text, anchors, editor), **chosen,
+            **files, **chosen,
         )  # fmt: skip
     draw(report.table())
     if out is not None:
-        say(f"rows and page in {out}: {report.save_html(out / 'report.html')}")
+        page = report.save_html(out / "report.html")
+        say(f"rows and page in {out}: {page}", path=out, page=page)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,18 +17,6 @@ if TYPE_CHECKING:
 
 
 OWN = "(the model's own answer)"
-
-
-def data() -> typer.Typer:
-    """The group of commands."""
-    app = typer.Typer(
-        no_args_is_help=True,
-        help="Build and inspect sets of questions with documents.\n\n"
-        "\b\nExamples:\n  lmpatch data rag squad.jsonl.gz -o sets\n  lmpatch data show sets/train.jsonl",
-    )
-    app.command("rag", no_args_is_help=True)(rag)
-    app.command("show", no_args_is_help=True)(show)
-    return app
 
 
 def rag(
@@ -58,7 +48,7 @@ def rag(
             say(f"{name}: asked for {found['asked']}, built {found['built']}")
     for why, count in manifest["skipped"].items():
         say(f"skipped {count}: {why}")
-    say(f"train.jsonl, dev.jsonl, held_out.jsonl and manifest.json in {out}")
+    say(f"train.jsonl, dev.jsonl, held_out.jsonl and manifest.json in {out}", path=out)
 
 
 def show(
@@ -79,14 +69,22 @@ def show(
         say(f"{file} is a source; this is what is built from it.")
     table(["part", "kind", "variant", "records"], [(*name.split("/"), n) for name, n in counts(records).items()])
     seen: dict[str, int] = {}
+    examples = []
     for record in records:
         seen[record.variant] = seen.get(record.variant, 0) + 1
         if seen[record.variant] <= count:
-            _example(record)
+            examples.append(record)
+    say("\n".join(map(_text, examples)), examples=[asdict(record) for record in examples])
 
 
-def _example(record: RagRecord) -> None:
-    say(f"\n--- {record.kind}, {record.variant}, {record.id}")
-    say(f"{record.prompt}{record.answer or OWN}")
-    if record.gold:
-        say(f"true: {' | '.join(record.gold)}")
+def _text(record: RagRecord) -> str:
+    head = f"\n--- {record.kind}, {record.variant}, {record.id}\n{record.prompt}{record.answer or OWN}"
+    return f"{head}\ntrue: {' | '.join(record.gold)}" if record.gold else head
+
+
+data: tuple[str, dict[str, Callable[..., Any]]] = (
+    "Build and inspect sets of questions with documents.\n\n"
+    "\b\nExamples:\n  lmpatch data rag squad.jsonl.gz -o sets\n  lmpatch data show sets/train.jsonl",
+    {"rag": rag, "show": show},
+)
+"""The group's help and its commands."""

@@ -18,12 +18,15 @@ from .options import (
     Mount,
     Out,
     Patches,
+    Raw,
     Settings,
     Shard,
     Text,
     material,
+    named,
     new_path,
     open_model,
+    open_patches,
     patched,
 )
 from .screen import keep, progress, say
@@ -32,7 +35,9 @@ from .screen import keep, progress, say
 def fit(
     context: typer.Context,
     model: Model,
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="A name from `lmpatch methods`.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="A name from `lmpatch methods`.", autocompletion=named("methods"))
+    ],
     out: Out,
     facts: Annotated[
         Path | None,
@@ -50,8 +55,9 @@ def fit(
     ] = None,
     patch: Patches = None,
     mount: Mount = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    raw: Raw = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     download: Download = False,
     shard: Shard = False,
 ) -> None:
@@ -78,12 +84,13 @@ def fit(
     if facts is None and found.needs_records:
         raise BadInput(f"{method} learns from records. Name a file of them behind {method}.")
     edits = found.record.read(facts, check=True) if facts and found.record else []
-    lm = open_model(model, dtype, device, download, shard)
+    patches, files = open_patches(patch), material(text, anchors, editor)
+    lm = open_model(model, dtype, device, download, shard, raw)
     kept = f" {work} holds the last whole step; the same command goes on from there." if work else ""
     keep(context, f"The model is as it was and {out} was not written.{kept}")
-    with patched(lm, patch or [], mount), progress() as bar:
-        made = api.fit(lm, method, edits, out=work, progress=bar, **material(text, anchors, editor), **chosen)
+    with patched(lm, patches, mount), progress(f"{method} at work") as bar:
+        made = api.fit(lm, method, edits, out=work, progress=bar, **files, **chosen)
     if world().is_main:
         made.save(out)
-    say(made.summary())
-    say(f"saved in {out}")
+    say(made.summary(), method=method, edits=len(made.edits), bytes=made.nbytes, hash=made.hash())
+    say(f"saved in {out}", path=out)

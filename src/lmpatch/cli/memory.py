@@ -21,19 +21,6 @@ Folder = Annotated[Path, typer.Argument(metavar="STORE", help="The folder of a m
 History = Annotated[bool, typer.Option("--history", help="Also facts that no longer hold, with what ended them.")]
 
 
-def memory() -> typer.Typer:
-    """The group of commands."""
-    app = typer.Typer(
-        no_args_is_help=True,
-        help="Facts kept in a folder, which goes wherever a patch does.\n\n"
-        "\b\nExamples:\n  lmpatch memory create store gemma-3-270m\n  lmpatch memory import store facts.jsonl\n"
-        '  lmpatch ask gemma-3-270m -p store "The Eiffel Tower is in"',
-    )
-    for name, command in COMMANDS.items():
-        app.command(name, no_args_is_help=True)(command)
-    return app
-
-
 def create(
     store: Folder,
     model: Annotated[
@@ -43,7 +30,7 @@ def create(
         str, typer.Option(help="recipe: a trained editor's prompt vectors. rag: facts as text, for any model.")
     ] = "recipe",
     editor: EditorFile = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     download: Download = False,
 ) -> None:
     """Make an empty memory with the editor that will encode its facts.
@@ -70,7 +57,7 @@ def create(
             raise BadInput(f"{method} keeps no facts in a memory. Use --method recipe or rag.")
         chosen = editor_for(open_model(str(model), "bfloat16", device, download))
     Memory.create(store, chosen)
-    say(f"{store}: an empty memory for {chosen.base.name}")
+    say(f"{store}: an empty memory for {chosen.base.name}", path=store, base=chosen.base.name)
 
 
 def add(
@@ -91,7 +78,7 @@ def add(
     old = opened.store.get(prompt)
     version = opened.add([Edit(prompt, target)], source={"told": source} if source else None)
     instead = f", in place of {old.edit.target!r}" if old else ""
-    say(f"version {version}{instead}, facts that hold: {len(opened)}")
+    say(f"version {version}{instead}, facts that hold: {len(opened)}", version=version, facts=len(opened))
 
 
 def import_(
@@ -111,7 +98,11 @@ def import_(
     with progress() as bar:
         for path, edits in read:
             version = opened.add(edits, source={"file": path.name}, progress=bar)
-            say(f"{path}: {len(edits)} facts, version {version}, facts that hold: {len(opened)}")
+            say(
+                f"{path}: {len(edits)} facts, version {version}, facts that hold: {len(opened)}",
+                version=version,
+                facts=len(opened),
+            )
 
 
 def search(
@@ -178,7 +169,8 @@ def drop(
       lmpatch memory drop store "The Eiffel Tower is in"
     """
     opened = _open(store)
-    say(f"version {opened.drop(prompts)}, facts that hold: {len(opened)}")
+    version = opened.drop(prompts)
+    say(f"version {version}, facts that hold: {len(opened)}", version=version, facts=len(opened))
 
 
 def versions(store: Folder) -> None:
@@ -203,7 +195,9 @@ def rollback(
       lmpatch memory rollback store 7
     """
     opened = _open(store)
-    say(f"version {opened.rollback(version)}, facts that hold: {len(opened)}, as after version {version}")
+    new = opened.rollback(version)
+    text = f"version {new}, facts that hold: {len(opened)}, as after version {version}"
+    say(text, version=new, facts=len(opened))
 
 
 def compact(store: Folder) -> None:
@@ -217,7 +211,8 @@ def compact(store: Folder) -> None:
 
     before = _bytes(store)
     _open(store).compact()
-    say(f"{store}: {format_bytes(before)} before, {format_bytes(_bytes(store))} now")
+    after = _bytes(store)
+    say(f"{store}: {format_bytes(before)} before, {format_bytes(after)} now", bytes_before=before, bytes=after)
 
 
 def export(
@@ -230,13 +225,21 @@ def export(
     Example:
       lmpatch memory export store -o facts.jsonl
     """
-    say(f"{_open(store).export(new_path(out))} facts written to {out}")
+    facts = _open(store).export(new_path(out))
+    say(f"{facts} facts written to {out}", facts=facts, path=out)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "create": create, "add": add, "import": import_, "search": search, "list": list_, "find": find, "drop": drop,
     "versions": versions, "rollback": rollback, "compact": compact, "export": export,
 }  # fmt: skip
+memory: tuple[str, dict[str, Callable[..., Any]]] = (
+    "Facts kept in a folder, which goes wherever a patch does.\n\n"
+    "\b\nExamples:\n  lmpatch memory create store gemma-3-270m\n  lmpatch memory import store facts.jsonl\n"
+    '  lmpatch ask gemma-3-270m -p store "The Eiffel Tower is in"',
+    COMMANDS,
+)
+"""The group's help and its commands."""
 
 
 def _open(path: Path) -> Store:

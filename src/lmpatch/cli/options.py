@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,11 +18,39 @@ if TYPE_CHECKING:
     from ..models.lm import LM
     from ..patches.patch import Patch
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="gemma-3-270m, a folder, a hub id or a .gguf file.")]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16", "auto"], typer.Option(help="Number format the model is loaded in.")
+
+def _models(incomplete: str) -> list[str]:
+    return [name for name in ("gemma-3-270m", "smollm2-135m-instruct") if name.startswith(incomplete)]
+
+
+def named(kind: str) -> Callable[[str], list[str]]:
+    """Completes a name of one kind in a shell."""
+
+    def complete(incomplete: str) -> list[str]:
+        from .. import registry
+
+        return [name for name in registry.names(kind) if name.startswith(incomplete)]
+
+    return complete
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="gemma-3-270m, smollm2-135m-instruct, a folder, a hub id or a .gguf file.",
+        autocompletion=_models,
+    ),
 ]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "stored"],
+    typer.Option(
+        help="Number format of the model. auto: bfloat16 on a GPU that computes in it, else float32; "
+        "stored: what the weights are stored in."
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps. auto: a GPU if there is one.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Read prompts as they stand, without the model's chat template.")]
 Download = Annotated[bool, typer.Option("--download", help="Allow a hub model that is not here yet to be fetched.")]
 Shard = Annotated[
     bool,
@@ -58,12 +88,18 @@ Out = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Folder to
 
 
 def open_model(
-    model: str, dtype: str = "float32", device: str = "cpu", download: bool = False, sharded: bool = False
+    model: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    download: bool = False,
+    sharded: bool = False,
+    raw: bool = False,
 ) -> LM:
-    """Load a model with a progress bar, and name the licence of a packaged one.
+    """Load a model with a progress bar, say so, and name the licence of a packaged one.
 
     One of several processes takes the device it was given at launch.
     """
+    note(f"loading {model}")
     from ..distributed import join
     from ..models.load import licence, load
     from ..models.sharding import shard
@@ -71,17 +107,33 @@ def open_model(
     if terms := licence(model):
         note(terms)
     device = join() or device
-    with progress() as bar:
-        first = "cpu" if sharded else _device(device)
-        lm = load(model, dtype=dtype, device=first, download=download, progress=bar)
+    with progress(f"loading {model}") as bar, warnings.catch_warnings(record=True) as spoken:
+        warnings.simplefilter("always", UserWarning)
+        lm = load(
+            model,
+            dtype=_DTYPES.get(dtype, dtype),
+            device="cpu" if sharded else _device(device),
+            download=download,
+            raw=raw,
+            progress=bar,
+        )
+    for warning in spoken:
+        if str(warning.message).startswith("bf16"):
+            note(str(warning.message))
     if sharded:
         shard(lm, device)
     return lm
 
 
-def _device(name: str) -> str:
+_DTYPES = {"auto": None, "stored": "auto"}
+"""Words of ``--dtype`` that ``load`` has others for."""
+
+
+def _device(name: str) -> str | None:
     import torch
 
+    if name == "auto":
+        return None
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -90,15 +142,19 @@ def _device(name: str) -> str:
 
 
 @contextmanager
-def patched(lm: LM, patches: Sequence[Path], mount: Literal["bake", "side", "run"] | None) -> Iterator[None]:
-    """The patches of these folders on the model, in order; off again at the end."""
+def patched(lm: LM, patches: Sequence[Patch], mount: Literal["bake", "side", "run"] | None) -> Iterator[None]:
+    """The patches on the model, in order; off again at the end."""
     from ..patches.ledger import apply
 
-    loaded = [open_patch(path) for path in patches]
     with ExitStack() as stack:
-        for patch in loaded:
+        for patch in patches:
             stack.enter_context(apply(lm, patch, mount=mount))
         yield
+
+
+def open_patches(paths: Sequence[Path] | None) -> list[Patch]:
+    """The patches of these folders. Opened before the model is loaded: a wrong path is found in a second."""
+    return [open_patch(path) for path in paths or []]
 
 
 def open_patch(path: Path) -> Patch:
@@ -123,11 +179,23 @@ def material(text: Path | None, anchors: Path | None, editor: Path | None) -> di
 
 
 def new_path(path: Path) -> Path:
-    """The path, once it is certain that nothing stands there: asked before work starts, not after.
+    """The path, once it is certain that nothing stands there and that it can be written: before work starts, not after.
 
     Raises:
-        BadInput: something does.
+        BadInput: something stands there, or it cannot be written.
     """
     if path.exists():
         raise BadInput(f"{path} exists already. Give another -o, or remove it first.")
+    return writable(path)
+
+
+def writable(path: Path) -> Path:
+    """The path, once it is certain that it, or the first folder above it that exists, can be written.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    where = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not where.is_dir() or not os.access(where, os.W_OK | os.X_OK):
+        raise BadInput(f"{path} cannot be written: {where} is no folder that you may write to. Give another -o.")
     return path

@@ -7,14 +7,30 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Download, Dtype, Model, Mount, Patches, Settings, new_path, open_model, patched
+from .options import (
+    Device,
+    Download,
+    Dtype,
+    Model,
+    Mount,
+    Patches,
+    Raw,
+    Settings,
+    named,
+    new_path,
+    open_model,
+    open_patches,
+    patched,
+)
 from .screen import keep, progress, say, table
 
 
 def probe(
     context: typer.Context,
     model: Model,
-    name: Annotated[str, typer.Argument(metavar="PROBE", help="A name from `lmpatch methods`.")],
+    name: Annotated[
+        str, typer.Argument(metavar="PROBE", help="A name from `lmpatch methods`.", autocompletion=named("probes"))
+    ],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A JSONL file, one record a line.")],
     out: Annotated[
         Path | None,
@@ -24,8 +40,9 @@ def probe(
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many records.")] = None,
     patch: Patches = None,
     mount: Mount = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    raw: Raw = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     download: Download = False,
 ) -> None:
     """Look inside a model on each record of a file, and leave it as it was.
@@ -48,13 +65,14 @@ def probe(
         file = {"out": out / f"{name}.jsonl"}  # a stopped run goes on, so this folder may exist
     elif out is not None:
         new_path(out)
-    lm = open_model(model, dtype, device, download)
+    patches = open_patches(patch)
+    lm = open_model(model, dtype, device, download, raw=raw)
     if out is not None:
         keep(context, f"What was written so far is in {out}.")
-    with patched(lm, patch or [], mount), progress() as bar:
+    with patched(lm, patches, mount), progress(f"{name} at work") as bar:
         found = api.probe(lm, name, data, limit=limit, progress=bar, **file, **chosen)
     table(*found.table())
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         found.save(out)
-        say(f"saved in {out}")
+        say(f"saved in {out}", path=out)

@@ -1,10 +1,15 @@
-"""What the terminal shows: tables, a progress bar, one line of complaint."""
+"""What a command shows: tables, lines, a progress bar, one line of complaint; with ``--json`` one JSON object."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Event, Thread
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,15 +17,48 @@ import typer
 if TYPE_CHECKING:
     from ..progress import Progress
 
+EVERY = 10.0  # seconds between two lines of progress where there is no terminal
+_values: ContextVar[dict[str, Any] | None] = ContextVar("values", default=None)
+"""What the running command shows as one JSON object; None without ``--json``."""
+
+
+@contextmanager
+def output(as_json: bool) -> Iterator[None]:
+    """With ``as_json``, everything shown in the block becomes one JSON object on stdout at its end."""
+    values: dict[str, Any] = {}
+    token = _values.set(values if as_json else None)
+    try:
+        yield
+    except typer.Exit:  # done, with an exit code that says what was not kept
+        _print(values, as_json)
+        raise
+    else:
+        _print(values, as_json)
+    finally:
+        _values.reset(token)
+
+
+def _print(values: dict[str, Any], as_json: bool) -> None:
+    if as_json and _leads():
+        typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: object) -> object:
+    """What JSON has no form for: a number of torch or numpy as a number, all else as text."""
+    item = getattr(value, "item", None)
+    return str(value) if item is None else item()
+
 
 def _leads() -> bool:
     """Of several processes only the first one speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str = "") -> None:
-    """One line on stdout, as it is."""
-    if _leads():
+def say(text: str = "", **values: object) -> None:
+    """One line on stdout, as it is; with ``--json`` the values in its place."""
+    if (collected := _values.get()) is not None:
+        collected.update(values)
+    elif _leads():
         typer.echo(text)
 
 
@@ -40,10 +78,14 @@ def keep(context: typer.Context, text: str) -> None:
     context.meta["kept"] = text
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
-    """A table on stdout; numbers to the right."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None, *, key: str = "rows"
+) -> None:
+    """A table on stdout; numbers to the right. With ``--json`` a list of objects under ``key``."""
+    if (collected := _values.get()) is not None:
+        collected[key] = [dict(zip(columns, row, strict=True)) for row in rows]
+        return
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -53,14 +95,20 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str |
         grid.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(escape(_cell(value)) for value in row))
-    Console().print(grid)
+    draw(grid)
 
 
-def draw(drawing: Any) -> None:
-    """Anything rich can draw, on stdout."""
-    from rich.console import Console
+def draw(drawing: Any, key: str = "rows") -> None:
+    """Anything rich can draw, on stdout. With ``--json`` the cells of a rich table, as text, under ``key``."""
+    if (collected := _values.get()) is not None:
+        columns = getattr(drawing, "columns", [])
+        names = [str(column.header) for column in columns]
+        cells = zip(*(list(column.cells) for column in columns), strict=True)
+        collected[key] = [dict(zip(names, map(str, row), strict=True)) for row in cells]
+    elif _leads():
+        from rich.console import Console
 
-    Console().print(drawing)
+        Console().print(drawing)
 
 
 def _cell(value: object) -> str:
@@ -68,14 +116,27 @@ def _cell(value: object) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """A ``progress(done, total, what)`` callback drawn as one bar per ``what``; silent where nobody watches."""
+def progress(start: str = "working") -> Iterator[Progress]:
+    """A ``progress(done, total, what)`` callback: a bar for each ``what`` on a terminal, elsewhere a line every ten
+    seconds on stderr.
+
+    Args:
+        start: what is being done until the first call.
+    """
     from rich.console import Console
+
+    console = Console(stderr=True)
+    with _bars(console) if console.is_terminal and _leads() else _lines(start) as report:
+        yield report
+
+
+@contextmanager
+def _bars(console: Any) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and _leads())) as bars:
+    # what a command says in a block goes to stdout: through the bar only where that is the same terminal
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bars:
         tasks: dict[str, Any] = {}
 
         def report(done: int, total: int, what: str) -> None:
@@ -84,3 +145,23 @@ def progress() -> Iterator[Progress]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def _lines(start: str) -> Iterator[Progress]:
+    state, stop, begun = [start], Event(), monotonic()
+
+    def tick() -> None:
+        while not stop.wait(EVERY):
+            note(f"{state[0]} ({monotonic() - begun:.0f} s)")
+
+    def report(done: int, total: int, what: str) -> None:
+        state[0] = f"{what}: {done:,} of {total:,}"
+
+    thread = Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield report
+    finally:
+        stop.set()
+        thread.join()

@@ -7,14 +7,19 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Download, Dtype, Model, Settings, Shard, new_path, open_model
+from .options import Device, Download, Dtype, Model, Raw, Settings, Shard, named, new_path, open_model
 from .screen import keep, progress, say
 
 
 def train(
     context: typer.Context,
     model: Model,
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="A method that learns ahead of its edits: recipe.")],
+    method: Annotated[
+        str,
+        typer.Argument(
+            metavar="METHOD", help="A method that learns ahead of its edits: recipe.", autocompletion=named("methods")
+        ),
+    ],
     facts: Annotated[list[Path], typer.Argument(metavar="FACTS...", help="JSONL files of facts to learn from.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The editor: one .safetensors file.")],
     unrelated: Annotated[
@@ -28,8 +33,9 @@ def train(
         typer.Option(metavar="FOLDER", help="Checkpoint and curves; a run there goes on. Default: FILE.work"),
     ] = None,
     settings: Settings = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    raw: Raw = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     download: Download = False,
     shard: Shard = False,
 ) -> None:
@@ -53,7 +59,7 @@ def train(
     chosen = parse(training, settings or [], method)
     edits = [edit for path in facts for edit in read_edits(path)]
     asks = read_asks(unrelated) if unrelated else []
-    lm = open_model(model, dtype, device, download, shard)
+    lm = open_model(model, dtype, device, download, shard, raw)
     folder = work or out.with_name(f"{out.name}.work")
     keep(context, f"{folder} holds the last whole step; the same command goes on from there.")
     with progress() as bar:
@@ -62,5 +68,5 @@ def train(
         )
     if world().is_main:
         editor.save(out)
-    say(editor.summary())
-    say(f"saved in {out}; curves in {folder}")
+    say(editor.summary(), method=method, hash=editor.hash())
+    say(f"saved in {out}; curves in {folder}", path=out, work=folder)

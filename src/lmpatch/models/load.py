@@ -9,7 +9,7 @@ import torch
 
 from ..errors import BadInput, MissingExtra, UnknownName
 from ..progress import Progress
-from . import hub, packaged
+from . import hub, number_format, packaged
 from .calls import probe_ids
 from .discover import discover, verify
 from .gguf import converted, quiet, sha256_file
@@ -20,8 +20,8 @@ from .lm import LM
 def load(
     source: str | Path,
     *,
-    dtype: str | torch.dtype = "float32",
-    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
     device_map: Any = None,
     quantization_config: Any = None,
     trust_remote_code: bool = False,
@@ -35,7 +35,9 @@ def load(
         source: a packaged model (``packaged.models()``: ``"gemma-3-270m"``, ``"smollm2-135m-instruct"``), a Hugging
             Face folder, a ``.gguf`` file (converted to fp32 once and kept in the user's cache), or a hub id.
         dtype: ``"float32"``, ``"bfloat16"``, ..., a ``torch.dtype``, or ``"auto"`` for what the weights are stored in.
+            None: bf16 on a GPU that computes in it, else fp32, so that a result depends on no processor.
         device: where the model goes; unused with ``device_map`` or ``quantization_config``, which place it themselves.
+            None: ``cuda`` or ``mps`` where there is one, else ``cpu``.
         device_map: passed to transformers, e.g. ``"auto"`` (needs accelerate).
         quantization_config: passed to transformers.
         trust_remote_code: allow code that comes with the model to run.
@@ -50,9 +52,14 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    device = number_format.best_device() if device is None else torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else number_format.fastest_dtype(device)
     number = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if number != "auto" and not isinstance(number, torch.dtype):
         raise BadInput(f"dtype {dtype!r} is not a number format of torch. Use 'float32', 'bfloat16' or 'auto'.")
+    if isinstance(number, torch.dtype):
+        number_format.warn_if_slow(number, device)
     folder = _find(source, download, trust_remote_code, progress)
     placed = {"device_map": device_map, "quantization_config": quantization_config}
     placed = {key: value for key, value in placed.items() if value is not None}

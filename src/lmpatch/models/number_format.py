@@ -110,6 +110,14 @@ def processor() -> str:
     return " ".join([torch.backends.cpu.get_cpu_capability(), *(named or [platform.machine(), platform.processor()])])
 
 
+def processor_name() -> str:
+    """The model's name as people know it, or the architecture where the system does not say."""
+    listed = Path("/proc/cpuinfo")
+    text = listed.read_text(encoding="utf-8", errors="replace") if listed.is_file() else ""
+    named = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
 def rate(
     dtype: torch.dtype, clock: Clock = perf_counter, product: Callable[[Tensor, Tensor], Tensor] = torch.mm
 ) -> float:

@@ -49,7 +49,9 @@ def _factors(name: str, delta: Delta, target: Target, rank: int | None) -> tuple
     if rank is None:
         if isinstance(exact, Dense) or exact.rank * (out + width) > out * width:
             size = f"rank {exact.rank}" if isinstance(exact, LowRank) else "full rank"
-            raise BadInput(f"the change of {name} has {size}: an exact adapter outgrows the weight. Pass rank=...")
+            raise BadInput(
+                f"the change of {name} has {size}: an exact adapter outgrows the weight. Pass rank (--rank)."
+            )
         return exact, 0.0
     if rank < 1:
         raise BadInput(f"rank is {rank}, it must be at least 1.")
