@@ -13,7 +13,7 @@ from tiny import tiny_lm
 
 from lmpatch.locate import covariance as _moments
 from lmpatch.locate import samples as _samples
-from lmpatch.locate.covariance import second_moments
+from lmpatch.locate.covariance import estimate_covariance
 from lmpatch.locate.samples import LENGTH, SHIPPED, own_rows
 from lmpatch.models import packaged
 from lmpatch.models.lm import LM
@@ -46,9 +46,9 @@ def test_rows_are_whole_start_alike_and_depend_on_the_seed(lm: LM) -> None:
 
 
 def test_a_model_writes_once_and_another_layer_reads_the_same_text(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = second_moments(lm, [1], tokens=TOKENS)
+    first = estimate_covariance(lm, [1], tokens=TOKENS)
     monkeypatch.setattr(_samples, "_sample", pytest.fail)
-    assert second_moments(lm, [2], tokens=TOKENS).tokens == first.tokens
+    assert estimate_covariance(lm, [2], tokens=TOKENS).tokens == first.tokens
 
 
 def test_another_model_another_count_and_a_torn_file_are_written_anew(own_cache: Path) -> None:
@@ -116,9 +116,9 @@ def test_interrupted_moments_go_on_to_the_same_bits(lm: LM, own_cache: Path, mon
 
 def test_finished_moments_leave_no_partial_sums(lm: LM, own_cache: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        second_moments(lm, [1], tokens=TOKENS, progress=stop_at(8, "second moments"))
+        estimate_covariance(lm, [1], tokens=TOKENS, progress=stop_at(8, "second moments"))
     assert list(own_cache.rglob(_moments.PARTIAL))
-    second_moments(lm, [1], tokens=TOKENS)
+    estimate_covariance(lm, [1], tokens=TOKENS)
     assert not list(own_cache.rglob(_moments.PARTIAL))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.edits import Edit, check_contradictions
 from ..inference.forward import frozen
 from ..locate import covariance, value_search
-from ..locate.covariance import second_moments
+from ..locate.covariance import estimate_covariance
 from ..locate.factors import cholesky
 from ..locate.solve import solve
 from ..locate.value_search import search
@@ -107,7 +107,7 @@ def pairs(
     start, moments = time.perf_counter(), None
     if cfg.covariance:
         tokens = cfg.moment_tokens or 10 * layout.widths[layer]
-        moments = second_moments(lm, [layer], text=text, tokens=tokens, progress=progress)
+        moments = estimate_covariance(lm, [layer], text=text, tokens=tokens, progress=progress)
         notes |= {"moments": moments.source, "moment_tokens": moments.tokens, "moment_agreement": moments.agreement}
     prepared = time.perf_counter()
     with frozen(lm):
