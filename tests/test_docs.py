@@ -15,7 +15,7 @@ from lmpatch.cli.app import build
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(build()).commands  # type: ignore[attr-defined]
-SHARED = {"--dtype", "--device", "--download", "--help", "-h"}
+SHARED = {"--dtype", "--device", "--download", "--raw", "--json", "--help", "-h"}  # said once, at the head of the page
 
 
 def options(command: str) -> set[str]:
@@ -80,7 +80,7 @@ def test_every_command_line_in_a_page_is_one(page: Path) -> None:
     for line in (line for block in blocks(page) for line in block.splitlines() if line.startswith("lmpatch ")):
         _, command, *words = shlex.split(line)
         assert command in COMMANDS, line
-        assert {word for word in words if word.startswith("-")} <= options(command), line
+        assert {word for word in words if word.startswith("-") and word != "-"} <= options(command), line
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -103,7 +103,7 @@ def test_help_explains_every_argument_and_gives_an_example(command: str) -> None
     assert [param.name for param in found.params if not getattr(param, "help", None)] == []
     for line in re.findall(r"^\s*(lmpatch .*)$", found.help, re.M):
         _, name, *words = shlex.split(line)
-        assert {word for word in words if word.startswith("-")} <= options(name), line
+        assert {word for word in words if word.startswith("-") and word != "-"} <= options(name), line
 
 
 def test_the_methods_page_has_a_row_for_each_method_and_no_other() -> None:
