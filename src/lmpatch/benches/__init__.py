@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..models.lm import LM
-
-shared = ("context", "core")
-"""Folders that several benches use and that are none."""
+if TYPE_CHECKING:
+    from ..models.lm import LM
 
 
 class Bench(Protocol):

@@ -29,7 +29,7 @@ from .screen import complain, output
 from .train import train
 
 COMMANDS = (demo, example, fit, train, ask, probe, bench, show, merge, export, methods, doctor)
-GROUPS = {"memory": memory, "data": data}
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {"memory": memory, "data": data}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables and text.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,7 +82,7 @@ def _text(record: RagRecord) -> str:
     return f"{head}\ntrue: {' | '.join(record.gold)}" if record.gold else head
 
 
-data = (
+data: tuple[str, dict[str, Callable[..., Any]]] = (
     "Build and inspect sets of questions with documents.\n\n"
     "\b\nExamples:\n  lmpatch data rag squad.jsonl.gz -o sets\n  lmpatch data show sets/train.jsonl",
     {"rag": rag, "show": show},

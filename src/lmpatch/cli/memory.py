@@ -233,7 +233,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "create": create, "add": add, "import": import_, "search": search, "list": list_, "find": find, "drop": drop,
     "versions": versions, "rollback": rollback, "compact": compact, "export": export,
 }  # fmt: skip
-memory = (
+memory: tuple[str, dict[str, Callable[..., Any]]] = (
     "Facts kept in a folder, which goes wherever a patch does.\n\n"
     "\b\nExamples:\n  lmpatch memory create store gemma-3-270m\n  lmpatch memory import store facts.jsonl\n"
     '  lmpatch ask gemma-3-270m -p store "The Eiffel Tower is in"',

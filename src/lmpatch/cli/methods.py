@@ -36,8 +36,9 @@ def methods(
     from .. import registry
 
     if name is None:
-        for aim in dict.fromkeys(each.aim for each in registry.listing("methods")):
-            rows = [(each.name, each.what) for each in registry.listing("methods") if each.aim == aim]
+        listed = registry.listing("methods")
+        for aim in dict.fromkeys([*AIMS, *(each.aim for each in listed)]):
+            rows = [(each.name, each.what) for each in listed if each.aim == aim]
             table(["method", "what it does"], rows, AIMS.get(aim, aim or "others"), key=aim or "others")
         for kind, one in (("probes", "probe"), ("benches", "bench")):
             table([one, "what it does"], [(each.name, each.what) for each in registry.listing(kind)], kind, key=kind)

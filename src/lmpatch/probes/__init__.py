@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..models.lm import LM
-from ..progress import Progress
+if TYPE_CHECKING:
+    from ..models.lm import LM
+    from ..progress import Progress
 
 
 class Result(Protocol):

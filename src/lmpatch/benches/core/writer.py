@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from ...data.edits import Edit
 from ...errors import BadInput, CannotMount, Diverged, ForeignWrite, SubjectNotFound
 from ...models.lm import LM
-from ...patches.decode.patch import DecodePatch
 from ...patches.ledger import Applied, applied, apply
 from ...patches.patch import Mount, Patch
 from ...provenance import hash_json, hash_tensor, hash_tensors
@@ -33,7 +32,7 @@ def refuse_patched(lm: LM) -> None:
 def refuse_decode(patches: Sequence[Patch]) -> None:
     """Raise ``BadInput`` for a decode patch, before a bench that asks without contexts asks anything."""
     for patch in patches:
-        if isinstance(patch, DecodePatch):
+        if patch.needs_context:
             raise BadInput(
                 f"{patch.method} is a decode patch: it compares a prompt with its form without context, and this bench "
                 "has no contexts. Measure it with memotrap, kre or rag."
