@@ -15,7 +15,7 @@ from lmpatch.cli.app import build
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(build()).commands  # type: ignore[attr-defined]
-SHARED = {"--dtype", "--device", "--download", "--help", "-h"}
+SHARED = {"--dtype", "--device", "--download", "--raw", "--json", "--help", "-h"}  # said once, at the head of the page
 
 
 def options(command: str) -> set[str]:

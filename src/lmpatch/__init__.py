@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from .patches.weight.delta import Scale as Scale
     from .patches.weight.delta import Sparse as Sparse
     from .patches.weight.patch import WeightPatch as WeightPatch
+    from .progress import progress_bar as progress_bar
     from .registry import names as names
 
 _HOMES = {
@@ -130,6 +131,7 @@ _HOMES = {
     "names": "registry",
     "next_logits": "inference.multiple_choice",
     "probe": "api",
+    "progress_bar": "progress",
     "read_asks": "data.edits",
     "read_context": "data.context",
     "read_edits": "data.edits",
@@ -151,4 +153,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return __all__

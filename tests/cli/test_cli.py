@@ -6,7 +6,11 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,15 @@ from typer.testing import CliRunner, Result
 from lmpatch import api
 from lmpatch import resources as room
 from lmpatch.cli import demo as demo_command
+from lmpatch.cli import options, screen
 from lmpatch.cli.app import COMMANDS, build
-from lmpatch.cli.ask import in_context
+from lmpatch.cli.ask import in_context, text_of
 from lmpatch.data.context import InContext
+from lmpatch.data.edits import Edit, read_edits
 from lmpatch.inference.generate import generate
+from lmpatch.methods.recipe.method import example_editor
+from lmpatch.models import packaged
+from lmpatch.models.lm import LM
 from lmpatch.models.load import load
 from lmpatch.patches.decode.patch import DecodePatch
 from lmpatch.patches.decode.rules import Power
@@ -122,7 +131,7 @@ def test_ask_with_a_context_puts_it_before_the_question(folder: Path) -> None:
     file = folder / "context.txt"
     file.write_text(context + "\n")
     want = [InContext(f"{context}\nQ:{question}\nA:", f"Q:{question}\nA:")]
-    assert in_context(context, [question]) == in_context(f"@{file}", [question]) == want
+    assert in_context(context, [question]) == in_context(text_of(f"@{file}").rstrip("\n"), [question]) == want
     DecodePatch.make(load(folder / "model"), Power(2.0), method="cad").save(folder / "cad")
     words = ("ask", folder / "model", question, "-p", folder / "cad", "--tokens", 3)
     given, read = (run(*words, "--context", text) for text in (context, f"@{file}"))
@@ -323,10 +332,10 @@ def test_a_wrong_word_gets_one_line(folder: Path, words: list[str], message: str
 
 
 def refused(message: str, *words: Any) -> None:
-    """The command ends with code 2 and one line on stderr that matches."""
+    """The command ends with code 2 and one line on stderr that matches, after the one that says what is loaded."""
     done = run(*words)
     assert done.exit_code == 2, done.output
-    (line,) = done.stderr.splitlines()
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("loading ")]
     assert line.startswith("lmpatch: ")
     assert re.search(message, line), line
     assert done.stdout == ""
@@ -350,7 +359,7 @@ def test_ctrl_c_in_fit_says_that_nothing_was_written(
     monkeypatch.setattr(api, "fit", stop)
     done = run("fit", folder / "model", "rome", folder / "facts.jsonl", "-o", tmp_path / "out")
     assert done.exit_code == 130
-    assert done.stderr.startswith("lmpatch: stopped. The model is as it was and")
+    assert done.stderr.splitlines()[-1].startswith("lmpatch: stopped. The model is as it was and")
     assert not (tmp_path / "out").exists()
 
 
@@ -382,24 +391,46 @@ def test_help_has_an_example(command: str) -> None:
 
 
 def test_the_demo_holds_itself_to_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = lines(
-        tmp_path / "facts.jsonl", [FACTS[i % 2] | {"prompt": f"{FACTS[i % 2]['prompt']} ({i})"} for i in range(12)]
-    )
-    monkeypatch.setattr(demo_command, "open_model", lambda name: tiny_lm("gemma3"))
-    monkeypatch.setattr(demo_command, "own_facts", lambda: facts)
-    done = run("demo", "-o", tmp_path / "patch")
-    assert "every bit is back" in done.stdout
-    assert "s per edit" in done.stdout
-    assert "what else moved" in done.stdout
-    assert len(load_patch(tmp_path / "patch").edits) == 12
-    assert done.exit_code == 1  # a random model learns too few of them
+    def untrained(lm: LM, method: str, edits: Any, **options: Any) -> Any:
+        known = {"editor": example_editor(lm), "gate": "always"} if method == "recipe" else {}
+        return fit(lm, method, edits, **known, **options)
+
+    fit, lm = api.fit, tiny_lm("gemma3")
+    weights = {name: p.clone() for name, p in lm.model.state_dict().items()}
+    monkeypatch.setattr(demo_command, "open_model", lambda *_: lm)
+    monkeypatch.setattr(api, "fit", untrained)
+    done = run("demo", "--count", 3, "-o", tmp_path / "patch")
+    assert done.exit_code == 1  # an editor that was never trained keeps none of the promises
+    assert "Every bit is back" in done.stdout
+    assert re.search(r"changed: \d of 3. In other words: \d of 3. Neighbours as they were: \d of 3.", done.stdout)
+    assert re.search(r"Says the target twice or more: \d of 3", done.stdout)
+    assert done.stdout.count("[as before]") + done.stdout.count("[MOVED]") == 4  # three in a memory, one in the weights
+    assert len(load_patch(tmp_path / "patch").edits) == 3
+    assert all(torch.equal(p, weights[name]) for name, p in lm.model.state_dict().items())
+
+
+def test_the_answers_of_the_demo_are_judged_as_they_are() -> None:
+    edit = Edit("The Eiffel Tower is in", "Rome", "Eiffel Tower", old=("Paris",))
+    assert demo_command.states(edit, " Rome, not Paris") and not demo_command.states(edit, " Paris, not Rome")
+    assert demo_command.repeats(edit, "Rome. Rome") and not demo_command.repeats(edit, "Rome, the Romeo")
+    assert demo_command.sentence(" Rome. It is\nthere") == "Rome."
 
 
 @pytest.mark.real
 def test_the_demo_keeps_its_promises_on_the_real_model(tmp_path: Path) -> None:
-    done = run("demo", "-o", tmp_path / "patch")
+    done = run("demo", "--json", "-o", tmp_path / "patch")
     assert done.exit_code == 0, done.output
-    assert len(load_patch(tmp_path / "patch").edits) >= 10
+    shown = json.loads(done.stdout)
+    assert shown["changed"] == 12 and shown["reworded"] >= 10 and shown["neighbours"] >= 11 and shown["restored"]
+    assert len(load_patch(tmp_path / "patch").edits) == 12
+
+
+def test_example_writes_the_facts_file_and_never_over_another(tmp_path: Path) -> None:
+    done = run("example", "-o", tmp_path / "facts.jsonl")
+    assert done.exit_code == 0
+    assert len(read_edits(tmp_path / "facts.jsonl", check=True)) == 32
+    refused("exists already", "example", "-o", tmp_path / "facts.jsonl")
+    refused("cannot be written", "example", "-o", tmp_path / "facts.jsonl" / "more")
 
 
 QUESTIONS = [
@@ -425,3 +456,76 @@ def test_a_rule_of_decoding_needs_no_records_and_other_methods_say_that_they_do(
     assert made.exit_code == 0 and load_patch(tmp_path / "cad").config == {"alpha": 1.0}
     refused = run("fit", folder / "model", "ircan", "-o", tmp_path / "ircan")
     assert refused.exit_code == 2 and "ircan learns from records" in refused.output
+
+
+# One object, prompts by pipe, what is found before a model is loaded
+
+
+def shown(*words: Any) -> Any:
+    """The JSON object that a command prints."""
+    done = run(*words, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_json_is_one_object_with_the_same_answers(folder: Path, tmp_path: Path) -> None:
+    prompt, model = FACTS[0]["prompt"], folder / "model"
+    rows = shown("ask", model, prompt, "Steve Jobs founded", "-p", folder / "patch", "--tokens", 3)["rows"]
+    assert [list(row) for row in rows] == [["prompt", "before", "after"]] * 2
+    assert rows[0]["before"] == generate(load(model), prompt, max_new_tokens=3)
+    patch = load_patch(folder / "patch")
+    assert shown("show", folder / "patch")["hash"] == patch.hash()
+    made = shown("fit", model, "rome", folder / "facts.jsonl", "-o", tmp_path / "new", *QUICK)
+    assert made["hash"] == patch.hash() and made["path"] == str(tmp_path / "new")
+    assert "rome" in {row["method"] for row in shown("methods")["facts"]}
+    assert {row["proof"] for row in shown("doctor", model)["proofs"]}
+    export = shown("export", model, "-p", folder / "patch", "--rank", 1, "-o", tmp_path / "adapter")
+    assert set(export["ranks"].values()) == {1} and max(export["discarded"].values()) > 0
+    bench = shown("bench", model, "facts", folder / "facts.jsonl", "-p", folder / "patch", *BENCH)
+    assert {"none", "fact_in_prompt", "rome"} == {run["id"] for run in bench["runs"]} and bench["verdict"]
+
+
+def test_prompts_come_from_stdin(folder: Path) -> None:
+    words, prompts = ["ask", str(folder / "model"), "--tokens", "2", "--json"], "Steve Jobs founded\n\nParis is\n"
+    dash, pipe = (CliRunner().invoke(build(), [*words, *more], input=prompts) for more in (["-"], []))
+    assert [row["prompt"] for row in json.loads(dash.stdout)["rows"]] == ["Steve Jobs founded", "Paris is"]
+    assert dash.stdout == pipe.stdout
+    refused("stdin holds no prompt", "ask", folder / "model")
+
+
+def test_what_is_wrong_on_disk_is_found_before_a_model_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmpatch.models.load.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("")
+    model, facts, none = folder / "model", folder / "facts.jsonl", tmp_path / "none"
+    refused("none", "ask", model, "x", "-p", none)
+    refused("none", "fit", model, "rome", facts, "-o", tmp_path / "new", "-p", none)
+    refused("none", "bench", model, "facts", facts, "-p", none)
+    refused("none", "probe", model, "causal_trace", facts, "-p", none)
+    refused("cannot be written", "fit", model, "rome", facts, "-o", tmp_path / "file" / "new")
+    refused("cannot be written", "bench", model, "facts", facts, "-o", tmp_path / "file" / "run")
+
+
+def test_the_version_and_what_a_shell_completes() -> None:
+    assert run("--version").stdout == f"lmpatch {version('lmpatch')}\n"
+    assert options._models("") == list(packaged.MODELS)
+    assert options.named("methods")("rom") == ["rome"]
+
+
+def test_where_there_is_no_terminal_a_line_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(screen, "EVERY", 0.05)
+    with screen.progress("waiting") as report:
+        time.sleep(0.2)
+        report(3, 8, "counting")
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("waiting (") and lines[-1].startswith("counting: 3 of 8 (")
+
+
+def test_a_reader_that_goes_away_is_no_mistake() -> None:
+    command = f"{sys.executable} -m lmpatch methods | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

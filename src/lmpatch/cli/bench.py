@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -88,7 +89,7 @@ def bench(
             mount=mount, limit=limit, unrelated=unrelated, out=out, progress=bar,
             **files, **chosen,
         )  # fmt: skip
-    draw(report.table())
+    draw(report.table(), **json.loads(report.to_json()))
     if out is not None:
         page = report.save_html(out / "report.html")
         say(f"rows and page in {out}: {page}", path=out, page=page)

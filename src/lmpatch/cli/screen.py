@@ -98,17 +98,17 @@ def table(
     draw(grid)
 
 
-def draw(drawing: Any, key: str = "rows") -> None:
-    """Anything rich can draw, on stdout. With ``--json`` the cells of a rich table, as text, under ``key``."""
+def draw(drawing: Any, **values: object) -> None:
+    """Anything rich can draw, on stdout; with ``--json`` the values in its place."""
     if (collected := _values.get()) is not None:
-        columns = getattr(drawing, "columns", [])
-        names = [str(column.header) for column in columns]
-        cells = zip(*(list(column.cells) for column in columns), strict=True)
-        collected[key] = [dict(zip(names, map(str, row), strict=True)) for row in cells]
+        collected.update(values)
     elif _leads():
         from rich.console import Console
 
-        Console().print(drawing)
+        console = Console()
+        with console.capture() as drawn:  # rich ends the process with code 1 where the reader went away
+            console.print(drawing)
+        typer.echo(drawn.get(), nl=False)
 
 
 def _cell(value: object) -> str:

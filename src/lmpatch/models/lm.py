@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .chat import ChatFrame, chat_frame
 from .layout import Layout
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LM:
     """A model in evaluation mode with its tokenizer and layout. Make one with ``load`` or ``wrap``.
 
@@ -27,7 +28,7 @@ class LM:
     name: str = "model"
     raw: bool = False
     """Prompts are read as they stand, without the model's chat template."""
-    _fingerprint: str | None = field(default=None, repr=False)
+    _fingerprint: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +65,30 @@ class LM:
         """The parameter of that dotted name, as in ``state_dict``."""
         parameter: nn.Parameter = self.model.get_parameter(name)
         return parameter
+
+    def _facts(self) -> dict[str, str]:
+        """What a line about the model says."""
+        ledger = getattr(self.model, "_lmpatch_ledger", None)  # see patches.ledger
+        on = [applied.patch.method for applied in ledger.applied] if ledger else []
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return {
+            "architecture": f"{type(self.model).__name__} of {self.layout.n_layers} layers, d={self.layout.d_model}",
+            "parameters": f"{size:,.1f}M" if size < 1000 else f"{size / 1000:,.1f}B",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "patches": ", ".join(on) or "none",
+        }
+
+    def __repr__(self) -> str:
+        facts = self._facts()
+        return (
+            f"LM({self.name}: {facts['architecture']}, {facts['parameters']} parameters, {facts['dtype']} on "
+            f"{facts['device']}, patches: {facts['patches']})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{key}</th><td>{escape(value)}</td></tr>" for key, value in self._facts().items())
+        return f"<table><caption>{escape(self.name)}</caption>{rows}</table>"
 
     def fingerprint(self) -> str:
         """SHA-256 over every weight rounded to bf16, of the model *without* patches.

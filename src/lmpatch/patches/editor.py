@@ -26,7 +26,7 @@ PACKAGED = Path(__file__).parents[1] / "editors"
 FIELDS = {"method": str, "config": dict, "base": dict, "parts": dict, "made": dict, "sha256": str}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Editor:
     """A value: tensors and plain JSON. ``config``, ``parts`` and ``made`` as in ``Patch``."""
 
@@ -51,6 +51,9 @@ class Editor:
         head |= {"sha256": _seal(head, self)}
         with replacing(Path(path)) as work:
             safetensors.torch.save_file(dict(self.tensors), work, {KEY: json.dumps(head, ensure_ascii=False)})
+
+    def __repr__(self) -> str:
+        return f"Editor({self.summary()})"
 
     def summary(self) -> str:
         """A few lines for a person."""

@@ -15,7 +15,7 @@ from ...patches.patch import plain
 Kind = Literal["state", "mlp", "attention"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """What restoring each (token, layer) brings back."""
 
@@ -33,6 +33,10 @@ class Trace:
     """p(answer) with noise, nothing restored."""
     scores: Tensor
     """[tokens, layers] p(answer) with noise and that place restored, mean over samples."""
+
+    def __repr__(self) -> str:
+        token, layer = self.best()
+        return f"Trace({self.prompt!r} -> {self.answer!r}: best at {self.tokens[token]!r}, layer {layer})"
 
     def best(self) -> tuple[int, int]:
         """(token, layer) whose restoration brings back most."""

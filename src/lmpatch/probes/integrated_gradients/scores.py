@@ -29,13 +29,16 @@ class Credit:
     """How far credits are from adding up, |p_cq - p_q - sum| in the worst layer; None for ``endpoint``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """One ``Credit`` a record."""
 
     header: dict[str, Any]
     """What was asked of which model: equal headers, equal scores."""
     records: tuple[Credit, ...]
+
+    def __repr__(self) -> str:
+        return f"Scores({len(self.records)} records, {sum(len(r.neurons) for r in self.records)} neurons)"
 
     def table(self) -> tuple[list[str], list[tuple[object, ...]]]:
         """Column names, and one row a record."""
