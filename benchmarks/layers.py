@@ -20,7 +20,7 @@ from lmpatch.data.edits import read_edits
 from lmpatch.data.lines import read_text
 from lmpatch.inference.forward import frozen
 from lmpatch.inference.generate import generate
-from lmpatch.locate.covariance import second_moments
+from lmpatch.locate.covariance import covariance
 from lmpatch.methods import memit, rome
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
@@ -74,7 +74,7 @@ def memit_rows(
     """One value search, then a solve per weight: the values do not depend on it."""
     cfg = memit.Config(layers=layers, clamp=clamp, long_prefixes=2, hits=2)
     start = perf_counter()
-    moments = second_moments(lm, layers, text=text, tokens=10 * lm.layout.d_ff)
+    moments = covariance(lm, layers, text=text, tokens=10 * lm.layout.d_ff)
     with frozen(lm):
         values = memit._values(lm, edits, list(layers), cfg, True, None)
     seconds = (perf_counter() - start) / len(edits)

@@ -9,8 +9,8 @@ import torch
 from tiny import TEXT, tiny_lm
 
 from lmpatch.errors import BadInput
-from lmpatch.locate import covariance as _moments
-from lmpatch.locate.covariance import second_moments
+from lmpatch.locate import covariance as module
+from lmpatch.locate.covariance import covariance
 from lmpatch.methods import rome
 from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
@@ -26,8 +26,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_all_layers_in_one_pass_equal_one_pass_per_layer_over_the_same_tokens(lm: LM) -> None:
-    found = second_moments(lm, [0, 2], text=CORPUS, tokens=2600)
-    rows = _moments._text_rows(lm, CORPUS, 2600)[: found.tokens // (_moments.LENGTH - 1) + 1]
+    found = covariance(lm, [0, 2], text=CORPUS, tokens=2600)
+    rows = module._text_rows(lm, CORPUS, 2600)[: found.tokens // (module.LENGTH - 1) + 1]
     for layer in (0, 2):
         keys = []
         hook = Hook(
@@ -44,45 +44,45 @@ def test_all_layers_in_one_pass_equal_one_pass_per_layer_over_the_same_tokens(lm
 
 
 def test_a_second_call_reads_the_cache_and_another_text_does_not(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    once = second_moments(lm, [1], text=CORPUS, tokens=2600)
+    once = covariance(lm, [1], text=CORPUS, tokens=2600)
     calls = []
-    whole = _moments._accumulate
-    monkeypatch.setattr(_moments, "_accumulate", lambda *a: calls.append(1) or whole(*a))
-    again = second_moments(lm, [1], text=CORPUS, tokens=2600)
+    whole = module._accumulate
+    monkeypatch.setattr(module, "_accumulate", lambda *a: calls.append(1) or whole(*a))
+    again = covariance(lm, [1], text=CORPUS, tokens=2600)
     assert not calls and torch.equal(once.c[1], again.c[1])
     assert (again.tokens, again.source) == (once.tokens, once.source)
-    second_moments(lm, [1], text=CORPUS[1:], tokens=2600)
+    covariance(lm, [1], text=CORPUS[1:], tokens=2600)
     assert len(calls) == 1
 
 
 def test_another_model_gets_moments_of_its_own() -> None:
     a, b = tiny_lm("llama", seed=0), tiny_lm("llama", seed=1)
-    first, second = (second_moments(lm, [1], text=CORPUS, tokens=2600) for lm in (a, b))
+    first, second = (covariance(lm, [1], text=CORPUS, tokens=2600) for lm in (a, b))
     assert first.source != second.source and not torch.equal(first.c[1], second.c[1])
 
 
 def test_a_torn_cache_file_is_made_again(lm: LM, own_cache: Path) -> None:
-    once = second_moments(lm, [1], text=CORPUS, tokens=2600)
+    once = covariance(lm, [1], text=CORPUS, tokens=2600)
     (file,) = own_cache.rglob("1.safetensors")
     file.write_bytes(file.read_bytes()[:100])
-    assert torch.equal(second_moments(lm, [1], text=CORPUS, tokens=2600).c[1], once.c[1])
+    assert torch.equal(covariance(lm, [1], text=CORPUS, tokens=2600).c[1], once.c[1])
 
 
 def test_patches_are_set_aside_and_put_on_again(lm: LM) -> None:
-    clean = second_moments(lm, [2], text=CORPUS, tokens=2600, cache=False)
+    clean = covariance(lm, [2], text=CORPUS, tokens=2600, cache=False)
     edits, cfg = rome.example(lm)
     with apply(lm, rome.fit(lm, edits, cfg)) as on:
         patched = {k: v.clone() for k, v in lm.model.state_dict().items()}
-        assert torch.equal(second_moments(lm, [2], text=CORPUS, tokens=2600, cache=False).c[2], clean.c[2])
+        assert torch.equal(covariance(lm, [2], text=CORPUS, tokens=2600, cache=False).c[2], clean.c[2])
         assert applied(lm) == (on,)
         assert all(torch.equal(v, patched[k]) for k, v in lm.model.state_dict().items())
 
 
 def test_without_text_the_model_writes_its_own_the_same_every_time(lm: LM) -> None:
-    a, b = (second_moments(lm, [1], tokens=2048, cache=False) for _ in range(2))
+    a, b = (covariance(lm, [1], tokens=2048, cache=False) for _ in range(2))
     assert torch.equal(a.c[1], b.c[1])
 
 
 def test_too_little_text_is_refused_with_the_count(lm: LM) -> None:
     with pytest.raises(BadInput, match="too few"):
-        second_moments(lm, [1], text=["The Eiffel Tower is in Paris."], tokens=2600)
+        covariance(lm, [1], text=["The Eiffel Tower is in Paris."], tokens=2600)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmpatch.data.edits import Edit
 from lmpatch.locate import factors
-from lmpatch.locate.covariance import Moments
+from lmpatch.locate.covariance import Covariance
 from lmpatch.locate.factors import cholesky, null_space
 from lmpatch.locate.solve import eigenvectors, factor
 from lmpatch.methods import memit, rome
@@ -46,9 +46,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def moments(seed: int = 0) -> Moments:
+def moments(seed: int = 0) -> Covariance:
     x = torch.randn(200, F, generator=torch.Generator().manual_seed(seed))
-    return Moments({3: x.T @ x / 200}, 200, 1.0, "source")
+    return Covariance({3: x.T @ x / 200}, 200, 1.0, "source")
 
 
 def test_a_factor_is_computed_once_and_read_again_to_the_bit(computed: list[str]) -> None:

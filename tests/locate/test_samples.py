@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from tiny import tiny_lm
 
-from lmpatch.locate import covariance as _moments
+from lmpatch.locate import covariance as module
 from lmpatch.locate import samples as _samples
-from lmpatch.locate.covariance import second_moments
+from lmpatch.locate.covariance import covariance
 from lmpatch.locate.samples import LENGTH, SHIPPED, own_rows
 from lmpatch.models import packaged
 from lmpatch.models.lm import LM
@@ -45,9 +45,9 @@ def test_rows_are_whole_start_alike_and_depend_on_the_seed(lm: LM) -> None:
 
 
 def test_a_model_writes_once_and_another_layer_reads_the_same_text(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = second_moments(lm, [1], tokens=TOKENS)
+    first = covariance(lm, [1], tokens=TOKENS)
     monkeypatch.setattr(_samples, "_sample", pytest.fail)
-    assert second_moments(lm, [2], tokens=TOKENS).tokens == first.tokens
+    assert covariance(lm, [2], tokens=TOKENS).tokens == first.tokens
 
 
 def test_another_model_another_count_and_a_torn_file_are_written_anew(own_cache: Path) -> None:
@@ -97,28 +97,28 @@ def test_it_is_said_what_is_done_and_how_long_it_takes(lm: LM) -> None:
 
 def test_interrupted_moments_go_on_to_the_same_bits(lm: LM, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = own_rows(lm, 8 * TOKENS, 0)
-    monkeypatch.setattr(_moments, "AGREE", 2.0)  # so that every row counts
-    whole = _moments._accumulate(lm, rows, [0, 2], None)
+    monkeypatch.setattr(module, "AGREE", 2.0)  # so that every row counts
+    whole = module._accumulate(lm, rows, [0, 2], None)
     folder = own_cache / "moments"
     with pytest.raises(KeyboardInterrupt):
-        _moments._accumulate(lm, rows, [0, 2], stop_at(80), folder)
+        module._accumulate(lm, rows, [0, 2], stop_at(80), folder)
     steps: list[int] = []
-    again = _moments._accumulate(lm, rows, [0, 2], lambda done, total, what: steps.append(done), folder)
+    again = module._accumulate(lm, rows, [0, 2], lambda done, total, what: steps.append(done), folder)
     assert steps[0] == 88
     assert again[1:] == whole[1:]
     assert all(torch.equal(again[0][layer], whole[0][layer]) for layer in (0, 2))
     with pytest.raises(KeyboardInterrupt):
-        _moments._accumulate(lm, rows, [0, 2], stop_at(96), folder)
-    _moments._accumulate(lm, rows, [0], lambda done, total, what: steps.append(done), folder)
+        module._accumulate(lm, rows, [0, 2], stop_at(96), folder)
+    module._accumulate(lm, rows, [0], lambda done, total, what: steps.append(done), folder)
     assert 8 in steps  # with other layers it starts at the beginning
 
 
 def test_finished_moments_leave_no_partial_sums(lm: LM, own_cache: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        second_moments(lm, [1], tokens=TOKENS, progress=stop_at(8, "second moments"))
-    assert list(own_cache.rglob(_moments.PARTIAL))
-    second_moments(lm, [1], tokens=TOKENS)
-    assert not list(own_cache.rglob(_moments.PARTIAL))
+        covariance(lm, [1], tokens=TOKENS, progress=stop_at(8, "second moments"))
+    assert list(own_cache.rglob(module.PARTIAL))
+    covariance(lm, [1], tokens=TOKENS)
+    assert not list(own_cache.rglob(module.PARTIAL))
 
 
 def test_an_interrupt_between_layers_leaves_no_batch_by_half() -> None:
@@ -136,8 +136,8 @@ def test_an_interrupt_between_layers_leaves_no_batch_by_half() -> None:
     pending = {layer: torch.ones(3, 2) for layer in (0, 2)}
     sums = Once({layer: torch.zeros(2, 2) for layer in (0, 2)})
     with pytest.raises(KeyboardInterrupt):
-        _moments._add(sums, pending)
-    _moments._add(sums, pending)
+        module._add(sums, pending)
+    module._add(sums, pending)
     assert all(torch.equal(value, torch.full((2, 2), 3.0)) for value in sums.values())
 
 

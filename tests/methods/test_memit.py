@@ -11,7 +11,7 @@ from tiny import real_gemma, tiny_lm
 from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, Contradiction
 from lmpatch.inference.generate import generate
-from lmpatch.locate.covariance import second_moments
+from lmpatch.locate.covariance import covariance
 from lmpatch.locate.solve import eigenvectors
 from lmpatch.methods import memit
 from lmpatch.models.lm import LM
@@ -86,7 +86,7 @@ def test_earlier_keys_are_kept_still_when_asked(lm: LM) -> None:
 def test_alphaedit_leaves_the_dropped_directions_alone(lm: LM) -> None:
     cfg = replace(CFG, solver="alphaedit")
     patch = memit.fit(lm, EDITS, cfg)
-    c = second_moments(lm, [1, 2], tokens=2048).c
+    c = covariance(lm, [1, 2], tokens=2048).c
     for place, layer in enumerate((1, 2)):
         basis = eigenvectors(c[layer])[:, : round(cfg.keep * len(c[layer]))]
         w = change(patch, place)

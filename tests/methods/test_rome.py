@@ -12,7 +12,7 @@ from lmpatch.api import fit
 from lmpatch.data.edits import Edit
 from lmpatch.errors import Contradiction, LayerOutOfRange, NotEnoughMemory, SubjectNotFound
 from lmpatch.inference.generate import generate
-from lmpatch.locate.covariance import second_moments
+from lmpatch.locate.covariance import covariance
 from lmpatch.methods import rome
 from lmpatch.methods.rome import pairs, r_rome
 from lmpatch.models.lm import LM
@@ -54,7 +54,7 @@ def test_one_fact_is_a_rank_one_change_along_the_moments_inverse(lm: LM) -> None
 
 
 def test_with_covariance_corpus_keys_move_less_at_equal_insertion(lm: LM) -> None:
-    moments = second_moments(lm, [CFG.layer], tokens=2048).c[CFG.layer].double()
+    moments = covariance(lm, [CFG.layer], tokens=2048).c[CFG.layer].double()
     moved = [
         torch.einsum("df,fg,dg->", w, moments, w)  # mean |ΔW k|² over the corpus
         for w in (change(rome.fit(lm, EDITS[:1], replace(CFG, covariance=c))) for c in (True, False))

@@ -20,7 +20,7 @@ from lmpatch.inference.replay import record
 from lmpatch.inference.score import score
 from lmpatch.inference.tokens import encode
 from lmpatch.locate.activations import activations
-from lmpatch.locate.covariance import second_moments
+from lmpatch.locate.covariance import covariance
 from lmpatch.locate.neurons import drawn
 from lmpatch.models.discover import discover
 from lmpatch.models.lm import LM
@@ -122,7 +122,7 @@ def test_the_doctor_examines_it() -> None:
 
 def test_second_moments_and_activations_have_their_blocks_width() -> None:
     lm = _lm()
-    c = second_moments(lm, [0, 3], text=["Rome is old. " * 40] * 60, tokens=4096, cache=False).c
+    c = covariance(lm, [0, 3], text=["Rome is old. " * 40] * 60, tokens=4096, cache=False).c
     assert {layer: tuple(x.shape) for layer, x in c.items()} == {0: (96, 96), 3: (32, 32)}
     assert activations(lm) == [f"model.layers.{i}.mlp.act_fn" for i in range(4)]
 

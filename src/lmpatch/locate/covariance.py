@@ -36,7 +36,7 @@ AGREE = 0.99  # median cosine of C_a⁻¹k and C_b⁻¹k at which two halves of 
 
 
 @dataclass(frozen=True)
-class Moments:
+class Covariance:
     """Second moments of one or more layers."""
 
     c: dict[int, Tensor]
@@ -49,7 +49,7 @@ class Moments:
     """Hash of model, text and token count: the cache key."""
 
 
-def second_moments(
+def covariance(
     lm: LM,
     layers: Sequence[int],
     *,
@@ -58,7 +58,7 @@ def second_moments(
     seed: int = 0,
     cache: bool = True,
     progress: Progress | None = None,
-) -> Moments:
+) -> Covariance:
     """E[k kᵀ] of the down-projection inputs of several layers, from one pass over plain text.
 
     The pass stops after the highest layer and never touches the head. It ends early once two halves of the text
@@ -79,7 +79,7 @@ def second_moments(
         folder = cache_folder(source)
         kept = _read(folder, layers) if cache else None
         if kept is not None:
-            return Moments(*kept, source)
+            return Covariance(*kept, source)
         if text is not None:
             rows = _text_rows(lm, text, tokens)
         else:
@@ -88,7 +88,7 @@ def second_moments(
         found, count, agreement = _accumulate(lm, rows, wanted, progress, folder if cache else None)
     if cache:
         _write(folder, found, count, agreement)
-    return Moments(found, count, agreement, source)
+    return Covariance(found, count, agreement, source)
 
 
 def cache_folder(source: str) -> Path:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ..files import replacing
 from ..provenance import hash_json, hash_tensor
-from .covariance import Moments, cache_folder
+from .covariance import Covariance, cache_folder
 from .solve import JITTER, eigenvectors, factor
 
 
-def cholesky(moments: Moments, layer: int, device: torch.device, *, weight: float = 1.0, ridge: float = 0.0) -> Tensor:
+def cholesky(
+    moments: Covariance, layer: int, device: torch.device, *, weight: float = 1.0, ridge: float = 0.0
+) -> Tensor:
     """Cholesky factor of weight · C + (ridge + jitter) · weight · tr(C)/f · I, see ``solve.factor``.
 
     Args:
@@ -35,7 +37,7 @@ def cholesky(moments: Moments, layer: int, device: torch.device, *, weight: floa
     return _once(moments, layer, device, ["cholesky", weight, ridge, JITTER], compute)
 
 
-def null_space(moments: Moments, layer: int, device: torch.device, share: float) -> Tensor:
+def null_space(moments: Covariance, layer: int, device: torch.device, share: float) -> Tensor:
     """The directions a corpus uses least.
 
     Args:
@@ -48,7 +50,7 @@ def null_space(moments: Moments, layer: int, device: torch.device, share: float)
 
 
 def _once(
-    moments: Moments, layer: int, device: torch.device, what: list[object], compute: Callable[[Tensor], Tensor]
+    moments: Covariance, layer: int, device: torch.device, what: list[object], compute: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Read it from the cache, or compute it and write it there."""
     c = moments.c[layer]

@@ -18,9 +18,9 @@ from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput
 from ..inference.forward import blocks, first, frozen, positions
 from ..inference.tokens import batches_of_rows, encode_all, pad, pad_id
-from ..locate import covariance as _moments
 from ..locate import value_search as _value
-from ..locate.covariance import Moments, second_moments
+from ..locate.covariance import Covariance, covariance
+from ..locate.covariance import memory as covariance_bytes
 from ..locate.factors import cholesky, null_space
 from ..locate.prefixes import prefixes
 from ..locate.solve import projected, woodbury
@@ -116,7 +116,7 @@ def fit(
     start = time.perf_counter()
     layers = _layers(lm, cfg)
     tokens = cfg.moment_tokens or 10 * max(lm.layout.widths[layer] for layer in layers)
-    moments = second_moments(lm, layers, text=text, tokens=tokens, progress=progress)
+    moments = covariance(lm, layers, text=text, tokens=tokens, progress=progress)
     prepared = time.perf_counter()  # the statistics serve every later edit and are counted apart
     joint = (cfg.spread or ("joint" if lm.layout.post_norm else "residual")) == "joint"
     with frozen(lm):
@@ -154,7 +154,7 @@ def _values(
 
 
 def _write(
-    lm: LM, edits: Sequence[Edit], values: Values, layers: list[int], cfg: Config, joint: bool, moments: Moments
+    lm: LM, edits: Sequence[Edit], values: Values, layers: list[int], cfg: Config, joint: bool, moments: Covariance
 ) -> tuple[dict[str, Delta], dict[int, Tensor]]:
     """Solve layer after layer, each under the writes before it. The writes are hooks: no weight is touched."""
     deltas: dict[str, Delta] = {}
@@ -179,7 +179,7 @@ def _write(
     return deltas, kept
 
 
-def _solve(keys: Tensor, moments: Moments, layer: int, cfg: Config, earlier: Tensor | None) -> Tensor:
+def _solve(keys: Tensor, moments: Covariance, layer: int, cfg: Config, earlier: Tensor | None) -> Tensor:
     """[f, u]: what multiplies the residuals."""
     if cfg.solver == "alphaedit":
         basis = null_space(moments, layer, keys.device, cfg.keep)
@@ -253,7 +253,7 @@ def _anchored(
 
 def estimate(lm: LM, facts: int, cfg: Config) -> int:
     """Bytes a fit of that many facts takes on top of the model, rounded up."""
-    return _value.memory(lm, facts, cfg) + _moments.memory(lm, len(_layers(lm, cfg)))
+    return _value.memory(lm, facts, cfg) + covariance_bytes(lm, len(_layers(lm, cfg)))
 
 
 def example(lm: LM) -> tuple[list[Edit], Config]:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..data.edits import Edit, check_contradictions
 from ..inference.forward import frozen
-from ..locate import covariance, value_search
-from ..locate.covariance import second_moments
+from ..locate import value_search
+from ..locate.covariance import covariance
+from ..locate.covariance import memory as covariance_bytes
 from ..locate.factors import cholesky
 from ..locate.solve import solve
 from ..locate.value_search import search
@@ -107,7 +108,7 @@ def pairs(
     start, moments = time.perf_counter(), None
     if cfg.covariance:
         tokens = cfg.moment_tokens or 10 * layout.widths[layer]
-        moments = second_moments(lm, [layer], text=text, tokens=tokens, progress=progress)
+        moments = covariance(lm, [layer], text=text, tokens=tokens, progress=progress)
         notes |= {"moments": moments.source, "moment_tokens": moments.tokens, "moment_agreement": moments.agreement}
     prepared = time.perf_counter()
     with frozen(lm):
@@ -128,7 +129,7 @@ def pairs(
 def memory(lm: LM, facts: int, cfg: Config) -> int:
     """Bytes a fit takes on top of the model."""
     values = value_search.memory(lm, facts, cfg) + 12 * facts * (lm.layout.d_model + max(lm.layout.widths))
-    return values + (covariance.memory(lm, 1) if cfg.covariance else 0)
+    return values + (covariance_bytes(lm, 1) if cfg.covariance else 0)
 
 
 def together(p: Pairs) -> LowRank:

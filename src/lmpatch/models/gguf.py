@@ -9,7 +9,7 @@ What is on the disk, below ``files.cache_dir()`` (``$LMPATCH_CACHE``, else ``$XD
 - ``{name}-{hash}.partial/``: a conversion that runs. What a killed one left is removed by the next conversion.
 - ``{name}-{hash}.lock``: empty; two processes that want one model take turns by it.
 
-The moments of a model and its sample texts lie beside them (``methods._moments``).
+The moments of a model and its sample texts lie beside them (``locate.covariance``).
 """
 
 from __future__ import annotations
