@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..models.lm import LM
+if TYPE_CHECKING:  # listing what there is stays without torch
+    from ..models.lm import LM
 
 shared = ("context", "core")
 """Folders that several benches use and that are none."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..models.lm import LM
+if TYPE_CHECKING:  # listing what there is stays without torch
+    from ..models.lm import LM
 from ..progress import Progress
 
 
