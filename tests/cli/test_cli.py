@@ -482,7 +482,7 @@ def test_json_is_one_object_with_the_same_answers(folder: Path, tmp_path: Path) 
     export = shown("export", model, "-p", folder / "patch", "--rank", 1, "-o", tmp_path / "adapter")
     assert set(export["ranks"].values()) == {1} and max(export["discarded"].values()) > 0
     bench = shown("bench", model, "facts", folder / "facts.jsonl", "-p", folder / "patch", *BENCH)
-    assert {"none", "fact_in_prompt", "rome"} == {run["id"] for run in bench["runs"]} and bench["verdict"]
+    assert {"none", "fact_in_prompt", "rome"} == {run["run_id"] for run in bench["runs"]} and bench["verdict"]
 
 
 def test_prompts_come_from_stdin(folder: Path) -> None:
