@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from tiny import CORE, tiny_lm
 from torch import Tensor
 
+import lmpatch
 from lmpatch import registry
 from lmpatch.config import describe_fields
 from lmpatch.data.context import InContext
@@ -44,6 +46,12 @@ MODELS = [
 
 every_model = pytest.mark.parametrize(("family", "dtype"), MODELS)
 every_method = pytest.mark.parametrize("method", METHODS)
+
+KIND: dict[str, type[Patch]] = {m: get_type_hints(registry.method(m).fit)["return"] for m in METHODS}
+every_choice = pytest.mark.parametrize("method", [m for m in METHODS if len(KIND[m].mounts) > 1])
+
+POINTS = 40  # lines of a fit at which it is interrupted
+SOURCE = str(Path(lmpatch.__file__).parent)
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +102,7 @@ def state(lm: LM) -> dict[str, Any]:
     modules = list(lm.model.named_modules())
     return {
         "bits": bits(lm),
+        "buffers": hash_tensors(lm.model.named_buffers(), exact=True),
         "storage": [p.data_ptr() for p in lm.model.parameters()],
         "asks for gradients": [p.requires_grad for p in lm.model.parameters()],
         "gradients": [p.grad is None for p in lm.model.parameters()],
@@ -120,6 +129,53 @@ def test_fit_leaves_the_model_as_it_was(method: str, family: str, dtype: str) ->
     fit(method, lm)
     after = state(lm)
     assert [what for what in before if before[what] != after[what]] == []
+
+
+def lines_of(run: Callable[[], object], stop: int | None = None) -> int | None:
+    """Lines of lmpatch's own code that ran. With ``stop`` Ctrl-C comes at that line; None: it came."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(SOURCE):
+            return None
+        if event == "line":
+            count += 1
+            if count == stop:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return None
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@every_method
+def test_an_interrupt_at_a_line_of_fit_leaves_the_model_as_it_was(method: str) -> None:
+    """At ``POINTS`` lines, spread over the fit; the first and the last lines of a ``with`` are among those of some."""
+    lm = tiny("llama", "fp32")
+    lm.parameter(lm.layout.weight(lm.layout.downs[0])).requires_grad_(True)
+    before = state(lm)
+    fit(method, lm)  # what is cached is there: each fit runs the same lines
+    lines = lines_of(lambda: fit(method, lm))
+    assert lines is not None
+    stops = sorted({1 + i * lines // POINTS for i in range(POINTS)})
+    for stop in stops:
+        assert lines_of(lambda: fit(method, lm), stop) is None
+        after = state(lm)
+        assert [what for what in before if before[what] != after[what]] == [], f"line {stop} of {lines}"
+
+
+@every_method
+@every_model
+def test_fit_makes_the_kind_of_patch_it_promises(method: str, family: str, dtype: str) -> None:
+    assert type(fitted(method, family, dtype)) is KIND[method]
 
 
 @every_method
@@ -155,7 +211,7 @@ def test_patches_come_off_in_any_order(method: str, family: str, dtype: str) -> 
         assert torch.equal(logits(lm), clean)
 
 
-@every_method
+@every_choice
 @every_model
 def test_all_its_mounts_agree(method: str, family: str, dtype: str) -> None:
     lm, patch = tiny(family, dtype), fitted(method, family, dtype)

@@ -1,4 +1,4 @@
-"""``kre``: does a model choose the option its context supports, or the one it knows?
+"""``kre``: does a model choose the option its context supports, or that of its own knowledge?
 
 COSE_KRE and ECARE_KRE give a question, its options, and a context that argues for a wrong one. The option whose letter
 has the highest logit is the answer. What is measured, and how, stands in docs/benches.md.

@@ -1,4 +1,4 @@
-"""``memotrap``: does a model follow an instruction against what it knows by heart?
+"""``memotrap``: does a model follow an instruction that conflicts with a proverb it knows?
 
 MemoTrap asks to end a well-known phrase in an unusual way. The model goes on freely; its text up to the first period
 is the context's answer, the one of memory, or neither. What is measured, and how, stands in docs/benches.md.

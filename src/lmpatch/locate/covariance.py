@@ -76,7 +76,8 @@ def estimate_covariance(
     corpus = hash_json(list(text)) if text is not None else f"own samples, seed {seed}"
     with suspended(lm):
         source = hash_json([lm.fingerprint(), str(lm.dtype), corpus, tokens, seed, LENGTH, AGREE])
-        kept = _read(folder(source), layers) if cache else None
+        folder = cache_folder(source)
+        kept = _read(folder, layers) if cache else None
         if kept is not None:
             return Covariance(*kept, source)
         if text is not None:
@@ -84,13 +85,13 @@ def estimate_covariance(
         else:
             rows = own_rows(lm, tokens, seed, keep=cache, progress=progress)
         wanted = sorted(set(layers))
-        found, count, agreement = _accumulate(lm, rows, wanted, progress, folder(source) if cache else None)
+        found, count, agreement = _accumulate(lm, rows, wanted, progress, folder if cache else None)
     if cache:
-        _write(folder(source), found, count, agreement)
+        _write(folder, found, count, agreement)
     return Covariance(found, count, agreement, source)
 
 
-def folder(source: str) -> Path:
+def cache_folder(source: str) -> Path:
     """Where moments of that hash are cached, and what is computed from them."""
     return cache_dir() / "moments" / source[:32]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files import replacing
 from ..provenance import hash_json, hash_tensor
-from .covariance import Covariance, folder
+from .covariance import Covariance, cache_folder
 from .solve import JITTER, eigenvectors, factor
 
 
@@ -55,7 +55,7 @@ def _once(
     """Read it from the cache, or compute it and write it there."""
     c = moments.c[layer]
     name = f"{layer}-{what[0]}-{hash_json([hash_tensor(c, exact=True), *what])[:16]}.safetensors"
-    path = folder(moments.source) / name
+    path = cache_folder(moments.source) / name
     try:
         return load_file(path)["value"].to(device)
     except (OSError, SafetensorError):

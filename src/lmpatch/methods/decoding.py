@@ -19,12 +19,12 @@ from ..progress import Progress
 
 AIM = "context"
 ENTRIES = {
-    "adacad": "AdaCAD: CAD whose strength is how far the two distributions are apart, token by token.",
-    "arr": "ARR: lean to whichever of memory and context is surer, as far as the two are apart.",
-    "cad": "CAD: what the context adds to an answer is added once more.",
-    "coiecd": "COIECD: contrast the context's likely tokens, and leave the rest to the model.",
+    "adacad": "AdaCAD: CAD whose strength at each token is the divergence of the two distributions.",
+    "arr": "ARR: at each token, lean to the context or the model's own knowledge, whichever is more certain.",
+    "cad": "CAD: contrast the logits with and without context, to amplify what the context changes.",
+    "coiecd": "COIECD: contrast as CAD does, but trust the context only on the tokens it makes likely.",
     "grd": "GRD: decide once per answer whether to trust the context or the model.",
-    "power": "The power family with one fixed exponent: from memory alone to more than the context.",
+    "power": "Power: one fixed exponent, from the answer without context (0) to CAD (above 1).",
 }
 
 

@@ -1,4 +1,4 @@
-"""ITI: push attention heads towards answering from the context.
+"""ITI: steer attention heads towards the context's answer.
 
 A linear probe is trained on each head's output; the heads whose probes tell best whether an answer is the context's or
 the memory's get a constant pushed into their output.

@@ -1,4 +1,4 @@
-"""ParamMute: quieten the blocks whose MLP works hardest when a model ignores its context.
+"""ParamMute: scale down the MLPs that are most active when a model ignores its context.
 
 Source: "ParamMute: Suppressing Knowledge-Critical FFNs for Faithful Retrieval-Augmented Generation" (arXiv:2502.15543).
 """

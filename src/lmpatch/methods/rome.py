@@ -29,7 +29,7 @@ from ..progress import Progress
 AIM = "facts"
 ENTRIES = {
     "rome": "ROME: write a fact into one down-projection as a rank-one change.",
-    "r_rome": "r-ROME: ROME with one key throughout, which ends the edits that disable a model.",
+    "r_rome": "r-ROME: ROME with one key throughout, which prevents single edits that disable the model.",
 }
 Record = Edit
 DEPTH = 0.3  # default layer as a share of the depth

@@ -1,4 +1,4 @@
-"""SCoNE: scale the neurons that carry a context and answer to which context it is.
+"""SCoNE: scale the neurons whose attribution to the context is high and differs between contexts.
 
 IRCAN also picks neurons that are always on. Here a neuron counts for a record only if its credit is high and differs
 from that of the records before.

@@ -178,7 +178,7 @@ def _put(item: Item, task: Task, when: When, wording: Wording) -> tuple[ContextR
 
     if when == "foreign":
         if item.other is None:
-            return None, "no other record's context says nothing about it"
+            return None, "no unrelated context found for this record"
         record = swapped(item.record, item.other.context)
         return (None, "its prompt does not hold its context") if record is None else (reworded(record, wording), "")
     if when == "bare":

@@ -86,7 +86,7 @@ def _completion(record: ContextRecord, wording: Wording) -> str:
 
 
 def others(records: Sequence[ContextRecord], seed: int) -> list[int | None]:
-    """For each record the place of another whose context says nothing about it.
+    """For each record the place of another one whose context is unrelated to it.
 
     The records stand in a circle in the order of their hashes; each takes the first one behind it whose context is
     another and holds neither of its answers. None: there is no such record.

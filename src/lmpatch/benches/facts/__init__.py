@@ -1,4 +1,4 @@
-"""``facts``: do edits hold, in other words too, and does everything else stay as it was?
+"""``facts``: do edits hold, for paraphrases too, and do other facts stay as they were?
 
 Answers are generated greedily and compared as text; nothing is taken from the wanted answer, not even its length.
 Every run is scored beside the unpatched model and beside the fact simply written into the prompt. What is measured,

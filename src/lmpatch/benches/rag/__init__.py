@@ -1,4 +1,4 @@
-"""``rag``: does a model follow documents that answer, against its memory too, and shrug off those that do not?
+"""``rag``: does a model use relevant documents, even against its own knowledge, and ignore irrelevant ones?
 
 Held-out articles are asked under five conditions, of the unpatched model and of patched ones, on the same items. What
 is measured, and how each number is defined, stands in docs/benches.md.

@@ -1,4 +1,4 @@
-"""IRCAN: make the neurons that carry a context into the answer louder.
+"""IRCAN: scale up the neurons with the highest attribution to the context.
 
 Source: Shi et al. 2024, "IRCAN: Mitigating Knowledge Conflicts in LLM Generation via Identifying and Reweighting
 Context-Aware Neurons" (arXiv:2406.18406).

@@ -1,4 +1,4 @@
-"""Parenting: follow a document that answers, shrug off one that does not, by tuning each kind of parameter its own way.
+"""Parenting: use relevant documents and ignore irrelevant ones, by tuning each kind of parameter with its own losses.
 
 Source: Xu et al. 2025, "Parenting: Optimizing Knowledge Selection of Retrieval-Augmented Language Models with Parameter
 Decoupling and Tailored Tuning" (arXiv:2410.10360).

@@ -1,4 +1,4 @@
-"""Integrated gradients: which neurons carry a context into the answer.
+"""Integrated gradients: the attribution of a context's effect on the answer to single neurons.
 
 A neuron is one input of a block's down-projection. The model reads a question with and without its context; on the way
 from the one value to the other each neuron is credited with its part of the change of p(answer).
