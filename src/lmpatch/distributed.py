@@ -101,5 +101,5 @@ def join() -> str | None:
     try:
         from accelerate import PartialState
     except ImportError:
-        raise MissingExtra("accelerate is not installed: pip install 'lmpatch[many]'") from None
+        raise MissingExtra("accelerate is not installed: pip install 'lmpatch[processes]'") from None
     return str(PartialState().device)

