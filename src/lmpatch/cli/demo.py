@@ -84,19 +84,16 @@ def demo(
     clean = hash_tensors(lm.model.state_dict().items(), exact=True)
     with progress("asking the model") as bar:
         edits, known = _unknown(lm, _facts(), count, bar)
-        prompts = [[edit.prompt, edit.rephrases[0], _neighbour(edit)] for edit in edits]
-        others = _answers(lm, [prompt for three in prompts for prompt in three[1:]], bar)
-    before = [[text, *others[2 * i : 2 * i + 2]] for i, text in enumerate(known)]
     say(f"\n1. {len(edits)} facts in a memory beside the model (`{MEMORY}`). No weight changes.")
     say(f"   Answers are greedy, {TOKENS} tokens at most, and shown up to their first line break or full stop.")
     memory = fit(lm, MEMORY, edits)
-    outcomes = _show_all(lm, memory, edits, prompts, before)
+    outcomes = [_show(lm, memory, edit, text) for edit, text in zip(edits, known, strict=True)]
     kept = _verdict(outcomes)
     say(f"   {memory.nbytes:,} bytes, made in {memory.made['seconds']:.1f} s", seconds=memory.made["seconds"])
     say(f"\n2. One fact in the weights (`{WEIGHTS}`). It reaches fewer wordings than a memory.")
     with progress(f"{WEIGHTS} at work") as bar:
         patch = fit(lm, WEIGHTS, edits[:1], progress=bar)
-    _show_all(lm, patch, edits[:1], prompts[:1], before[:1])
+    _show(lm, patch, edits[0], known[0])
     say(f"   {patch.nbytes:,} bytes, made in {patch.made['seconds']:.1f} s")
     restored = hash_tensors(lm.model.state_dict().items(), exact=True) == clean
     say("\n3. Both patches are off again.")
@@ -149,21 +146,18 @@ def _answers(lm: LM, prompts: Sequence[str], bar: Progress | None = None) -> lis
     return texts
 
 
-def _show_all(
-    lm: LM, patch: Any, edits: Sequence[Edit], prompts: Sequence[list[str]], before: Sequence[list[str]]
-) -> list[Outcome]:
-    """Ask about each fact with the patch on, and show the answers as they come."""
+def _show(lm: LM, patch: Any, edit: Edit, known: str) -> Outcome:
+    """Ask about a fact without and with the patch, and show the answers.
+
+    Args:
+        known: the answer to the fact without the patch.
+    """
     from ..patches.ledger import apply
 
-    outcomes = []
+    prompts = [edit.prompt, edit.rephrases[0], _neighbour(edit)]
+    before = [known, *_answers(lm, prompts[1:])]
     with apply(lm, patch):
-        for edit, three, old in zip(edits, prompts, before, strict=True):
-            outcomes.append(Outcome(edit, three, old, _answers(lm, three)))
-            _show(outcomes[-1])
-    return outcomes
-
-
-def _show(outcome: Outcome) -> None:
+        outcome = Outcome(edit, prompts, before, _answers(lm, prompts))
     verdicts = list(outcome.verdicts().values())
     marks = [
         "new answer" if verdicts[0] else "NOT the new answer",
@@ -175,6 +169,7 @@ def _show(outcome: Outcome) -> None:
         say(f"   {asked:>9}  {prompt} …")
         say(f"     without  {sentence(old)}")
         say(f"        with  {sentence(new)}  [{mark}]")
+    return outcome
 
 
 def _verdict(outcomes: Sequence[Outcome]) -> bool:
