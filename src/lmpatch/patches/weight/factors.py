@@ -50,7 +50,7 @@ def _factors(name: str, delta: Delta, target: Target, rank: int | None) -> tuple
         if isinstance(exact, Dense) or exact.rank * (out + width) > out * width:
             size = f"rank {exact.rank}" if isinstance(exact, LowRank) else "full rank"
             raise BadInput(
-                f"the change of {name} has {size}: an exact adapter outgrows the weight. Pass rank (--rank)."
+                f"the change of {name} has {size}: an exact adapter outgrows the weight. Pass rank=... (--rank)."
             )
         return exact, 0.0
     if rank < 1:
