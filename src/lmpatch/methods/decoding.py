@@ -57,6 +57,7 @@ class Decoding:
             records: kept as what the rule is meant for; nothing is learned from them.
         Raises:
             BadInput: a number out of the rule's range.
+        Source: the paper that the method's own text names.
         """
         return DecodePatch.make(lm, self.rule(cfg), method=self.name, config=cfg, edits=brief(records))
 

@@ -240,7 +240,10 @@ class RRome:
         text: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> WeightPatch:
-        """As ROME's ``fit``, at the mean key over prefixes."""
+        """As ROME's ``fit``, at the mean key over prefixes.
+
+        Source: Gupta et al. 2024 (arXiv:2403.07175), sec. 3.
+        """
         return _write_at_mean(lm, edits, cfg, text, progress, each=False)[0]
 
     @staticmethod
