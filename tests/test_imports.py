@@ -10,7 +10,7 @@ import pytest
 import lmpatch
 
 SRC = Path(lmpatch.__file__).parent
-BASE = ("errors", "files", "progress", "provenance", "resources", "distributed", "config")
+BASE = ("errors", "files", "progress", "provenance", "tensor_file", "resources", "distributed", "config")
 ORDER = (
     *BASE,
     "data",

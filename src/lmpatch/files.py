@@ -1,15 +1,16 @@
-"""Where files go and how they are written: the cache folder, and files and folders that appear whole or not at all."""
+"""Files: where the cache is, a reader that checks type and size first, a writer that leaves all or nothing."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import BadInput
+from .errors import BadInput, LmpatchError
 
 
 def cache_dir() -> Path:
@@ -17,6 +18,44 @@ def cache_dir() -> Path:
     if own := os.environ.get("LMPATCH_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmpatch"
+
+
+@contextmanager
+def outside(what: str, error: type[LmpatchError] = BadInput) -> Iterator[None]:
+    """Whatever a library raises inside the block, about a file that came from outside, becomes one line of ours.
+
+    Args:
+        what: the file and what it should be, ``"config.json of MODEL"``.
+        error: the class it becomes. Errors of lmpatch pass as they are; so do ``MemoryError`` and interrupts.
+    """
+    try:
+        yield
+    except (LmpatchError, MemoryError):
+        raise
+    except FileNotFoundError as cause:
+        raise error(f"{what} cannot be read: there is no such file.") from cause
+    except Exception as cause:  # libraries raise classes of their own
+        lines = str(cause).splitlines() or [type(cause).__name__]
+        raise error(f"{what} cannot be read: {lines[0][:200]}.") from cause
+
+
+def read_bytes(path: Path, what: str = "", error: type[LmpatchError] = BadInput, limit: int | None = None) -> bytes:
+    """The bytes of an ordinary file; its type and size are looked at before it is opened.
+
+    Args:
+        what: what the file should be, for the message; its path where empty.
+        limit: refuse more bytes than this.
+    Raises:
+        error: there is no such file, it is a folder, pipe or device, too large, or cannot be read.
+    """
+    what = f"{what} {path}".strip()
+    with outside(what, error):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{what} is no ordinary file. Give the path of one.")
+        if limit is not None and status.st_size > limit:
+            raise error(f"{what} has {status.st_size:,} bytes; at most {limit:,} are expected there.")
+        return path.read_bytes()
 
 
 @contextmanager

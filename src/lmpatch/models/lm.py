@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,6 +15,9 @@ from torch import nn
 from ..provenance import hash_tensors
 from .chat import ChatFrame, chat_frame
 from .layout import Layout
+
+_guard = threading.Lock()
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # not on the model: it must stay copyable
 
 
 @dataclass(eq=False, repr=False)
@@ -34,6 +39,15 @@ class LM:
     def device(self) -> torch.device:
         """Where the embedding is, hence where token ids go."""
         return self.module(self.layout.embed).weight.device  # type: ignore[return-value]
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while the model runs or its patches change: its hooks and weights are one for all threads.
+
+        It belongs to ``model``: every ``LM`` of one model has the same. One thread may take it again.
+        """
+        with _guard:
+            return _locks.setdefault(self.model, threading.RLock())
 
     @property
     def dtype(self) -> torch.dtype:
