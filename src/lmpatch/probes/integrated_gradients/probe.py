@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,11 @@ from ...inference.replay import Recording, record
 from ...inference.tokens import encode_all
 from ...models.hooks import Hook, hooked
 from ...models.lm import LM
+from ...patches.base import fingerprint
+from ...patches.ledger import applied
 from ...progress import Progress
-from .scores import Credit, Log, Scores, header
+from ...provenance import hash_json
+from .scores import SCHEMA, Credit, Log, Scores
 
 Record = ContextRecord
 
@@ -111,8 +115,17 @@ def run(
 
 
 def asked(lm: LM, data: Sequence[ContextRecord], cfg: Config) -> dict[str, Any]:
-    """The header of scores with these settings. What a method adds to them, and the budget, moves no score."""
-    return header(lm, data, {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name != "budget"})
+    """The header of scores: what they depend on. What a method adds to the settings, and the budget, moves none."""
+    return {
+        "schema": SCHEMA,
+        "probe": "integrated_gradients",
+        "config": {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name != "budget"},
+        "model": fingerprint(lm),
+        "dtype": str(lm.dtype),
+        "patches": [on.patch.hash() for on in applied(lm)],
+        "records": hash_json([(r.prompt, r.without_context, r.answer) for r in data]),
+        "count": len(data),
+    }
 
 
 def cases(lm: LM, records: Sequence[ContextRecord]) -> list[Case]:
@@ -246,7 +259,7 @@ def _wavefront(
                 leaves.append(start.new_zeros(n, w.shape[1], start.shape[-1]).requires_grad_())
                 values = torch.lerp(start, end, a) + w @ leaves[-1]  # [n, m, d]
                 hidden = torch.cat([hidden, context.hidden[layer].expand(-1, m, -1)], 1)
-                hooks.append(Hook(lm.module(lm.layout.downs[layer]), _newest(values)))
+                hooks.append(Hook(lm.module(lm.layout.downs[layer]), partial(_newest, values)))
             with hooked(*hooks):
                 hidden = context.fan(hidden, layer, end=layer + 1)
         top = hidden.reshape(-1, hidden.shape[-1])  # [n * layers * m, d]
@@ -255,15 +268,10 @@ def _wavefront(
     return p.reshape(n, len(layers), m), list(grads)
 
 
-def _newest(values: Tensor) -> Any:
-    """A hook that replaces the down-projection's output of the newest columns by ``values`` [n, m, d]."""
-
-    def put(_: Any, __: Any, output: Tensor) -> Tensor:
-        n, m, d = values.shape
-        older = output.reshape(n, -1, d)[:, :-m]
-        return torch.cat([older, values.to(output.dtype)], 1).reshape(output.shape)
-
-    return put
+def _newest(values: Tensor, _: Any, __: Any, output: Tensor) -> Tensor:
+    """The down-projection's output with the newest columns replaced by ``values`` [n, m, d]."""
+    n, m, d = values.shape
+    return torch.cat([output.reshape(n, -1, d)[:, :-m], values.to(output.dtype)], 1).reshape(output.shape)
 
 
 def _answer(lm: LM, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,20 +304,13 @@ def kept(found: Credits, cfg: Config) -> list[Credit]:
     """The neurons that pass the threshold, the highest first. One transfer a batch."""
     widest = found.scores.shape[-1]
     flat = found.scores.flatten(1)  # [n, layers * f]
-    scores, places = flat.topk(min(cfg.top, flat.shape[1]))
+    scores, places = (x.tolist() for x in flat.topk(min(cfg.top, flat.shape[1])))
     gaps = [None] * len(flat) if found.gap is None else found.gap.abs().amax(1).tolist()
-    return [
-        Credit(
-            tuple(
-                (place // widest, place % widest, score)
-                for score, place in zip(row, at, strict=True)
-                if row[0] > 0 and score >= cfg.threshold * row[0]
-            ),
-            row[0],
-            gap,
-        )
-        for row, at, gap in zip(scores.tolist(), places.tolist(), gaps, strict=True)
-    ]
+    credits = []
+    for row, at, gap in zip(scores, places, gaps, strict=True):
+        pairs = [pair for pair in zip(at, row, strict=True) if row[0] > 0 and pair[1] >= cfg.threshold * row[0]]
+        credits.append(Credit(tuple((*divmod(place, widest), score) for place, score in pairs), row[0], gap))
+    return credits
 
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:

@@ -13,9 +13,6 @@ from typing import Any
 
 from ...errors import BadInput, BadRecord
 from ...files import outside, read_bytes
-from ...models.lm import LM
-from ...patches.base import fingerprint
-from ...patches.ledger import applied
 from ...provenance import hash_json
 
 SCHEMA = 2
@@ -76,20 +73,6 @@ class Scores:
 def differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """What scores that are there were made of otherwise."""
     return [key for key in asked if there.get(key) != asked[key]]
-
-
-def header(lm: LM, data: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the scores depend on: settings, model, patches on it, prompts and answers."""
-    return {
-        "schema": SCHEMA,
-        "probe": "integrated_gradients",
-        "config": dict(settings),
-        "model": fingerprint(lm),
-        "dtype": str(lm.dtype),
-        "patches": [on.patch.hash() for on in applied(lm)],
-        "records": hash_json([(r.prompt, r.without_context, r.answer) for r in data]),
-        "count": len(data),
-    }
 
 
 class Log:
