@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BadInput, MissingExtra
 from . import page, stats
-from .adapter import Adapter
-from .contract import BASE, Json
+from .adapter import Adapter, adapt
+from .contract import BASE, Json, Measure
 from .stats import Number
 from .store import Store
-from .tables import comparison as compared
-from .tables import costs, flagged, printed, verdict
+from .tables import Grid, comparison, costs, flagged, printed, verdict
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -48,6 +48,10 @@ class Run:
         """What its numbers are made of."""
         return stats.collect(self.rows, self.bench.metrics)
 
+    def measure(self, name: str) -> Measure:
+        """The measure behind a full name such as ``loc_kl/same_relation@was_wrong``."""
+        return self.values[name][0]
+
     @cached_property
     def _numbers(self) -> dict[str, Number]:
         return stats.numbers(self.values, self.record)
@@ -68,16 +72,19 @@ class Run:
     @cached_property
     def chances(self) -> dict[str, float]:
         """What guessing scores, where that is known."""
-        chances: dict[str, float] = {}
+        shares: dict[str, list[float]] = {}
         for name, measure in self.bench.metrics.items():
             if measure.chance is None:
                 continue
-            shares: dict[str, list[float]] = {}
             for row in self.rows:
                 if (member := measure.of(row)) is not None and (share := measure.chance(row)) is not None:
                     shares.setdefault(f"{name}/{member}" if member else name, []).append(share)
-            chances |= {each: stats.mean(values) for each, values in shares.items()}
-        return chances
+        return {name: stats.mean(values) for name, values in shares.items()}
+
+    @property
+    def settled(self) -> Json:
+        """Everything that decides the run's numbers: its record without them."""
+        return {key: value for key, value in self.record.items() if key != "metrics"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class Report:
         return cls(bench, some)
 
     @classmethod
-    def read(cls, bench: Adapter, folder: str | Path) -> Report:
+    def read(cls, bench: ModuleType | Adapter | str, folder: str | Path) -> Report:
         """The report of a folder that ``run(..., out=folder)`` filled.
 
         Raises:
@@ -114,7 +121,8 @@ class Report:
         """
         if not any((Path(folder) / name).is_file() for name in ("runs.jsonl", "runs.jsonl.gz")):
             raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
-        return cls.of(bench, Store(Path(folder), bench.Row.read))
+        adapter = adapt(bench)
+        return cls.of(adapter, Store(Path(folder), adapter.Row.read))
 
     @property
     def rows(self) -> list[Any]:
@@ -127,10 +135,9 @@ class Report:
         Raises:
             BadInput: there is none.
         """
-        for run in self.runs:
-            if run.name == name:
-                return run
-        raise BadInput(f"no run {name!r}. There are: {', '.join(run.name for run in self.runs)}.")
+        if name not in (runs := {run.name: run for run in self.runs}):
+            raise BadInput(f"no run {name!r}. There are: {', '.join(runs)}.")
+        return runs[name]
 
     def metrics(self) -> dict[str, dict[str, Number]]:
         """Run → its numbers."""
@@ -144,12 +151,12 @@ class Report:
             to: the other; left out, the unpatched model.
         """
         run = self.run(name)
-        return stats.total(metric, run.values, run.record, self.run(to).values)
+        return stats.total(metric, stats.minus(run.values, self.run(to).values), run.record)
 
     def differences(self, name: str, to: str = BASE) -> dict[str, Number]:
         """Every number of that run minus another's."""
         run = self.run(name)
-        return stats.differences(self.run(to).values, run.values, run.record)
+        return stats.numbers(stats.minus(run.values, self.run(to).values), run.record)
 
     @cached_property
     def _moved(self) -> dict[str, dict[str, Number]]:
@@ -161,9 +168,9 @@ class Report:
         """What the numbers say, a sentence a patched run."""
         return verdict(self.runs, self._moved)
 
-    def grids(self) -> list[Any]:
+    def grids(self) -> list[Grid]:
         """The tables as plain values."""
-        grids = [compared(self.runs, self._moved), costs(self.runs), flagged(self.runs)]
+        grids = [comparison(self.runs, self._moved), costs(self.runs), flagged(self.runs)]
         return [grid for grid in grids if grid.rows]
 
     def table(self) -> Group:
@@ -183,7 +190,7 @@ class Report:
     def to_json(self) -> str:
         """Records and numbers of every run, without rows."""
         runs = [
-            {key: value for key, value in run.record.items() if key != "metrics"}
+            run.settled
             | {"metrics": {name: asdict(number) for name, number in run.metrics().items()}}
             | {"differences": {name: asdict(number) for name, number in self._moved[run.name].items()}}
             for run in self.runs
