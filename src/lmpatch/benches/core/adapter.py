@@ -86,11 +86,7 @@ class Adapter:
 
 
 def adapt(bench: ModuleType | Adapter | str) -> Adapter:
-    """The bench of a module, or of the module that has this full name.
-
-    Raises:
-        BadInput: it lacks one of the names every bench has.
-    """
+    """The bench of a module, or of that with this full name; ``BadInput`` where it lacks what every bench has."""
     if isinstance(bench, Adapter):
         return bench
     module = importlib.import_module(bench) if isinstance(bench, str) else bench

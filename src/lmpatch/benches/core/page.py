@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,18 @@ Ticks = list[tuple[float, str]]
 
 def document(bench: Adapter, runs: Sequence[Any], sentences: Sequence[str], grids: Sequence[Grid]) -> str:
     """The whole page."""
-    record = runs[0].record
-    about = [record["base_model"], record.get("dtype"), record.get("data_name"), record.get("protocol_id")]
     patched = [run for run in runs if not run.record["baseline"]]
     return _render(
         "page.html.j2",
-        title=f"{bench.name}: {record['base_model']}",
-        question=bench.question,
-        about=[text for text in about if text],
+        bench=bench,
+        runs=runs,
+        about=[runs[0].record.get(key) for key in ("base_model", "dtype", "data_name", "protocol_id")],
         sentences=sentences,
-        names=[run.title for run in runs],
         bars=_bars(runs),
         figures=[figure for plot in bench.PLOTS for figure in _figures(plot, runs)],
         grids=grids,
-        examples=[(run.name, _examples(runs, run)) for run in patched or runs[:1]],
-        records=[(run.name, json.dumps(run.settled, indent=2, ensure_ascii=False)) for run in runs],
+        examples={run.name: _examples(runs, run) for run in patched or runs[:1]},
+        records={run.name: json.dumps(run.settled, indent=2, ensure_ascii=False) for run in runs},
     )
 
 
@@ -45,22 +41,14 @@ def fragment(sentences: Sequence[str], grids: Sequence[Grid]) -> str:
     return _render("fragment.html.j2", sentences=sentences, grids=grids)
 
 
-@cache
-def _environment() -> Any:
+def _render(template: str, **values: Any) -> str:
     try:
-        import jinja2
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
         raise MissingExtra('a page needs jinja2. Run: pip install "lmpatch[bench]"') from error
-    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals["hues"] = HUES
-    return environment
-
-
-def _render(template: str, **values: Any) -> str:
-    return str(_environment().get_template(template).render(**values))
+    loader = FileSystemLoader(Path(__file__).with_name("templates"))
+    how: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=loader, **how).get_template(template, globals={"hues": HUES}).render(**values)
 
 
 def _bars(runs: Sequence[Any]) -> dict[str, list[tuple[str, str, list[Json]]]]:

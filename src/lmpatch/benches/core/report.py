@@ -61,11 +61,7 @@ class Run:
         return self._numbers
 
     def metric(self, name: str, split: str = "all") -> Number | None:
-        """One number, or a sum such as ``R_Ad+R_Ro``; None if the run has no such.
-
-        Args:
-            split: which of the rows, e.g. ``was_wrong``; the bench's ``METRICS`` names them.
-        """
+        """One number, or a sum such as ``R_Ad+R_Ro``, of all rows or of a split of ``METRICS``; None: there is none."""
         full = name if split == "all" else f"{name}@{split}"
         return stats.total(full, self.values, self.record) if "+" in full else self._numbers.get(full)
 
@@ -102,11 +98,7 @@ class Report:
 
     @classmethod
     def of(cls, bench: Adapter, store: Store[Any]) -> Report:
-        """Every run of the store that has finished a chunk.
-
-        Raises:
-            BadInput: none has.
-        """
+        """Every run of the store that has finished a chunk; ``BadInput`` where none has."""
         runs = (Run(bench, record, store.rows_of(name), store.chunks_of(name)) for name, record in store.runs.items())
         if not (some := tuple(run for run in runs if run.parts)):
             raise BadInput(f"no chunk of the runs in {store.folder} is finished. Run the bench again: it goes on.")
@@ -114,11 +106,7 @@ class Report:
 
     @classmethod
     def read(cls, bench: ModuleType | Adapter | str, folder: str | Path) -> Report:
-        """The report of a folder that ``run(..., out=folder)`` filled.
-
-        Raises:
-            BadInput: the folder holds no runs, or none of this bench.
-        """
+        """The report of a folder that ``run(..., out=folder)`` filled; ``BadInput`` where it holds no runs."""
         if not any((Path(folder) / name).is_file() for name in ("runs.jsonl", "runs.jsonl.gz")):
             raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
         adapter = adapt(bench)
@@ -130,11 +118,7 @@ class Report:
         return [row for run in self.runs for row in run.rows]
 
     def run(self, name: str) -> Run:
-        """The run of that name.
-
-        Raises:
-            BadInput: there is none.
-        """
+        """The run of that name; ``BadInput`` where there is none."""
         if name not in (runs := {run.name: run for run in self.runs}):
             raise BadInput(f"no run {name!r}. There are: {', '.join(runs)}.")
         return runs[name]
@@ -144,12 +128,8 @@ class Report:
         return {run.name: run.metrics() for run in self.runs}
 
     def difference(self, name: str, metric: str, to: str = BASE) -> Number | None:
-        """That run minus another on the same records, so its error is smaller than that of two separate means.
-
-        Args:
-            metric: one of ``metrics``, or a sum: ``R_Ad+R_Ro``.
-            to: the other; left out, the unpatched model.
-        """
+        """A number, or a sum of some, of that run minus another's on the same records: its error is smaller than that
+        of two separate means."""
         run = self.run(name)
         return stats.total(metric, stats.minus(run.values, self.run(to).values), run.record)
 
@@ -198,11 +178,7 @@ class Report:
         return json.dumps({"bench": self.bench.name, "verdict": self.verdict(), "runs": runs}, ensure_ascii=False)
 
     def to_pandas(self) -> Any:
-        """A data frame, one line a run and number.
-
-        Raises:
-            MissingExtra: pandas is not installed.
-        """
+        """A data frame, one line a run and number; ``MissingExtra`` without pandas."""
         try:
             import pandas
         except ImportError as error:
@@ -217,11 +193,8 @@ class Report:
 
 
 def combine(reports: Iterable[Report]) -> Report:
-    """Several reports in one. Baselines they share are kept once.
-
-    Raises:
-        BadInput: they were made on other data, another base or by another protocol, or two runs have one name.
-    """
+    """Several reports in one, the baselines they share once; ``BadInput`` for other data, another base or another
+    protocol, or two runs of one name."""
     reports = list(reports)
     if not reports:
         raise BadInput("no reports to combine. Give at least one.")

@@ -162,11 +162,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(bench: ModuleType | Adapter | str, lm: LM, data: Any, cfg: Any = None) -> Estimate:
-    """Time a few items on the model as it is and tell what ``run`` with one patch will take.
-
-    Raises:
-        NotEnoughMemory: more than is free.
-    """
+    """Time a few items and tell what ``run`` with one patch will take; ``NotEnoughMemory`` where that is not free."""
     adapter = adapt(bench)
     cfg = adapter.settle(cfg or adapter.Config(), data, False)
     items, need = _items(adapter, lm, data, cfg, False, None)

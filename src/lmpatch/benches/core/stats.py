@@ -134,22 +134,13 @@ def number(name: str, terms: Sequence[Values], *, bootstrap: int, seed: int, **l
     if not terms or not all(term.units for term in terms):
         return None
     flat = [_flat(term) for term in terms]
-    errors = [stderr(values, sizes) for values, sizes in flat]
-    alone = any(error is None for error in errors)
+    value = sum(mean(values, sizes) for values, sizes in flat)
+    errors = [error for values, sizes in flat if (error := stderr(values, sizes)) is not None]
+    error, by_cluster = (math.hypot(*errors), clustered(terms)) if len(errors) == len(terms) else (None, None)
     sizes = flat[0][1] if len(terms) == 1 else None
     low, high = interval([values for values, _ in flat], bootstrap, seed, sizes=sizes)
-    return Number(
-        name,
-        sum(mean(values, sizes) for values, sizes in flat),
-        None if alone else math.hypot(*(error or 0.0 for error in errors)),
-        None if alone else clustered(terms),
-        low,
-        high,
-        sum(len(term.units) for term in terms),
-        max(term.dropped for term in terms),
-        weight=sum(sizes) if sizes else 0,
-        **labels,
-    )
+    n, dropped = sum(len(term.units) for term in terms), max(term.dropped for term in terms)
+    return Number(name, value, error, by_cluster, low, high, n, dropped, weight=sum(sizes or ()), **labels)
 
 
 def percentile(name: str, term: Values, share: float, *, bootstrap: int, seed: int, **labels: Any) -> Number:

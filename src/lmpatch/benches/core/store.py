@@ -31,11 +31,7 @@ class Store(Generic[R]):
     """The folder, or only memory without one. One process writes at a time."""
 
     def __init__(self, folder: Path | None, read: Callable[[Json], R]) -> None:
-        """Open the folder, or begin it.
-
-        Args:
-            read: a row from its JSON form; a TypeError says that it is another bench's or version's.
-        """
+        """Open the folder, or begin it. ``read`` makes a row of its JSON form; TypeError: it is another bench's."""
         self.folder = folder
         self.runs: dict[str, Json] = {}
         self.chunks: dict[tuple[str, int], Json] = {}
@@ -71,13 +67,8 @@ class Store(Generic[R]):
             self._rewrite("rows", (asdict(row) for group in self.rows.values() for row in group))
 
     def open_run(self, identity: Json) -> None:
-        """Begin or go on with a run.
-
-        Args:
-            identity: its record so far, with ``run_id``, ``comparable_group`` and ``settings``.
-        Raises:
-            BadInput: the folder holds runs that cannot be compared, or this run with other settings.
-        """
+        """Begin or go on with the run of this record; ``BadInput`` where the folder holds runs that cannot be compared,
+        or this run with other settings."""
         name, group = identity["run_id"], identity["comparable_group"]
         for other in self.runs.values():
             if other["comparable_group"] != group:

@@ -41,14 +41,11 @@ class Fitted:
 
 @dataclass
 class Maker:
-    """Where the patches of a run come from."""
+    """Where the patches of a run come from, as ``runner.run`` is given it."""
 
     patches: tuple[Patch, ...] = ()
-    """There already."""
     make: Make | None = None
-    """Makes the patch of one commit, on the model with the earlier ones."""
     make_each: MakeEach | None = None
-    """Makes one patch per edit, as if each were fitted alone; used where all edits stand alone."""
     fit_batch: int = 1
 
     @property
@@ -57,8 +54,7 @@ class Maker:
         return bool(self.patches or self.make or self.make_each)
 
     def settle(self, items: Sequence[Sequence[Sequence[Edit]]]) -> None:
-        """Choose between both makers by the items' commits; ``BadInput`` where single edits are fitted and several
-        stand together."""
+        """Use ``make_each`` only where all edits stand alone; ``BadInput`` where they do not and there is no other."""
         if self.make_each and any(sum(map(len, commits)) != 1 for commits in items):
             if not self.make:
                 raise BadInput("make_each fits single edits, and here several stand together. Give make as well.")
@@ -127,11 +123,7 @@ class Writer:
     """Edits in the model when its perplexity passed twice the base's."""
 
     def write(self, fitted: Fitted) -> None:
-        """Put one commit on and note what it did.
-
-        Raises:
-            CannotMount: a patch did not become active.
-        """
+        """Put one commit on and note what it did; ``CannotMount`` where a patch does not become active."""
         if not fitted.patches:
             return
         start = len(self.stack)
@@ -160,8 +152,7 @@ class Writer:
 
     def record(self) -> dict[str, Any]:
         """What is kept of the chunk."""
-        watched = {"collapsed_at": self.collapsed_at, "base_perplexity": self.base_perplexity}
-        return {"commits": self.commits, **watched, "restored": True}
+        return {"commits": self.commits, "collapsed_at": self.collapsed_at, "base_perplexity": self.base_perplexity}
 
     @property
     def edits(self) -> int:
@@ -176,18 +167,15 @@ class Writer:
         return any(name.rpartition(".")[0] in tail for on in self.stack for name in on.patch.base.touched)
 
     def close(self) -> None:
-        """Take everything off.
-
-        Raises:
-            ForeignWrite: a patch is still there, or a touched weight differs from what it was.
-        """
+        """Take everything off; ``ForeignWrite`` where a patch is still there, or a weight is not what it was."""
         touched = {name for on in self.stack for name in on.patch.base.touched}
         while self.stack:
             self.stack.pop().remove()
         if applied(self.lm):
             raise ForeignWrite("a patch is still on the model after the chunk was taken off. Load the model again.")
-        changed = [n for n in sorted(touched) if hash_tensor(self.lm.parameter(n), exact=True) != self.originals[n]]
-        if changed:
+        if changed := [
+            n for n in sorted(touched) if hash_tensor(self.lm.parameter(n), exact=True) != self.originals[n]
+        ]:
             raise ForeignWrite(f"{', '.join(changed)} did not come back as it was. Load the model again.")
 
 
