@@ -14,13 +14,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import BadInput, BadRecord
-from .lines import Line, cut, only, read_records, text_of
+from .lines import Line, Shapes, cut, only, read_shapes, text_of
 from .record import Record
 
 T = TypeVar("T")
@@ -146,33 +146,13 @@ def read_context(
         BadInput: no such file, an empty one, or an unknown shape.
         BadRecord: lines that cannot be read; names the file and the first ten of them.
     """
-    shapes: dict[str, Callable[[Line, str], ContextRecord]] = {
-        "lmpatch": _own,
-        "memotrap": _memotrap,
-        "kre": _kre,
+    shapes: Shapes[ContextRecord] = {
+        "kre": (("negative_context",), _kre),
+        "memotrap": (("classes",), _memotrap),
+        "lmpatch": (("question",), _own),
     }
-    if format is not None and format not in shapes:
-        raise BadInput(f"no format is called {format!r}. There are: {', '.join(shapes)}.")
-    chosen: list[str] = [format] if format else []
-
-    def make(record: Line, place: int) -> ContextRecord:
-        if not chosen:
-            chosen.append(_shape(record))
-        return shapes[chosen[0]](record, str(place))
-
-    return cut([record for _, record in read_records(Path(path), make)], limit, seed)
-
-
-def _shape(record: Line) -> str:
-    if "negative_context" in record:
-        return "kre"
-    if "classes" in record:
-        return "memotrap"
-    if "context" in record or "question" in record:
-        return "lmpatch"
-    raise BadRecord(
-        f"unknown shape with keys {', '.join(record) or 'none'}. A record needs context, question and answer."
-    )
+    records = read_shapes(path, shapes, "A record needs context, question and answer.", format)
+    return cut([record for _, record in records], limit, seed)
 
 
 def _own(record: Line, place: str) -> ContextRecord:

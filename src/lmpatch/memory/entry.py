@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.edits import SHAPES, Ask, Edit, prompt_key
+from ..data.edits import Ask, Edit, edit_from, prompt_key
 
 COLUMNS = ("prompt", "target", "subject")  # fields of an edit with columns of their own
 
@@ -69,7 +69,7 @@ def columns(edit: Edit) -> dict[str, str]:
 def edit_of(row: dict[str, Any]) -> Edit:
     """The inverse of ``columns``."""
     more = json.loads(row["more"]) if row["more"] else {}
-    return SHAPES["lmpatch"]({"id": "", **{name: row[name] for name in COLUMNS}, **more}, "")
+    return edit_from({"id": "", **{name: row[name] for name in COLUMNS}, **more}, "")
 
 
 def entry_of(row: dict[str, Any]) -> Entry:

@@ -1,4 +1,4 @@
-"""``RagRecord``: a question with retrieved documents, and the prompts it is asked in."""
+"""A question of a source, and the record with documents that is built from it, with the prompts it is asked in."""
 
 from __future__ import annotations
 
@@ -18,6 +18,24 @@ LABELS = ("relevant", "same-topic noise", "off-topic noise")
 EXTRACT = (
     "Say of each document whether it is relevant, same-topic noise or off-topic noise. Then copy the relevant one."
 )
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a source."""
+
+    id: str
+    article: str
+    """What must not stand on both sides of a split: the title, or a group of logs that share documents."""
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    """Answers that stand in the context; none: it does not answer."""
+    gold: tuple[str, ...]
+    """True answers, whether the context holds them or not."""
+    title: str = ""
+    others: tuple[str, ...] = ()
+    """What else was retrieved and holds no answer."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +76,9 @@ class RagRecord(Record):
             raise BadInput("a record has no question. Give question, documents and answer.")
         if not self.documents or not all(document.strip() for document in self.documents):
             raise BadInput(f"the question {self.question!r} has no documents, or an empty one. Give at least one text.")
-        words = (("kind", self.kind, Kind), ("variant", self.variant, Variant), ("part", self.part, Part))
-        for name, value, known in words:
-            if value not in get_args(known):
-                raise BadInput(f"{name} is {value!r}; it must be one of {', '.join(get_args(known))}.")
+        for name, known in (("kind", Kind), ("variant", Variant), ("part", Part)):
+            if getattr(self, name) not in get_args(known):
+                raise BadInput(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(known))}.")
         if self.kind != "robustness" and not self.answer.strip():
             raise BadInput(f"the question {self.question!r} has no answer. Only robustness records do without.")
         put = object.__setattr__
