@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import BadInput, BadRecord
-from .lines import Line, Shapes, cut, only, read_shapes, text_of
+from .lines import Line, Shapes, cut, only, read_shapes, text_of, texts_of
 from .record import Record
 
 T = TypeVar("T")
@@ -118,11 +119,7 @@ def brief(records: Sequence[ContextRecord]) -> list[dict[str, str]]:
 
 
 def halves(records: Sequence[T]) -> tuple[list[T], list[T]]:
-    """The first and the second half, 1:1 as in the paper: choose on the one, report on the other.
-
-    Raises:
-        BadInput: fewer than two records.
-    """
+    """The first and the second half, 1:1 as in the paper: choose on the one, report on the other."""
     if len(records) < 2:
         raise BadInput(f"{len(records)} record cannot be halved. Give two or more.")
     middle = len(records) // 2
@@ -130,21 +127,12 @@ def halves(records: Sequence[T]) -> tuple[list[T], list[T]]:
 
 
 def read_context(
-    path: str | Path,
-    *,
-    limit: int | None = None,
-    seed: int | None = None,
-    format: str | None = None,
+    path: str | Path, *, limit: int | None = None, seed: int | None = None, format: str | None = None
 ) -> list[ContextRecord]:
-    """Read a file of questions with contexts.
+    """Read a file of questions with contexts, as ``read_edits`` reads facts.
 
     Args:
-        limit: at most this many records, the first ones.
-        seed: shuffle the file with this seed before ``limit`` cuts it; None keeps the order.
         format: ``lmpatch``, ``memotrap`` or ``kre``; None tells it from the first record.
-    Raises:
-        BadInput: no such file, an empty one, or an unknown shape.
-        BadRecord: lines that cannot be read; names the file and the first ten of them.
     """
     shapes: Shapes[ContextRecord] = {
         "kre": (("negative_context",), _kre),
@@ -162,7 +150,7 @@ def _own(record: Line, place: str) -> ContextRecord:
         text_of(record, "question"),
         text_of(record, "answer"),
         text_of(record, "memory", ""),
-        _options(record, "options"),
+        texts_of(record, "options"),
         text_of(record, "prompt", ""),
         text_of(record, "without_context", text_of(record, "bare", "")),  # its name in files of lmpatch 0.1
         id=str(record.get("id", place)),
@@ -175,11 +163,10 @@ def _memotrap(record: Line, place: str) -> ContextRecord:
     instruction, colon, rest = prompt.partition(": ")
     if not colon:
         raise BadRecord(f"prompt has no instruction that ends in a colon: {prompt!r}")
-    wanted = record.get("answer_index")
-    try:
-        classes = [str(text).strip().removesuffix(".").strip() for text in ast.literal_eval(text_of(record, "classes"))]
-    except (ValueError, SyntaxError, TypeError):
-        classes = []
+    wanted, listed = record.get("answer_index"), text_of(record, "classes")
+    classes: list[str] = []
+    with suppress(ValueError, SyntaxError, TypeError):
+        classes = [str(text).strip().removesuffix(".").strip() for text in ast.literal_eval(listed)]
     if len(classes) != 2 or wanted not in (0, 1):
         raise BadRecord("classes must be a list of two texts, written as Python does, and answer_index 0 or 1")
     return ContextRecord(
@@ -194,21 +181,8 @@ def _memotrap(record: Line, place: str) -> ContextRecord:
 
 
 def _kre(record: Line, place: str) -> ContextRecord:
-    return ContextRecord(
-        text_of(record, "negative_context"),
-        text_of(record, "question"),
-        text_of(record, "candidate"),
-        text_of(record, "answer"),
-        options=_options(record, "choices"),
-        id=place,
-    )
-
-
-def _options(record: Line, key: str) -> tuple[str, ...]:
-    listed = record.get(key, [])
-    if not isinstance(listed, list) or not all(isinstance(option, str) for option in listed):
-        raise BadRecord(f"{key} must be a list of texts, found {listed!r}")
-    return tuple(listed)
+    texts = (text_of(record, key) for key in ("negative_context", "question", "candidate", "answer"))
+    return ContextRecord(*texts, options=texts_of(record, "choices"), id=place)
 
 
 def _letter(answer: str, options: Sequence[str]) -> str:

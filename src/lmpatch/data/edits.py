@@ -120,9 +120,8 @@ class Edit(Record):
             )
 
 
-def _groups(groups: object) -> tuple[tuple[str, tuple[Ask, ...]], ...]:
-    items = groups.items() if isinstance(groups, dict) else groups
-    return tuple((kind, tuple(asks)) for kind, asks in items)  # type: ignore[attr-defined]
+def _groups(groups: Any) -> tuple[tuple[str, tuple[Ask, ...]], ...]:
+    return tuple((kind, tuple(asks)) for kind, asks in (groups.items() if isinstance(groups, dict) else groups))
 
 
 def prompt_key(prompt: str) -> str:
@@ -137,28 +136,23 @@ def check_contradictions(edits: Sequence[Edit], where: Sequence[str] | None = No
     """Raise ``Contradiction`` listing every prompt that is asked to have two different targets.
 
     Args:
-        edits: the edits of one commit.
         where: how to name each edit in the message, e.g. ``line 12``; its place otherwise.
     """
     first: dict[str, int] = {}
     clashes: list[str] = []
+    names = where or [f"edit {i}" for i in range(1, len(edits) + 1)]
     for i, edit in enumerate(edits):
         j = first.setdefault(prompt_key(edit.prompt), i)
         if edits[j].target.casefold() != edit.target.casefold():
-            a, b = (where[j], where[i]) if where else (f"edit {j + 1}", f"edit {i + 1}")
-            clashes.append(f"{a} says {edits[j].target!r}, {b} says {edit.target!r} for {edit.prompt!r}")
+            clashes.append(f"{names[j]} says {edits[j].target!r}, {names[i]} says {edit.target!r} for {edit.prompt!r}")
     if clashes:
         raise Contradiction("contradictory facts: " + "; ".join(clashes) + ". Keep one of each.")
 
 
 def read_edits(
-    path: str | Path,
-    *,
-    limit: int | None = None,
-    seed: int | None = None,
-    format: str | None = None,
+    path: str | Path, *, limit: int | None = None, seed: int | None = None, format: str | None = None,
     check: bool = False,
-) -> list[Edit]:
+) -> list[Edit]:  # fmt: skip
     """Read a file of facts. Prompts of one group that occur twice are joined: any of their answers counts.
 
     Args:
@@ -180,11 +174,7 @@ def read_edits(
 
 
 def read_asks(path: str | Path, *, limit: int | None = None, seed: int | None = None) -> list[Ask]:
-    """Read questions with answers (``question`` or ``prompt``, ``answers`` or ``answer``), as in NQ or PopQA.
-
-    Raises:
-        BadInput, BadRecord: as ``read_edits``.
-    """
+    """Read questions with answers (``question`` or ``prompt``, ``answers`` or ``answer``), as in NQ or PopQA."""
 
     def make(record: Line, _: int) -> Ask:
         return _ask(record.get("prompt", record.get("question")), record.get("answers", record.get("answer")))
@@ -209,15 +199,19 @@ def edit_from(record: Line, place: str) -> Edit:
     )
 
 
-def _counterfact(record: Line, place: str) -> Edit:
-    near = _ask(text_of(record, "locality_prompt"), record.get("locality_ground_truth"))
+def _target_new(record: Line, place: str) -> Edit:
+    """Flat CounterFact and KnowEdit, whose sets differ in what they ask beside the edit."""
+    locality = _group_asks(record, "locality", "ground_truth")
+    if "locality_prompt" in record:
+        locality["same_relation"] = [_ask(record["locality_prompt"], record.get("locality_ground_truth"))]
     return Edit(
         text_of(record, "prompt"),
         text_of(record, "target_new"),
         text_of(record, "subject"),
         _answers(record.get("ground_truth")),
-        rephrases=_answers(record.get("rephrase_prompt")),
-        locality={"same_relation": [near]},
+        rephrases=_answers(record.get("rephrase", record.get("rephrase_prompt"))),
+        locality=locality,
+        portability=_group_asks(record, "portability", "ground_truth"),
         id=str(record.get("case_id", place)),
     )
 
@@ -239,23 +233,10 @@ def _rome(record: Line, place: str) -> Edit:
     )
 
 
-def _knowedit(record: Line, place: str) -> Edit:
-    return Edit(
-        text_of(record, "prompt"),
-        text_of(record, "target_new"),
-        text_of(record, "subject"),
-        _answers(record.get("ground_truth")),
-        rephrases=_answers(record.get("rephrase", record.get("rephrase_prompt"))),
-        locality=_group_asks(record, "locality", "ground_truth"),
-        portability=_group_asks(record, "portability", "ground_truth"),
-        id=place,
-    )
-
-
 SHAPES: Shapes[Edit] = {
     "rome": (("requested_rewrite",), _rome),
-    "counterfact": (("target_new", "locality_prompt"), _counterfact),
-    "knowedit": (("target_new",), _knowedit),
+    "counterfact": (("target_new", "locality_prompt"), _target_new),
+    "knowedit": (("target_new",), _target_new),
     "lmpatch": (("prompt",), edit_from),
 }
 

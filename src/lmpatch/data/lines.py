@@ -22,10 +22,8 @@ LISTED = 10  # bad lines named in one message
 
 
 def read_text(path: str | Path, *, limit: int | None = None) -> list[str]:
-    """Read plain text: the ``text`` of each JSON line, or the paragraphs of a ``.txt`` or ``.txt.gz`` file.
+    """The ``text`` of each JSON line, or the paragraphs of a ``.txt`` or ``.txt.gz`` file, at most ``limit``.
 
-    Args:
-        limit: at most this many texts, the first ones.
     Returns:
         texts without surrounding white space, empty ones left out.
     Raises:
@@ -134,3 +132,10 @@ def text_of(record: Line, key: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         raise BadRecord(f"{key} is missing" if value is None else f"{key} must be a text, found {value!r}")
     return value
+
+
+def texts_of(record: Line, key: str) -> tuple[str, ...]:
+    value = record.get(key, [])
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise BadRecord(f"{key} must be a list of texts, found {value!r}")
+    return tuple(value)

@@ -64,11 +64,7 @@ class Log:
 
     @classmethod
     def create(cls, path: Path, width: int, matched: int, stamp: dict[str, str]) -> Log:
-        """Make the folder. What a killed creation left there is written over.
-
-        Raises:
-            BadInput: something else is there.
-        """
+        """Make the folder. What a killed creation left there is written over."""
         begun = (path / f"{TABLE}.lance").is_dir()
         if path.exists() and not begun and (path.is_file() or {*os.listdir(path)} - {LOCK}):
             raise BadInput(f"{path} exists and is no memory. Give another path.")
@@ -108,11 +104,7 @@ class Log:
         return alive
 
     def length(self, version: int) -> int:
-        """How many rows the log had after a version.
-
-        Raises:
-            BadInput: there is no such version.
-        """
+        """How many rows the log had after a version. Raises ``BadInput`` where there is none."""
         if not 0 <= version <= self.version:
             raise BadInput(f"there is no version {version}. There are 0, which is empty, to {self.version}.")
         return int(np.searchsorted(self.texts["version"], version, side="right"))
@@ -133,11 +125,7 @@ class Log:
         return self
 
     def read(self, since: int) -> pa.Table:
-        """All columns but the vectors of rows ``since`` and later, in order.
-
-        Raises:
-            LmpatchError: a row is missing.
-        """
+        """All columns but the vectors of rows ``since`` and later, in order."""
         rows = self._ordered(lambda: self._table.search().where(f"seq >= {since}").select(list(TEXTS)))
         return self._whole(rows, np.arange(since, since + len(rows)))
 
@@ -280,11 +268,7 @@ def flush(folder: Path, since: int) -> None:
 
 
 def lancedb() -> Any:
-    """The package.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
+    """The package, where it is installed."""
     try:
         import lancedb
     except ImportError as error:

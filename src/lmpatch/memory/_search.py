@@ -2,8 +2,8 @@
 
 The index is LanceDB's IVF-RQ over a copy of the keys that were live when it was made: a bit a dimension (RaBitQ, Gao
 and Long 2024, arXiv:2405.12497) in lists around centroids. It can be lost and made again: the log is what is true. It
-is built aside and renamed, and renamed before it is deleted: ``near-N.lance``, which covers the first N rows of the log,
-is whole or not there, whenever a process is killed.
+is built aside and renamed, and renamed before it is deleted: ``near-N.lance``, which covers the first N rows of the
+log, is whole or not there, whenever a process is killed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,19 +60,21 @@ class Search:
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
-        block = self._ready()
-        scores, seqs = (part.numpy() for part in block.search(torch.from_numpy(queries), k))
+        scores, seqs = (part.numpy() for part in self._ready().search(torch.from_numpy(queries), k))
         if self._index is None:
             return scores, seqs
         lines = []
-        for query, own, numbers in zip(queries, scores, seqs, strict=True):
+        for i, query in enumerate(queries):
             more = self._indexed(self._index, query, k)
-            all_scores, all_seqs = np.concatenate([own, more[0]]), np.concatenate([numbers, more[1]])
-            best = np.lexsort((all_seqs, -all_scores))[:k]
-            lines.append((all_scores[best], all_seqs[best]))
+            both = np.concatenate([scores[i], more[0]]), np.concatenate([seqs[i], more[1]])
+            best = np.lexsort((both[1], -both[0]))[:k]
+            lines.append((both[0][best], both[1][best]))
         width = min((len(line) for line, _ in lines), default=0)  # an index may find fewer than k
-        both = [np.array([line[i][:width] for line in lines]).reshape(len(queries), width) for i in (0, 1)]
-        return both[0], both[1].astype(np.int64)
+        shape = (len(queries), width)
+        return (
+            np.array([line[:width] for line, _ in lines], np.float64).reshape(shape),
+            np.array([line[:width] for _, line in lines], np.int64).reshape(shape),
+        )
 
     def _indexed(self, index: Near, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The best ``k`` facts of the index that still hold."""
@@ -138,14 +141,9 @@ def build(log: Log) -> None:
     """Index the keys of the facts that hold and remove older indexes. Does nothing while another process is at it."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(log.path / f"{BUILT}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return
-    try:
-        start = time.time_ns()
-        work, final = (log.path / f"{name}.lance" for name in (BUILT, NAME.format(log.count)))
+    start = time.time_ns()
+    work, final = (log.path / f"{name}.lance" for name in (BUILT, NAME.format(log.count)))
+    with suppress(Timeout), FileLock(log.path / f"{BUILT}.lock", timeout=0):
         with lance(f"cannot index the memory at {log.path}", full="No fact was lost. Free some space."):
             shutil.rmtree(work, ignore_errors=True)  # what a killed build left
             _write(log)
@@ -155,8 +153,6 @@ def build(log: Log) -> None:
         for old in log.path.glob(f"{NAME.format('*')}.lance"):
             if old != final:
                 _remove(old)
-    finally:
-        lock.release()
 
 
 def _remove(folder: Path) -> None:

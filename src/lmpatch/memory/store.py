@@ -45,7 +45,7 @@ class Store:
     def create(
         cls, path: str | Path, *, width: int, stamp: Mapping[str, str], matched: int | None = None, exact: int = EXACT
     ) -> Store:
-        """Make an empty memory.
+        """Make an empty memory where nothing is yet.
 
         Args:
             width: of the keys, a multiple of 8.
@@ -53,9 +53,6 @@ class Store:
                 ``editor_name`` and ``base_name`` messages say them by name.
             matched: M, how many of a key's first components a query is compared with. None: all.
             exact: up to this many live keys a search looks at each; above, it asks an approximate index.
-        Raises:
-            BadInput: something is there already, or the width or the stamp cannot be used.
-            MissingExtra: LanceDB is not installed.
         """
         if width < 8 or width % 8:
             raise BadInput(f"keys of width {width} cannot be stored. Make the width a multiple of 8.")
@@ -63,9 +60,8 @@ class Store:
             raise BadInput(f"the stamp of a memory needs 'editor' and 'base', found {sorted(stamp)}.")
         matched = width if matched is None else matched
         if not 0 < matched <= width or matched % 8:
-            raise BadInput(
-                f"{matched} of {width} components cannot be compared. Give a multiple of 8, the width at most."
-            )
+            why = f"{matched} of {width} components cannot be compared."
+            raise BadInput(f"{why} Give a multiple of 8, the width at most.")
         return cls(Log.create(Path(path), width, matched, dict(stamp)), exact)
 
     @classmethod
@@ -77,7 +73,6 @@ class Store:
         Raises:
             BadInput: there is none.
             WrongModel: it was made with another editor or base model.
-            MissingExtra: LanceDB is not installed.
         """
         log = Log(Path(path))
         if stamp is not None and any(log.stamp.get(name) != stamp.get(name) for name in ("editor", "base")):
@@ -126,10 +121,10 @@ class Store:
         """
 
         def ends() -> tuple[list[Row], None]:
-            if missing := [prompt for prompt in prompts if prompt_key(prompt) not in self._log.live]:
-                raise BadInput(
-                    f"no live fact has the prompt {missing[0]!r}. `lmpatch memory find` looks for a part of it."
-                )
+            for prompt in prompts:
+                if prompt_key(prompt) not in self._log.live:
+                    why = f"no live fact has the prompt {prompt!r}."
+                    raise BadInput(f"{why} `lmpatch memory find` looks for a part of it.")
             return [_end(prompt) for prompt in {prompt_key(prompt): prompt for prompt in prompts}.values()], None
 
         return self._commit(ends)
@@ -139,8 +134,6 @@ class Store:
 
         Returns:
             the new version, or the last one if nothing is different.
-        Raises:
-            BadInput: there is no such version.
         """
 
         def difference() -> tuple[list[Row], np.ndarray]:
@@ -192,8 +185,6 @@ class Store:
         Args:
             history: also those that no longer do, with what ended them.
             version: as it was after this version; None: now.
-        Raises:
-            BadInput: there is no such version.
         """
         log = self._log.refresh()
         version = log.version if version is None else version
@@ -257,13 +248,7 @@ class Store:
         return scores.astype(np.float32), [[rows[seq] for seq in line] for line in seqs.tolist()]
 
     def export(self, path: str | Path) -> int:
-        """Write the facts that hold as JSON lines, which ``read_edits`` reads. Keys stay behind.
-
-        Returns:
-            how many.
-        Raises:
-            BadInput: the file exists, or cannot be written.
-        """
+        """Write the facts that hold as JSON lines, which ``read_edits`` reads; returns how many. Keys stay behind."""
         facts = self.facts()
         try:
             with Path(path).open("x", encoding="utf-8") as file:

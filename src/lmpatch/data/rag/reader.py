@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...errors import BadInput, BadRecord
-from ..lines import Line, only, parsed, read_records, text_of
+from ...files import new_folder
+from ..lines import Line, only, parsed, read_records, text_of, texts_of
 from ..matching import whole
 from .build import Build, Sets, build
 from .record import Part, Question, RagRecord, render
@@ -80,34 +80,19 @@ def is_built(path: str | Path) -> bool:
 
 
 def read_built(path: str | Path) -> list[RagRecord]:
-    """Read a file that ``write`` made, or one by hand.
-
-    Raises:
-        BadInput, BadRecord: as ``read_rag``.
-    """
+    """Read a file that ``write`` made, or one by hand."""
 
     def make(record: Line, place: int) -> RagRecord:
         only(record, [field.name for field in fields(RagRecord)])
-        values: dict[str, Any] = {"question": "", "documents": (), "id": str(record.get("id", place))}
-        for name, value in record.items():
-            if name in ("documents", "gold"):
-                if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-                    raise BadRecord(f"{name} must be a list of texts, found {value!r}")
-                values[name] = tuple(value)
-            elif name != "id":
-                values[name] = text_of(record, name, "")
-        return RagRecord(**values)
+        texts: Any = {name: text_of(record, name, "") for name in record if name not in ("documents", "gold", "id")}
+        lists = {name: texts_of(record, name) for name in ("documents", "gold")}
+        return RagRecord(**{"question": "", **texts}, **lists, id=str(record.get("id", place)))
 
     return [record for _, record in read_records(Path(path), make)]
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Read a source.
-
-    Raises:
-        BadInput: no such file, an empty one, or an unknown shape.
-        BadRecord: lines that cannot be read: without documents, without an answer; names the first ten of them.
-    """
+    """Read a source. What cannot be read, without documents or an answer, is named as by ``read_rag``."""
     made: list[Question] = []
     logs: list[list[str]] = []  # the documents of each log
 
@@ -166,14 +151,13 @@ def _flat(record: Line, id: str) -> Question:
 
 def _log(record: Line, id: str) -> Question:
     """The document with the answer is the context; without one the question is unanswerable from its documents."""
-    documents = record["documents"]
-    if not isinstance(documents, list) or not all(isinstance(d, str) and d.strip() for d in documents) or not documents:
+    documents = texts_of(record, "documents")
+    if not documents or not all(map(str.strip, documents)):
         raise BadRecord("documents must be a list of one or more texts, none of them empty")
     given = record.get("answer", record.get("answers"))
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts) or not any(t.strip() for t in texts):
+    gold = _distinct([given] if isinstance(given, str) else texts_of({"answer": given or []}, "answer"))
+    if not gold:
         raise BadRecord("answer is missing or empty; give a text, or a list of texts")
-    gold = _distinct(texts)
     holding = [d for d in documents if any(has_words(d, answer) for answer in gold)]
     context = (holding or documents)[0]
     answers = tuple(answer for answer in gold if has_words(context, answer))
@@ -218,26 +202,23 @@ def write(sets: Sets, folder: str | Path, *, source: str | Path, cfg: Build) -> 
     folder = Path(folder)
     if folder.exists():
         raise BadInput(f"{folder} exists already. Give another folder, or remove it first.")
-    work = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
-    work.mkdir(parents=True)
-    files = {}
-    for part in get_args(Part):
-        kept = [{name: getattr(record, name) for name in STORED} for record in sets.records if record.part == part]
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        (work / f"{part}.jsonl").write_text(text, encoding="utf-8")
-        files[f"{part}.jsonl"] = hashlib.sha256(text.encode()).hexdigest()
-    manifest = {
-        "source": Path(source).name,
-        "source_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest(),
-        "settings": asdict(cfg),
-        "counts": counts(sets.records),
-        "built": {name: {"asked": asked, "built": built} for name, (asked, built) in sets.built.items()},
-        "skipped": dict(sets.skipped),
-        "files": files,
-    }
-    (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    work.rename(folder)
+    with new_folder(folder) as work:
+        files = {}
+        for part in get_args(Part):
+            kept = [{name: getattr(record, name) for name in STORED} for record in sets.records if record.part == part]
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+            (work / f"{part}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+            files[f"{part}.jsonl"] = hashlib.sha256(text.encode()).hexdigest()
+        manifest = {
+            "source": Path(source).name,
+            "source_sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest(),
+            "settings": asdict(cfg),
+            "counts": counts(sets.records),
+            "built": {name: {"asked": asked, "built": built} for name, (asked, built) in sets.built.items()},
+            "skipped": dict(sets.skipped),
+            "files": files,
+        }
+        (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
 
 
