@@ -37,8 +37,20 @@ class InContext:
     without_context: str
 
 
+class Prompted(Record):
+    """A record that is asked with a context and without."""
+
+    prompt: str
+    without_context: str
+
+    @property
+    def asked(self) -> InContext:
+        """The two prompts as ``generate`` and ``score`` take them."""
+        return InContext(self.prompt, self.without_context)
+
+
 @dataclass(frozen=True)
-class ContextRecord(Record):
+class ContextRecord(Prompted):
     """A question with a context, as a model reads it with and without that context.
 
     Args:
@@ -86,11 +98,6 @@ class ContextRecord(Record):
     def letters(self) -> tuple[str, ...]:
         """The letters of the options."""
         return tuple(LETTERS[: len(self.options)])
-
-    @property
-    def asked(self) -> InContext:
-        """The two prompts as ``generate`` and ``score`` take them."""
-        return InContext(self.prompt, self.without_context)
 
 
 def render(context: str, question: str, options: Sequence[str] = ()) -> str:
@@ -181,8 +188,10 @@ def _memotrap(record: Line, place: str) -> ContextRecord:
 
 
 def _kre(record: Line, place: str) -> ContextRecord:
-    texts = (text_of(record, key) for key in ("negative_context", "question", "candidate", "answer"))
-    return ContextRecord(*texts, options=texts_of(record, "choices"), id=place)
+    context, question, answer, memory = (
+        text_of(record, key) for key in ("negative_context", "question", "candidate", "answer")
+    )
+    return ContextRecord(context, question, answer, memory, options=texts_of(record, "choices"), id=place)
 
 
 def _letter(answer: str, options: Sequence[str]) -> str:

@@ -126,16 +126,18 @@ class Log:
 
     def read(self, since: int) -> pa.Table:
         """All columns but the vectors of rows ``since`` and later, in order."""
-        rows = self._ordered(lambda: self._table.search().where(f"seq >= {since}").select(list(TEXTS)))
-        return self._whole(rows, np.arange(since, since + len(rows)))
+        where = f"seq >= {since}"
+        return self._read(
+            lambda: self._table.search().where(where).select(list(TEXTS)), lambda n: range(since, since + n)
+        )
 
     def vectors(self, seqs: Sequence[int]) -> np.ndarray:
         """Vectors [n, width] float16 of these rows, which must be facts."""
         wanted = sorted({*seqs})
         if not wanted:
             return np.empty((0, self.width), np.float16)
-        rows = self._ordered(lambda: self._table.take_offsets(wanted).select(["seq", "vector"]))
-        return matrix(self._whole(rows, wanted)["vector"])[np.searchsorted(wanted, seqs)]
+        rows = self._read(lambda: self._table.take_offsets(wanted).select(["seq", "vector"]), lambda _: wanted)
+        return matrix(rows["vector"])[np.searchsorted(wanted, seqs)]
 
     def live_batches(self, since: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(numbers [n], what is compared of their vectors [n, M] float16) of the facts that hold, from a row on."""
@@ -210,15 +212,15 @@ class Log:
             self.texts = self.texts.combine_chunks()
         self._seen = seen
 
-    def _ordered(self, query: Callable[[], Any]) -> pa.Table:
+    def _read(self, query: Callable[[], Any], numbers: Callable[[int], Sequence[int]]) -> pa.Table:
+        """The rows of a query, in their order; ``numbers`` says which so many must be."""
+
         def read() -> pa.Table:
             with lance(f"cannot read the memory at {self.path}"):
                 return query().to_arrow().sort_by("seq")
 
-        return self.retry(read)
-
-    def _whole(self, rows: pa.Table, wanted: Any) -> pa.Table:
-        if not np.array_equal(rows["seq"], wanted):  # rows stand in the order of their numbers
+        rows = self.retry(read)
+        if not np.array_equal(rows["seq"], numbers(len(rows))):  # rows stand in the order of their numbers
             raise LmpatchError(f"the memory at {self.path} lacks rows of its log. Take a fresh copy of the folder.")
         return rows
 

@@ -84,9 +84,9 @@ def read_built(path: str | Path) -> list[RagRecord]:
 
     def make(record: Line, place: int) -> RagRecord:
         only(record, [field.name for field in fields(RagRecord)])
-        texts: Any = {name: text_of(record, name, "") for name in record if name not in ("documents", "gold", "id")}
-        lists = {name: texts_of(record, name) for name in ("documents", "gold")}
-        return RagRecord(**{"question": "", **texts}, **lists, id=str(record.get("id", place)))
+        values: dict[str, Any] = {name: texts_of(record, name) for name in ("documents", "gold")}
+        values |= {name: text_of(record, name, "") for name in record if name not in (*values, "id")}
+        return RagRecord(**{"question": "", **values, "id": str(record.get("id", place))})
 
     return [record for _, record in read_records(Path(path), make)]
 

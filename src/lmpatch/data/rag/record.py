@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ...errors import BadInput
-from ..context import InContext
-from ..record import Record
+from ..context import Prompted
 
 Kind = Literal["adherence", "robustness", "extraction"]
 Variant = Literal["original", "substituted", "mixed", "foreign", "unanswerable", "three"]
@@ -39,7 +38,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class RagRecord(Record):
+class RagRecord(Prompted):
     """A question with documents, and which skill it trains or measures.
 
     Args:
@@ -87,11 +86,6 @@ class RagRecord(Record):
         task = EXTRACT if self.kind == "extraction" else ""
         put(self, "prompt", self.prompt or render(self.question, self.documents, self.title, task))
         put(self, "without_context", self.without_context or render(self.question, (), self.title, task))
-
-    @property
-    def asked(self) -> InContext:
-        """The two prompts as ``generate`` and ``score`` take them."""
-        return InContext(self.prompt, self.without_context)
 
 
 def render(question: str, documents: Sequence[str], title: str = "", task: str = "") -> str:
