@@ -5,7 +5,9 @@ The public names, each imported when it is first used, so that ``import lmpatch`
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,75 +77,17 @@ if TYPE_CHECKING:
     from .progress import progress_bar as progress_bar
     from .registry import names as names
 
-_HOMES = {
-    "Applied": "patches.ledger",
-    "Ask": "data.edits",
-    "BadInput": "errors",
-    "BadPatch": "errors",
-    "BadRecord": "errors",
-    "CannotMerge": "errors",
-    "CannotMount": "errors",
-    "ContextRecord": "data.context",
-    "Contradiction": "errors",
-    "DecodePatch": "patches.decode.patch",
-    "Dense": "patches.weight.delta",
-    "Diverged": "errors",
-    "Edit": "data.edits",
-    "Editor": "patches.editor",
-    "ForeignWrite": "errors",
-    "Head": "models.units",
-    "InContext": "data.context",
-    "LM": "models.lm",
-    "Layer": "models.units",
-    "LayerOutOfRange": "errors",
-    "Layout": "models.layout",
-    "LmpatchError": "errors",
-    "LowRank": "patches.weight.delta",
-    "Memory": "memory.memory",
-    "MemoryPatch": "patches.memory.patch",
-    "MissingExtra": "errors",
-    "Neuron": "models.units",
-    "NotEnoughMemory": "errors",
-    "Parameter": "models.units",
-    "Patch": "patches.patch",
-    "Rows": "patches.weight.delta",
-    "Scale": "patches.weight.delta",
-    "Score": "inference.score",
-    "Sparse": "patches.weight.delta",
-    "SteerPatch": "patches.hook.patch",
-    "SubjectNotFound": "errors",
-    "UnknownLayout": "errors",
-    "UnknownName": "errors",
-    "WeightPatch": "patches.weight.patch",
-    "WrongModel": "errors",
-    "applied": "patches.ledger",
-    "apply": "patches.ledger",
-    "bench": "api",
-    "examine": "doctor",
-    "export": "patches.export",
-    "fit": "api",
-    "generate": "inference.generate",
-    "hidden": "inference.states",
-    "load": "models.load",
-    "load_editor": "patches.editor",
-    "load_patch": "patches.file",
-    "merge": "patches.merge",
-    "names": "registry",
-    "next_logits": "inference.multiple_choice",
-    "probe": "api",
-    "progress_bar": "progress",
-    "read_asks": "data.edits",
-    "read_context": "data.context",
-    "read_edits": "data.edits",
-    "read_text": "data.lines",
-    "rebuild": "patches.ledger",
-    "score": "inference.score",
-    "stream": "inference.generate",
-    "train": "api",
-    "wrap": "models.load",
-}
+_HOMES = dict(
+    sorted(
+        (alias.name, node.module)
+        for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level and node.module
+        for alias in node.names
+    )
+)
+"""Public name -> its module, read from the imports above, which only type checkers run."""
 
-__all__ = sorted(_HOMES)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -36,10 +36,10 @@ def fit(
     """Make a patch that writes ``edits`` into the model. The model itself stays as it was, to the bit.
 
     Args:
-        method: a name from ``registry.names("methods")``.
+        method: a name from ``names("methods")``.
         edits: the facts of one commit, or whatever records the method reads (``ircan``: questions with contexts), or
             the path of a file of them; may be empty for methods that learn nothing, such as ``cad``.
-        text: plain text for methods that take second moments; each has its own default.
+        text: plain text for the covariance of activations that rome and memit need; each has its own default.
         anchors: facts outside the test set, for methods that measure on them first (memit's ``nas``).
         editor: from ``train``, for methods that have one; None: the one that comes with lmpatch for this model.
         out: folder of checkpoints, for methods that train for long. A run that is there goes on where it stopped.
@@ -60,8 +60,7 @@ def fit(
         chosen.record.check(records)
     material = chosen.material({"text": text, "anchors": anchors, "editor": editor, "out": out})
     if chosen.estimate:
-        need = chosen.estimate(lm, len(records), config)
-        require_memory(need, lm.device, f"{method} with {len(records)} edits")
+        require_memory(chosen.estimate(lm, len(records), config), lm.device, f"{method} with {len(records)} edits")
     patch: Patch = chosen.fit(lm, records, config, progress=progress, **material)
     return patch
 
@@ -195,13 +194,7 @@ def _makers(name: str, settings: dict[str, Any], material: dict[str, Any]) -> di
     """What a bench needs to make patches with a method: one commit at a time, or many single edits in one go."""
     chosen = find_method(name)
     config = resolve(chosen.config, settings, name)
-    given = chosen.material(material)
-    makers = {
-        "make": lambda lm, edits: fit(lm, name, edits, **material, **settings),
-        "settings": asdict(config),
-        "run_id": name,
-    }
-    if chosen.fit_each:
-        each = chosen.fit_each
-        makers["make_each"] = lambda lm, edits: each(lm, edits, config, **given)
-    return makers
+    given, each = chosen.material(material), chosen.fit_each
+    make = {"make": lambda lm, edits: fit(lm, name, edits, **material, **settings)}
+    make |= {"make_each": lambda lm, edits: each(lm, edits, config, **given)} if each else {}
+    return {**make, "settings": asdict(config), "run_id": name}

@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from ..errors import BadInput
-from .options import Device, Download, Dtype, Model, Mount, Patches, Raw, open_model, open_patches, patched
+from .options import Mount, Patches, Raw, Source, arg, open_patches, opt, patched
 from .screen import progress, table
 
 if TYPE_CHECKING:
@@ -17,22 +15,17 @@ if TYPE_CHECKING:
 
 
 def ask(
-    model: Model,
+    source: Source,
     prompts: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="PROMPT...", help="Texts to continue. - or nothing: the lines of stdin."),
+        list[str] | None, arg("PROMPT...", "Texts to continue. - or nothing: the lines of stdin.")
     ] = None,
     patch: Patches = None,
     mount: Mount = None,
     context: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT|@FILE", help="What the prompts are questions about: a text, or @ and a file."),
+        str | None, opt("What the prompts are questions about: a text, or @ and a file.", "TEXT|@FILE")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 32,
+    tokens: Annotated[int, opt("At most this many new tokens.", min=1)] = 32,
     raw: Raw = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    download: Download = False,
 ) -> None:
     """Continue prompts, before and after patches side by side.
 
@@ -52,15 +45,13 @@ def ask(
     from ..inference.generate import generate
 
     batch: list[Prompt] = [*texts] if context is None else in_context(context, texts)
-    lm = open_model(model, dtype, device, download, raw=raw)
+    lm = source.open(raw=raw)
     with progress("generating") as bar:
-        before = generate(lm, batch, max_new_tokens=tokens, progress=bar)
-        if not patches:
-            table(["prompt", "answer"], list(zip(texts, before, strict=True)))
-            return
-        with patched(lm, patches, mount):
-            after = generate(lm, batch, max_new_tokens=tokens, progress=bar)
-    table(["prompt", "before", "after"], list(zip(texts, before, after, strict=True)))
+        columns = {"prompt": texts, "before": generate(lm, batch, max_new_tokens=tokens, progress=bar)}
+        if patches:
+            with patched(lm, patches, mount):
+                columns["after"] = generate(lm, batch, max_new_tokens=tokens, progress=bar)
+    table([*columns] if patches else ["prompt", "answer"], list(zip(*columns.values(), strict=True)))
 
 
 def given(prompts: list[str] | None) -> list[str]:
