@@ -53,7 +53,7 @@ def parse(config: type[Any], pairs: Iterable[str], owner: str = "") -> dict[str,
 
 
 def describe(hint: Any) -> str:
-    """A type as a person writes it: ``int or none``, ``'target' or 'prompt_last'``, ``list of int``."""
+    """A type as a person writes it: ``a whole number or none``, ``'target' or 'prompt_last'``."""
     return " or ".join(map(_word, _options(hint)))
 
 

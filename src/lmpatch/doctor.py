@@ -59,7 +59,7 @@ def examine(lm: LM, *, progress: Progress | None = None) -> list[Finding]:
 
 
 def footprint(lm: LM) -> list[tuple[str, str]]:
-    """(what, how much) of memory: the weights, what is free, one rank of a patch, and each method's own estimate."""
+    """(what, how much) of memory: the weights, what is free, parts of a patch, and each method's own estimate."""
     d, width = lm.layout.d_model, max(lm.layout.widths)
     sizes = {
         "weights": sum(p.numel() * p.element_size() for p in lm.model.parameters()),

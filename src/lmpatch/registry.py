@@ -114,10 +114,8 @@ def keywords(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def names(kind: str) -> list[str]:
-    """The names of one kind, sorted. No module is imported.
+    """The names of one kind (``methods``, ``probes``, ``benches``), sorted. No module is imported.
 
-    Args:
-        kind: ``methods``, ``probes`` or ``benches``.
     Raises:
         BadInput: another kind.
     """
@@ -165,9 +163,8 @@ def _own(kind: str) -> dict[str, Listed]:
 def _read(source: Path, stem: str, folder: bool) -> tuple[Listed, ...]:
     """The entries of one file, read as text."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
-    if folder and not any(
-        isinstance(node, (ast.alias, ast.ClassDef)) and node.name == "Config" for node in ast.walk(tree)
-    ):
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.alias, ast.ClassDef))}
+    if folder and "Config" not in defined:
         return ()
     literals = {}
     for statement in tree.body:

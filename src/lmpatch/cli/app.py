@@ -15,18 +15,17 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import LmpatchError
+from . import data, memory
 from .ask import ask
-from .data import data
 from .demo import demo, example
 from .files import export, merge, show
 from .fit import fit, train
 from .measure import bench, doctor, probe
-from .memory import memory
 from .methods import methods
 from .screen import complain, output
 
 COMMANDS = (demo, example, fit, train, ask, probe, bench, show, merge, export, methods, doctor)
-GROUPS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {"memory": memory, "data": data}
+GROUPS = {"memory": memory, "data": data}
 ABOUT = "Change what a causal language model knows, as small patches that come off bit for bit."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables and text.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
@@ -66,9 +65,9 @@ def build() -> typer.Typer:
     app.callback()(root)
     for command in COMMANDS:
         app.command(no_args_is_help=command not in (demo, example, methods))(spread(command))
-    for name, (text, commands) in GROUPS.items():
-        group = typer.Typer(no_args_is_help=True, help=text)
-        for word, command in commands.items():
+    for name, module in GROUPS.items():
+        group = typer.Typer(no_args_is_help=True, help=_help(module.HELP))
+        for word, command in module.COMMANDS.items():
             group.command(word, no_args_is_help=True)(spread(command))
         app.add_typer(group, name=name)
     return app
@@ -84,7 +83,9 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command as Typer reads it: with ``--json``, and with the fields of a parameter that is a dataclass
     (``Source``, ``Material``) as arguments in its place and options at the end.
     """
-    first, last, bundles = [], [], {}
+    first: list[inspect.Parameter] = []
+    last: list[inspect.Parameter] = []
+    bundles: dict[str, tuple[Any, list[str]]] = {}
     for p in inspect.signature(command, eval_str=True).parameters.values():
         if not is_dataclass(p.annotation):
             first.append(p.replace(kind=p.KEYWORD_ONLY))
@@ -94,8 +95,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         for field in known:
             has = field.default is not MISSING
             default = field.default if has else p.empty
-            own = inspect.Parameter(field.name, p.KEYWORD_ONLY, default=default, annotation=hints[field.name])
-            (last if has else first).append(own)
+            part = inspect.Parameter(field.name, p.KEYWORD_ONLY, default=default, annotation=hints[field.name])
+            (last if has else first).append(part)
     json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
 
     @functools.wraps(command)
@@ -104,7 +105,14 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         with output(as_json):
             command(**given, **values)
 
+    run.__doc__ = _help(command.__doc__ or "")
     parameters = [*first, *last, json]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def _help(text: str) -> str:
+    """The text, with its last lines, command lines all of them, set as examples."""
+    what, _, examples = inspect.cleandoc(text).partition("\n\nlmpatch ")
+    return f"{what}\n\n\b\nExamples:\n  lmpatch " + examples.replace("\n", "\n  ")

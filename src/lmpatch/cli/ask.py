@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import BadInput
+from ..files import outside, read_bytes
 from .options import Mount, Patches, Raw, Source, arg, open_patches, opt, patched
 from .screen import progress, table
 
@@ -31,12 +32,10 @@ def ask(
 
     An answer ends at its first line break, and where the model ends it.
 
-    \b
-    Examples:
-      lmpatch ask gemma-3-270m "The Eiffel Tower is in"
-      lmpatch ask gemma-3-270m -p eiffel "The Eiffel Tower is in" "The Louvre is in"
-      lmpatch ask gemma-3-270m -p eiffel - < prompts.txt
-      lmpatch ask gemma-3-270m -p cad --context "The Eiffel Tower moved to Rome." "Where is the Eiffel Tower?"
+    lmpatch ask gemma-3-270m "The Eiffel Tower is in"
+    lmpatch ask gemma-3-270m -p eiffel "The Eiffel Tower is in" "The Louvre is in"
+    lmpatch ask gemma-3-270m -p eiffel - < prompts.txt
+    lmpatch ask gemma-3-270m -p cad --context "The Eiffel Tower moved to Rome." "Where is the Eiffel Tower?"
     """
     texts = given(prompts)
     if context is not None:
@@ -74,10 +73,8 @@ def text_of(context: str) -> str:
     """The text itself, or that of the file behind an ``@``."""
     if not context.startswith("@"):
         return context
-    try:
-        return Path(context[1:]).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"the context {context[1:]} cannot be read ({error}). Give a text file after @.") from None
+    with outside(f"the context {context[1:]}"):
+        return read_bytes(Path(context[1:]).expanduser()).decode()
 
 
 def in_context(context: str, questions: list[str]) -> list[Prompt]:

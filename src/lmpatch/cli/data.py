@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from .options import Out, Settings, arg, opt
 from .screen import say, table
@@ -23,10 +23,8 @@ def rag(
 ) -> None:
     """Build the sets of `parenting` and the bench `rag`: split by article, the same files every time.
 
-    \b
-    Examples:
-      lmpatch data rag squad.jsonl.gz -o sets
-      lmpatch data rag logs.jsonl -o sets --set words=120 --set seed=1
+    lmpatch data rag squad.jsonl.gz -o sets
+    lmpatch data rag logs.jsonl -o sets --set words=120 --set seed=1
     """
     from ..config import parse, resolve
     from ..data.rag.reader import Build, build, read_questions, write
@@ -49,7 +47,7 @@ def show(
 ) -> None:
     """What a file holds: how many records of each kind, and examples as the model reads them.
 
-    Example: lmpatch data show sets/train.jsonl -n 2
+    lmpatch data show sets/train.jsonl -n 2
     """
     from ..data.rag.reader import build, counts, is_built, read_built, read_questions
 
@@ -72,9 +70,9 @@ def _text(record: RagRecord) -> str:
     return f"{head}\ntrue: {' | '.join(record.gold)}" if record.gold else head
 
 
-data: tuple[str, dict[str, Callable[..., Any]]] = (
-    "Build and inspect sets of questions with documents.\n\n"
-    "\b\nExamples:\n  lmpatch data rag squad.jsonl.gz -o sets\n  lmpatch data show sets/train.jsonl",
-    {"rag": rag, "show": show},
-)
-"""The group's help and its commands."""
+COMMANDS: dict[str, Callable[..., None]] = {"rag": rag, "show": show}
+HELP = """Build and inspect sets of questions with documents.
+
+lmpatch data rag squad.jsonl.gz -o sets
+lmpatch data show sets/train.jsonl
+"""

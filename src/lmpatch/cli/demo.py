@@ -46,10 +46,8 @@ def demo(
     Exit code 1 if the memory does not change every fact, 10 in 12 in other words, and leave 11 in 12 neighbours as they
     were, or if a bit of the model stays changed.
 
-    \b
-    Examples:
-      lmpatch demo
-      lmpatch demo -o facts --count 20
+    lmpatch demo
+    lmpatch demo -o facts --count 20
     """
     begun = monotonic()
     keep(context, "The model was not changed on disk.")
@@ -100,10 +98,8 @@ def example(
 ) -> None:
     """Write a small file of facts, the one the demo and the first page use.
 
-    \b
-    Examples:
-      lmpatch example
-      lmpatch example -o my-facts.jsonl
+    lmpatch example
+    lmpatch example -o my-facts.jsonl
     """
     text = own_facts().read_text(encoding="utf-8")
     out.parent.mkdir(parents=True, exist_ok=True)

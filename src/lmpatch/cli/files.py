@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 def show(patch: Annotated[Path, arg("PATCH", "A patch or memory folder.")]) -> None:
     """What a patch holds, what it was made for and how. Needs no model.
 
-    \b
-    Example:
-      lmpatch show eiffel
+    lmpatch show eiffel
     """
     _say(*open_patches([patch]))
 
@@ -28,9 +26,7 @@ def merge(
 ) -> None:
     """Several patches of one model as one patch: additions sum, scales multiply.
 
-    \b
-    Example:
-      lmpatch merge eiffel colosseum -o monuments
+    lmpatch merge eiffel colosseum -o monuments
     """
     from ..patches.file import load_patch
     from ..patches.merge import merge as merged
@@ -50,11 +46,9 @@ def export(
 ) -> None:
     """Write a patch in a form that other libraries load without lmpatch.
 
-    \b
-    Examples:
-      lmpatch export gemma-3-270m -p eiffel --to peft -o adapter
-      lmpatch export gemma-3-270m -p tuned --rank 64 -o adapter
-      lmpatch export gemma-3-270m -p eiffel --to checkpoint -o gemma-in-rome
+    lmpatch export gemma-3-270m -p eiffel --to peft -o adapter
+    lmpatch export gemma-3-270m -p tuned --rank 64 -o adapter
+    lmpatch export gemma-3-270m -p eiffel --to checkpoint -o gemma-in-rome
     """
     from ..patches.export import export as write
     from ..patches.file import load_patch

@@ -35,14 +35,12 @@ def fit(
 
     Patches given with -p are on the model meanwhile: the new patch is made for a model that already has them.
 
-    \b
-    Examples:
-      lmpatch fit gemma-3-270m rome facts.jsonl -o eiffel
-      lmpatch fit gemma-3-270m ircan questions.jsonl -o listens --set neurons=16 --set factor=2
-      lmpatch fit gemma-3-270m cad -o trusting --set alpha=1
-      lmpatch fit gemma-3-270m parenting sets/train.jsonl -o balanced --work balanced.work
-      accelerate launch -m lmpatch fit ./my-model parenting sets/train.jsonl -o balanced --shard
-      lmpatch fit ./my-model memit more.jsonl -o more -p eiffel --set layers=5,6,7
+    lmpatch fit gemma-3-270m rome facts.jsonl -o eiffel
+    lmpatch fit gemma-3-270m ircan questions.jsonl -o listens --set neurons=16 --set factor=2
+    lmpatch fit gemma-3-270m cad -o trusting --set alpha=1
+    lmpatch fit gemma-3-270m parenting sets/train.jsonl -o balanced --work balanced.work
+    accelerate launch -m lmpatch fit ./my-model parenting sets/train.jsonl -o balanced --shard
+    lmpatch fit ./my-model memit more.jsonl -o more -p eiffel --set layers=5,6,7
     """
     from .. import api, registry
     from ..config import parse
@@ -84,10 +82,8 @@ def train(
 ) -> None:
     """Train an editor for a model. Stopped, the same command goes on from its last step.
 
-    \b
-    Examples:
-      lmpatch train gemma-3-270m recipe facts.jsonl --unrelated nq.jsonl -o mine.safetensors --dtype bfloat16
-      accelerate launch -m lmpatch train ./my-model recipe facts.jsonl -o mine.safetensors --shard
+    lmpatch train gemma-3-270m recipe facts.jsonl --unrelated nq.jsonl -o mine.safetensors --dtype bfloat16
+    accelerate launch -m lmpatch train ./my-model recipe facts.jsonl -o mine.safetensors --shard
     """
     from .. import api, registry
     from ..config import parse

@@ -29,11 +29,9 @@ def probe(
 ) -> None:
     """Look inside a model on each record of a file, and leave it as it was.
 
-    \b
-    Examples:
-      lmpatch probe gemma-3-270m causal_trace facts.jsonl --limit 10 -o traces
-      lmpatch probe gemma-3-270m causal_trace facts.jsonl --set kind=mlp -p eiffel
-      lmpatch probe gemma-3-270m integrated_gradients questions.jsonl -o neurons
+    lmpatch probe gemma-3-270m causal_trace facts.jsonl --limit 10 -o traces
+    lmpatch probe gemma-3-270m causal_trace facts.jsonl --set kind=mlp -p eiffel
+    lmpatch probe gemma-3-270m integrated_gradients questions.jsonl -o neurons
     """
     from .. import api, registry
     from ..config import parse
@@ -82,11 +80,9 @@ def bench(
     The unpatched model is always in the table, for facts also the fact in the prompt. Several patches are put on in
     this order.
 
-    \b
-    Examples:
-      lmpatch bench gemma-3-270m facts facts.jsonl -p eiffel
-      lmpatch bench gemma-3-270m general data -p eiffel --set n=100 -o runs/general
-      lmpatch bench gemma-3-270m facts counterfact.jsonl --method memit --set n=100 --limit 100 -o runs/memit
+    lmpatch bench gemma-3-270m facts facts.jsonl -p eiffel
+    lmpatch bench gemma-3-270m general data -p eiffel --set n=100 -o runs/general
+    lmpatch bench gemma-3-270m facts counterfact.jsonl --method memit --set n=100 --limit 100 -o runs/memit
     """
     from .. import api, registry
     from ..config import parse
@@ -115,10 +111,8 @@ def doctor(source: o.Source) -> None:
     Every hook fires, a patch of zeros changes no bit, both mounts agree, removal restores every bit, padding moves
     nothing, replay equals the plain forward. Exit code 1 if one of these fails.
 
-    \b
-    Examples:
-      lmpatch doctor gemma-3-270m
-      lmpatch doctor ./my-model --dtype bfloat16
+    lmpatch doctor gemma-3-270m
+    lmpatch doctor ./my-model --dtype bfloat16
     """
     from ..doctor import examine, footprint
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from ..errors import BadInput
 from .options import Device, Download, EditorFile, Source, arg, new_path, opt, out_option
@@ -31,11 +31,9 @@ def create(
 ) -> None:
     """Make an empty memory with the editor that will encode its facts.
 
-    \b
-    Examples:
-      lmpatch memory create store gemma-3-270m
-      lmpatch memory create store ./my-model --method rag
-      lmpatch memory create store --editor recipe.safetensors
+    lmpatch memory create store gemma-3-270m
+    lmpatch memory create store ./my-model --method rag
+    lmpatch memory create store --editor recipe.safetensors
     """
     from .. import registry
     from ..memory.memory import Memory
@@ -61,7 +59,7 @@ def add(
 ) -> None:
     """Add a fact. If the prompt is there already, the new target supersedes the old one.
 
-    Example: lmpatch memory add store "The Eiffel Tower is in" Rome --source "ticket 4711"
+    lmpatch memory add store "The Eiffel Tower is in" Rome --source "ticket 4711"
     """
     from ..data.edits import Edit
 
@@ -71,13 +69,10 @@ def add(
     _say(f"version {version}" + (f", in place of {old.edit.target!r}" if old else ""), opened, version)
 
 
-def import_(
-    store: Folder,
-    facts: Annotated[list[Path], arg("FACTS...", "Files as lmpatch fit reads them.")],
-) -> None:
+def import_(store: Folder, facts: Annotated[list[Path], arg("FACTS...", "Files as lmpatch fit reads them.")]) -> None:
     """Add the facts of files, each file as one version. Later facts supersede earlier ones of the same prompt.
 
-    Example: lmpatch memory import store facts.jsonl
+    lmpatch memory import store facts.jsonl
     """
     from ..data.edits import read_edits
 
@@ -95,7 +90,7 @@ def search(
 ) -> None:
     """The facts nearest to a question, and whether they would be used: those that score above sentinel or threshold.
 
-    Example: lmpatch memory search store "Where is the Eiffel Tower?" -k 3
+    lmpatch memory search store "Where is the Eiffel Tower?" -k 3
     """
     from dataclasses import replace
 
@@ -117,10 +112,8 @@ def list_(
 ) -> None:
     """The facts that hold, oldest first.
 
-    \b
-    Examples:
-      lmpatch memory list store
-      lmpatch memory list store --history --at 7
+    lmpatch memory list store
+    lmpatch memory list store --history --at 7
     """
     _show(_open(store).facts(history=history, version=at), history)
 
@@ -132,18 +125,17 @@ def find(
 ) -> None:
     """The facts that mention a text.
 
-    Example: lmpatch memory find store "eiffel tower" --history
+    lmpatch memory find store "eiffel tower" --history
     """
     _show(_open(store).find(text, history=history), history)
 
 
 def drop(
-    store: Folder,
-    prompts: Annotated[list[str], arg("PROMPT...", "Whole prompts, as `list` shows them.")],
+    store: Folder, prompts: Annotated[list[str], arg("PROMPT...", "Whole prompts, as `list` shows them.")]
 ) -> None:
     """End facts. Their past stays, and `rollback` brings them back.
 
-    Example: lmpatch memory drop store "The Eiffel Tower is in"
+    lmpatch memory drop store "The Eiffel Tower is in"
     """
     opened = _open(store)
     version = opened.drop(prompts)
@@ -153,19 +145,16 @@ def drop(
 def versions(store: Folder) -> None:
     """Every commit: what it wrote and dropped, and how many facts held after it.
 
-    Example: lmpatch memory versions store
+    lmpatch memory versions store
     """
     rows = [(v.number, v.time, v.put, v.dropped, v.live) for v in _open(store).versions()]
     table(["version", "time", "written", "dropped", "facts"], rows)
 
 
-def rollback(
-    store: Folder,
-    version: Annotated[int, arg("VERSION", "A number from `versions`; 0 is empty.")],
-) -> None:
+def rollback(store: Folder, version: Annotated[int, arg("VERSION", "A number from `versions`; 0 is empty.")]) -> None:
     """Let hold what held after a version. This makes a new version, so it can be undone in the same way.
 
-    Example: lmpatch memory rollback store 7
+    lmpatch memory rollback store 7
     """
     opened = _open(store)
     new = opened.rollback(version)
@@ -175,7 +164,7 @@ def rollback(
 def compact(store: Folder) -> None:
     """Join small files and remove what killed writers left. No fact and no version is lost.
 
-    Example: lmpatch memory compact store
+    lmpatch memory compact store
     """
     from ..resources import format_bytes
 
@@ -189,12 +178,11 @@ def compact(store: Folder) -> None:
 
 
 def export(
-    store: Folder,
-    out: Annotated[Path, out_option("FILE", "The JSONL file to write. It must not exist yet.")],
+    store: Folder, out: Annotated[Path, out_option("FILE", "The JSONL file to write. It must not exist yet.")]
 ) -> None:
     """Write the facts that hold as a facts file, which `lmpatch fit` reads.
 
-    Example: lmpatch memory export store -o facts.jsonl
+    lmpatch memory export store -o facts.jsonl
     """
     facts = _open(store).export(out)
     say(f"{facts} facts written to {out}", facts=facts, path=out)
@@ -204,13 +192,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "create": create, "add": add, "import": import_, "search": search, "list": list_, "find": find, "drop": drop,
     "versions": versions, "rollback": rollback, "compact": compact, "export": export,
 }  # fmt: skip
-memory: tuple[str, dict[str, Callable[..., Any]]] = (
-    "Facts kept in a folder, which goes wherever a patch does.\n\n"
-    "\b\nExamples:\n  lmpatch memory create store gemma-3-270m\n  lmpatch memory import store facts.jsonl\n"
-    '  lmpatch ask gemma-3-270m -p store "The Eiffel Tower is in"',
-    COMMANDS,
-)
-"""The group's help and its commands."""
+HELP = """Facts kept in a folder, which goes wherever a patch does.
+
+lmpatch memory create store gemma-3-270m
+lmpatch memory import store facts.jsonl
+lmpatch ask gemma-3-270m -p store "The Eiffel Tower is in"
+"""
 
 
 def _open(path: Path) -> Store:

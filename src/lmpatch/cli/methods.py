@@ -23,10 +23,8 @@ def methods(
 ) -> None:
     """The methods by what they are for, the probes and the benches; with a name, the settings of that one.
 
-    \b
-    Examples:
-      lmpatch methods
-      lmpatch methods rome
+    lmpatch methods
+    lmpatch methods rome
     """
     from .. import registry
     from ..config import describe_fields

@@ -113,10 +113,7 @@ def draw(drawing: Any, **values: object) -> None:
 @contextmanager
 def progress(start: str = "working") -> Iterator[Progress]:
     """A ``progress(done, total, what)`` callback: a bar for each ``what`` on a terminal, elsewhere a line every ten
-    seconds on stderr.
-
-    Args:
-        start: what is being done until the first call.
+    seconds on stderr, which says ``start`` until the first call.
     """
     from rich.console import Console
 
