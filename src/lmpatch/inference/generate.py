@@ -17,7 +17,7 @@ from ..progress import Progress
 from .forward import blocks, positions
 from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
 from .sampling import Sampling
-from .tokens import pad, pad_id
+from .tokens import each_once, padded
 
 
 @torch.no_grad()
@@ -58,14 +58,12 @@ def generate(
     pairs = _pairs(inputs)
     numbers = sampling.numbers(len(pairs), max_new_tokens).to(lm.device)
     keys = [(pair, i if temperature else 0) for i, pair in enumerate(pairs)]  # draws differ between equal prompts
-    queue = sorted(set(keys), key=lambda key: (longest(key[0]), key[1]))
     places: dict[tuple[Pair, int], list[int]] = {}
     for i, key in enumerate(keys):
         places.setdefault(key, []).append(i)
-    ends, size = StopTokens(lm, stop), max(1, batch_size // inputs.width)
-    answers: dict[tuple[Pair, int], str] = {}
-    for start in range(0, len(queue), size):
-        batch = queue[start : start + size]
+    ends, answers = StopTokens(lm, stop), dict[tuple[Pair, int], str]()
+    size = batch_size // inputs.width
+    for batch in each_once(keys, lambda key: (longest(key[0]), key[1]), size, progress, "generating"):
         own_numbers = numbers[[place for _, place in batch]]
         new: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
@@ -77,8 +75,6 @@ def generate(
                     ended[i] = all(enough(place, text) for place in places[batch[i]])
         for key, ids in zip(batch, new, strict=True):
             answers[key] = lm.tokenizer.decode(ids, skip_special_tokens=True)
-        if progress:
-            progress(start + len(batch), len(queue), "generating")
     texts = [answers[key] for key in keys]
     return texts[0] if isinstance(prompts, (str, InContext)) else texts
 
@@ -155,8 +151,7 @@ def steps(
         ended: which rows ended. The caller may end more of them between two steps.
     """
     width, n, limit = inputs.width, len(batch), numbers.shape[1]
-    ids, mask = pad([pair[s] for s in range(width) for pair in batch], pad_id(lm), side="left")  # stream after stream
-    ids, mask = ids.to(lm.device), mask.to(lm.device)
+    ids, mask = padded(lm, [pair[s] for s in range(width) for pair in batch], side="left")  # stream after stream
     prompt_end = torch.full((len(ids),), ids.shape[1] - 1, device=lm.device)  # all prompts end in one column
     cache = DynamicCache(config=lm.model.config)
     alive = list(range(n))  # batch row -> row of `batch`

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
-from .forward import HEAD_CHUNK, logits
+from .forward import HEAD_CHUNK, capped, logits
 from .interventions import Prompt, Rule, combined, initial_states, streams
 from .states import last_states
 from .tokens import Row, encode_all
@@ -77,9 +77,7 @@ def option_logits(lm: LM, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
     for name in lm.layout.tail[:-1]:
         out = lm.module(name)(out)
     bias = None if head.bias is None else head.bias[wanted].float()
-    out = F.linear(out.float(), head.weight[wanted].float(), bias)  # [n, k]
-    cap = lm.layout.softcap
-    return cap * torch.tanh(out / cap) if cap else out
+    return capped(lm, F.linear(out.float(), head.weight[wanted].float(), bias))  # [n, k]
 
 
 def option_tokens(lm: LM, prompt: str, options: Sequence[str]) -> tuple[Row, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from ..models.lm import LM
 from ..progress import Progress
 from .forward import HEAD_CHUNK, blocks, logits, positions
 from .interventions import Prompt, Streams, interventions, streams
-from .tokens import pad, pad_id
+from .tokens import each_once, padded
 
 
 @torch.no_grad()
@@ -32,17 +32,12 @@ def hidden(lm: LM, prompts: Sequence[Prompt], *, batch_size: int = 64, progress:
 def last_states(lm: LM, inputs: Streams, *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
     """The state after the last block at the last token of every row, [streams, n, d] fp32."""
     rows = [pair[s].ids for s in range(inputs.width) for pair in inputs.rows]
-    queue = sorted(set(rows), key=len)
     done: dict[tuple[int, ...], Tensor] = {}
-    for start in range(0, len(queue), batch_size):
-        batch = queue[start : start + batch_size]
-        ids, mask = pad(batch, pad_id(lm), side="left")
-        ids, mask = ids.to(lm.device), mask.to(lm.device)
+    for batch in each_once(rows, len, batch_size, progress, "reading states"):
+        ids, mask = padded(lm, batch, side="left")
         ends = torch.full((len(batch),), ids.shape[1] - 1, device=lm.device)
         states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors, prompt_end=ends)
         done.update(zip(batch, states[:, -1].float(), strict=True))
-        if progress:
-            progress(start + len(batch), len(queue), "reading states")
     return torch.stack([done[row] for row in rows]).view(inputs.width, len(inputs.rows), -1)
 
 

@@ -53,8 +53,7 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = number_format.best_device() if device is None else torch.device(device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else number_format.fastest_dtype(device)
+    dtype = number_format.default_dtype(device) if dtype is None else dtype
     number = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if number != "auto" and not isinstance(number, torch.dtype):
         raise BadInput(f"dtype {dtype!r} is not a number format of torch. Use 'float32', 'bfloat16' or 'auto'.")
