@@ -9,8 +9,7 @@ from tiny import tiny_lm
 from lmpatch.data.context import InContext
 from lmpatch.errors import BadInput
 from lmpatch.inference.forward import frozen, kl, logits
-from lmpatch.inference.generate import generate, stream
-from lmpatch.inference.sampling import Sampling
+from lmpatch.inference.generate import Sampling, generate, stream
 from lmpatch.inference.score import score
 from lmpatch.inference.states import hidden, next_kl
 from lmpatch.inference.tokens import encode, encode_all

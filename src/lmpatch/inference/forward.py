@@ -45,13 +45,10 @@ def frozen(lm: LM) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward of a padded batch, as a hook sees it: which of its tokens are prompt, and which are answer.
-
-    With a cache a forward runs the newest ``width`` columns of the batch; earlier ones ran before.
-    """
+    """One forward of a padded batch, as a hook sees it: which of its tokens are prompt, and which are answer."""
 
     mask: Tensor
-    """[n, columns] 1 at real tokens, those of earlier forwards included."""
+    """[n, columns] 1 at real tokens; columns in the cache included."""
     width: int
     """t: columns that run now, the last ones."""
     prompt_end: Tensor
@@ -119,8 +116,7 @@ def blocks(
         mask: [n, t] or, with a cache, [n, cached + t].
         last: 0-based block to stop after; None: the last one.
         vectors: [m, d] in the space of the embedding module's output. Gradients flow into them.
-        prompt_end: [n] the column of each row's last prompt token, cached columns counted. Patches that act on the
-            answer need it (see ``Pass``).
+        prompt_end: see ``Pass``; patches that act on the answer need it.
     Returns:
         [n, t, d] what block ``last`` hands on.
     """
@@ -148,13 +144,7 @@ def blocks(
 
 
 def logits(lm: LM, hidden: Tensor) -> Tensor:
-    """What follows the last block: final norm, head, soft-cap.
-
-    Args:
-        hidden: [..., d] states after the last block.
-    Returns:
-        [..., V] logits, fp32; fp64 where the model is.
-    """
+    """Logits [..., V] of the states [..., d] after the last block, fp32 or where the model is fp64."""
     for name in lm.layout.tail:
         hidden = lm.module(name)(hidden)
     return capped(lm, hidden if hidden.dtype == torch.float64 else hidden.float())
@@ -167,11 +157,7 @@ def capped(lm: LM, z: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """A per-row loss of the logits whose gradient is taken chunk by chunk in the forward pass.
-
-    One chunk of logits is alive at a time and the head runs once forward and once backward, where
-    checkpointing would run it forward twice.
-    """
+    """A loss whose gradient is taken in the forward pass, chunk by chunk; checkpointing would run the head twice."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], lm: LM, chunk: int) -> Tensor:
@@ -194,27 +180,21 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def head_loss(lm: LM, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], *, chunk: int = HEAD_CHUNK) -> Tensor:
-    """A loss of each row's logits, differentiable in ``hidden``; [n, V] never exists.
+    """A loss [n] fp32 of each row's logits, differentiable in ``hidden`` [n, d]; [n, V] never exists.
 
     Args:
-        hidden: [n, d] states after the last block.
         loss: called with the logits [c, V] of some rows and the slice they are; gives [c].
-    Returns:
-        [n], fp32.
     """
     out: Tensor = _ChunkedLoss.apply(hidden, loss, lm, chunk)  # type: ignore[no-untyped-call]
     return out
 
 
 def nll(lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = None, chunk: int = HEAD_CHUNK) -> Tensor:
-    """-log p(label) at each row, differentiable in ``hidden``.
+    """-log p(label) at each row, [n] nats, differentiable in ``hidden`` [n, d].
 
     Args:
-        hidden: [n, d] states after the last block.
         labels: [n] token ids.
         hits: if given, bool tensors are appended that together say [n] where the label is the argmax.
-    Returns:
-        [n] nats, fp32.
     """
 
     def loss(z: Tensor, rows: slice) -> Tensor:
@@ -226,13 +206,10 @@ def nll(lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = N
 
 
 def kl(lm: LM, hidden: Tensor, base_logp: Tensor, *, chunk: int = HEAD_CHUNK) -> Tensor:
-    """KL(p_hidden || p_base) at each row, differentiable in ``hidden``.
+    """KL(p_hidden || p_base) at each row, [n] nats, differentiable in ``hidden`` [n, d].
 
     Args:
-        hidden: [n, d] states after the last block.
         base_logp: [n, V] log probabilities to stay close to.
-    Returns:
-        [n] nats, fp32.
     """
 
     def loss(z: Tensor, rows: slice) -> Tensor:

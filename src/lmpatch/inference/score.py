@@ -41,12 +41,10 @@ class Score:
 def score(
     lm: LM, prompts: Sequence[Prompt], targets: Sequence[str], *, batch_size: int = 64, progress: Progress | None = None
 ) -> list[Score]:
-    """Score each target after its prompt, teacher-forced.
+    """Score each target after its prompt, teacher-forced; one ``Score`` per prompt.
 
     Args:
         prompts: texts, or ``InContext`` where a decode patch is on the model: its combined distribution is scored.
-    Returns:
-        one ``Score`` per prompt, in the order given.
     Raises:
         BadInput: nothing stands before a target, the two are longer than the model's window, or a decode patch is on
             and a prompt is a plain text.

@@ -17,10 +17,8 @@ from .tokens import each_once, padded
 
 @torch.no_grad()
 def hidden(lm: LM, prompts: Sequence[Prompt], *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
-    """The state after the last block at each prompt's last token.
+    """The state [n, d] fp32 after the last block, before the final norm, at each prompt's last token.
 
-    Returns:
-        [n, d] fp32, before the final norm; ``logits`` makes next-token distributions of it.
     Raises:
         BadInput: a decode patch is on the model, which changes no state; ``next_logits`` shows it.
     """
@@ -43,13 +41,11 @@ def last_states(lm: LM, inputs: Streams, *, batch_size: int = 64, progress: Prog
 
 @torch.no_grad()
 def next_kl(lm: LM, base_hidden: Tensor, now_hidden: Tensor, *, chunk: int = HEAD_CHUNK // 2) -> Tensor:
-    """KL(p_base || p_now) of next-token distributions from stored states: 2.5 kB a prompt instead of 1 MB.
+    """KL(p_base || p_now), [n] nats, of next-token distributions from states: 2.5 kB a prompt instead of 1 MB.
 
     Args:
         base_hidden: [n, d] from ``hidden`` on the model before the change.
-        now_hidden: [n, d] from ``hidden`` on the changed model. The head must be the same for both.
-    Returns:
-        [n] nats.
+        now_hidden: the same on the changed model, whose head must be as before.
     """
     out = []
     for a, b in zip(base_hidden.split(chunk), now_hidden.split(chunk), strict=True):

@@ -3,13 +3,10 @@
 What is on the disk, below ``files.cache_dir()`` (``$LMPATCH_CACHE``, else ``$XDG_CACHE_HOME/lmpatch``, else
 ``~/.cache/lmpatch``):
 
-- ``{name}-{hash}/``: one folder a file, found by the SHA-256 of its bytes: the weights in fp32 as safetensors (four
-  bytes a parameter: 1.1 GB for ``gemma-3-270m``, 0.5 GB for ``smollm2-135m-instruct``), config and tokenizer. It can
-  be deleted at any time; the next ``load`` makes it anew.
+- ``{name}-{hash}/``: one folder a file, found by the SHA-256 of its bytes: the weights in fp32 as safetensors (1.1 GB
+  for ``gemma-3-270m``, 0.5 GB for ``smollm2-135m-instruct``), config and tokenizer. It can be deleted at any time.
 - ``{name}-{hash}.partial/``: a conversion that runs. What a killed one left is removed by the next conversion.
 - ``{name}-{hash}.lock``: empty; two processes that want one model take turns by it.
-
-The moments of a model and its sample texts lie beside them (``methods._moments``).
 """
 
 from __future__ import annotations
@@ -32,7 +29,6 @@ from ..errors import BadInput, MissingExtra
 from ..files import cache_dir, outside
 from ..progress import Progress
 
-CHUNK = 1 << 20
 NEEDED = ("gguf", "accelerate")  # transformers asks for both
 ADDED = ("single_word", "lstrip", "rstrip", "normalized", "special")
 DIGITS = "smollm"
@@ -41,12 +37,17 @@ LONG = 256
 """Longer lists in the head of a file are of tokens; those by block are shorter."""
 
 
+def blocks_of(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, a megabyte at a time."""
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read(1 << 20), b"")
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
+    for block in blocks_of(path):
+        digest.update(block)
     return digest.hexdigest()
 
 
