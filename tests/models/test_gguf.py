@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,19 @@ steps = []
 lm = load(sys.argv[1], progress=lambda done, total, what: steps.append(done))
 print(lm.fingerprint(), "converted" if steps else "waited")
 """
-KILLED = """
-import os, signal
+CONVERT = """
+import time
 from lmpatch.models import gguf
-gguf._write_tokenizer = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+def convert(file, out, report):
+    print("begun", flush=True)
+    while not (out.parents[1] / "go").exists():
+        time.sleep(0.02)
+    out.mkdir()
+    (out / "done").touch()
+
+gguf._convert = convert
+gguf.converted("x", "0000", lambda where: where)
 """
 
 
@@ -93,22 +103,50 @@ def test_progress_goes_forward_to_the_end_and_nothing_is_drawn(
     assert "it/s" not in capfd.readouterr().err
 
 
-def _start(code: str, file: Path) -> subprocess.Popen[str]:
+def _start(code: str, *args: Path) -> subprocess.Popen[str]:
     source = str(Path(gguf.__file__).parents[2])
     env = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, str(file)], env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=env, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_killed_process_leaves_no_folder_and_two_at_once_convert_once(tmp_path: Path, own_cache: Path) -> None:
+@pytest.fixture
+def started(own_cache: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that converts, and waits within."""
+    with _start(CONVERT) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        yield process
+        process.kill()
+
+
+def test_a_killed_process_leaves_no_folder_and_the_next_one_converts(
+    started: subprocess.Popen[str], own_cache: Path
+) -> None:
+    started.kill()
+    started.wait()
+    assert [path.name for path in own_cache.iterdir() if path.is_dir()] == ["x-0000.partial"]
+    made: list[Path] = []
+    with pytest.raises(BadInput, match="as GGUF cannot be read"):
+        gguf.converted("x", "0000", lambda where: made.append(where) or where / "none")  # type: ignore[func-returns-value]
+    assert made and not [path.name for path in own_cache.iterdir() if path.is_dir()]
+
+
+def test_a_second_process_waits_for_the_first_and_converts_nothing(
+    started: subprocess.Popen[str], own_cache: Path
+) -> None:
+    waited = threading.Thread(target=gguf.converted, args=("x", "0000", pytest.fail))
+    waited.start()
+    waited.join(0.3)
+    assert waited.is_alive()
+    (own_cache / "go").touch()
+    waited.join(20)
+    assert not waited.is_alive() and (own_cache / "x-0000" / "done").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_that_load_one_file_convert_once(tmp_path: Path, own_cache: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    killed = _start(KILLED + LOAD, tmp_path / "tiny.gguf")
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    left = [path.name for path in own_cache.iterdir() if path.is_dir()]
-    assert len(left) == 1 and left[0].endswith(".partial")
     both = [_start(LOAD, tmp_path / "tiny.gguf") for _ in range(2)]
     said = [process.communicate()[0].split() for process in both]
     assert {process.returncode for process in both} == {0}
     assert said[0][0] == said[1][0]
     assert sorted(line[1] for line in said) == ["converted", "waited"]
-    assert [path.name for path in own_cache.iterdir() if path.is_dir()] == [left[0].removesuffix(".partial")]

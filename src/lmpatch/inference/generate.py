@@ -94,10 +94,10 @@ def generate(
     ends, answers = StopTokens(lm, stop), dict[tuple[Pair, int], str]()
     size = batch_size // inputs.width
     for batch in each_once(keys, lambda key: (longest(key[0]), key[1]), size, progress, "generating"):
-        own_numbers = numbers[[place for _, place in batch]]
         new: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        for tokens in steps(lm, inputs, [pair for pair, _ in batch], ends, sampling, own_numbers, ended):
+        drawn = numbers[[place for _, place in batch]]
+        for tokens in steps(lm, inputs, [pair for pair, _ in batch], ends, sampling, drawn, ended):
             for i, token in tokens:
                 new[i].append(token)
                 if enough:

@@ -16,7 +16,7 @@ SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 def is_id(name: str) -> bool:
     """Could this be a repository's name, ``model`` or ``owner/model``?"""
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     with suppress(ValueError):
         validate_repo_id(name)
