@@ -95,9 +95,9 @@ def test_the_retrieval_losses_are_those_of_the_paper_on_two_facts() -> None:
         ce([s(second[1], keys[0]), s(second[1], gate)], 1),
     ]
     other = [ce([s(far[i], keys[0]), s(far[i], keys[1]), s(far[i], gate)], 2) for i in (0, 1)]
-    assert float(found.own) == pytest.approx(sum(own) / 2, abs=1e-5)
-    assert float(found.neighbour) == pytest.approx(sum(near) / 2, abs=1e-5)
-    assert float(found.unrelated) == pytest.approx(sum(other) / 2, abs=1e-5)
+    assert float(found["own"]) == pytest.approx(sum(own) / 2, abs=1e-5)
+    assert float(found["neighbour"]) == pytest.approx(sum(near) / 2, abs=1e-5)
+    assert float(found["unrelated"]) == pytest.approx(sum(other) / 2, abs=1e-5)
 
 
 def test_a_row_that_is_clear_costs_nothing_and_leaves_the_mean() -> None:
@@ -115,8 +115,7 @@ def test_answer_losses_equal_a_plain_forward_with_the_vectors_in_front(family: s
     lm = tiny_lm(family)
     prompts, targets = ["The tower of Paris is in", "The capital of Japan is"], ["Rome and Italy", "Tokyo"]
     vectors = torch.randn(2 * 3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    rows = [losses.AnswerRow(row, i) for i, row in enumerate(encode_all(lm, prompts, targets))]
-    placed = losses.behind(lm, rows, 3, "after_bos")
+    placed = losses.behind(lm, encode_all(lm, prompts, targets), [0, 1], 3, "after_bos")
     with frozen(lm):
         total, count = losses.statement_loss(lm, placed, vectors, margin=None)
     assert vectors.grad is not None
@@ -141,7 +140,7 @@ def test_the_locality_loss_is_the_kl_from_the_model_without_the_prompt() -> None
     lm = tiny_lm("llama")
     row = encode(lm, "The capital of France is", "Paris and Rome")
     vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    placed = losses.behind(lm, [losses.AnswerRow(row, 0)], 3, "after_bos")
+    placed = losses.behind(lm, [row], [0], 3, "after_bos")
     with frozen(lm):
         total, count = losses.locality_loss(lm, placed, vectors, losses.base_states(lm, [row]))
     with torch.no_grad():
@@ -258,7 +257,7 @@ def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | N
     rows = encoder.tokenise(["The Eiffel Tower"])
     with torch.no_grad():
         assert torch.allclose(net.features(["The Eiffel Tower"]), pooled(*encoder.states(rows)), atol=1e-5)
-    weights = net.encoder_weights()
+    weights = net.adapted().weights
     assert (len(weights) > 0) == (adapt != 0)
     net.keys([("The Eiffel", "Tower")]).sum().backward()
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in encoder.module.named_parameters())
@@ -288,21 +287,21 @@ def test_training_resumed_is_training_never_stopped(tmp_path: Path, stop: int, a
 
 
 KILLED = """
-import os, signal, sys, torch
+import json, os, signal, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from methods.test_recipe import FACTS, QUICK, recipe, tiny_lm
-from lmpatch.training import checkpoint
+from lmpatch import tensor_file
 from safetensors.torch import save_file
 
 def save(tensors, path, head):
     save_file(tensors, path, head)
-    if head["step"] == {step!r}:
+    if json.loads(head["state"])[0] == {step}:
         with open(path, "r+b") as file:
             file.truncate(1000)
         os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint.safetensors.torch.save_file = save
+tensor_file.safetensors.torch.save_file = save
 recipe.train(tiny_lm("llama"), FACTS, QUICK, out={out!r})
 """
 
@@ -310,7 +309,7 @@ recipe.train(tiny_lm("llama"), FACTS, QUICK, out={out!r})
 @pytest.mark.slow
 def test_training_killed_in_the_middle_of_a_checkpoint_goes_on_from_the_one_before(tmp_path: Path) -> None:
     tests, out = str(Path(__file__).parents[1]), str(tmp_path / "cut")
-    code = KILLED.format(tests=tests, out=out, step="3")
+    code = KILLED.format(tests=tests, out=out, step=3)
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
     whole = recipe.train(tiny_lm("llama"), FACTS, QUICK, out=tmp_path / "whole")
     resumed = recipe.train(tiny_lm("llama"), FACTS, QUICK, out=out)
@@ -369,7 +368,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_is_whole(
     whole = recipe.train(lm, FACTS, QUICK)
 
     def full(tensors: object, path: Path, head: dict[str, str]) -> None:
-        if int(head["step"]) > 2:
+        if json.loads(head["state"])[0] > 2:
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         save(tensors, path, head)

@@ -66,7 +66,11 @@ class KeyBlock:
         again = [self._free.pop() for _ in range(min(len(labels), len(self._free)))]
         rows = [*again, *range(self._used, self._used + len(labels) - len(again))]
         self._used += len(labels) - len(again)
-        self._grow()
+        if self._used > len(self._keys):
+            more = max(self._used, FIRST, 2 * len(self._keys)) - len(self._keys)
+            self._keys = torch.cat([self._keys, self._keys.new_zeros(more, self.width)])
+            self._labels = torch.cat([self._labels, self._labels.new_zeros(more)])
+            self._empty = torch.cat([self._empty, self._empty.new_ones(more)])
         self._keys[rows] = vectors
         self._labels[rows] = torch.tensor(labels)
         self._empty[rows] = False
@@ -100,10 +104,11 @@ class KeyBlock:
         if queries.ndim != 2 or queries.shape[1] != self.width or not queries.isfinite().all():
             raise BadInput(f"queries must be [m, {self.width}] finite numbers, found {tuple(queries.shape)}.")
         k = min(k, len(self))
-        best = [self._best(query, k) for query in queries] if k else []
-        if not best:
-            return torch.empty(len(queries), 0, dtype=torch.float64), torch.empty(len(queries), 0, dtype=torch.int64)
-        return torch.stack([scores for scores, _ in best]), torch.stack([labels for _, labels in best])
+        scores = torch.empty(len(queries), k, dtype=torch.float64)
+        labels = torch.empty(len(queries), k, dtype=torch.int64)
+        for i, query in enumerate(queries if k else ()):
+            scores[i], labels[i] = self._best(query, k)
+        return scores, labels
 
     def _best(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         unit = query / query.norm().clamp(min=1e-30)  # within float16, however long the query is
@@ -115,15 +120,6 @@ class KeyBlock:
         labels, order = self._labels[near].sort()
         best = scores[order].sort(descending=True, stable=True).indices[:k]  # [k]
         return scores[order][best], labels[best]
-
-    def _grow(self) -> None:
-        capacity = max(self._used, FIRST, 2 * len(self._keys))
-        if self._used <= len(self._keys):
-            return
-        more = capacity - len(self._keys)
-        self._keys = torch.cat([self._keys, self._keys.new_zeros(more, self.width)])
-        self._labels = torch.cat([self._labels, self._labels.new_zeros(more)])
-        self._empty = torch.cat([self._empty, self._empty.new_ones(more)])
 
 
 def inner(query: Tensor, keys: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...data.edits import Ask, Edit
-from ...distributed import world
+from ...distributed import World, world
 from ...errors import BadInput
 from ...inference.forward import frozen, logits
 from ...inference.tokens import Row, encode_all, join
@@ -25,10 +25,10 @@ from ...training.loop import Loop, Schedule, Task, linear
 from . import losses
 from .config import Training
 from .data import Sample, batches, drawable, exchanged, sample, words
-from .features import Features
 
 MAP = ("content", "say", "mix", "out", "turn")  # the submodules that make prompt vectors
 CROWD = 1000  # trained facts among which the held-out ones are searched
+TOGETHER = 2048  # texts encoded between two reports of progress
 CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.jsonl"
 
 
@@ -61,6 +61,24 @@ class Trainer(Task):
         self.base: dict[tuple[str, str], Tensor] = {}
         data = [[asdict(edit) for edit in edits], [asdict(ask) for ask in unrelated]]
         self.stamp = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), data])
+
+    def run(self, folder: Path | None) -> Loop:
+        """Train the network in place, see ``recipe.train``; ``folder``: of checkpoint and curves."""
+        cfg = self.cfg
+        schedule = Schedule(
+            cfg.key_steps + cfg.prompt_steps,
+            rate=self.rate,
+            clip=cfg.clip,
+            validate_every=cfg.validate_every,
+            save_every=cfg.save_every,
+            renew=frozenset({cfg.key_steps}),
+        )
+        file, curves = (folder / name if folder else None for name in (CHECKPOINT, CURVES))
+        advice = f"Lower lr, now {cfg.lr}."
+        loop = Loop(self, schedule, file=file, curves=curves, stamp=self.stamp, advice=advice)
+        with frozen(self.lm):
+            loop.run(self.progress)
+        return loop
 
     def optimiser(self, step: int) -> torch.optim.Optimizer:
         """AdamW over what the part trains: what makes prompt vectors in the second, the rest in the first."""
@@ -113,9 +131,8 @@ class Trainer(Task):
         statements, questions = features.split([len(samples), 3 * len(samples)])  # [b, F], [3 b, F]
         first, second, other = net.queries_of(questions).chunk(3)
         keys = net.matched_of(statements)
-        loss = losses.retrieval_losses(keys, net.sentinel(), first, second, other, margin=cfg.margin)
-        loss.total.backward()
-        terms = {"own": loss.own, "neighbour": loss.neighbour, "unrelated": loss.unrelated}
+        terms = losses.retrieval_losses(keys, net.sentinel(), first, second, other, margin=cfg.margin)
+        torch.stack([*terms.values()]).sum().backward()
         return {name: float(value.detach()) for name, value in terms.items()}
 
     def _learn_prompts(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
@@ -156,8 +173,7 @@ class Trainer(Task):
 
     def _behind(self, pairs: Sequence[tuple[str, str]], facts: Sequence[int]) -> list[Row]:
         """The same behind the vectors of these facts of the batch."""
-        rows = [losses.AnswerRow(row, i) for row, i in zip(self._rows(pairs), facts, strict=True)]
-        return losses.behind(self.lm, rows, self.net.shape.prompt_tokens, self.cfg.at)
+        return losses.behind(self.lm, self._rows(pairs), facts, self.net.shape.prompt_tokens, self.cfg.at)
 
     def _base(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
         """States of the unpatched model at the answers of unrelated questions; each is computed once in a run."""
@@ -217,32 +233,39 @@ class Trainer(Task):
         return shares
 
 
-def train_network(
-    lm: LM,
-    net: Network,
-    edits: Sequence[Edit],
-    unrelated: Sequence[Ask],
-    cfg: Training,
-    out: Path | None,
-    progress: Progress | None,
-) -> tuple[Loop, int]:
-    """Train ``net`` in place; see ``recipe.train``.
+class Features:
+    """Called with texts, gives their features, each computed once where the encoder stands still. Several processes
+    encode a part each."""
 
-    Returns:
-        the run, and how many facts it trained on.
-    """
-    trainer = Trainer(lm, net, edits, unrelated, cfg, progress)
-    schedule = Schedule(
-        cfg.key_steps + cfg.prompt_steps,
-        rate=trainer.rate,
-        clip=cfg.clip,
-        validate_every=cfg.validate_every,
-        save_every=cfg.save_every,
-        renew=frozenset({cfg.key_steps}),
-    )
-    file, curves = (out / name if out is not None else None for name in (CHECKPOINT, CURVES))
-    advice = f"Lower lr, now {cfg.lr}."
-    loop = Loop(trainer, schedule, file=file, curves=curves, stamp=trainer.stamp, advice=advice)
-    with frozen(lm):
-        loop.run(progress)
-    return loop, len(trainer.edits)
+    def __init__(self, net: Network, world: World, bf16: bool, learning: bool) -> None:
+        """``learning``: gradients flow into the encoder, and nothing can be kept."""
+        self.net, self.world, self.bf16, self.learning = net, world, bf16, learning
+        self.places: dict[str, int] = {}
+        self.table = torch.zeros(0)  # [n, F] fp16
+
+    def precompute(self, texts: Sequence[str], progress: Progress | None) -> None:
+        """Compute the features of these texts, once and for all."""
+        parts = []
+        for start in range(0, len(texts), TOGETHER):
+            parts.append(self._encode(texts[start : start + TOGETHER]).half().cpu())
+            if progress and self.world.is_main:
+                progress(min(start + TOGETHER, len(texts)), len(texts), "encoding texts")
+        self.places, self.table = {text: i for i, text in enumerate(texts)}, torch.cat(parts)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Features [n, F] fp32 of texts, computed ahead or not."""
+        places = [self.places.get(text) for text in texts]
+        new = [i for i, place in enumerate(places) if place is None]
+        if len(new) == len(texts):
+            return self._encode(texts)
+        features = self.table[[place or 0 for place in places]].float().to(self.net.scale.device)
+        if new:
+            features[new] = self._encode([texts[i] for i in new])
+        return features
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        own, device = self.world.part(texts), self.net.scale.device
+        with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                features = self.net.features(own) if own else torch.zeros(0, self.net.inputs, device=device)
+            return self.world.gathered(features.float(), len(texts))
