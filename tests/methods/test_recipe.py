@@ -26,7 +26,7 @@ from lmpatch.inference.states import hidden
 from lmpatch.inference.tokens import encode, encode_all, join
 from lmpatch.methods import recipe
 from lmpatch.methods.recipe import losses
-from lmpatch.methods.recipe.data import batches, drawable, exchanged, sample, without, words
+from lmpatch.methods.recipe.data import batch, drawable, exchanged, sample, without, words
 from lmpatch.methods.recipe.method import typical_embeddings
 from lmpatch.methods.recipe.trainer import CHECKPOINT, CURVES
 from lmpatch.patches.editor import Editor, load_editor
@@ -164,7 +164,7 @@ def test_pooling_leaves_padding_out() -> None:
 
 def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Network(Shape(encoder.name, encoder.width, 8, width=16, content=8), encoder)
+    net = Network(Shape(encoder=encoder.name, features=encoder.width, d_model=8, width=16, content=8), encoder)
     net.start(0, torch.ones(4, 8))
     texts = [
         ("Paris is in", "Oslo"),
@@ -179,7 +179,7 @@ def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
 
 def test_questions_are_compared_with_the_first_part_of_a_key_and_vectors_made_of_the_second() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Network(Shape(encoder.name, encoder.width, 8, width=16, content=6), encoder)
+    net = Network(Shape(encoder=encoder.name, features=encoder.width, d_model=8, width=16, content=6), encoder)
     net.start(0, torch.ones(4, 8))
     with torch.no_grad():
         keys, queries = net.keys([(e.prompt, e.target) for e in FACTS]), net.queries([e.prompt for e in FACTS])
@@ -209,7 +209,7 @@ def test_prompt_vectors_are_three_times_as_long_as_the_models_own_embeddings() -
     lm = tiny_lm("gemma3")
     table = typical_embeddings(lm)
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Network(Shape(encoder.name, encoder.width, 64, width=32, content=16), encoder)
+    net = Network(Shape(encoder=encoder.name, features=encoder.width, d_model=64, width=32, content=16), encoder)
     net.start(0, table)
     with torch.no_grad():
         net.out.weight.mul_(50)
@@ -221,7 +221,7 @@ def test_prompt_vectors_are_three_times_as_long_as_the_models_own_embeddings() -
 
 def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Network(Shape(encoder.name, encoder.width, 8, width=256, content=16), encoder)
+    net = Network(Shape(encoder=encoder.name, features=encoder.width, d_model=8, width=256, content=16), encoder)
     net.start(0, torch.ones(4, 8), [(edit.prompt, edit.target) for edit in FACTS])
     with torch.no_grad():
         keys = net.keys([(edit.prompt, edit.target) for edit in FACTS])
@@ -232,7 +232,10 @@ def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
 @pytest.mark.parametrize("adapt", [0, None])
 def test_the_pooling_layer_is_a_fourth_part_of_the_features(adapt: int | None) -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Network(Shape(encoder.name, encoder.width, 8, width=8, content=4, adapt=adapt, pooler=True), encoder)
+    net = Network(
+        Shape(encoder=encoder.name, features=encoder.width, d_model=8, width=8, content=4, adapt=adapt, pooler=True),
+        encoder,
+    )
     rows = encoder.tokenise(["The Eiffel Tower"])
     with torch.no_grad():
         net.start(0, torch.ones(4, 8))
@@ -252,7 +255,9 @@ def test_the_pooling_layer_is_a_fourth_part_of_the_features(adapt: int | None) -
 def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | None) -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
     before = {name: p.clone() for name, p in encoder.module.named_parameters()}
-    net = Network(Shape(encoder.name, encoder.width, 8, width=4, content=2, adapt=adapt), encoder)
+    net = Network(
+        Shape(encoder=encoder.name, features=encoder.width, d_model=8, width=4, content=2, adapt=adapt), encoder
+    )
     net.start(0, torch.ones(4, 8))
     rows = encoder.tokenise(["The Eiffel Tower"])
     with torch.no_grad():
@@ -419,13 +424,10 @@ def test_training_lowers_its_loss_and_teaches_retrieval() -> None:
 
 
 def test_the_order_of_batches_depends_on_the_seed_and_the_step_alone() -> None:
-    def take(start: int, count: int) -> list[tuple[int, list[int]]]:
-        stream = batches(FACTS, 5, seed=3, start=start)
-        return [next(stream) for _ in range(count)]
-
-    assert take(0, 6)[3:] == take(3, 3)
-    assert sorted(i for _, places in take(0, 2) for i in places) != list(range(10))
-    assert len({i for _, places in take(0, 2) for i in places}) == 10
+    steps = [batch(len(FACTS), 5, 3, step) for step in range(6)]
+    assert [batch(len(FACTS), 5, 3, step) for step in (5, 4, 3)] == steps[:2:-1]
+    assert steps[0] + steps[1] != list(range(10)) and steps[0] + steps[1] != steps[2] + steps[3]
+    assert len({*steps[0], *steps[1]}) == 10
 
 
 def test_facts_that_are_asked_in_the_evaluation_are_left_out() -> None:

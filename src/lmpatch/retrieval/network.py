@@ -24,8 +24,30 @@ NOTHING = "This is something that nobody has said anything about so far, and nob
 """Where the sentinel starts: its first tokens as the encoder embeds them."""
 
 
-@dataclass(frozen=True)
-class Shape:
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is chosen of the network's sizes. Published: Chen et al. 2024 (arXiv:2405.03279)."""
+
+    width: int = 1024
+    """R, the width of keys. Published: 4096."""
+    content: int = 512
+    """How many of these hold what is to be said and are compared with no query. Published: 0."""
+    prompt_tokens: int = 6
+    """P, prompt vectors of one fact. Published: 3."""
+    target_tokens: int = 6
+    """T, the first tokens of a target whose embeddings in the language model prompt vectors are made of too; at least
+    P. Published: 0."""
+    sentinel_tokens: int = 10
+    """Learned input embeddings of the sentinel."""
+    adapt: int | None = 0
+    """Rank of the encoder's adaptation; 0: none, and features of a text are computed once; none: all its weights are
+    trained, as published."""
+    pooler: bool = False
+    """Features also hold what the encoder's own pooling layer says. Published: no; released code: yes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(Sizes):
     """What decides the sizes of the network."""
 
     encoder: str
@@ -34,20 +56,6 @@ class Shape:
     """Width of one encoder state."""
     d_model: int
     """Width of the language model's embeddings."""
-    width: int = 1024
-    """R, the width of keys."""
-    content: int = 512
-    """The last components of a key, which no question is compared with: prompt vectors are made of them."""
-    prompt_tokens: int = 6
-    """P, the continuous prompt vectors of one fact."""
-    target_tokens: int = 6
-    """T, the first tokens of a target that prompt vectors are made of too; at least P."""
-    sentinel_tokens: int = 10
-    """Learned input embeddings behind the knowledge sentinel."""
-    adapt: int | None = 0
-    """Rank of the encoder's adaptation; 0: it stays as it is; None: all its weights are learned."""
-    pooler: bool = False
-    """Features also hold the output of the encoder's own pooling layer, as in the released code."""
 
     @property
     def matched(self) -> int:
@@ -63,9 +71,8 @@ class Head(nn.Module):
         self.first, self.second = _linear(features, width), _linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        out: Tensor = self.second(y).relu() + y
-        return out
+        y: Tensor = self.first(x)
+        return y + self.second(y).relu()
 
 
 class Network(nn.Module):

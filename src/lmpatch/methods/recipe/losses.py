@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -106,22 +106,18 @@ def statement_loss(
             open_ = ~clear(logp.detach(), labels[part], margin)
             return F.nll_loss(logp, labels[part], reduction="none") * open_
 
-        each = head_loss(lm, states, loss)
-        each.sum().backward()
-        total = total + each.detach().sum().cpu()
-        count += len(each) if margin is None else int((each > 0).sum())
+        each = _backward(lm, states, loss)
+        total, count = total + each.sum(), count + (len(each) if margin is None else int((each > 0).sum()))
     return total, count
 
 
 def locality_loss(
     lm: LM, rows: Sequence[Row], vectors: Tensor, base: Sequence[Tensor], world: World = SINGLE
 ) -> tuple[Tensor, int]:
-    """KL(p_base || p_with_prompt) summed over answer tokens, backpropagated into ``vectors``.
+    """KL(p_base || p_with_prompt) summed over answer tokens, backpropagated into ``vectors``; as ``statement_loss``.
 
     Args:
         base: for each row [answer tokens, d] states of the model without the prompt.
-    Returns:
-        as ``statement_loss``.
     """
     total, count = torch.zeros(()), 0
     for states, _, owners in answers(lm, rows, vectors, world):
@@ -133,11 +129,16 @@ def locality_loss(
                 p = logits(lm, before[part]).log_softmax(-1)
             return (p.exp() * (p - z.log_softmax(-1))).sum(-1)
 
-        each = head_loss(lm, states, loss)
-        each.sum().backward()
-        total = total + each.detach().sum().cpu()
-        count += len(each)
+        each = _backward(lm, states, loss)
+        total, count = total + each.sum(), count + len(each)
     return total, count
+
+
+def _backward(lm: LM, states: Tensor, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """The loss at each state, once it has gone backwards."""
+    each = head_loss(lm, states, loss)
+    each.sum().backward()
+    return each.detach().cpu()
 
 
 @torch.no_grad()

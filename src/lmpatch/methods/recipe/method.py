@@ -24,7 +24,7 @@ from ...provenance import made_now
 from ...resources import require_memory
 from ...retrieval import Scope
 from ...retrieval.encoder import load_encoder, shared_encoder
-from ...retrieval.network import Network, Shape
+from ...retrieval.network import Network, Shape, Sizes
 from .config import Config, Training
 from .data import TrainingData, drawable, usable, without
 from .losses import BATCH_TOKENS
@@ -72,8 +72,9 @@ def train(
             f"{long[0][:60]!r}…. Leave them out or shorten them."
         )
     embeddings = typical_embeddings(lm)
-    sizes = {f.name: getattr(cfg, f.name) for f in fields(Shape) if hasattr(cfg, f.name)}
-    net = Network(Shape(encoder.name, encoder.width, embeddings.shape[1], **sizes), encoder)
+    sizes = {f.name: getattr(cfg, f.name) for f in fields(Sizes)}
+    shape = Shape(encoder=encoder.name, features=encoder.width, d_model=embeddings.shape[1], **sizes)
+    net = Network(shape, encoder)
     require_memory(_training_bytes(lm, net, len(texts)), lm.device, f"training on {len(edits)} facts")
     net.start(cfg.seed, embeddings, [(e.prompt, e.target) for e in edits[:TYPICAL]])
     encoder.module.to(lm.device)
@@ -151,6 +152,7 @@ def example_editor(lm: LM) -> Editor:
     """An untrained editor for this model."""
     encoder = shared_encoder("all-MiniLM-L6-v2")
     embeddings = typical_embeddings(lm)
-    net = Network(Shape(encoder.name, encoder.width, embeddings.shape[1], width=16, content=8), encoder)
+    shape = Shape(encoder=encoder.name, features=encoder.width, d_model=embeddings.shape[1], width=16, content=8)
+    net = Network(shape, encoder)
     net.start(0, embeddings)
     return _editor(lm, net, {}, {})

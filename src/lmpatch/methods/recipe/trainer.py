@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ...retrieval.network import Network, target_embeddings
 from ...training.loop import Loop, Schedule, Task, linear
 from . import losses
 from .config import Training
-from .data import Sample, batches, drawable, exchanged, sample, words
+from .data import Sample, batch, drawable, exchanged, sample, words
 
 MAP = ("content", "say", "mix", "out", "turn")  # the submodules that make prompt vectors
 CROWD = 1000  # trained facts among which the held-out ones are searched
@@ -54,7 +54,6 @@ class Trainer(Task):
         if len(self.edits) < most:
             raise BadInput(f"a batch has {most} facts, {len(self.edits)} are left to train on. Lower key_batch.")
         self.second = False  # which part the steps are of
-        self.places: Iterator[tuple[int, list[int]]] = iter(())
         self.values = net.state_dict(keep_vars=True)
         self.features = Features(net, self.world, cfg.bf16, learning=bool(net.learned))
         self.pools = [words(lm.tokenizer), sorted({edit.target for edit in self.edits})]
@@ -82,25 +81,17 @@ class Trainer(Task):
 
     def optimiser(self, step: int) -> torch.optim.Optimizer:
         """AdamW over what the part trains: what makes prompt vectors in the second, the rest in the first."""
-        cfg, groups = self.cfg, []
-        self._enter(step)
+        cfg, groups, features = self.cfg, [], self.features
+        self.second = step >= cfg.key_steps
+        features.learning = bool(self.net.learned) and not self.second
+        if not features.learning and not features.places:  # those of every text that a sample may have change no more
+            features.precompute(drawable([*self.edits, *self.held], self.unrelated), self.progress)
         for name, p in self.net.named_parameters():
             part = name.partition(".")[0]
             if p.requires_grad and (part in MAP) == self.second:
                 rate = cfg.prompt_lr if self.second else cfg.encoder_lr if part == "learned" else cfg.lr
                 groups.append({"params": [p], "lr": rate})
         return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.decay)
-
-    def _enter(self, step: int) -> None:
-        """Be in the part of this step, with the features of every text that a sample may have, once they change no
-        more."""
-        cfg = self.cfg
-        self.second = step >= cfg.key_steps
-        size, before = (cfg.prompt_batch, cfg.key_steps) if self.second else (cfg.key_batch, 0)
-        self.places = batches(self.edits, size, cfg.seed, step - before)
-        self.features.learning = bool(self.net.learned) and not self.second
-        if not self.features.learning and not self.features.places:
-            self.features.precompute(drawable([*self.edits, *self.held], self.unrelated), self.progress)
 
     def rate(self, step: int) -> float:
         """Warm-up, then down in a line to ``final`` of the rate, in each part."""
@@ -111,7 +102,8 @@ class Trainer(Task):
     def learn(self, step: int) -> dict[str, float]:
         """The losses of the step's part, backpropagated."""
         draw = random.Random(f"{self.cfg.seed}/{step}")
-        _, places = next(self.places)
+        size, start = (self.cfg.prompt_batch, self.cfg.key_steps) if self.second else (self.cfg.key_batch, 0)
+        places = batch(len(self.edits), size, self.cfg.seed, step - start)
         samples = [sample(self.edits[i], self.unrelated, draw) for i in places]
         with torch.enable_grad():
             terms = self._learn_prompts(samples, draw) if self.second else self._learn_keys(samples, draw)
@@ -200,36 +192,28 @@ class Trainer(Task):
         keys, sentinel = net.matched_of(self.features(facts)).cpu(), net.sentinel().cpu()
         block = KeyBlock(net.shape.matched)
         block.add(keys, range(len(keys)))
+        texts = {"recall_told": [s.prompt for s in samples], "recall_again": [s.again for s in samples]}
         shares = {}
-        right = torch.arange(len(samples))
-        for name, texts in (
-            ("told", [s.prompt for s in samples]),
-            ("again", [s.again for s in samples]),
-            ("other", [s.other for s in samples]),
-        ):
-            queries = net.queries_of(self.features(texts)).cpu()
+        for name, questions in (texts | {"false_fire": [s.other for s in samples]}).items():
+            queries = net.queries_of(self.features(questions)).cpu()
             score, place = (t[:, 0] for t in block.search(queries))
             fired = score > (queries @ sentinel).double()
-            if name == "other":
-                shares["false_fire"] = float(fired.float().mean())
-            else:
-                shares[f"recall_{name}"] = float((fired & (place == right)).float().mean())
+            right = place == torch.arange(len(samples)) if name in texts else True
+            shares[name] = float((fired & right).float().mean())
         return shares
 
     def _accuracy(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Teacher-forced answers behind the vectors of the right facts."""
-        vectors = self._prompts([(s.prompt, s.target) for s in samples]).flatten(0, 1).to(self.lm.device)
+        told, again = [(s.prompt, s.target) for s in samples], [(s.again, s.answer) for s in samples]
+        vectors = self._prompts(told).flatten(0, 1).to(self.lm.device)
         shares = {}
-        for name, pairs in (
-            ("told", [(s.prompt, s.target) for s in samples]),
-            ("again", [(s.again, s.answer) for s in samples]),
-        ):
+        for name, pairs in (("tf_told", told), ("tf_again", again)):
             hits = torch.zeros(len(samples), 2)
             for states, labels, owners in losses.answers(self.lm, self._behind(pairs, range(len(samples))), vectors):
                 best = torch.cat([logits(self.lm, part).argmax(-1) for part in states.split(64)])
                 right = torch.stack([(best == labels).float().cpu(), torch.ones(len(owners))], 1)
                 hits.index_add_(0, torch.tensor(owners), right)
-            shares[f"tf_{name}"] = float((hits[:, 0] / hits[:, 1]).mean())
+            shares[name] = float((hits[:, 0] / hits[:, 1]).mean())
         return shares
 
 
