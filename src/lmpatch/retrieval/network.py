@@ -107,10 +107,11 @@ class Network(nn.Module):
                 if shape.pooler or "pooler" not in name:
                     self.learned[f"encoder/{name.replace('.', '/')}"] = nn.Parameter(p.detach().clone())
         elif shape.adapt:
-            for name, (out, width) in encoder.linears().items():
-                place = f"encoder/{name.replace('.', '/')}"
-                self.learned[f"{place}/lora_a"] = nn.Parameter(torch.empty(shape.adapt, width))
-                self.learned[f"{place}/lora_b"] = nn.Parameter(torch.zeros(out, shape.adapt))
+            for name, layer in encoder.module.named_modules():
+                if isinstance(layer, nn.Linear) and "pooler" not in name:
+                    place = f"encoder/{name.replace('.', '/')}/weight"
+                    self.learned[f"{place}/lora_a"] = nn.Parameter(torch.empty(shape.adapt, layer.in_features))
+                    self.learned[f"{place}/lora_b"] = nn.Parameter(torch.zeros(layer.out_features, shape.adapt))
 
     @classmethod
     def of(cls, shape: Shape, encoder: Encoder, tensors: Mapping[str, Tensor]) -> Network:

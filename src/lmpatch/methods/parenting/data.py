@@ -35,7 +35,7 @@ class Rows:
 def prepare(
     lm: LM, records: Sequence[RagRecord], cfg: Config, units: int, progress: Progress | None
 ) -> tuple[dict[str, Rows], dict[str, Any]]:
-    """The three sets with a target for every record, tokenised, and what happened to records on the way.
+    """The three sets as prompt, target and end token, and what happened to records on the way.
 
     Raises:
         BadInput: a set has fewer records than there are units, or none for a loss that is asked for; a record is longer
@@ -47,28 +47,27 @@ def prepare(
     targets = {kind: [(r, r.answer, False) for r in groups[kind]] for kind in SETS} | {"robustness": own}
     _enough({kind: len(group) for kind, group in targets.items()}, cfg, units)
     order = random.Random(f"{cfg.seed}/rows")
-    sets = {}
+    sets, end = {}, lm.tokenizer.eos_token_id
     for kind, group in targets.items():
         order.shuffle(group)
-        rows = _encode(lm, [record.prompt for record, _, _ in group], [target for _, target, _ in group])
-        held = _apart([record for record, _, _ in group])
+        rows = encode_all(lm, [record.prompt for record, _, _ in group], [target for _, target, _ in group])
+        rows = rows if end is None else [replace(row, ids=(*row.ids, int(end))) for row in rows]
+        need_window(lm, [row.ids for row in rows])
+        held = _held([record for record, _, _ in group])
         train, validate = ([i for i, flag in enumerate(held) if flag is side] for side in (False, True))
         sets[kind] = Rows([rows[i] for i in train], [rows[i] for i in validate], [group[i][2] for i in train])
     return sets, {"own_answers": notes, "rows": {kind: len(rows.train) for kind, rows in sets.items()}}
 
 
-def _apart(records: Sequence[RagRecord]) -> list[bool]:
+def _held(records: Sequence[RagRecord]) -> list[bool]:
     """Which of the shuffled records only validate: all of a question or none, since a pair differs by a word."""
+    questions = [record.id.partition(":")[0] or record.question for record in records]
     held: set[str] = set()
-    for record in records:
-        if sum(_question(r) in held for r in records) >= min(HELD, len(records) // 8):
+    for question in questions:
+        if sum(own in held for own in questions) >= min(HELD, len(records) // 8):
             break
-        held.add(_question(record))
-    return [_question(r) in held for r in records]
-
-
-def _question(record: RagRecord) -> str:
-    return record.id.partition(":")[0] or record.question
+        held.add(question)
+    return [own in held for own in questions]
 
 
 def _enough(found: dict[str, int], cfg: Config, units: int) -> None:
@@ -106,15 +105,6 @@ def _own_answers(
         counts["known"] += sure
         kept.append((record, answer, sure))
     return kept, counts
-
-
-def _encode(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]:
-    """Prompt, target, end token."""
-    end = lm.tokenizer.eos_token_id
-    rows = encode_all(lm, prompts, targets)
-    ended = rows if end is None else [replace(row, ids=(*row.ids, int(end))) for row in rows]
-    need_window(lm, [row.ids for row in ended])
-    return ended
 
 
 def draws(rows: Rows, count: int, step: int, seed: str, share: float = 0.0) -> list[Row]:

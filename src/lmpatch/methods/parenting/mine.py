@@ -62,12 +62,8 @@ def mine(
     if not finite or odd * 2 > task.leaf.numel() * cfg.mine_steps:
         raise Diverged(f"mining {name} left the finite numbers. {advice}")
     rest = loop.seconds - float(task.spent)
-    notes = {
-        "seconds": round(loop.seconds, 3),
-        "tracking_share": round(float(task.spent) / rest, 5) if rest > 0 else 0.0,
-        "tracking_bytes": task.tracker.nbytes,
-        "not_finite": odd,
-    }
+    notes = {"seconds": round(loop.seconds, 3), "not_finite": odd, "tracking_bytes": 3 * task.leaf.nbytes}
+    notes |= {"tracking_share": round(float(task.spent) / rest, 5) if rest > 0 else 0.0}
     layers = layer_weights(task.counts, sum(len(row.ids) for row in task.seen), cfg.cue)
     return Mined(layers[[unit.layer for unit in units]] * scores, layers, notes)
 
@@ -80,7 +76,9 @@ class _Mining(Task):
         self.seen = rows.train[: cfg.cue_rows]  # whose activations are counted
         self.adapter = Adapter(lm, units, cfg.alpha / cfg.rank if cfg.units != "full_matrix" else 1.0, cfg.seed)
         (self.leaf,) = self.adapter.leaves.values()
-        base = _weights(lm, self.adapter) if cfg.units == "full_matrix" else None
+        weights = (lm.parameter(lm.layout.weight(unit.pieces[0].module)).detach() for unit in units)
+        own = ((weight.T if lm.layout.transposed else weight).reshape(-1) for weight in weights)
+        base = torch.cat([*own]).to(self.leaf) if cfg.units == "full_matrix" else None
         self.tracker = Tracker(self.leaf, base, cfg.beta1, cfg.beta2)
         self.counts = torch.zeros(lm.layout.n_layers, dtype=torch.float64)
         self.spent = torch.zeros((), dtype=torch.float64)  # seconds, on the tracker
@@ -99,21 +97,19 @@ class _Mining(Task):
             loss = self.adapter.loss(self.lm, rows, self.world)
             (self.leaf.grad,) = torch.autograd.grad(loss, self.leaf)
         self.world.sum([self.leaf.grad])
-        self._track("before_step")
+        self.spent += self.tracker.update(self.leaf.grad) if self.cfg.update_point == "before_step" else 0.0
         return {}
 
     def updated(self) -> None:
-        self._track("after_step")
-
-    def _track(self, point: Literal["before_step", "after_step"]) -> None:
-        if self.cfg.update_point == point and self.leaf.grad is not None:
+        if self.cfg.update_point == "after_step" and self.leaf.grad is not None:
             self.spent += self.tracker.update(self.leaf.grad)
 
 
 class Tracker:
     """Sensitivity s = |θ · g|, smoothed: S ← β1 S + (1 - β1) s, then U ← β2 U + (1 - β2)|s - S| with the new S.
 
-    Three fp32 tensors of the parameters' size; no step waits for the device.
+    Three fp32 tensors of the parameters' size; no step waits for the device. ``base``: the weights W in the order of
+    the flat tensor; with full parameters θ is W + ΔW.
     """
 
     def __init__(self, theta: Tensor, base: Tensor | None, beta1: float, beta2: float) -> None:
@@ -140,18 +136,6 @@ class Tracker:
         means = [(s.double() * u.double()).mean() for s, u in parts]  # fp64 of all at once would be 16 bytes more
         packed = torch.stack([*means, self.odd.double()]).cpu()  # one transfer
         return packed[:-1], int(packed[-1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of S and U, and of the step's own s."""
-        return self.s.nbytes + self.u.nbytes + self._now.nbytes
-
-
-def _weights(lm: LM, adapter: Adapter) -> Tensor:
-    """The projections' own weights in the order of the flat tensor: with full parameters θ is W + ΔW."""
-    weights = (lm.parameter(lm.layout.weight(unit.pieces[0].module)).detach() for unit in adapter.units)
-    flat = torch.cat([(weight.T if lm.layout.transposed else weight).reshape(-1) for weight in weights])
-    return flat.to(adapter.flat["entangled"])
 
 
 def active_tokens(lm: LM, rows: Sequence[Row]) -> Tensor:
@@ -198,9 +182,8 @@ def typed(adherence: Tensor, robustness: Tensor, threshold: float, rule: Literal
         high = [x > x.mean() + x.var(unbiased=False) for x in (adherence, robustness)]
     else:
         high = [z_scores(x) > threshold for x in (adherence, robustness)]
-    names: dict[tuple[bool, bool], Type] = {
-        (True, True): "entangled", (True, False): "adherence", (False, True): "robustness", (False, False): "others",
-    }  # fmt: skip
+    names: dict[tuple[bool, bool], Type] = {(True, True): "entangled", (True, False): "adherence"}
+    names |= {(False, True): "robustness", (False, False): "others"}
     return [names[pair] for pair in zip(*(x.tolist() for x in high), strict=True)]
 
 

@@ -71,13 +71,10 @@ def cut(lm: LM, kind: Units, rank: int, modules: adapter.Modules) -> list[Unit]:
 def _pieces(module: str, kind: Units, rank: int, out: int, width: int) -> dict[str, tuple[Piece, ...]]:
     """Suffix of the unit's name → its pieces."""
     a, b = Piece(module, "a", (rank, width)), Piece(module, "b", (out, rank))
-    if kind == "full_matrix":
-        return {"": (Piece(module, "w", (out, width)),)}
-    if kind == "matrix":
-        return {"": (a, b)}
-    if kind == "factor":
-        return {".a": (a,), ".b": (b,)}
-    return {f"[{r}]": (Piece(module, "a", (width,), r), Piece(module, "b", (out,), r)) for r in range(rank)}
+    if kind == "lora_rank":
+        return {f"[{r}]": (Piece(module, "a", (width,), r), Piece(module, "b", (out,), r)) for r in range(rank)}
+    whole = (Piece(module, "w", (out, width)),)
+    return {"matrix": {"": (a, b)}, "factor": {".a": (a,), ".b": (b,)}, "full_matrix": {"": whole}}[kind]
 
 
 class Adapter:
@@ -90,14 +87,14 @@ class Adapter:
         self, lm: LM, units: Sequence[Unit], scale: float, seed: int, types: Sequence[Type] | None = None
     ) -> None:
         self.units, self.scale = list(units), scale
-        start = initial(units, seed)
+        start = _start(units, seed)
         self.flat: dict[Type, Tensor] = {}
         self.pieces: dict[Type, list[Piece]] = {}  # in the order of the flat tensor
+        for unit, t in zip(units, types or ["entangled"] * len(units), strict=True):
+            self.pieces.setdefault(t, []).extend(unit.pieces)
         for t in TYPES:
-            own = [u for u, given in zip(units, types or ["entangled"] * len(units), strict=True) if given == t]
-            if own:
-                self.pieces[t] = [p for u in own for p in u.pieces]
-                values = torch.cat([start[p].reshape(-1) for p in self.pieces[t]])
+            if t in self.pieces:
+                values = torch.cat([start[piece].reshape(-1) for piece in self.pieces[t]])
                 self.flat[t] = values.to(lm.device).requires_grad_(t != "others")
 
     @property
@@ -139,19 +136,17 @@ class Adapter:
         return adapter.deltas(lm, moved, self.scale)
 
 
-def initial(units: Sequence[Unit], seed: int) -> dict[Piece, Tensor]:
+def _start(units: Sequence[Unit], seed: int) -> dict[Piece, Tensor]:
     """A drawn with spread 1/√in, B and W zero: the same numbers however units are cut or typed."""
     pieces = [piece for unit in units for piece in unit.pieces]
     ranks = Counter(piece.module for piece in pieces if piece.factor == "a" and piece.rank is not None)
-    values: dict[Piece, Tensor] = {}
+    start = {piece: torch.zeros(piece.shape) for piece in pieces}
     drawn: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     for piece in pieces:
-        if piece.factor != "a":
-            values[piece] = torch.zeros(piece.shape)
-            continue
-        if piece.module not in drawn:
-            rank = ranks[piece.module] or piece.shape[0]
-            drawn[piece.module] = adapter.drawn(rank, piece.shape[-1], generator)
-        values[piece] = drawn[piece.module] if piece.rank is None else drawn[piece.module][piece.rank]
-    return values
+        if piece.factor == "a":
+            if piece.module not in drawn:
+                rank = ranks[piece.module] or piece.shape[0]
+                drawn[piece.module] = adapter.drawn(rank, piece.shape[-1], generator)
+            start[piece] = drawn[piece.module] if piece.rank is None else drawn[piece.module][piece.rank]
+    return start

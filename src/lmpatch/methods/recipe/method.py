@@ -86,11 +86,9 @@ def train(
 
 def _training_bytes(lm: LM, net: Network, texts: int) -> int:
     """Features of all texts, the editor with gradients and moments, what autograd keeps of a batch, one head chunk."""
-    layout = lm.layout
-    features = 2 * net.inputs * texts
-    learned = 16 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    layout, learned = lm.layout, sum(p.numel() for p in net.parameters() if p.requires_grad)
     batch = BATCH_TOKENS * (12 * layout.n_layers * layout.d_model + 4 * sum(layout.widths))
-    return features + learned + 4 * (batch + 3 * HEAD_CHUNK * layout.vocab)
+    return 2 * net.inputs * texts + 16 * learned + 4 * (batch + 3 * HEAD_CHUNK * layout.vocab)
 
 
 def typical_embeddings(lm: LM) -> Tensor:
