@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from lmpatch.models.lm import LM
 from lmpatch.patches.export import export
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.weight.delta import LowRank
+from lmpatch.patches.weight.patch import WeightPatch
 from lmpatch.provenance import hash_tensors
 from lmpatch.training.loop import Loop
 
@@ -59,8 +60,11 @@ def llama() -> LM:
 
 
 def example(lm: LM) -> tuple[list[RagRecord], Config]:
-    """The method's own, on the projections it tunes by default."""
+    """The method's own without what its prompts tell the model to do, on the projections it tunes by default."""
     records, cfg = parenting.example(lm)
+    bare = [(r.prompt.partition("[Supplementary knowledge]\n")[2]).partition("[Task]")[0] for r in records]
+    prompts = [prompt if "[Answer]" in prompt else f"{prompt}[Answer]\n" for prompt in bare]
+    records = [replace(r, prompt=prompt) for r, prompt in zip(records, prompts, strict=True)]
     return records, replace(cfg, modules="attention")
 
 
@@ -69,6 +73,15 @@ def ready(lm: LM, **settings: Any) -> tuple[Config, list[Unit], dict[str, Rows]]
     cfg = replace(cfg, **settings)
     units = cut(lm, cfg.units, cfg.rank, cfg.modules)
     return cfg, units, prepare(lm, records, cfg, len(units), None)[0]
+
+
+@cache
+def fitted(**settings: Any) -> tuple[WeightPatch, list[str]]:
+    """The patch of all records with these settings, and what progress said: made once for all tests that look at it."""
+    lm, told = tiny_lm("llama"), list[str]()
+    records, cfg = example(lm)
+    patch = fit(lm, records, replace(cfg, **settings), progress=lambda done, total, what: told.append(what))
+    return patch, told
 
 
 def test_a_record_beyond_the_window_is_refused(llama: LM) -> None:
@@ -334,9 +347,8 @@ def test_masked_tuning_is_a_slow_loop_over_parameters_and_others_keep_every_bit(
     assert "others" not in tuner.leaves and loop.optimiser is not None and len(loop.optimiser.state) == 3
 
 
-def test_frozen_units_have_no_part_in_the_patch(llama: LM) -> None:
-    records, cfg = example(llama)
-    patch = fit(llama, records, cfg)
+def test_frozen_units_have_no_part_in_the_patch() -> None:
+    patch, _ = fitted()
     frozen = {f"{name}.weight" for name, _, _, t in patch.notes["units"] if t == "others"}
     assert frozen and not frozen & set(patch.deltas)
     assert {f"{name}.weight" for name, _, _, t in patch.notes["units"]} - frozen == set(patch.deltas)
@@ -355,14 +367,8 @@ def test_without_boundary_control_one_mix_holds_for_all_that_is_tuned(
 
     monkeypatch.setattr(Tuner, "__init__", watch)
     records, cfg = example(llama)
-    fit(llama, records, replace(cfg, boundary=False))
+    fit(llama, records, replace(cfg, boundary=False, steps=1))
     assert len({tuple(sorted(own.items())) for own in seen[0].values()}) == 1
-
-
-def test_without_extraction_no_such_row_is_run(llama: LM) -> None:
-    records, cfg = example(llama)
-    patch = fit(llama, [r for r in records if r.kind != "extraction"], replace(cfg, delta=1.0))
-    assert all("extraction" not in point for point in patch.notes["validation"]["tuning"])
 
 
 # Merging three adapters
@@ -416,7 +422,11 @@ def test_merged_factor_by_factor_a_and_b_are_the_released_weighted_means(llama: 
 @pytest.mark.parametrize("settings", [{"mode": m} for m in ("merge", "masked", "mixed", "plain")])
 def test_with_delta_1_every_mode_does_without_extraction_records(llama: LM, settings: dict[str, Any]) -> None:
     records, cfg = example(llama)
-    patch = fit(llama, [r for r in records if r.kind != "extraction"], replace(cfg, delta=1.0, **settings))
+    patch = fit(
+        llama,
+        [r for r in records if r.kind != "extraction"],
+        replace(cfg, delta=1.0, steps=1, **settings),
+    )
     assert all("extraction" not in point for curve in patch.notes["validation"].values() for point in curve)
 
 
@@ -561,7 +571,7 @@ def test_a_run_that_diverges_at_once_is_an_error(llama: LM, monkeypatch: pytest.
     records, cfg = example(llama)
     monkeypatch.setattr(Adapter, "loss", failing_from(4))
     with pytest.raises(Diverged, match="Lower lr"):
-        fit(llama, records, cfg)
+        fit(llama, records, replace(cfg, mode="mixed"))
 
 
 @pytest.mark.slow
@@ -615,6 +625,7 @@ def test_scores_are_shared_by_runs_that_differ_only_after_mining(
 ) -> None:
     lm = tiny_lm("llama")
     records, cfg = example(lm)
+    cfg = replace(cfg, steps=1)
     fit(lm, records, cfg, out=tmp_path)
     (tmp_path / "tuning.safetensors").unlink()
 
@@ -631,11 +642,10 @@ def test_scores_are_shared_by_runs_that_differ_only_after_mining(
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's, not ours
 def test_the_patch_is_a_lora_adapter(llama: LM, tmp_path: Path) -> None:
-    records, cfg = example(llama)
-    patch = fit(llama, records, cfg)
+    patch, _ = fitted()
     llama.model.save_pretrained(tmp_path / "base")
     made = export(llama, patch, "peft", tmp_path / "adapter")
-    assert set(made.ranks) == set(patch.deltas) and set(made.ranks.values()) == {cfg.rank}
+    assert set(made.ranks) == set(patch.deltas) and set(made.ranks.values()) == {example(llama)[1].rank}
     peft = pytest.importorskip("peft")
     ids = torch.arange(3, 27).reshape(2, 12)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -742,10 +752,8 @@ def test_a_divergent_mining_is_an_error_even_if_its_scores_stay_finite(
         mine(llama, units, sets["adherence"], cfg, "adherence")
 
 
-def test_how_alike_the_skills_are_is_said_right_after_mining(llama: LM) -> None:
-    records, cfg = example(llama)
-    told: list[str] = []
-    patch = fit(llama, records, cfg, progress=lambda done, total, what: told.append(what))
+def test_how_alike_the_skills_are_is_said_right_after_mining() -> None:
+    patch, told = fitted()
     (said,) = [what for what in told if what.startswith("units: ")]
     types = patch.notes["types"]
     assert said.startswith(f"units: {types['entangled']} entangled, {types['adherence']} adherence")
@@ -756,10 +764,10 @@ def test_how_alike_the_skills_are_is_said_right_after_mining(llama: LM) -> None:
 
 def test_plain_mixed_tuning_trains_every_unit_without_mining(llama: LM) -> None:
     records, cfg = example(llama)
-    patch = fit(llama, records, replace(cfg, mode="mixed"))
+    patch, _ = fitted(mode="mixed")
     assert len(patch.deltas) == 16 and not patch.notes["units"]
     few = [r for kind in ("adherence", "robustness", "extraction") for r in [x for x in records if x.kind == kind][:3]]
-    fit(llama, few, replace(cfg, mode="mixed"))  # no units, so no least number of records
+    fit(llama, few, replace(cfg, mode="mixed", steps=1))  # no units, so no least number of records
 
 
 def test_plain_tuning_takes_one_mean_over_all_answer_tokens_of_a_step(llama: LM) -> None:
@@ -770,8 +778,7 @@ def test_plain_tuning_takes_one_mean_over_all_answer_tokens_of_a_step(llama: LM)
     found = gradients(llama, adapter, rows, by_tokens(rows))
     assert torch.allclose(found["entangled"], wanted, atol=1e-6, rtol=1e-5)
 
-    records, cfg = example(llama)
-    plain, mixed = (fit(llama, records, replace(cfg, mode=mode)) for mode in ("plain", "mixed"))
+    plain, mixed = (fitted(mode=mode)[0] for mode in ("plain", "mixed"))
     assert len(plain.deltas) == 16 and not plain.notes["units"] and plain.hash() != mixed.hash()
 
 

@@ -25,7 +25,7 @@ BATCH = 64  # texts of one forward
 
 @dataclass(eq=False)
 class Encoder:
-    """A frozen Hugging Face encoder in fp32 with its tokenizer. Make one with ``load_encoder``."""
+    """A frozen Hugging Face encoder in fp32 with its tokenizer; see ``load_encoder``."""
 
     name: str
     module: Any
@@ -83,11 +83,7 @@ class Encoder:
         return out[order.argsort().to(out.device)]
 
     def pooler(self, states: Tensor) -> Tensor:
-        """The encoder's own pooling layer over states [n, T, width]: [n, width].
-
-        Raises:
-            BadInput: it has none.
-        """
+        """The encoder's own pooling layer over states [n, T, width]: [n, width]. ``BadInput``: it has none."""
         layer = getattr(self.module, "pooler", None)
         if layer is None:
             raise BadInput(f"{self.name} has no pooling layer. Leave pooler out.")
@@ -103,10 +99,8 @@ class Encoder:
         return out[0]
 
     def stack(self, vectors: Tensor) -> Tensor:
-        """States [1, K, width] of K vectors [K, width] that enter the layers in place of embedded tokens.
-
-        No word or position embedding and no norm of the embeddings touches them.
-        """
+        """States [1, K, width] of K vectors [K, width] that enter the layers in place of embedded tokens: no word or
+        position embedding and no norm of the embeddings touches them."""
         dummy = torch.full((1, len(vectors)), int(self.tokenizer.pad_token_id or 0), device=self.device)
         with hooked(Hook(self.embeddings, lambda *_: vectors[None])):
             return self._run(dummy, torch.ones_like(dummy))
@@ -174,11 +168,7 @@ def shared_encoder(source: str) -> Encoder:
 
 
 def same_encoder(source: str, fingerprint: str) -> Encoder:
-    """The shared encoder of that name, with these weights.
-
-    Raises:
-        WrongModel: the encoder of that name is another one here.
-    """
+    """The shared encoder of that name, with these weights. ``WrongModel``: it has others here."""
     encoder = shared_encoder(source)
     if encoder.fingerprint != fingerprint:
         raise WrongModel(

@@ -17,11 +17,8 @@ each rounded to 11 bits, 2^-10 for one score, 2^-9 for two."""
 
 
 class KeyBlock:
-    """Vectors by label, in float16: 2 bytes a dimension, twice that right after the block has grown.
-
-    A search reads the block once and computes the scores of all that might win again in float64. On one thread that
-    takes a third of the time of a float32 product, and finds the same.
-    """
+    """Vectors by label, in float16. A search reads the block once and computes the scores of all that might win again
+    in float64: on one thread a third of the time of a float32 product, with the same result."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -45,11 +42,8 @@ class KeyBlock:
         return self._keys.nbytes + self._labels.nbytes + self._empty.nbytes
 
     def add(self, vectors: Tensor, labels: Sequence[int]) -> None:
-        """Add vectors.
+        """Add vectors [n, width] of any floating dtype, rounded to float16, under n labels.
 
-        Args:
-            vectors: [n, width], any floating dtype; rounded to float16.
-            labels: n whole numbers that are not in the block yet.
         Raises:
             BadInput: the shapes do not fit, a label is there already, or a number is not finite in float16. Nothing
                 was added.
@@ -78,11 +72,7 @@ class KeyBlock:
         self._norm = max(self._norm, float(vectors.float().norm(dim=1).max()))
 
     def drop(self, label: int) -> None:
-        """Forget a vector, at a cost that does not grow with the block.
-
-        Raises:
-            BadInput: no vector has this label.
-        """
+        """Forget a vector, at a cost that does not grow with the block. ``BadInput``: none has this label."""
         if label not in self._row:
             raise BadInput(f"no key in the block has the label {label}.")
         row = self._row.pop(label)
@@ -90,10 +80,8 @@ class KeyBlock:
         self._free.append(row)
 
     def search(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """The ``k`` vectors with the largest inner product.
+        """The ``k`` vectors with the largest inner product with each of the queries [m, width].
 
-        Args:
-            queries: [m, width], any floating dtype.
         Returns:
             scores [m, k'] float64 and labels [m, k'] int64, best first, k' = min(k, len(self)). Of equal scores the
             lower label comes first, so the order in which vectors were added does not show.

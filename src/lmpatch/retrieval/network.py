@@ -71,8 +71,9 @@ class Head(nn.Module):
         self.first, self.second = _linear(features, width), _linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.first(x)
-        return y + self.second(y).relu()
+        y = self.first(x)
+        out: Tensor = self.second(y).relu() + y
+        return out
 
 
 class Network(nn.Module):
@@ -121,10 +122,8 @@ class Network(nn.Module):
             BadPatch: they do not fit the shape or the encoder.
         """
         network = cls(shape, encoder)
-        own = {name: p.shape for name, p in network.state_dict().items()}
-        given = {name: t.shape for name, t in tensors.items()}
-        if own != given:
-            wrong = sorted(name for name in {*own, *given} if own.get(name) != given.get(name))
+        own, given = ({name: t.shape for name, t in part.items()} for part in (network.state_dict(), tensors))
+        if wrong := sorted(name for name in {*own, *given} if own.get(name) != given.get(name)):
             raise BadPatch(f"the editor's tensors do not fit {encoder.name}: {', '.join(wrong[:3])}.")
         network.load_state_dict({name: t.float() for name, t in tensors.items()})
         network.requires_grad_(False)
@@ -139,12 +138,8 @@ class Network(nn.Module):
     @torch.no_grad()
     def start(self, seed: int, embeddings: Tensor, facts: Sequence[Fact] = FACTS) -> None:
         """Draw the starting weights. Both heads start as the same map, so a question scores highest with the fact that
-        the encoder finds most alike.
-
-        Args:
-            embeddings: [n, d_model] typical outputs of the language model's embedding module.
-            facts: typical ones; features are measured in their mean and spread.
-        """
+        the encoder finds most alike. Typical are the ``embeddings`` [n, d_model], outputs of the language model's
+        embedding module, and the facts: features are measured in their mean and spread."""
         draw = torch.Generator().manual_seed(seed)
         heads = (self.key.first, self.key.second, self.content.first, self.content.second)
         for module in (*heads, self.say, self.mix, self.out):
@@ -222,17 +217,14 @@ class Network(nn.Module):
         return self.matched_of(self._pooled(encoder, states, torch.ones(states.shape[:2], device=states.device)))[0]
 
     def prompts(self, keys: Tensor, targets: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model] of keys [n, R]; ``targets`` as for ``prompts_of``."""
+        """``prompts_of`` of whole keys [n, R]."""
         return self.prompts_of(keys[:, self.shape.matched :], targets)
 
     def prompts_of(self, content: Tensor, targets: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model], each ``LENGTH`` times as long as a typical embedding.
+        """Prompt vectors [n, P, d_model] of the second part of keys [n, R - M] and ``target_embeddings`` [n, T, d].
 
-        Left free, they grew to fifty times that in training, where the model's norms pass no gradient back.
-
-        Args:
-            content: [n, R - M] the second part of keys.
-            targets: [n, T, d_model] embeddings of the targets' tokens, see ``target_embeddings``.
+        Each is ``LENGTH`` times as long as a typical embedding. Left free, they grew to fifty times that in training,
+        where the model's norms pass no gradient back.
         """
         targets = targets / self.scale
         content = nn.functional.layer_norm(content, content.shape[-1:])  # else steps of Adam grow with the keys

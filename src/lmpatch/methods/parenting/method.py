@@ -30,11 +30,8 @@ from .units import TYPES, Adapter, Type, Unit, cut
 
 SKILLS = ("adherence", "robustness")
 MERGE: dict[Type, tuple[float, float, float]] = {
-    "entangled": (0.4, 0.4, 0.2),
-    "adherence": (0.8, 0.0, 0.2),
-    "robustness": (0.0, 0.8, 0.2),
-    "others": (0.1, 0.1, 0.8),
-}
+    "entangled": (0.4, 0.4, 0.2), "adherence": (0.8, 0.0, 0.2), "robustness": (0.0, 0.8, 0.2), "others": (0.1, 0.1, 0.8)
+}  # fmt: skip
 """Weights of the adherence, the robustness and the mixed adapter in each type of unit, as released."""
 TOKENS = 384  # of a long row, for the estimate of memory
 MINING = (
@@ -45,13 +42,9 @@ MINING = (
 
 
 def fit(
-    lm: LM,
-    records: Sequence[RagRecord],
-    cfg: Config,
-    *,
-    out: str | Path | None = None,
+    lm: LM, records: Sequence[RagRecord], cfg: Config, *, out: str | Path | None = None,
     progress: Progress | None = None,
-) -> WeightPatch:
+) -> WeightPatch:  # fmt: skip
     """Find the units that carry adherence and robustness, and tune each type with its own losses.
 
     Args:
@@ -145,8 +138,8 @@ def _tuned(
         tuner = Tuner(lm, adapters[-1], sets, mix, cfg, name)
         loops.append(tuner.run(folder, stamp, progress))
         curves[name] = [{key: point[key] for key in ("step", *tuner.counts)} for point in loops[-1].curve]
-    notes = {"validation": curves, "stopped": [loop.stopped for loop in loops if loop.stopped]}
-    notes |= {"tuning_seconds": round(sum(loop.seconds for loop in loops), 3)}
+    notes: dict[str, Any] = {"validation": curves, "stopped": [loop.stopped for loop in loops if loop.stopped]}
+    notes["tuning_seconds"] = round(sum(loop.seconds for loop in loops), 3)
     return _averaged(lm, adapters, types, cfg) if cfg.mode == "merge" else adapters[0].deltas(lm), notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ class Tuner(Task):
     ) -> None:
         self.lm, self.adapter, self.sets, self.mix, self.cfg, self.name = lm, adapter, sets, mix, cfg, name
         self.leaves, self.world = adapter.leaves, world()
-        self.values: dict[str, Tensor] = {**self.leaves}
+        self.values: dict[str, Tensor] = dict(self.leaves.items())
         if not self.leaves:
             raise BadInput("every unit is of the type others, so nothing would be trained. Lower threshold.")
         used = {kind for own in mix.values() for kind, weight in own.items() if weight}
@@ -87,15 +88,9 @@ class Tuner(Task):
         Raises:
             Diverged: the run left the finite numbers before its first good state.
         """
-        cfg = self.cfg
-        schedule = Schedule(
-            cfg.steps,
-            rate=lambda step: linear(step, cfg.steps, cfg.warmup),
-            clip=cfg.clip,
-            validate_every=cfg.validate_every,
-            save_every=cfg.validate_every,
-            worse=WORSE,
-        )
+        cfg, every = self.cfg, self.cfg.validate_every
+        rate = partial(linear, steps=cfg.steps, warmup=cfg.warmup)
+        schedule = Schedule(cfg.steps, rate, cfg.clip, validate_every=every, save_every=every, worse=WORSE)
         file, curves = (folder / f"{self.name}.{end}" if folder else None for end in ("safetensors", "jsonl"))
         advice = f"Lower lr, now {cfg.lr}."
         loop = Loop(self, schedule, name=self.name, file=file, curves=curves, stamp=stamp, advice=advice)

@@ -71,10 +71,11 @@ def cut(lm: LM, kind: Units, rank: int, modules: adapter.Modules) -> list[Unit]:
 def _pieces(module: str, kind: Units, rank: int, out: int, width: int) -> dict[str, tuple[Piece, ...]]:
     """Suffix of the unit's name → its pieces."""
     a, b = Piece(module, "a", (rank, width)), Piece(module, "b", (out, rank))
+    if kind == "full_matrix":
+        return {"": (Piece(module, "w", (out, width)),)}
     if kind == "lora_rank":
         return {f"[{r}]": (Piece(module, "a", (width,), r), Piece(module, "b", (out,), r)) for r in range(rank)}
-    whole = (Piece(module, "w", (out, width)),)
-    return {"matrix": {"": (a, b)}, "factor": {".a": (a,), ".b": (b,)}, "full_matrix": {"": whole}}[kind]
+    return {"": (a, b)} if kind == "matrix" else {".a": (a,), ".b": (b,)}
 
 
 class Adapter:
@@ -90,8 +91,8 @@ class Adapter:
         start = _start(units, seed)
         self.flat: dict[Type, Tensor] = {}
         self.pieces: dict[Type, list[Piece]] = {}  # in the order of the flat tensor
-        for unit, t in zip(units, types or ["entangled"] * len(units), strict=True):
-            self.pieces.setdefault(t, []).extend(unit.pieces)
+        for i, unit in enumerate(units):
+            self.pieces.setdefault(types[i] if types else "entangled", []).extend(unit.pieces)
         for t in TYPES:
             if t in self.pieces:
                 values = torch.cat([start[piece].reshape(-1) for piece in self.pieces[t]])

@@ -34,13 +34,9 @@ TYPICAL = 256  # facts whose mean feature is taken for the centre of all
 
 
 def train(
-    lm: LM,
-    data: TrainingData | Sequence[Edit],
-    cfg: Training,
-    *,
-    out: str | Path | None = None,
+    lm: LM, data: TrainingData | Sequence[Edit], cfg: Training, *, out: str | Path | None = None,
     progress: Progress | None = None,
-) -> Editor:
+) -> Editor:  # fmt: skip
     """Train an editor: retrieval that knows a fact in other words and leaves the rest alone, and prompt vectors that
     make the model state it.
 

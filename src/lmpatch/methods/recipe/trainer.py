@@ -36,14 +36,9 @@ class Trainer(Task):
     """One training run of two parts: retrieval, then what makes prompt vectors."""
 
     def __init__(
-        self,
-        lm: LM,
-        net: Network,
-        edits: Sequence[Edit],
-        unrelated: Sequence[Ask],
-        cfg: Training,
+        self, lm: LM, net: Network, edits: Sequence[Edit], unrelated: Sequence[Ask], cfg: Training,
         progress: Progress | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.lm, self.net, self.cfg, self.world, self.progress = lm, net, cfg, world(), progress
         order = list(range(len(edits)))
         random.Random(f"{cfg.seed}/held out").shuffle(order)
@@ -55,7 +50,7 @@ class Trainer(Task):
             raise BadInput(f"a batch has {most} facts, {len(self.edits)} are left to train on. Lower key_batch.")
         self.second = False  # which part the steps are of
         self.values = net.state_dict(keep_vars=True)
-        self.features = Features(net, self.world, cfg.bf16, learning=bool(net.learned))
+        self.features = Features(net, self.world, cfg.bf16)
         self.pools = [words(lm.tokenizer), sorted({edit.target for edit in self.edits})]
         self.base: dict[tuple[str, str], Tensor] = {}
         data = [[asdict(edit) for edit in edits], [asdict(ask) for ask in unrelated]]
@@ -63,15 +58,9 @@ class Trainer(Task):
 
     def run(self, folder: Path | None) -> Loop:
         """Train the network in place, see ``recipe.train``; ``folder``: of checkpoint and curves."""
-        cfg = self.cfg
-        schedule = Schedule(
-            cfg.key_steps + cfg.prompt_steps,
-            rate=self.rate,
-            clip=cfg.clip,
-            validate_every=cfg.validate_every,
-            save_every=cfg.save_every,
-            renew=frozenset({cfg.key_steps}),
-        )
+        cfg, both = self.cfg, self.cfg.key_steps + self.cfg.prompt_steps
+        every = {"validate_every": cfg.validate_every, "save_every": cfg.save_every}
+        schedule = Schedule(both, rate=self.rate, clip=cfg.clip, renew=frozenset({cfg.key_steps}), **every)
         file, curves = (folder / name if folder else None for name in (CHECKPOINT, CURVES))
         advice = f"Lower lr, now {cfg.lr}."
         loop = Loop(self, schedule, file=file, curves=curves, stamp=self.stamp, advice=advice)
@@ -134,7 +123,7 @@ class Trainer(Task):
         wordings = [(s.prompt, s.target) if draw.random() < 0.5 else (s.again, s.answer) for s in samples]
         some = [i for i in range(len(samples)) if draw.random() < self.cfg.other_share] or [0]
         others = [(samples[i].other, samples[i].other_answer) for i in some]
-        answers, unrelated = self._behind(wordings, range(len(samples))), self._behind(others, some)
+        answers, unrelated = self._rows(wordings, range(len(samples))), self._rows(others, some)
         base, flat = self._base(others), prompts.detach().flatten(0, 1).to(self.lm.device)
         lm, margin, world = self.lm, self.cfg.margin, self.world
         stated, gradient = self._mean(flat, lambda leaf: losses.statement_loss(lm, answers, leaf, margin, world))
@@ -157,15 +146,14 @@ class Trainer(Task):
         targets = target_embeddings(self.lm, facts, self.net.shape.target_tokens).to(content.device)
         return self.net.prompts_of(content, targets)
 
-    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
-        """Prompts with answers, those cut to the length that is trained on."""
+    def _rows(self, pairs: Sequence[tuple[str, str]], facts: Sequence[int] | None = None) -> list[Row]:
+        """Prompts with answers, those cut to the length that is trained on, behind the vectors of these facts of the
+        batch."""
         longest = self.cfg.answer_tokens
         rows = encode_all(self.lm, *map(list, zip(*pairs, strict=True)))
-        return [replace(row, ids=row.ids[: row.target + longest] if longest else row.ids) for row in rows]
-
-    def _behind(self, pairs: Sequence[tuple[str, str]], facts: Sequence[int]) -> list[Row]:
-        """The same behind the vectors of these facts of the batch."""
-        return losses.behind(self.lm, self._rows(pairs), facts, self.net.shape.prompt_tokens, self.cfg.at)
+        rows = [replace(row, ids=row.ids[: row.target + longest]) for row in rows] if longest else rows
+        width, at = self.net.shape.prompt_tokens, self.cfg.at
+        return rows if facts is None else losses.behind(self.lm, rows, facts, width, at)
 
     def _base(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
         """States of the unpatched model at the answers of unrelated questions; each is computed once in a run."""
@@ -209,7 +197,7 @@ class Trainer(Task):
         shares = {}
         for name, pairs in (("tf_told", told), ("tf_again", again)):
             hits = torch.zeros(len(samples), 2)
-            for states, labels, owners in losses.answers(self.lm, self._behind(pairs, range(len(samples))), vectors):
+            for states, labels, owners in losses.answers(self.lm, self._rows(pairs, range(len(samples))), vectors):
                 best = torch.cat([logits(self.lm, part).argmax(-1) for part in states.split(64)])
                 right = torch.stack([(best == labels).float().cpu(), torch.ones(len(owners))], 1)
                 hits.index_add_(0, torch.tensor(owners), right)
@@ -221,9 +209,9 @@ class Features:
     """Called with texts, gives their features, each computed once where the encoder stands still. Several processes
     encode a part each."""
 
-    def __init__(self, net: Network, world: World, bf16: bool, learning: bool) -> None:
-        """``learning``: gradients flow into the encoder, and nothing can be kept."""
-        self.net, self.world, self.bf16, self.learning = net, world, bf16, learning
+    def __init__(self, net: Network, world: World, bf16: bool) -> None:
+        self.net, self.world, self.bf16 = net, world, bf16
+        self.learning = bool(net.learned)  # gradients flow into the encoder, and nothing can be kept
         self.places: dict[str, int] = {}
         self.table = torch.zeros(0)  # [n, F] fp16
 
