@@ -7,7 +7,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -17,10 +17,11 @@ from torch import Tensor
 from ..errors import BadInput
 from ..inference.interventions import Intervention
 from ..models.lm import LM
-from ..provenance import hash_json, hash_tensors
+from ..provenance import hash_json, hash_tensors, made_now
 from ..resources import format_bytes
 from . import format
 from .base import Base as Base
+from .base import fingerprint
 from .handle import Handle
 from .lora import Lora
 
@@ -124,9 +125,9 @@ class Patch(ABC):
             CannotMerge: they have no common algebra.
         """
 
-    @abstractmethod
     def law(self) -> Law:
         """What ``merged`` promises."""
+        return Law.STACK
 
     def lora(self, lm: LM, rank: int | None) -> Lora:
         """The patch as an adapter of ``lm``, for ``export``.
@@ -159,13 +160,12 @@ class Patch(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes all its tensors take."""
-        return sum(t.numel() * t.element_size() for t in self.all_tensors().values())
+        return sum(t.nbytes for t in self.all_tensors().values())
 
     def hash(self) -> str:
         """SHA-256 of the content: tensors, kind, method, config and edits; not when or how fast it was made."""
         tensors = hash_tensors(sorted(self.all_tensors().items()), exact=True)
-        edits = list(self.edits)
-        return hash_json([self.kind, self.method, self.config, edits, self.parts(), tensors])
+        return hash_json([self.kind, self.method, self.config, list(self.edits), self.parts(), tensors])
 
     def save(self, path: str | Path) -> None:
         """Write the patch as a folder; all of it or nothing. A patch that is there already is replaced.
@@ -173,17 +173,8 @@ class Patch(ABC):
         Raises:
             BadInput: something else is there.
         """
-        base = {"fingerprint": self.base.fingerprint, "name": self.base.name, "touched": self.base.touched}
-        header = {
-            "kind": self.kind,
-            "method": self.method,
-            "config": self.config,
-            "base": base,
-            "edits": list(self.edits),
-            "made": self.made,
-            "notes": self.notes,
-            "parts": self.parts(),
-        }
+        header = {name: getattr(self, name) for name in ("kind", "method", "config", "made", "notes")}
+        header |= {"base": asdict(self.base), "edits": list(self.edits), "parts": self.parts()}
         format.write(Path(path), header, self.all_tensors())
 
     def summary(self) -> str:
@@ -212,8 +203,8 @@ class Patch(ABC):
             "changes": "\n".join(line.strip() for line in self.describe()),
             "size": format_bytes(self.nbytes),
         }
-        cells = (f"<tr><th>{_cell(name)}</th><td>{_cell(text)}</td></tr>" for name, text in rows.items())
-        return f"<table>{''.join(cells)}</table>"
+        cells = [[html.escape(text).replace("\n", "<br>") for text in row] for row in rows.items()]
+        return f"<table>{''.join(f'<tr><th>{name}</th><td>{text}</td></tr>' for name, text in cells)}</table>"
 
 
 @dataclass(eq=False)
@@ -252,13 +243,34 @@ def plain(value: Any) -> Any:
     return plain(value.tolist()) if hasattr(value, "tolist") else str(value)  # tensors and numpy numbers
 
 
+def fields_for(
+    lm: LM,
+    method: str,
+    config: Any,
+    edits: Sequence[Any],
+    seconds: float | None,
+    notes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The fields of ``Patch`` for one made for ``lm`` just now.
+
+    Args:
+        config: the method's ``Config``, or a dict.
+        edits: records or dicts.
+        seconds: how long the fit took.
+    """
+    return {
+        "method": method,
+        "config": plain(config or {}),
+        "base": Base(fingerprint(lm), lm.name),
+        "edits": plain_edits(edits),
+        "made": made_now(seconds),
+        "notes": plain(notes or {}),
+    }
+
+
 def plain_edits(edits: Sequence[Any]) -> tuple[dict[str, Any], ...]:
     """Each edit as a dict of what it says; empty fields are left out."""
     return tuple({k: v for k, v in plain(edit).items() if v not in ("", [], {}, None)} for edit in edits)
-
-
-def _cell(text: str) -> str:
-    return html.escape(text).replace("\n", "<br>")
 
 
 def _short(edit: Mapping[str, Any]) -> str:

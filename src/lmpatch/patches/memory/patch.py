@@ -96,8 +96,7 @@ class MemoryPatch(RunPatch):
                 )
         edits = [edit for p in (self, *others) for edit in p.edits]
         keys = torch.cat([p.keys for p in (self, *others)])
-        last = {prompt_key(edit["prompt"]): i for i, edit in enumerate(edits)}  # the later one wins
-        kept = sorted(last.values())
+        kept = sorted({prompt_key(edit["prompt"]): i for i, edit in enumerate(edits)}.values())  # the later one wins
         return replace(self, edits=tuple(edits[i] for i in kept), keys=keys[kept])
 
     def law(self) -> Law:

@@ -96,16 +96,12 @@ class Finder:
         queries = self.retriever.queries([prompts[i] for i in readable])  # [m, M]
         scores, places = self.facts.search(comparable(queries, self.retriever, self.scope), self.scope.top_k)
         scale = 1.0 if self.scope.gate == "cosine" else self.retriever.scale
-        for i, line, found, gate in zip(readable, scores.tolist(), places.tolist(), self._gates(queries), strict=True):
+        gates = [self.scope.threshold if self.scope.gate == "cosine" else float("-inf")] * len(queries)
+        if self.scope.gate == "sentinel":
+            gates = [gate / scale for gate in self.retriever.gate(queries).tolist()]
+        for i, line, found, gate in zip(readable, scores.tolist(), places.tolist(), gates, strict=True):
             hits[i] = [Hit(place, score / scale, gate) for score, place in zip(line, found, strict=True)]
         return hits
-
-    def _gates(self, queries: Tensor) -> list[float]:
-        """What the score of each query [m, M] must exceed."""
-        if self.scope.gate == "sentinel":
-            gates: list[float] = self.retriever.gate(queries).tolist()
-            return [gate / self.retriever.scale for gate in gates]
-        return [self.scope.threshold if self.scope.gate == "cosine" else float("-inf")] * len(queries)
 
     def _readable(self, prompts: Sequence[str]) -> list[int]:
         """Which prompts the encoder reads whole."""
@@ -128,11 +124,11 @@ class MemoryIntervention(Intervention):
 
     def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
         distinct = list(dict.fromkeys(prompts))
-        fired = [tuple(hit.place for hit in hits if hit.fired) for hits in self.finder.search(distinct)]
-        self._prepare({place for places in fired for place in places})
-        inserts = {places: self._insert(places) for places in dict.fromkeys(fired)}
-        by_prompt = {prompt: inserts[places] for prompt, places in zip(distinct, fired, strict=True)}
-        return [by_prompt[prompt] for prompt in prompts]
+        hits = zip(distinct, self.finder.search(distinct), strict=True)
+        fired = {prompt: tuple(hit.place for hit in found if hit.fired) for prompt, found in hits}
+        self._prepare({place for places in fired.values() for place in places})
+        inserts = {places: self._insert(places) for places in dict.fromkeys(fired.values())}
+        return [inserts[fired[prompt]] for prompt in prompts]
 
     def _insert(self, places: tuple[int, ...]) -> Insert | None:
         """What several facts put before a prompt, one after the other."""

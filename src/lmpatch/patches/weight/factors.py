@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ...errors import BadInput, CannotMount
 from ..lora import Lora
@@ -20,8 +21,13 @@ def as_lora(changes: Mapping[Target, Delta], rank: int | None) -> Lora:
     discarded: dict[str, float] = {}
     transposed = set()
     for target, delta in changes.items():
-        _refuse(target, delta)
-        low, discarded[target.name] = _factors(target.name, delta, target, rank)
+        if target.vector:
+            raise CannotMount(f"{target.name} is a vector, and adapters are for matrices. Export it to='checkpoint'.")
+        try:
+            side.refuse(target, delta)  # an adapter is a side mount
+        except CannotMount as error:
+            raise CannotMount(f"{str(error).partition('Pass mount')[0]}Export it to='checkpoint'.") from None
+        low, discarded[target.name] = _factors(target, delta, rank)
         if low.rank:
             factors[target.name.removesuffix(".weight")] = low.b, low.a
             transposed.add(target.transposed)
@@ -32,25 +38,15 @@ def as_lora(changes: Mapping[Target, Delta], rank: int | None) -> Lora:
     return Lora(factors, discarded, transposed.pop())
 
 
-def _refuse(target: Target, delta: Delta) -> None:
-    if target.vector:
-        raise CannotMount(f"{target.name} is a vector, and adapters are for matrices. Export it to='checkpoint'.")
-    try:
-        side.refuse(target, delta)  # an adapter is a side mount
-    except CannotMount as error:
-        raise CannotMount(f"{str(error).partition('Pass mount')[0]}Export it to='checkpoint'.") from None
-
-
-def _factors(name: str, delta: Delta, target: Target, rank: int | None) -> tuple[LowRank, float]:
+def _factors(target: Target, delta: Delta, rank: int | None) -> tuple[LowRank, float]:
     """The change as low-rank factors in fp32, and the share of its energy that was cut off."""
-    delta = delta.to("cpu", torch.float32)
+    exact = _exact(delta.to("cpu", torch.float32), target)
     out, width = delta.shape
-    exact = _exact(delta, target)
     if rank is None:
         if isinstance(exact, Dense) or exact.rank * (out + width) > out * width:
             size = f"rank {exact.rank}" if isinstance(exact, LowRank) else "full rank"
             raise BadInput(
-                f"the change of {name} has {size}: an exact adapter outgrows the weight. Pass rank=... (--rank)."
+                f"the change of {target.name} has {size}: an exact adapter outgrows the weight. Pass rank=... (--rank)."
             )
         return exact, 0.0
     if rank < 1:
@@ -58,8 +54,7 @@ def _factors(name: str, delta: Delta, target: Target, rank: int | None) -> tuple
     if isinstance(exact, LowRank) and exact.rank <= rank:
         return exact, 0.0
     u, s, vt = torch.linalg.svd(exact.dense().double(), full_matrices=False)
-    energy = s.square()
-    root = s[:rank].sqrt()
+    energy, root = s.square(), s[:rank].sqrt()
     cut = LowRank((u[:, :rank] * root).float(), (root[:, None] * vt[:rank]).float())
     return cut, float(energy[rank:].sum() / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny))
 
@@ -69,13 +64,9 @@ def _exact(delta: Delta, target: Target) -> LowRank | Dense:
     if isinstance(delta, Sparse):
         delta = delta.to_rows()
     if isinstance(delta, Rows):
-        return LowRank(_one_hot(delta.index, delta.shape[0]).T, delta.value)
+        return LowRank(one_hot(delta.index, delta.out).float().T, delta.value)
     if isinstance(delta, Scale):
         columns = target.oriented(target.parameter.detach())[:, delta.index.to(target.parameter.device)]
-        return LowRank(columns.cpu().float() * (delta.factor - 1), _one_hot(delta.index, delta.shape[1]))
+        return LowRank(columns.cpu().float() * (delta.factor - 1), one_hot(delta.index, delta.shape[1]).float())
     assert isinstance(delta, Addition)
     return delta if isinstance(delta, LowRank) else Dense(delta.dense())
-
-
-def _one_hot(index: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.one_hot(index, size).float()  # [n, size]

@@ -18,8 +18,6 @@ from .delta import Addition, Delta, Scale
 from .side import Side
 from .target import Target
 
-Book = dict[str, dict[str, Baked | Side]]
-"""Mount -> first name of a weight -> all that is on it."""
 NUMBERS = count()
 
 
@@ -29,7 +27,10 @@ class WeightHandle(Handle):
     def __init__(self, changes: Mapping[Target, Delta], mount: Mount, others: Sequence[Handle]) -> None:
         super().__init__()
         self.changes, self.mount, self.number = dict(changes), mount, next(NUMBERS)
-        self.book: Book = next((h.book for h in others if isinstance(h, WeightHandle)), {"bake": {}, "side": {}})
+        empty: dict[str, dict[str, Baked | Side]] = {"bake": {}, "side": {}}
+        self.book = next((h.book for h in others if isinstance(h, WeightHandle)), empty)
+        """Mount -> first name of a weight -> all that is on it, of all patches."""
+        self._entries = self.book[mount]
         for target, delta in self.changes.items():
             bake.refuse(target) if mount == "bake" else side.refuse(target, delta)
             self._refuse_mixed(target, delta)
@@ -37,17 +38,13 @@ class WeightHandle(Handle):
             if target.name in self._entries:
                 self._entries[target.name].check()
 
-    @property
-    def _entries(self) -> dict[str, Baked | Side]:
-        return self.book[self.mount]
-
     def enable(self) -> None:
         sums = [torch.zeros(2)]
         for target, delta in self.changes.items():
             entry = self._entries.get(target.name) or (Baked(target) if self.mount == "bake" else Side(target))
             self._entries[target.name] = entry
-            if not self._is_in(entry):
-                sums.append(entry.add(delta, tuple(sorted((*entry.changes, (self.number, delta)), key=_number))))
+            if self.number not in entry.changes:
+                sums.append(entry.add(delta, dict(sorted([*entry.changes.items(), (self.number, delta)]))))
         if len(sums) > len(self.changes):
             missed, wanted = torch.stack(sums).double().sum(0).sqrt().tolist()
             self.rounding_error = missed / wanted if wanted else 0.0
@@ -55,7 +52,7 @@ class WeightHandle(Handle):
     def disable(self) -> None:
         with ExitStack() as rest:  # goes through all of them even if one fails
             for entry in self._mine():
-                rest.callback(entry.write, tuple(change for change in entry.changes if change[0] != self.number))
+                rest.callback(entry.write, {n: delta for n, delta in entry.changes.items() if n != self.number})
         for target in self.changes:
             if target.name in self._entries and not self._entries[target.name].changes:
                 del self._entries[target.name]
@@ -70,22 +67,16 @@ class WeightHandle(Handle):
 
     def _mine(self) -> list[Baked | Side]:
         entries = (self._entries.get(target.name) for target in self.changes)
-        return [entry for entry in entries if entry is not None and self._is_in(entry)]
-
-    def _is_in(self, entry: Baked | Side) -> bool:
-        return any(number == self.number for number, _ in entry.changes)
+        return [entry for entry in entries if entry is not None and self.number in entry.changes]
 
     def _refuse_mixed(self, target: Target, delta: Delta) -> None:
         """A hook that scales the input of a weight would also scale what was baked into it."""
-        entry = self.book["side" if self.mount == "bake" else "bake"].get(target.name)
-        others = [d for _, d in entry.changes] if entry else []
-        scale, addition = (others, [delta]) if self.mount == "bake" else ([delta], others)
+        other: Mount = "side" if self.mount == "bake" else "bake"
+        entry = self.book[other].get(target.name)
+        others = [*entry.changes.values()] if entry else []
+        scale, addition = (others, [delta]) if other == "side" else ([delta], others)
         if any(isinstance(d, Scale) for d in scale) and any(isinstance(d, Addition) for d in addition):
             raise CannotMount(
                 f"cannot mount {self.mount!r} on {target.name}: a scale on the side would also scale what is baked in. "
-                f"Mount both the same way: mount={'side' if self.mount == 'bake' else 'bake'!r} here."
+                f"Mount both the same way: mount={other!r} here."
             )
-
-
-def _number(change: tuple[int, Delta]) -> int:
-    return change[0]

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ...errors import BadInput, BadPatch, Diverged, WrongModel
 from ...models.lm import LM
-from ...provenance import made_now
-from ..base import Base, fingerprint, has_values, hash_of, original
+from ..base import has_values, hash_of, original
 from ..handle import Handle
 from ..lora import Lora
 from ..merge import merged_fields
-from ..patch import Law, Mount, Patch, plain, plain_edits
+from ..patch import Mount, Patch, fields_for
 from .combine import combine
 from .delta import KINDS, Delta, LowRank
 from .factors import as_lora
@@ -51,9 +50,7 @@ class WeightPatch(Patch):
         Args:
             lm: the model, patched or not; what is recorded is the model without patches.
             deltas: parameter name -> change. Of tied names any will do; the first is kept.
-            config: the method's ``Config``, or a dict.
-            edits: ``Edit`` records or dicts.
-            seconds: how long the fit took.
+            config, edits, seconds, notes: see ``fields_for``.
         Raises:
             BadInput: no such parameter, two names of one weight, or a change of another shape.
             Diverged: a change holds infinite or undefined numbers.
@@ -65,18 +62,15 @@ class WeightPatch(Patch):
         for name, delta in deltas.items():
             if not delta.is_finite():
                 raise Diverged(f"{method}: the change of {name} left the finite numbers. Lower the learning rate.")
-        weights = {t.name: original(lm.model, t.name) for t in targets.values()}
-        norms = {name: float(w.float().norm()) for name, w in weights.items() if has_values(w)}
-        return cls(
-            method=method,
-            config=plain(config or {}),
-            base=Base(fingerprint(lm), lm.name, {name: hash_of(weight) for name, weight in weights.items()}),
-            edits=plain_edits(edits),
-            made=made_now(seconds) | {"weight_norms": norms},
-            notes=plain(notes or {}),
+        patch = cls(
+            **fields_for(lm, method, config, edits, seconds, notes),
             extras={name: t.detach().to("cpu", copy=True).contiguous() for name, t in (extras or {}).items()},
             deltas={targets[name].name: delta.to("cpu", copy=True) for name, delta in deltas.items()},
         )
+        weights = {name: original(lm.model, name) for name in patch.deltas}
+        patch.base.touched.update({name: hash_of(weight) for name, weight in weights.items()})
+        patch.made["weight_norms"] = {n: float(w.float().norm()) for n, w in weights.items() if has_values(w)}
+        return patch
 
     def scaled(self, strength: float) -> WeightPatch:
         """The patch with every change times ``strength``; see ``Delta.scaled``."""
@@ -101,17 +95,16 @@ class WeightPatch(Patch):
         return patch
 
     def describe(self) -> list[str]:
-        lines = []
-        for name, delta in self.deltas.items():
-            norm = self.made.get("weight_norms", {}).get(name)
-            share = f", {delta.norm() / norm:.2g} of its norm" if norm and delta.kind != "scale" else ""
-            lines.append(f"  {name}: {delta.label} on {delta.shape[0]} x {delta.shape[1]}{share}")
-        return lines
+        shares = {name: f", {norm:.2g} of its norm" for name, norm in self.change_norms().items()}
+        return [
+            f"  {name}: {delta.label} on {delta.shape[0]} x {delta.shape[1]}{shares.get(name, '')}"
+            for name, delta in self.deltas.items()
+        ]
 
     def change_norms(self) -> dict[str, float]:
         norms = self.made.get("weight_norms", {})
-        additions = {name: delta for name, delta in self.deltas.items() if delta.kind != "scale"}
-        return {name: delta.norm() / norms[name] for name, delta in additions.items() if norms.get(name)}
+        additions = {name: delta for name, delta in self.deltas.items() if norms.get(name) and delta.kind != "scale"}
+        return {name: delta.norm() / norms[name] for name, delta in additions.items()}
 
     def targets(self, lm: LM) -> dict[str, Target]:
         """The weight of ``lm`` behind each name in the patch.
@@ -137,9 +130,6 @@ class WeightPatch(Patch):
         deltas = {name: combine(name, [p.deltas[name] for p in patches if name in p.deltas]) for name in names}
         return WeightPatch(**merged_fields(patches), deltas=deltas)
 
-    def law(self) -> Law:
-        return Law.STACK
-
     def lora(self, lm: LM, rank: int | None) -> Lora:
         return as_lora({target: self.deltas[name] for name, target in self.targets(lm).items()}, rank)
 
@@ -147,12 +137,10 @@ class WeightPatch(Patch):
     def trial(cls, lm: LM, layer: int, strength: float) -> WeightPatch:
         """A random rank-one change of one down-projection, ``strength`` of the weight's norm."""
         name = lm.layout.weight(lm.layout.downs[layer])
-        d_ff = lm.parameter(name).numel() // lm.layout.d_model
-        generator = torch.Generator().manual_seed(layer)
+        weight, generator = lm.parameter(name), torch.Generator().manual_seed(layer)
         b = torch.randn(lm.layout.d_model, 1, generator=generator)
-        a = torch.randn(1, d_ff, generator=generator)
-        norm = float(lm.parameter(name).float().norm())
-        b = b * (strength * norm / float(b.norm() * a.norm()))
+        a = torch.randn(1, weight.numel() // lm.layout.d_model, generator=generator)
+        b = b * (strength * float(weight.float().norm()) / float(b.norm() * a.norm()))
         return cls.make(lm, {name: LowRank(b, a)}, method="trial", seconds=0.0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def find_targets(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
     Raises:
         LookupError: a name is unknown, two are one weight, or a shape differs. Callers say what that means to them.
     """
-    groups = _tied(model.named_parameters(remove_duplicate=False))
+    groups = _tied(model)
     targets: dict[str, Target] = {}
     for name, shape in shapes.items():
         if name not in groups:
@@ -116,10 +116,10 @@ def _offset(module: nn.Module, attribute: str) -> float:
     return float(round(float((zero * unit).sum() / unit.square().sum())))
 
 
-def _tied(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[str, ...]]:
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Each name -> all names of the same storage, in the order of the model."""
     groups: dict[Any, list[str]] = {}
-    for name, p in parameters:
+    for name, p in model.named_parameters(remove_duplicate=False):
         groups.setdefault((p.device, p.data_ptr()) if has_values(p) else id(p), []).append(name)
     return {name: tuple(group) for group in groups.values() for name in group}
 
