@@ -54,22 +54,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if files == [path]:
         _bytes(path)
         raise BadPatch(f"{path} is a file. A patch is a folder with {HEADER} and {TENSORS}.")
-    raw, data = _bytes(path / HEADER), _bytes(path / TENSORS)
-    header = _header(path / HEADER, raw)
-    if hashlib.sha256(data).hexdigest() != header["tensors_sha256"]:
-        raise BadPatch(f"{path / TENSORS} is truncated or was altered. Take a fresh copy.")
-    with outside(f"{path / TENSORS} is no safetensors file: it", BadPatch):
-        return header, safetensors.torch.load(data)
-
-
-def sealed(header: Mapping[str, Any]) -> bytes:
-    """The bytes of ``patch.json``: the header and its hash, always spaced the same, so that a changed blank shows."""
-    content = {key: value for key, value in header.items() if key != "sha256"}
-    whole = {**content, "sha256": hash_json(content)}
-    return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _header(where: Path, raw: bytes) -> dict[str, Any]:
+    where, raw, data = path / HEADER, _bytes(path / HEADER), _bytes(path / TENSORS)
     with outside(f"{where} is truncated or was altered: it", BadPatch):
         header = json.loads(raw.decode())
         if not isinstance(header, dict) or "schema" not in header:
@@ -81,7 +66,17 @@ def _header(where: Path, raw: bytes) -> dict[str, Any]:
     wrong = [name for name, form in FIELDS.items() if not isinstance(header.get(name), form)]
     if wrong or set(header) != set(FIELDS):
         raise BadPatch(f"{where} is not as lmpatch writes it: {wrong or sorted(set(header) - set(FIELDS))}.")
-    return header
+    if hashlib.sha256(data).hexdigest() != header["tensors_sha256"]:
+        raise BadPatch(f"{path / TENSORS} is truncated or was altered. Take a fresh copy.")
+    with outside(f"{path / TENSORS} is no safetensors file: it", BadPatch):
+        return header, safetensors.torch.load(data)
+
+
+def sealed(header: Mapping[str, Any]) -> bytes:
+    """The bytes of ``patch.json``: the header and its hash, always spaced the same, so that a changed blank shows."""
+    content = {key: value for key, value in header.items() if key != "sha256"}
+    whole = {**content, "sha256": hash_json(content)}
+    return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _bytes(path: Path) -> bytes:

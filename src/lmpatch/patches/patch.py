@@ -62,8 +62,6 @@ class Patch(ABC):
         if "__repr__" not in vars(cls):
             cls.__repr__ = Patch.__repr__  # type: ignore[method-assign]  # a dataclass would write out every tensor
 
-    # What a kind is made of.
-
     @abstractmethod
     def parts(self) -> dict[str, Any]:
         """What its tensors are, as JSON: enough to build it again from ``tensors()``."""
@@ -89,16 +87,13 @@ class Patch(ABC):
         """Weight -> norm of its change over its own, where the patch changes weights and that is known."""
         return {}
 
-    # What a kind does.
-
-    def fits(self, lm: LM) -> None:  # noqa: B027 - a kind may fit every model
+    def fits(self, lm: LM) -> None:  # noqa: B027 - a kind may take every model
         """Raise ``WrongModel`` unless it can act on a model of these shapes."""
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
         """What putting it on this model will do. It only looks: the ledger calls ``Handle.enable``.
 
         Args:
-            lm: ``fits`` has passed.
             mount: one of ``mounts``.
             others: the handles of the patches that are on, in order.
         Raises:
@@ -108,19 +103,13 @@ class Patch(ABC):
         raise NotImplementedError(f"{type(self).__name__} has mounts and no attach.")
 
     def rebuild(self, lm: LM) -> LM:
-        """A new model, for kinds that cannot act on one that is there. ``lm`` is left as it was; ``fits`` has passed.
-
-        Raises:
-            BadInput: this kind is put on a model.
-        """
+        """A new model, for kinds without mounts; ``lm`` is left as it was. BadInput: this kind is put on a model."""
         raise BadInput(f"a {self.method} patch of kind {self.kind} acts on the model itself. Call apply(lm, patch).")
 
     @abstractmethod
     def merged(self, others: Sequence[Any]) -> Patch:
-        """One patch that does what all do, made of the fields of ``merged_fields`` and the kind's own.
+        """One patch that does what all do, patches of this kind for one model; see ``merged_fields``.
 
-        Args:
-            others: patches of this kind for the same model.
         Raises:
             CannotMerge: they have no common algebra.
         """
@@ -147,15 +136,13 @@ class Patch(ABC):
         Args:
             strength: about the share of what it changes; 0: it acts and changes nothing.
         Returns:
-            None where no such patch can be made up.
+            None: no such patch can be made up.
         """
         return None
 
-    # What all share.
-
     def all_tensors(self) -> dict[str, Tensor]:
         """``tensors()`` and the extras, the latter under ``extra/``."""
-        return {**self.tensors(), **{f"extra/{name}": t for name, t in self.extras.items()}}
+        return self.tensors() | {f"extra/{name}": t for name, t in self.extras.items()}
 
     @property
     def nbytes(self) -> int:
@@ -179,13 +166,11 @@ class Patch(ABC):
 
     def summary(self) -> str:
         """A few lines for a person."""
-        lines = [f"{self.method}: {self._size()}"]
-        lines += [f"  {_short(edit)}" for edit in self.edits[:3]]
-        if len(self.edits) > 3:
-            lines.append(f"  and {len(self.edits) - 3} more")
-        lines += self.describe()
+        edits = [f"  {_short(edit)}" for edit in self.edits[:3]]
+        edits += [f"  and {len(self.edits) - 3} more"] if len(self.edits) > 3 else []
         seconds = f", made in {self.made['seconds']:.1f} s" if "seconds" in self.made else ""
-        return "\n".join([*lines, f"{format_bytes(self.nbytes)}{seconds}"])
+        size = f"{format_bytes(self.nbytes)}{seconds}"
+        return "\n".join([f"{self.method}: {self._size()}", *edits, *self.describe(), size])
 
     def _size(self) -> str:
         count = f"{len(self.edits)} edit{'' if len(self.edits) == 1 else 's'}"
@@ -209,20 +194,13 @@ class Patch(ABC):
 
 @dataclass(eq=False)
 class RunPatch(Patch):
-    """A patch that acts in lmpatch's own calls (``score``, ``generate``, ``hidden``) and touches no weight.
-
-    A plain call of the model does not see it: there is nothing in a forward that could look a question up.
-    """
+    """A patch that acts in lmpatch's own calls (``score``, ``generate``, ``hidden``); a plain forward misses it."""
 
     mounts: ClassVar[tuple[Mount, ...]] = ("run",)
 
     @abstractmethod
     def intervention(self, lm: LM) -> Intervention:
-        """What lmpatch's calls ask while the patch is on this model.
-
-        Raises:
-            WrongModel: it cannot act with what is installed here.
-        """
+        """What lmpatch's calls ask while it is on this model. WrongModel: it cannot act with what is installed."""
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
         return Handle([self.intervention(lm)])
@@ -244,12 +222,7 @@ def plain(value: Any) -> Any:
 
 
 def fields_for(
-    lm: LM,
-    method: str,
-    config: Any,
-    edits: Sequence[Any],
-    seconds: float | None,
-    notes: Mapping[str, Any] | None = None,
+    lm: LM, method: str, config: Any, edits: Sequence[Any], seconds: float | None, notes: Any = None
 ) -> dict[str, Any]:
     """The fields of ``Patch`` for one made for ``lm`` just now.
 

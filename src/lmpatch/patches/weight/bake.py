@@ -46,8 +46,9 @@ class Baked:
     def write(self, changes: Changes) -> None:
         """Make the weight the original with exactly these changes."""
         self.changes = changes
-        value = self._rebuilt([*changes.values()]) if changes else self.original
-        self.target.parameter.detach().copy_(value)  # a Ctrl-C at the end of a no_grad block would leave it on
+        value = self._rebuilt([*changes.values()]) if changes else self.target.oriented(self.original)
+        now = self.target.parameter.detach()  # no no_grad block: a Ctrl-C at its end would leave it on
+        self.target.oriented(now).copy_(value)
         self._checksum = checksum(self.target.parameter)
 
     def check(self) -> None:
@@ -66,6 +67,7 @@ class Baked:
         return self.target.oriented(stored.detach().to(self.target.parameter.device, wide, copy=True))
 
     def _rebuilt(self, deltas: Sequence[Delta]) -> Tensor:
+        """The original with these changes, [out, in], fp32 or wider."""
         w = self._wide(self.original)  # [out, in]
         if any(isinstance(d, Scale) for d in deltas):
             factors = _factors(deltas, w)
@@ -78,7 +80,7 @@ class Baked:
             addition.to(w.device, w.dtype).add_to(total)
         if total is not w:
             w += total
-        return self.target.stored(w.to(self.original.dtype))
+        return w
 
     def _wanted(self, delta: Delta) -> Tensor:
         """ΔW on top of the present changes, [out, in]."""

@@ -95,21 +95,18 @@ class Delta(ABC):
 
     def _check(self, dims: int, end: int = 0) -> None:
         """Raise ``BadInput`` unless the floating tensors have so many dimensions and an index runs up to ``end``."""
-        for name, t in self.tensors().items():
-            if name == "index":
-                self._check_index(t, end)
-                continue
-            _need(t.ndim == dims, f"{self.kind}.{name} has {t.ndim} dimensions, it must have {dims}")
-            _need(t.dtype in FLOATS, f"{self.kind}.{name} is {t.dtype}, it must be floating")
-
-    def _check_index(self, index: Tensor, end: int) -> None:
-        _need(index.dtype == torch.int64 and index.ndim == 1, f"{self.kind}.index must be int64 with one dimension")
-        count = len(self._last) if self._last.ndim else 0
-        _need(len(index) == count, f"{self.kind} has {len(index)} indices for {count} values")
-        if len(index):
+        tensors, kind = self.tensors(), self.kind
+        index = tensors.pop("index", None)
+        for name, t in tensors.items():
+            _need(t.ndim == dims, f"{kind}.{name} has {t.ndim} dimensions, it must have {dims}")
+            _need(t.dtype in FLOATS, f"{kind}.{name} is {t.dtype}, it must be floating")
+        if index is not None:
+            _need(index.dtype == torch.int64 and index.ndim == 1, f"{kind}.index must be int64 with one dimension")
+            _need(len(index) == len(t), f"{kind} has {len(index)} indices for {len(t)} values")
+        if index is not None and len(index):
             low, high = torch.stack(index.aminmax()).tolist()
-            _need(low >= 0 and high < end, f"{self.kind}.index runs from {low} to {high}, it must be in 0..{end - 1}")
-            _need(bool((index.sort().values.diff() > 0).all()), f"{self.kind}.index names an entry twice")
+            _need(low >= 0 and high < end, f"{kind}.index runs from {low} to {high}, it must be in 0..{end - 1}")
+            _need(bool((index.sort().values.diff() > 0).all()), f"{kind}.index names an entry twice")
 
 
 @dataclass(frozen=True, eq=False)
