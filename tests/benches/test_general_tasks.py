@@ -10,8 +10,7 @@ import pytest
 from general_files import RECORDS, put, write
 
 from lmpatch.benches import general
-from lmpatch.benches.general.rows import CLOZE, LETTERS, TEXT
-from lmpatch.benches.general.tasks import TASKS, Sample, choose
+from lmpatch.benches.general.tasks import CLOZE, LETTERS, TASKS, TEXT, Sample, choose
 from lmpatch.errors import BadInput, BadRecord
 
 
