@@ -434,12 +434,11 @@ def test_the_unpatched_model_is_asked_once(
 
 
 def test_other_weights_are_another_base(tiny: LM, edits: list[Edit], quick: Config, tmp_path: Path) -> None:
-    how = asking.Protocol(max_new_tokens=quick.max_new_tokens)
     questions = bench.plan(tiny, edits, replace(quick, n=len(edits)), fixed=True)[0].chunk.questions
-    one = asking.ask_base(tiny, questions, how, tmp_path)
-    other = asking.ask_base(tiny_lm("llama", seed=1), questions, how, tmp_path)
+    one = asking.ask_base(tiny, questions, quick, tmp_path)
+    other = asking.ask_base(tiny_lm("llama", seed=1), questions, quick, tmp_path)
     assert one.texts != other.texts
-    again = asking.ask_base(tiny, questions, how, tmp_path)
+    again = asking.ask_base(tiny, questions, quick, tmp_path)
     assert again.texts == one.texts and again.scores == one.scores
     assert all(torch.equal(again.states[text], state) for text, state in one.states.items())
 
