@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -103,11 +103,7 @@ def settle(cfg: Config, records: Sequence[RagRecord], fixed: bool) -> Config:
 def plan(
     lm: LM, records: Sequence[RagRecord], cfg: Config, *, fixed: bool = False, progress: Progress | None = None
 ) -> list[Sample]:
-    """The items of a run. The unpatched model is asked for its own answers first, which decide what conflicts.
-
-    Raises:
-        BadInput: nothing is left to ask.
-    """
+    """The items of a run. The unpatched model is asked for its own answers first, which decide what conflicts."""
     questions = [r.question for r in records]
     answers = closed_book_answers(lm, questions, progress=progress)
     everything = samples(records, {q: answer.text for q, answer in zip(questions, answers, strict=True)})
@@ -219,7 +215,9 @@ def judged(sample: Sample, text: str, flag: str = "") -> Row:
     """The row of an answer, or of none where a flag says why."""
     has = holds(text, sample.wanted)
     reads = sample.condition in ("context", "conflict", "mixed")
-    asked = {field.name: getattr(sample, field.name) for field in fields(sample) if field.name != "asked"}
+    asked = {
+        name: getattr(sample, name) for name in ("id", "article", "condition", "question", "wanted", "own", "known")
+    }
     return Row(
         **asked,
         text=text,

@@ -84,11 +84,9 @@ def load(path: str | Path, *, limit: int | None = None, seed: int | None = None)
 
     Args:
         limit: at most this many records of each task, chosen by hash, with the seed in it.
-    Returns:
-        the samples, why each missing task was skipped, and what was read.
     Raises:
         BadInput: no folder, or nothing in it that a task reads.
-        BadRecord: lines that cannot be read; names the file and the first ten of them.
+        BadRecord: lines that cannot be read.
     """
     folder = Path(path)
     if limit is not None and limit < 1:
@@ -203,18 +201,8 @@ def _row(sample: Sample, flag: str, scores: tuple[float, ...] | None, tokens: in
         value = float(_best(scores) == sample.gold)
     elif scores:
         value = -scores[0] if sample.form == "text" else math.exp(scores[0])
-    return Row(
-        task=sample.task,
-        protocol=sample.protocol,
-        form=sample.form,
-        id=sample.id,
-        source=sample.source,
-        gold=sample.gold,
-        scores=scores or (),
-        value=value,
-        weight=tokens if sample.form == "text" else 1,
-        flag=flag,
-    )
+    asked = {name: getattr(sample, name) for name in ("task", "protocol", "form", "id", "source", "gold")}
+    return Row(**asked, scores=scores or (), value=value, weight=tokens if sample.form == "text" else 1, flag=flag)
 
 
 def _best(scores: Sequence[float]) -> int:

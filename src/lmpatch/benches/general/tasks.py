@@ -113,7 +113,9 @@ def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:
 def _samples(task: str, make: Read, path: Path) -> list[Sample]:
     if make is _window:
         text = "\n".join(lines.read_text(path))
-        windows: list[Record] = [{"text": window} for window in re.findall(rf"\S+(?:\s+\S+){{{WINDOW - 1}}}", text)]
+        words = list(re.finditer(r"\S+", text))
+        ends = zip(words[::WINDOW], words[WINDOW - 1 :: WINDOW], strict=False)  # a last shorter window is left out
+        windows: list[Record] = [{"text": text[first.start() : last.end()]} for first, last in ends]
         made = [(f" window {i}", window, make(window)) for i, window in enumerate(windows, 1)]
     else:
         found = lines.read_records(path, lambda record, _: (record, make(record)))
@@ -174,8 +176,8 @@ def _winogrande(record: Record) -> list[Sample]:
 
 def _boolq(record: Record) -> list[Sample]:
     question = f"{_text(record, 'passage')}\nQuestion: {_text(record, 'question').rstrip('?')}?"
-    gold = _index(record, "answer", ("True", "False"))
-    return [_letters(question, ("yes", "no"), gold), _cloze(f"{question}\nAnswer:", ("yes", "no"), gold)]
+    options, gold = ("yes", "no"), _index(record, "answer", ("True", "False"))
+    return [_letters(question, options, gold), _cloze(f"{question}\nAnswer:", options, gold)]
 
 
 def _anli(record: Record) -> list[Sample]:
@@ -232,8 +234,7 @@ TASKS: dict[str, tuple[tuple[str, ...], Read]] = {
 
 
 def _text(record: Record, key: str) -> str:
-    value = lines.text_of(record, key)
-    if not value.strip():
+    if not (value := lines.text_of(record, key)).strip():
         raise BadRecord(f"{key} must be a text, found {value!r}")
     return value
 
