@@ -23,7 +23,7 @@ from ..inference.score import score
 from ..inference.tokens import encode_all
 from ..models.lm import LM
 from .context import bench
-from .context.bench import METRICS, OWN, PLOTS, Item, Reply, Row, Task, Wanted, identity, load, plan
+from .context.bench import METRICS, OWN, PLOTS, Reply, Row, Task, Wanted, identity, load, plan
 from .context.prompts import Wording
 from .core.asking import mark_logits
 from .core.runner import bound
@@ -65,11 +65,6 @@ def settle(cfg: Config, records: Sequence[ContextRecord], fixed: bool) -> Config
     letters: Letters = cfg.letters or ("bare" if cfg.official else "blank")
     suffix = ("Answer: " if cfg.official else "Answer:") if cfg.suffix is None else cfg.suffix
     return replace(cfg, suffix=suffix, letters=letters)
-
-
-def texts(items: Sequence[Item], cfg: Config) -> tuple[list[str], int]:
-    """The prompts; nothing is generated."""
-    return [item.record.prompt for item in items], 0
 
 
 def choose(lm: LM, records: Sequence[ContextRecord], *, batch_size: int, letters: Letters = "blank") -> list[Reply]:
@@ -114,5 +109,5 @@ def _task(cfg: Config) -> Task:
     return Task(reply, suffix=cfg.suffix or "", official=cfg.official)
 
 
-ask, baselines = bench.asking(_task)
+ask, baselines, texts = bench.asking(_task)
 run, read_report = bound(__name__)

@@ -58,11 +58,6 @@ def plan(lm: LM, records: Sequence[ContextRecord], cfg: Config, **how: Any) -> l
     return bench.plan(lm, [_as_released(record) for record in records] if cfg.official else records, cfg)
 
 
-def texts(items: Sequence[Item], cfg: Config) -> tuple[list[str], int]:
-    """The prompts, and the new tokens behind each."""
-    return [item.record.prompt for item in items], cfg.max_new_tokens
-
-
 def _as_released(record: ContextRecord) -> ContextRecord:
     """The prompt cut at its last colon, which takes part of the phrase away where that has one too."""
     rest = record.prompt.rpartition(": ")[2]
@@ -127,5 +122,5 @@ def _task(cfg: Config) -> Task:
     return Task(reply, cfg.max_new_tokens, by_word=True, official=cfg.official)
 
 
-ask, baselines = bench.asking(_task)
+ask, baselines, texts = bench.asking(_task)
 run, read_report = bound(__name__)

@@ -167,8 +167,11 @@ def identity(item: Item) -> Any:
     return plain(item.record)
 
 
-def asking(task: Callable[[Any], Task]) -> tuple[Callable[..., list[Row]], Callable[[Any], Mapping[str, Any]]]:
-    """``ask`` and ``baselines`` of the bench whose settings give this task."""
+Functions = tuple[Callable[..., list[Row]], Callable[[Any], Mapping[str, Any]], Callable[..., tuple[list[str], int]]]
+
+
+def asking(task: Callable[[Any], Task]) -> Functions:
+    """``ask``, ``baselines`` and ``texts`` of the bench whose settings give this task."""
 
     def ask(lm: LM, items: Sequence[Item], cfg: Any, base: Sequence[Row] | None = None) -> list[Row]:
         """Everything about these records, from the model as it is now; ``base`` None: it is the unpatched one."""
@@ -181,7 +184,11 @@ def asking(task: Callable[[Any], Task]) -> tuple[Callable[..., list[Row]], Calla
         wordings = [wording for wording in cfg.baselines if wording != "plain"]
         return {f"none, {wording}": partial(_rows, task(cfg), wording, ALL[1:]) for wording in wordings}
 
-    return ask, baselines
+    def texts(items: Sequence[Item], cfg: Any) -> tuple[list[str], int]:
+        """The prompts, and the new tokens behind each."""
+        return [item.record.prompt for item in items], task(cfg).new_tokens
+
+    return ask, baselines, texts
 
 
 def _rows(
@@ -245,21 +252,25 @@ def _wanted(record: ContextRecord, when: When, known: bool) -> Wanted:
 
 def _put(item: Item, task: Task, when: When, wording: Wording) -> ContextRecord | str:
     """What is put to the model, or why nothing is."""
-    record: ContextRecord | None = item.record
+    record = item.record
     if when == "foreign":
-        if item.other is None:
-            return "no unrelated context found for this record"
-        record = swapped(item.record, item.other.context)
-        if record is None:
-            return "its prompt does not hold its context"
+        other = item.other and swapped(record, item.other.context)
+        if other is None:
+            missing = "no unrelated context found for this record"
+            return missing if item.other is None else "its prompt does not hold its context"
+        record = other
     record = worded(record, "plain" if when == "bare" else wording, suffix=task.suffix, official=task.official)
     return replace(record, prompt=record.without_context) if when == "bare" else record
 
 
 def _where(when: When, counts: Callable[[Row], bool] = lambda row: True) -> Callable[[Row], str | None]:
     """Rows with this context that count; those that were not asked are counted as dropped."""
-    asked = (lambda row: row.said is not None) if when == "context" else (lambda row: row.kept is not None)
-    return lambda row: "" if row.when == when and (not asked(row) or counts(row)) else None
+
+    def member(row: Row) -> str | None:
+        missing = row.said is None if when == "context" else row.kept is None
+        return "" if row.when == when and (missing or counts(row)) else None
+
+    return member
 
 
 def _is(right: Callable[[Row], bool | None]) -> Callable[[Row], bool | None]:
