@@ -83,7 +83,7 @@ def material(name: str, folder: Path, long: bool = False) -> tuple[Any, dict[str
     records = registry.get("benches", "rag").load(squad(folder / "s.jsonl"))
     if long:
         at = next(i for i, r in enumerate(records) if r.variant == "original")
-        records[at] = replace(records[at], documents=(LONG,), prompt="")
+        records = [replace(records[at], documents=(LONG,), prompt=""), *records[at + 1 : at + 9]]
     return records, {"n": 50 if long else 4, "max_new_tokens": 3}
 
 
@@ -161,12 +161,23 @@ def test_a_killed_run_goes_on_to_equal_rows_and_the_model_comes_back(case: Case,
     assert (out / "rows.jsonl").read_bytes() == lines
 
 
-def test_a_folder_with_doubled_rows_is_refused(case: Case, report: Any, out: Path, tmp_path: Path) -> None:
-    path = shutil.copytree(out, tmp_path / "out") / "rows.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines, lines[-1]]))
-    with pytest.raises(BadRecord, match="are not the"):
-        case.run(out=tmp_path / "out")
+def test_what_is_missing_doubled_or_changed_in_a_folder_is_noticed_on_reading_and_on_resume(
+    case: Case, report: Any, out: Path, tmp_path: Path
+) -> None:
+    assert case.module.read_report(out).rows == report.rows
+    for name in ("rows.jsonl", "chunks.jsonl", "runs.jsonl"):
+        data = (out / name).read_bytes()
+        lines = data.splitlines(keepends=True)
+        at = len(data) // 3
+        flipped = data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :]
+        cases = [lines[1:], lines[:-1], lines[:1] + lines[2:], [*lines, lines[-1]], [lines[0], *lines], [flipped]]
+        for i, other in enumerate(cases):
+            folder = shutil.copytree(out, tmp_path / f"{name} {i}")
+            (folder / name).write_bytes(b"".join(other))
+            with pytest.raises(BadRecord):
+                case.module.read_report(folder)
+        with pytest.raises(BadRecord):
+            case.run(out=folder)
 
 
 def test_every_number_has_n_and_an_error(report: Any) -> None:

@@ -99,6 +99,8 @@ class Report:
     @classmethod
     def of(cls, bench: Adapter, store: Store[Any]) -> Report:
         """Every run of the store that has finished a chunk; ``BadInput`` where none has."""
+        if not store.runs:
+            raise BadInput(f"{store.folder} holds no runs. Give the folder passed as out=.")
         runs = (Run(bench, record, store.rows_of(name), store.chunks_of(name)) for name, record in store.runs.items())
         if not (some := tuple(run for run in runs if run.parts)):
             raise BadInput(f"no chunk of the runs in {store.folder} is finished. Run the bench again: it goes on.")
@@ -107,8 +109,6 @@ class Report:
     @classmethod
     def read(cls, bench: ModuleType | Adapter | str, folder: str | Path) -> Report:
         """The report of a folder that ``run(..., out=folder)`` filled; ``BadInput`` where it holds no runs."""
-        if not any((Path(folder) / name).is_file() for name in ("runs.jsonl", "runs.jsonl.gz")):
-            raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
         adapter = adapt(bench)
         return cls.of(adapter, Store(Path(folder), adapter.Row.read))
 

@@ -69,11 +69,11 @@ def run(
     adapter = adapt(bench)
     patches = () if patch is None else (patch,) if isinstance(patch, Patch) else tuple(patch)
     _refuse(adapter, lm, patches, bool(make or make_each), run_id)
+    store = Store(Path(out) if out is not None else None, adapter.Row.read)
     cfg = adapter.settle(cfg or adapter.Config(), data, bool(patches))
     items, _ = _items(adapter, lm, data, cfg, bool(patches), progress)
     maker = Maker(patches, make, make_each, adapter.fit_batch(cfg))
     maker.settle([adapter.commits(item) for item in items] if adapter.commits else [])
-    store = Store(Path(out) if out is not None else None, adapter.Row.read)
     session = Session(adapter, lm, cfg, items, store, mount, progress)
     base = _record(adapter, lm, data, items, cfg) | {"planned": len(session.parts), "data_name": data_name}
     baselines = {BASE: adapter.asks(cfg), **adapter.baselines(cfg)}
@@ -257,7 +257,7 @@ def _finish(adapter: Adapter, lm: LM, store: Store[Any]) -> Report:
         seconds = sum(part.get("seconds", 0.0) for part in run.parts)
         if run.record.get("seconds") == seconds and "metrics" in run.record:
             continue  # no part is new: no need to resample
-        record = run.record | {"seconds": seconds, "chunks": len(run.parts), "peak_mem": peak_memory(lm)}
+        record = run.record | {"seconds": seconds, "peak_mem": peak_memory(lm)}
         record |= adapter.summary(lm, run.rows, run.parts)
         moved = report.differences(run.name) if run.name != BASE else {}
         record["metrics"] = [
