@@ -12,7 +12,8 @@ import torch
 from tiny import TEXT, tiny_lm
 from torch import Tensor
 
-from lmpatch.benches.context.answers import choose, complete, cut
+from lmpatch.benches.kre import choose
+from lmpatch.benches.memotrap import complete, cut
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.errors import BadInput
 from lmpatch.inference.generate import generate

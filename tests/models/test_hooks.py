@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from snapshot import Lines, changed, name, state
-from tiny import tiny_lm
+from tiny import tiny_lm, tiny_model, tiny_tokenizer
 from torch import nn
 
 from lmpatch.inference.forward import frozen
@@ -16,13 +16,14 @@ from lmpatch.inference.generate import generate
 from lmpatch.inference.replay import record
 from lmpatch.inference.score import score
 from lmpatch.models.hooks import Hook, Hooks, hooked
+from lmpatch.models.load import wrap
 
 
 @pytest.mark.parametrize("task", ["generate", "score", "record"])
 def test_an_interrupt_at_any_line_leaves_no_hook_on_the_model(task: str) -> None:
-    lm = tiny_lm("llama")
+    lm = wrap(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer())
     run: Callable[[], object] = {
-        "generate": lambda: generate(lm, ["The Eiffel Tower is in", "Apple"], max_new_tokens=2),
+        "generate": lambda: generate(lm, ["Rome is", "A"], max_new_tokens=2),
         "score": lambda: score(lm, ["The Eiffel Tower is in", "Apple"], ["Rome", "is"]),
         "record": lambda: record(lm, [[1, 40, 50, 60], [1, 70, 80]], [2, 1], ends=[3, 2]),
     }[task]
