@@ -129,6 +129,15 @@ def test_an_interrupt_at_a_line_of_fit_leaves_the_model_as_it_was(method: str, p
 
 
 @every_method
+def test_it_fits_a_model_with_a_bias_for_each_head(method: str) -> None:
+    lm = tiny("bloom", "fp32")
+    clean = logits(lm)
+    with apply(lm, fit(method, lm)):
+        assert logits(lm).isfinite().all()
+    assert torch.equal(logits(lm), clean)
+
+
+@every_method
 @every_model
 def test_fit_makes_the_kind_of_patch_it_promises(method: str, family: str, dtype: str) -> None:
     assert type(fitted(method, family, dtype).patch) is KIND[method]

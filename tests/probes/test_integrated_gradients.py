@@ -94,7 +94,7 @@ def slow(lm: LM, case: ig.Case, cfgs: list[Config]) -> tuple[torch.Tensor, torch
     return torch.stack(out).unflatten(0, shape).transpose(0, 1), torch.stack(noise).reshape(shape).T
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
 def test_the_wavefront_equals_a_forward_and_backward_for_every_layer(family: str) -> None:
     lm, cfgs = tiny_lm(family), [replace(CFG, weighting=weighting, grid=grid) for weighting, grid in WAYS]
     wanted = [slow(lm, case, cfgs) for case in cases(lm, RECORDS)]
