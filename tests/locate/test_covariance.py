@@ -86,3 +86,19 @@ def test_without_text_the_model_writes_its_own_the_same_every_time(lm: LM) -> No
 def test_too_little_text_is_refused_with_the_count(lm: LM) -> None:
     with pytest.raises(BadInput, match="too few"):
         estimate_covariance(lm, [1], text=["The Eiffel Tower is in Paris."], tokens=2600)
+
+
+@pytest.mark.parametrize(("tokens", "text", "least"), [(1000, CORPUS, 2032), (300, None, 2032), (-1, None, 2032)])
+def test_a_setting_that_is_too_small_is_named_and_the_text_is_not_blamed(
+    tokens: int, text: list[str] | None, least: int
+) -> None:
+    lm = tiny_lm("llama")
+    with pytest.raises(BadInput, match=f"moment_tokens is {tokens}, too few .* at least {least}"):
+        estimate_covariance(lm, [1], text=text, tokens=tokens)
+    assert estimate_covariance(lm, [1], text=text, tokens=least).tokens > 1000
+
+
+def test_the_default_is_enough_on_a_narrow_model() -> None:
+    """10 times d_ff would be fewer tokens than two halves of a text need."""
+    lm = tiny_lm("llama")
+    assert 10 * lm.layout.d_ff < 2032 <= estimate_covariance(lm, [1], text=CORPUS).tokens

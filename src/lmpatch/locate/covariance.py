@@ -34,6 +34,7 @@ from .solve import JITTER, eigenvectors, factor, solve
 ROWS = 8  # rows per forward
 PARTIAL = "partial.safetensors"
 PROBES = 64  # keys that watch whether the estimate has settled
+TOO_FEW = "moment_tokens is {}, too few for second moments. Set it to at least {}, or leave it out."
 AGREE = 0.99  # median cosine of C_a⁻¹k and C_b⁻¹k at which two halves of the text say the same
 
 
@@ -52,8 +53,8 @@ class Covariance:
 
 
 def estimate_covariance(
-    lm: LM, layers: Sequence[int], *, text: Sequence[str] | None = None, tokens: int, seed: int = 0,
-    cache: bool = True, progress: Progress | None = None,
+    lm: LM, layers: Sequence[int], *, text: Sequence[str] | None = None, tokens: int | None = None,
+    seed: int = 0, cache: bool = True, progress: Progress | None = None,
 ) -> Covariance:  # fmt: skip
     """E[k kᵀ] of the down-projection inputs of several layers, from one pass over plain text.
 
@@ -64,22 +65,25 @@ def estimate_covariance(
     Args:
         text: plain text; None: the model's own samples (temperature 1), so no corpus is needed. They come with
             lmpatch for the packaged models at 10 d_ff tokens and seed 0; another model writes them first.
-        tokens: at most this many keys; 10 to 20 times d_ff is enough.
+        tokens: at most this many keys; 10 to 20 times d_ff is enough. None: 10 times.
         cache: keep the result in the user's cache, keyed by weights, text, count and seed, and what an interrupted
             call has done.
     Raises:
-        BadInput: too little text.
+        BadInput: too little text, or too few tokens.
     Source: Meng et al. 2022 (arXiv:2202.05262) app. E.5; that a few times d_ff tokens suffice: arXiv:2506.04226.
     """
-    corpus = hash_json(list(text)) if text is not None else f"own samples, seed {seed}"
+    if tokens is None:
+        tokens = max(10 * max(lm.layout.widths[i] for i in layers), 2 * ROWS * LENGTH if text is not None else 0)
+    if text is None and tokens <= ROWS * (LENGTH - 1):  # what it writes would be one forward
+        raise BadInput(TOO_FEW.format(tokens, 2 * ROWS * (LENGTH - 1)))
+    rows = None if text is None else text_rows(lm, text, tokens)
+    corpus = f"own samples, seed {seed}" if rows is None else hash_tensor(rows, exact=True)
     with suspended(lm):
         source = hash_json([lm.fingerprint(), str(lm.dtype), corpus, tokens, seed, LENGTH, AGREE])
         folder = _folder(source) if cache else None
         if folder and (found := _read(folder, layers)):
             return Covariance(*found, source)
-        if text is not None:
-            rows = text_rows(lm, text, tokens)
-        else:
+        if rows is None:
             rows = own_rows(lm, tokens, seed, keep=cache, progress=progress)
         c, count, agreement = accumulate(lm, rows, sorted(set(layers)), folder, progress)
     if folder:
@@ -182,7 +186,7 @@ def text_rows(lm: LM, text: Sequence[str], tokens: int) -> Tensor:
     """Token ids [n, LENGTH] of the text, each row opened as the tokenizer opens a text.
 
     Raises:
-        BadInput: too little text.
+        BadInput: too little text, or too few tokens.
     """
     opening = encode_all(lm.plain, ["x"])[0].ids[:-1]  # the start token, where there is one
     body: list[int] = []
@@ -194,9 +198,10 @@ def text_rows(lm: LM, text: Sequence[str], tokens: int) -> Tensor:
     step = LENGTH - len(opening)
     rows = [[*opening, *body[i : i + step]] for i in range(0, min(len(body), tokens) - step + 1, step)]
     if len(rows) < 2 * ROWS:
-        raise BadInput(
-            f"the text gives {len(body)} tokens, too few for second moments. Give at least {2 * ROWS * step}."
-        )
+        least = 2 * ROWS * step
+        if tokens <= len(body):
+            raise BadInput(TOO_FEW.format(tokens, least))
+        raise BadInput(f"the text gives {len(body)} tokens, too few for second moments. Give at least {least}.")
     return torch.tensor(rows)
 
 

@@ -99,8 +99,7 @@ def fit(
         raise BadInput("nas needs anchor facts to take its norm from. Pass anchors=..., facts outside the test set.")
     if cfg.nas and not joint:
         raise BadInput("nas works on the down-projection's output here. Set spread='joint'.")
-    tokens = cfg.moment_tokens or 10 * max(lm.layout.widths[layer] for layer in layers)
-    moments = estimate_covariance(lm, layers, text=text, tokens=tokens, progress=progress)
+    moments = estimate_covariance(lm, layers, text=text, tokens=cfg.moment_tokens, progress=progress)
     prepared = time.perf_counter()  # the statistics serve every later edit and are counted apart
     site: Literal["down", "block"] = "down" if joint else "block"
     with frozen(lm):

@@ -79,8 +79,7 @@ def pairs(
     notes: dict[str, object] = {"layer": layer, "covariance": cfg.covariance}
     start, moments = time.perf_counter(), None
     if cfg.covariance:
-        tokens = cfg.moment_tokens or 10 * layout.widths[layer]
-        moments = estimate_covariance(lm, [layer], text=text, tokens=tokens, progress=progress)
+        moments = estimate_covariance(lm, [layer], text=text, tokens=cfg.moment_tokens, progress=progress)
         notes |= {"moments": moments.source, "moment_tokens": moments.tokens, "moment_agreement": moments.agreement}
     prepared = time.perf_counter()  # the statistics serve every later edit and are counted apart
     with frozen(lm):
