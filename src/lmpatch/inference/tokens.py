@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data.matching import find
 from ..errors import BadInput, SubjectNotFound
 from ..models.lm import LM
 
@@ -101,7 +102,7 @@ def encode_all(
 
 def _subject(prompt: str, subject: str, offsets: Sequence[tuple[int, int]], after: int) -> Sequence[int]:
     """Indices of the tokens that overlap the subject."""
-    start = prompt.find(subject, after)
+    start = find(prompt, subject, after)
     over = [k for k, (a, b) in enumerate(offsets) if a < start + len(subject) and b > start and b > a]
     if start < 0 or not over:
         raise SubjectNotFound(

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 from ...data.edits import Edit
+from ...data.matching import find
 from ...errors import BadInput, CannotMount, Diverged, ForeignWrite, SubjectNotFound
 from ...models.lm import LM
 from ...patches.ledger import Applied, applied, apply
@@ -109,7 +110,7 @@ def fit(lm: LM, make: Make, edits: Sequence[Edit]) -> Fitted:
         try:
             patch = make(lm, left)
         except SubjectNotFound as error:
-            wrong = {i for i, e in enumerate(edits) if i not in refused and not (e.subject and e.subject in e.prompt)}
+            wrong = {i for i, e in enumerate(edits) if i not in refused and find(e.prompt, e.subject) < 0}
             refused |= {i: _why(error) for i in wrong or set(range(len(edits))) - set(refused)}
         except Diverged as error:
             refused |= {i: _why(error) for i in range(len(edits)) if i not in refused}
