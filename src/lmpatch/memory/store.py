@@ -22,7 +22,7 @@ import numpy as np
 from ..data.edits import Edit, prompt_key
 from ..errors import BadInput, LmpatchError, WrongModel
 from . import _search
-from ._log import TEXTS, Log, Row, writing
+from ._log import TEXTS, Log, Row
 from .entry import Entry, Version, columns, entry_of, record
 
 EXACT = 100_000
@@ -156,7 +156,7 @@ class Store:
 
         No fact and no version is lost.
         """
-        with writing(self.path):
+        with self._log.writing():
             self._log.refresh().tidy()
             if len(self._log.live) > self._exact:
                 _search.build(self._log)
@@ -164,7 +164,7 @@ class Store:
     def _commit(self, make: Callable[[], tuple[list[Row], np.ndarray | None]]) -> int:
         """Append what ``make`` says of this moment: rows, and the vectors of the first of them."""
         log = self._log
-        with writing(self.path):
+        with self._log.writing():
             log.refresh()
             changes, vectors = make()
             if not changes:
