@@ -228,7 +228,7 @@ def _target_new(record: Line, place: str) -> Edit:
 
 
 def _rome(record: Line, place: str) -> Edit:
-    rewrite = record["requested_rewrite"]
+    rewrite = record.get("requested_rewrite")
     if isinstance(rewrite, list) and len(rewrite) == 1:  # MQuAKE
         rewrite = rewrite[0]
     elif isinstance(rewrite, list):
