@@ -60,6 +60,8 @@ def test_what_was_added_is_there_for_another_process(store: Store) -> None:
     again = Store.open(store.path, stamp=STAMP)
     entry = again.facts()[0]
     assert entry.edit == edit and entry.source == {"file": "facts.jsonl"} and entry.state == "live"
+    with pytest.raises(LmpatchError, match="cannot add"):
+        store.add(facts(1), keys(1), source={"file": "\ud83d"})
     assert again.width == WIDTH and again.stamp == STAMP and len(again) == 3 and again.version == 1
     assert np.array_equal(again.vectors(again.facts()[::-1]), keys(3)[::-1])
 

@@ -34,6 +34,7 @@ TABLE, LOCK = "facts", "lock"
 TEXTS = ("seq", "version", "op", "key", "prompt", "target", "subject", "more", "source", "added")
 TRIES = 5  # a reader whose files were compacted away looks for the newer ones
 EVERY, FEW = 16, 64  # commits between two looks at the number of data files; that many are always left alone
+WIDEST = 2**20  # components of a key
 CHUNKS, BATCH = 64, 8192  # pieces the texts may be in; vectors read at a time
 
 
@@ -129,7 +130,7 @@ class Log:
 
     def read(self, since: int) -> pa.Table:
         """All columns but the vectors of rows ``since`` and later, in order."""
-        from pyarrow.compute import utf8_normalize  # type: ignore[attr-defined]
+        from pyarrow.compute import utf8_normalize
 
         where = f"seq >= {since}"
         rows = self._read(
@@ -192,8 +193,9 @@ class Log:
         """
         version, start = self.version + 1, time.time_ns()
         stamp = {"version": version, "added": now()}
-        rows = _table([{"seq": self.count + i, **stamp, **row} for i, row in enumerate(changes)], vectors, self.width)
+        numbered = [{"seq": self.count + i, **stamp, **row} for i, row in enumerate(changes)]
         with lance(f"cannot add to the memory at {self.path}", full="Nothing was stored; the memory is as before."):
+            rows = _table(numbered, vectors, self.width)
             self._table.add(rows)
             seen = int(self._table.version)
         flush(self.path / f"{TABLE}.lance", start)
@@ -259,10 +261,9 @@ def _metadata(schema: pa.Schema) -> dict[str, Any]:
     if not isinstance(meta, dict) or meta.get("format", FORMAT) != FORMAT:
         return meta if isinstance(meta, dict) else {}
     width, matched, stamp = (meta.get(name) for name in ("width", "matched", "stamp"))
-    fits = "vector" in schema.names and width == getattr(schema.field("vector").type, "list_size", 0)
-    if not (fits and schema.equals(_schema(width)) and isinstance(matched, int) and 0 < matched <= width):
-        return {}
-    return meta if isinstance(stamp, dict) and all(isinstance(text, str) for text in stamp.values()) else {}
+    numbers = isinstance(width, int) and isinstance(matched, int) and 0 < matched <= width <= WIDEST
+    texts = isinstance(stamp, dict) and all(isinstance(text, str) for text in stamp.values())
+    return meta if numbers and texts and schema.equals(_schema(meta["width"])) else {}
 
 
 def _replay(rows: pa.Table, live: dict[str, int]) -> Iterator[int]:

@@ -110,7 +110,7 @@ class Store:
             raise BadInput(f"{len(edits)} facts need keys [{len(edits)}, {self.width}], found {list(keys.shape)}.")
         if not np.isfinite(keys).all():
             raise BadInput("a key holds a number that is no finite float16. Look at the encoder that made it.")
-        origin = json.dumps(dict(source or {}), ensure_ascii=False)
+        origin = json.dumps(dict(source or {}), ensure_ascii=False, default=str)
         return self._commit(lambda: ([{"op": "put", "source": origin, **columns(edit)} for edit in edits], keys))
 
     def drop(self, prompts: Sequence[str]) -> int:
