@@ -19,7 +19,7 @@ from rag_files import official, records, squad
 from lmpatch.data.context import ContextRecord, read_context
 from lmpatch.data.edits import Ask, Edit, read_asks, read_edits
 from lmpatch.data.lines import read_text
-from lmpatch.data.rag.reader import RagRecord, build, read_built, read_questions
+from lmpatch.data.rag.reader import RagRecord, build, read_built, read_questions, read_rag
 from lmpatch.errors import BadInput, BadRecord, LmpatchError
 
 FACTS: list[dict[str, Any]] = [
@@ -240,10 +240,33 @@ def test_a_number_is_a_good_answer(value: Any, text: str) -> None:
     assert question.answers == (text,)
 
 
-@pytest.mark.parametrize("value", [True, {"str": "x"}, ["x"]])
+@pytest.mark.parametrize("value", [True, {"str": "x"}, ["x"], float("nan"), float("inf")])
 def test_what_is_no_text_is_no_target(value: Any) -> None:
     with pytest.raises(BadRecord, match="target must be a text"):
         read_edits([FACTS[0] | {"target": value}])
+
+
+def test_values_of_a_wrong_kind_are_named_in_tables_too() -> None:
+    huge, flat = 10**5000, {"context": "Anna came.", "question": "Who?"}
+    for rows, complaint in [
+        ([FACTS[0] | {"target": huge}], "record 1: Exceeds the limit"),
+        ([FACTS[0] | {5: "x"}], "record 1: unknown key 5"),
+        ([FACTS[0] | {"locality": {5: 7}}], "record 1: locality.5 must be a list"),
+    ]:
+        with pytest.raises(BadRecord, match=complaint):
+            read_edits(rows)
+    for answers in (True, [["Anna"]], {"text": {"a": 1}}, [None]):
+        with pytest.raises(BadRecord, match="answers must be a list of texts"):
+            read_questions([flat | {"answers": answers}])
+    trap = {"prompt": "Write it: Joy", "classes": "['a', 'b']", "answer_index": 1.0}
+    with pytest.raises(BadRecord, match="answer_index 0 or 1"):
+        read_context([trap])
+    with pytest.raises(BadRecord, match="classes must be a list"):
+        read_context([trap | {"classes": "(" * 5000, "answer_index": 1}])
+
+
+def test_a_stream_of_documents_is_built_like_a_file(tmp_path: Path) -> None:
+    assert read_rag(iter(records())) == read_rag(squad(tmp_path / "s.jsonl"))
 
 
 # Damage

@@ -173,9 +173,9 @@ def _memotrap(record: Line, place: str) -> ContextRecord:
         raise BadRecord(f"prompt has no instruction that ends in a colon: {prompt!r}")
     wanted, listed = record.get("answer_index"), text_of(record, "classes")
     classes: list[str] = []
-    with suppress(ValueError, SyntaxError, TypeError):
+    with suppress(ValueError, SyntaxError, TypeError, MemoryError):
         classes = [str(text).strip().removesuffix(".").strip() for text in ast.literal_eval(listed)]
-    if len(classes) != 2 or wanted not in (0, 1):
+    if len(classes) != 2 or wanted not in (0, 1) or not isinstance(wanted, int):
         raise BadRecord("classes must be a list of two texts, written as Python does, and answer_index 0 or 1")
     return ContextRecord(
         instruction + colon,

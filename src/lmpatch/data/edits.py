@@ -334,5 +334,5 @@ def _group_asks(record: Line, key: str, answers: str) -> dict[str, list[Ask]]:
             raise BadRecord(f"{key}.{name} must be a list of objects with prompt and {answers}")
         if items:
             asks = _joined(_ask(item.get("prompt"), item.get(answers)) for item in items)
-            made[KINDS.get(name, name.lower())] = asks
+            made[KINDS.get(name, str(name).lower())] = asks
     return made

@@ -9,6 +9,7 @@ import csv
 import difflib
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -74,8 +75,8 @@ def read_records(source: Source, make: Callable[[Line, int], T]) -> list[tuple[i
                 raise BadRecord(f"a record must be an object, found {type(record).__name__}")
             check_text(record)
             made.append((number, make(record, len(made))))
-        except (BadInput, RecursionError) as error:
-            why = str(error) if isinstance(error, BadInput) else DEEP
+        except (ValueError, RecursionError) as error:
+            why = DEEP if isinstance(error, RecursionError) else str(error)
             bad.append(f"{name}: {''.join(c if c.isprintable() else ' ' for c in why[:LONGEST])}")
     if bad:
         more = f"\n  ... and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
@@ -228,7 +229,7 @@ def only(record: Line, known: Sequence[str]) -> None:
     """Raise ``BadRecord`` at a key that is not known."""
     for key in record:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
             raise BadRecord(f"unknown key {key!r}. {hint}")
 
@@ -243,8 +244,9 @@ def check_text(values: Any) -> None:
 
 
 def as_text(value: Any) -> Any:
-    """A number as text; anything else as it is."""
-    return str(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    """A number as text; anything else as it is, what is no finite number too."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return str(value) if number and value == value and value not in (math.inf, -math.inf) else value
 
 
 def text_of(record: Line, key: str, default: str | None = None, *, numbers: bool = False) -> str:

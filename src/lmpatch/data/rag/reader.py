@@ -57,6 +57,8 @@ def read_rag(path: Source, *, part: Part = "train", limit: int | None = None) ->
     """
     if limit is not None and limit < 1:
         raise BadInput(f"limit is {limit}; give 1 or more.")
+    if not isinstance(path, (str, Path)):  # read twice
+        path = [record for _, _, record in parsed(path)]
     seen: Counter[str] = Counter()
     kept = []
     for record in read_built(path) if is_built(path) else build(read_questions(path)).records:
@@ -89,9 +91,9 @@ def read_built(path: Source) -> list[RagRecord]:
     def make(record: Line, place: int) -> RagRecord:
         only(record, [field.name for field in fields(RagRecord)])
         values: dict[str, Any] = {name: texts_of(record, name) for name in ("documents", "gold")}
-        texts = {name: text_of(record, name, "") for name in record if name not in (*values, "id")}
-        texts = {name: text for name, text in texts.items() if text}  # none given: as where it is left out
-        return RagRecord(**{"question": "", **texts, **values, "id": text_of(record, "id", str(place), numbers=True)})
+        given = [name for name in record if name not in (*values, "id") and record[name] is not None]
+        values |= {"question": "", **{name: text_of(record, name) for name in given}}
+        return RagRecord(**values, id=text_of(record, "id", str(place), numbers=True))
 
     return [record for _, record in read_records(path, make)]
 
@@ -148,9 +150,11 @@ def _official(record: Line, article: str, astray: list[str]) -> Iterator[Questio
 def _flat(record: Line, id: str, astray: list[str], article: str = "") -> Iterator[Question]:
     """The question, unless no answer of it stands in the context; without a title, one context is one article."""
     title, context, question = text_of(record, "title", ""), text_of(record, "context"), text_of(record, "question")
-    given: Any = record.get("answers") or []
-    given = given.get("text") or [] if isinstance(given, dict) else given  # a column of texts, as some copies have it
-    given = [a.get("text") if isinstance(a, dict) else a for a in ([given] if isinstance(given, str) else given)]
+    given = record.get("answers")
+    given = as_text(given.get("text") if isinstance(given, dict) else given)  # a column of texts, as some copies have
+    given = [given] if isinstance(given, str) else given
+    if isinstance(given, list | tuple):
+        given = [answer.get("text") if isinstance(answer, dict) else answer for answer in given]
     if not context.strip():
         raise BadRecord("the context is empty")
     answers = _distinct(texts_of({"answers": given}, "answers"))
