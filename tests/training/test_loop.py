@@ -8,12 +8,14 @@ import pickle
 import random
 import re
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from patches.test_interrupts import Line
 from safetensors.torch import save
+from snapshot import Lines, name
 from torch import Tensor
 
 from lmpatch import tensor_file
@@ -149,6 +151,9 @@ def test_what_is_no_file_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run.safetensors").unlink()
     (tmp_path / "run.safetensors").mkdir()
     assert "no ordinary file" in refusal(tmp_path)
+    (tmp_path / "run.safetensors").rmdir()
+    (tmp_path / "run.safetensors").symlink_to(tmp_path / "lost")  # not the same as no checkpoint at all
+    assert "no such file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -195,20 +200,19 @@ def test_an_interrupt_at_any_line_goes_on_to_the_same_bits_and_curve(tmp_path: P
     plan = Schedule(4, rate=lambda step: linear(step, 4, 2), clip=1.0, validate_every=2, save_every=1, worse=2.0)
     whole = Fit()
     curve = [{**point, "seconds": 0} for point in run(whole, plan).curve]
-    with Line() as line:
-        run(Fit(), plan, tmp_path / "all")
-    last = {place: n for n, place in enumerate(line.lines, 1)}
-    first = {place: n for n, place in reversed([*enumerate(line.lines, 1)])}
-    for n in sorted({*first.values(), *last.values()}):
-        with Line(n) as line:
-            run(Fit(), plan, tmp_path / str(n))
-        assert line.hit
-        task = Fit()
-        again = run(task, plan, tmp_path / str(n))
-        assert torch.equal(task.x, whole.x), line.lines[-1]
-        assert [{**point, "seconds": 0} for point in again.curve] == curve, line.lines[-1]
-        lines = [json.loads(text) for text in (tmp_path / str(n) / "run.jsonl").read_text().splitlines()]
-        assert [{**point, "seconds": 0} for point in lines] == curve, line.lines[-1]
+    folders = (tmp_path / str(n) for n in count())
+    lines = Lines(lambda: run(Fit(), plan, next(folders)))
+    for line, times in lines.times.items():
+        for time in {1, times}:
+            out = tmp_path / f"{line[0].co_name} {line[1]} {time}"
+            lines.run = partial(run, Fit(), plan, out)
+            assert lines.interrupted(line, time)
+            task = Fit()
+            again = run(task, plan, out)
+            assert torch.equal(task.x, whole.x), name(line)
+            assert [{**point, "seconds": 0} for point in again.curve] == curve, name(line)
+            written = [json.loads(text) for text in (out / "run.jsonl").read_text().splitlines()]
+            assert [{**point, "seconds": 0} for point in written] == curve, name(line)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_the_checkpoint_is_of_the_step_before(tmp_path: Path) -> None:

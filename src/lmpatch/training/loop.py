@@ -122,7 +122,7 @@ class Loop:
         self.stamp = f"{self.stamp}/{self.name}/{FORM}"
         if self.file is None:
             return
-        if found := os.path.exists(self.file):
+        if found := os.path.lexists(self.file):
             self._resume(self.file)
         device = next(iter(self.task.values.values())).device
         own = torch.tensor([[self.step, int(hash_json(self.stamp)[:12], 16)]], device=device)
@@ -264,7 +264,9 @@ class Loop:
             with outside(str(file)):
                 self._take(head, tensors)
         except BadInput as error:
-            raise BadInput(f"{error} Without the file training starts anew. (An earlier lmpatch wrote none with a hash.)") from error
+            raise BadInput(
+                f"{error} Without the file training starts anew. (An earlier lmpatch wrote none with a hash.)"
+            ) from error
 
     def _take(self, head: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
         values, good, moments = self.task.values, dict[str, Tensor](), dict[str, dict[str, Tensor]]()
