@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -24,13 +25,17 @@ from lmpatch.models.load import wrap
 SOURCE = str(Path(lmpatch.__file__).parent)
 
 
-def interrupt(run: Callable[[], object], line: int) -> bool:
-    """Raise ``KeyboardInterrupt`` at that line of lmpatch's own code, counted as they run. False: it ran to its end."""
+def interrupt(run: Callable[[], object], line: int, source: str = SOURCE) -> bool:
+    """Raise ``KeyboardInterrupt`` at that line of lmpatch's own code, counted as they run. False: it ran to its end.
+
+    Args:
+        source: what the path of a file whose lines count begins with; empty: any file's.
+    """
     count = 0
 
     def trace(frame: Any, event: str, _: object) -> Any:
         nonlocal count
-        if not frame.f_code.co_filename.startswith(SOURCE):
+        if not frame.f_code.co_filename.startswith(source):
             return None
         if event == "line":
             count += 1
@@ -70,6 +75,10 @@ def test_an_interrupt_at_any_line_leaves_no_hook_on_the_model(task: str) -> None
         line += 1
     assert line > 100
     assert [p.requires_grad for p in lm.model.parameters()] == flags
+    other = Thread(target=run)
+    other.start()
+    other.join(20)
+    assert not other.is_alive(), "an interrupt left the lock taken"
 
 
 def test_an_interrupt_at_any_line_leaves_the_flags_of_the_weights() -> None:
@@ -85,6 +94,32 @@ def test_an_interrupt_at_any_line_leaves_the_flags_of_the_weights() -> None:
         assert all(p.requires_grad for p in lm.model.parameters()), f"line {line}"
         line += 1
     assert line > 100
+
+
+def test_an_interrupt_before_inside_or_behind_a_block_with_hooks_leaves_none() -> None:
+    module, x = nn.Linear(2, 2), torch.ones(2)
+    want = module(x)
+
+    def run() -> None:
+        with hooked(Hook(module, lambda *_: torch.zeros(2)), Hook(module, lambda *_: None, before=True, kwargs=True)):
+            module(x)
+
+    line = 1
+    while interrupt(run, line, source=""):  # the lines of contextlib and of torch too
+        assert not module._forward_hooks and not module._forward_pre_hooks, f"line {line}"
+        assert torch.equal(module(x), want)
+        line += 1
+    assert line > 100
+
+
+def test_a_stop_that_was_left_on_a_model_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm("llama")
+    want = score(lm, ["Rome is"], ["in"])
+    monkeypatch.setattr(Hooks, "remove", lambda self: None)
+    score(lm, ["Rome is"], ["in"])
+    monkeypatch.undo()
+    assert not is_clean(lm) and score(lm, ["Rome is"], ["in"]) == want
+    lm.model(torch.tensor([[1, 2]]))
 
 
 def test_an_interrupt_between_a_registration_and_its_handle_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

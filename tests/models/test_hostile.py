@@ -16,7 +16,7 @@ from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
-from lmpatch.errors import BadInput, LmpatchError, UnknownName
+from lmpatch.errors import BadInput, LmpatchError
 from lmpatch.inference.generate import generate
 from lmpatch.inference.score import score
 from lmpatch.models.lm import LM
@@ -71,11 +71,13 @@ def test_one_altered_bit_of_a_name_is_a_missing_and_an_unknown_tensor(tmp_path: 
     data[data.index(DOWN.encode()) + 3] ^= 1
     file.write_bytes(bytes(data))
     message = refused(tmp_path / "m")
-    assert f"1 missing: {DOWN}" in message and "1 that the model does not have: modd" not in message
-    assert "that the model does not have: mode" in message or "that the model does not have: mod" in message
+    altered = DOWN.replace("model", "moddl", 1)
+    assert f"(1 missing: {DOWN}; 1 that the model does not have: {altered})" in message
 
 
-@pytest.mark.parametrize(("layers", "said"), [(5, r"9 missing: model\.layers\.4"), (3, "9 that the model does not have")])
+@pytest.mark.parametrize(
+    ("layers", "said"), [(5, r"9 missing: model\.layers\.4"), (3, "9 that the model does not have")]
+)
 def test_a_config_of_other_depth_is_refused(layers: int, said: str, tmp_path: Path) -> None:
     edit(save(tmp_path / "m") / "config.json", num_hidden_layers=layers, layer_types=None)
     with pytest.raises(BadInput, match=said):
@@ -98,7 +100,10 @@ def test_another_shape_is_named(change: str, tmp_path: Path) -> None:
 
 
 def test_partial_weights_are_taken_by_those_who_mean_it_and_said(tmp_path: Path) -> None:
-    rewrite(save(tmp_path / "m"), lambda w: {n: t for n, t in w.items() if n != DOWN} | {"lm_head.weight": torch.zeros(9, 64)})
+    rewrite(
+        save(tmp_path / "m"),
+        lambda w: {n: t for n, t in w.items() if n != DOWN} | {"lm_head.weight": torch.zeros(9, 64)},
+    )
     with pytest.warns(UserWarning, match=rf"1 missing: {DOWN}; 1 of another shape: lm_head"):
         assert load(tmp_path / "m", partial=True).layout.n_layers == 4
 
@@ -281,7 +286,20 @@ def mutations(folder: Path, draw: random.Random) -> Iterator[str]:
             yield f"{file.name}: bit of byte {at}"
         elif kind == "type":
             file = folder / draw.choice(texts)
-            file.write_text(draw.choice(["null", "[]", "5", '"x"', "{}", "[" * 2000, '{"a": ' * 500, "\ud800".encode("utf-8", "surrogatepass").decode("latin1")]))
+            file.write_text(
+                draw.choice(
+                    [
+                        "null",
+                        "[]",
+                        "5",
+                        '"x"',
+                        "{}",
+                        "[" * 2000,
+                        '{"a": ' * 500,
+                        "\ud800".encode("utf-8", "surrogatepass").decode("latin1"),
+                    ]
+                )
+            )
             yield f"{file.name} is something else"
         else:
             file = folder / draw.choice([*texts, weights.name])
@@ -296,7 +314,7 @@ def test_a_hostile_folder_is_one_line_or_the_same_model(seed: int, tmp_path: Pat
     want = {name: tuple(t.shape) for name, t in load(whole).model.named_parameters()}
     clean = load(whole).fingerprint()
     draw = random.Random(seed)
-    for _ in range(30):
+    for _ in range(30):  # six times
         folder = shutil.copytree(whole, tmp_path / "m", dirs_exist_ok=False)
         fault = next(mutations(folder, draw))
         try:
@@ -308,4 +326,3 @@ def test_a_hostile_folder_is_one_line_or_the_same_model(seed: int, tmp_path: Pat
             assert {name: tuple(t.shape) for name, t in lm.model.named_parameters()} == want, fault
             assert lm.fingerprint() == clean, fault
         shutil.rmtree(folder)
-    assert UnknownName
