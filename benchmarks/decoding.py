@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "decoding.json")
     args = parser.parse_args()
-    lm = lp.load(args.model)
+    lm = lp.load(args.model, dtype="float32", device="cpu")
     found: dict[str, object] = {"model": lm.name, "versions": versions(), "hardware": hardware(), "dtype": "float32"}
     for count in args.questions:
         found[f"{count} at once"] = {"made": now(), **timed(lm, count, args.tokens, args.repeats)}

@@ -50,13 +50,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # family -> (config class, se
         {k: v for k, v in _LLAMA.items() if k not in ("head_dim", "num_key_value_heads")},
     ),
     "gptj": ("GPTJConfig", _GPT | {"rotary_dim": 8}),
+    "bloom": ("BloomConfig", dict(hidden_size=D_MODEL, n_layer=LAYERS, n_head=4)),  # ALiBi: no window, a bias a head
     "opt": (
         "OPTConfig",
         dict(hidden_size=D_MODEL, word_embed_proj_dim=D_MODEL, ffn_dim=D_FF, num_hidden_layers=LAYERS)
         | dict(num_attention_heads=4, max_position_embeddings=POSITIONS),
     ),
 }
-FAMILIES = list(SHAPES)
+FAMILIES = [family for family in SHAPES if family != "bloom"]
 CORE = ["llama", "gemma3", "gpt2"]
 
 

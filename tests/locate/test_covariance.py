@@ -27,7 +27,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_all_layers_in_one_pass_equal_one_pass_per_layer_over_the_same_tokens(lm: LM) -> None:
     found = estimate_covariance(lm, [0, 2], text=CORPUS, tokens=2600)
-    rows = _moments._text_rows(lm, CORPUS, 2600)[: found.tokens // (_moments.LENGTH - 1) + 1]
+    rows = _moments.text_rows(lm, CORPUS, 2600)[: found.tokens // (_moments.LENGTH - 1) + 1]
     for layer in (0, 2):
         keys = []
         hook = Hook(
@@ -46,8 +46,8 @@ def test_all_layers_in_one_pass_equal_one_pass_per_layer_over_the_same_tokens(lm
 def test_a_second_call_reads_the_cache_and_another_text_does_not(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     once = estimate_covariance(lm, [1], text=CORPUS, tokens=2600)
     calls = []
-    whole = _moments._accumulate
-    monkeypatch.setattr(_moments, "_accumulate", lambda *a: calls.append(1) or whole(*a))
+    whole = _moments.accumulate
+    monkeypatch.setattr(_moments, "accumulate", lambda *a: calls.append(1) or whole(*a))
     again = estimate_covariance(lm, [1], text=CORPUS, tokens=2600)
     assert not calls and torch.equal(once.c[1], again.c[1])
     assert (again.tokens, again.source) == (once.tokens, once.source)
@@ -86,3 +86,19 @@ def test_without_text_the_model_writes_its_own_the_same_every_time(lm: LM) -> No
 def test_too_little_text_is_refused_with_the_count(lm: LM) -> None:
     with pytest.raises(BadInput, match="too few"):
         estimate_covariance(lm, [1], text=["The Eiffel Tower is in Paris."], tokens=2600)
+
+
+@pytest.mark.parametrize(("tokens", "text", "least"), [(1000, CORPUS, 2032), (300, None, 2032), (-1, None, 2032)])
+def test_a_setting_that_is_too_small_is_named_and_the_text_is_not_blamed(
+    tokens: int, text: list[str] | None, least: int
+) -> None:
+    lm = tiny_lm("llama")
+    with pytest.raises(BadInput, match=f"moment_tokens is {tokens}, too few .* at least {least}"):
+        estimate_covariance(lm, [1], text=text, tokens=tokens)
+    assert estimate_covariance(lm, [1], text=text, tokens=least).tokens > 1000
+
+
+def test_the_default_is_enough_on_a_narrow_model() -> None:
+    """10 times d_ff would be fewer tokens than two halves of a text need."""
+    lm = tiny_lm("llama")
+    assert 10 * lm.layout.d_ff < 2032 <= estimate_covariance(lm, [1], text=CORPUS).tokens

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import CORE, tiny_lm
 from torch.nn import functional as F
 
 from lmpatch.data.edits import Edit
@@ -83,8 +83,9 @@ def run_base(lm: LM, essence: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("faithful", [False, True])
-def test_the_fast_search_finds_the_delta_of_the_plain_one(lm: LM, faithful: bool) -> None:
-    cfg = replace(CFG, faithful=faithful)
+@pytest.mark.parametrize("family", [*CORE, "bloom"])
+def test_the_fast_search_finds_the_delta_of_the_plain_one(family: str, faithful: bool) -> None:
+    lm, cfg = tiny_lm(family), replace(CFG, faithful=faithful)
     found = search(lm, EDITS, [1], cfg)
     for i, edit in enumerate(EDITS):
         want = plain_search(lm, edit, 1, cfg)
@@ -152,4 +153,4 @@ def test_joint_keys_are_those_of_the_forward_in_which_the_changes_act() -> None:
         lm.model(torch.tensor([row.ids]))
     for layer in (1, 2):
         torch.testing.assert_close(found.keys[layer][0, 0], seen[layer][0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(found.written[layer][0], seen[layer][1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.written[0, layer - 1], seen[layer][1], atol=1e-4, rtol=1e-4)

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lmpatch.data.edits import Ask, Edit, read_edits
 from lmpatch.errors import BadInput, LmpatchError, MissingExtra, WrongModel
-from lmpatch.memory import _log, _near
+from lmpatch.memory import _log, _search
 from lmpatch.memory.entry import columns, edit_of
 from lmpatch.memory.store import Store
 
@@ -43,7 +43,7 @@ def told(store: Store, **which: Any) -> list[tuple[str, str]]:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """An empty memory. It does not wait for the disk; a test of its own checks that others do."""
     monkeypatch.setattr(_log, "flush", lambda *_: None)
-    monkeypatch.setattr(_near, "flush", lambda *_: None)
+    monkeypatch.setattr(_search, "flush", lambda *_: None)
     return Store.create(tmp_path / "memory", width=WIDTH, stamp=STAMP)
 
 
@@ -60,6 +60,8 @@ def test_what_was_added_is_there_for_another_process(store: Store) -> None:
     again = Store.open(store.path, stamp=STAMP)
     entry = again.facts()[0]
     assert entry.edit == edit and entry.source == {"file": "facts.jsonl"} and entry.state == "live"
+    with pytest.raises(LmpatchError, match="cannot add"):
+        store.add(facts(1), keys(1), source={"file": "\ud83d"})
     assert again.width == WIDTH and again.stamp == STAMP and len(again) == 3 and again.version == 1
     assert np.array_equal(again.vectors(again.facts()[::-1]), keys(3)[::-1])
 
@@ -240,7 +242,7 @@ def test_search_finds_the_best_below_and_above_the_index(store: Store, tmp_path:
     vectors = keys(600, width=128)
     whole = np.concatenate([vectors, 5 * keys(600, seed=1, width=64)], 1)  # the rest of a key is louder, and no matter
     memory.add(facts(400), whole[:400])
-    assert _near.newest(memory.path) == (400 if exact < 400 else 0)
+    assert _search.newest(memory.path) == (400 if exact < 400 else 0)
     memory.add(facts(100, 400), whole[400:500])  # not indexed
     memory.add(facts(50), whole[500:550])  # supersedes what may be indexed
     memory.drop([f"Fact {i} is" for i in range(50, 60)])
@@ -262,7 +264,7 @@ def test_a_crowd_of_superseded_keys_does_not_hide_the_live_ones(store: Store) ->
     memory.add(facts(260), np.concatenate([np.repeat(query, 200, 0), 0 * keys(60)]))  # indexed; the first are best
     memory.add(facts(199), -np.repeat(query, 199, 0))
     scores, hits = memory.search(query, 2)
-    assert _near.newest(store.path) == 260
+    assert _search.newest(store.path) == 260
     assert [entry.edit.prompt for entry in hits[0]] == ["Fact 199 is", "Fact 200 is"] and scores[0, 1] == 0
 
 
@@ -271,10 +273,10 @@ def test_a_reader_goes_over_to_a_new_index_and_survives_the_moment_it_is_replace
     store: Store, monkeypatch: pytest.MonkeyPatch, old_one: str
 ) -> None:
     memory, reader = Store.open(store.path, exact=100), Store.open(store.path, exact=100)
-    newest, opened = _near.newest, list[int]()
-    monkeypatch.setattr(_near.Near, "__init__", spied(_near.Near.__init__, opened))
+    newest, opened = _search.newest, list[int]()
+    monkeypatch.setattr(_search.Near, "__init__", spied(_search.Near.__init__, opened))
     if old_one == "still there":
-        monkeypatch.setattr(_near, "_remove", lambda _: None)
+        monkeypatch.setattr(_search, "_remove", lambda _: None)
     memory.add(facts(150), keys(150))
     query = keys(150)[7:8]
     assert reader.search(query)[1][0][0].edit.prompt == "Fact 7 is"
@@ -282,7 +284,7 @@ def test_a_reader_goes_over_to_a_new_index_and_survives_the_moment_it_is_replace
     if old_one == "gone":
         assert [path.name for path in store.path.glob("near-*")] == ["near-270.lance"]
         stale = iter([150, 150])  # what the reader may have looked up just before
-        monkeypatch.setattr(_near, "newest", lambda path: next(stale, None) or newest(path))
+        monkeypatch.setattr(_search, "newest", lambda path: next(stale, None) or newest(path))
     assert reader.search(query)[1][0][0].edit.prompt == "Fact 7 is"
     assert reader.search(keys(120, 3)[5:6])[1][0][0].edit.prompt == "Fact 155 is"
     assert opened == ([150, 150, 270] if old_one == "gone" else [150, 270])
@@ -302,7 +304,7 @@ def test_a_kill_while_an_index_is_deleted_leaves_none_that_is_half_there(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_near.shutil, "rmtree", killed)
+        patch.setattr(_search.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             memory.compact()  # which indexes the same rows again
     reader = Store.open(store.path, exact=100)
@@ -328,13 +330,13 @@ def test_an_index_that_cannot_be_built_costs_speed_alone(store: Store, monkeypat
 
     memory = Store.open(store.path, exact=100)
     with monkeypatch.context() as patch:
-        patch.setattr(_near, "build", full)
+        patch.setattr(_search, "build", full)
         memory.add(facts(150), keys(150))
         with pytest.raises(LmpatchError, match="full"):
             memory.compact()
     assert memory.search(keys(150)[7:8])[1][0][0].edit.prompt == "Fact 7 is"
     memory.compact()
-    assert _near.newest(store.path) == 150
+    assert _search.newest(store.path) == 150
 
 
 def test_an_empty_memory_finds_nothing(store: Store) -> None:
@@ -407,6 +409,78 @@ def test_a_memory_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     with pytest.raises(BadInput, match="format 2.*reads 1.*Update"):
         Store.open(tmp_path / "m")
+
+
+BAD_METADATA: dict[str, bytes] = {
+    "nothing": b"",
+    "no width": b'{"format": 1}',
+    "no JSON": b"{",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "another width": b'{"format": 1, "width": 8, "matched": 8, "stamp": {}}',
+    "a text": b'{"format": 1, "width": "16", "matched": 16, "stamp": {}}',
+    "too many": b'{"format": 1, "width": 16, "matched": 160, "stamp": {}}',
+    "no numbers": b'{"format": 1, "width": 16, "matched": null, "stamp": {}}',
+    "no texts": b'{"format": 1, "width": 16, "matched": 16, "stamp": {"editor": 5}}',
+    "no stamp": b'{"format": 1, "width": 16, "matched": 16, "stamp": []}',
+}
+
+
+@pytest.mark.parametrize("name", BAD_METADATA)
+def test_damaged_metadata_is_refused_in_one_line(store: Store, name: str) -> None:
+    import lancedb
+
+    store.add(facts(2), keys(2))
+    table = lancedb.connect(str(store.path)).open_table("facts").to_arrow()
+    table = table.replace_schema_metadata({b"lmpatch": BAD_METADATA[name]})
+    lancedb.connect(str(store.path)).create_table("facts", data=table, mode="overwrite")
+    with pytest.raises(BadInput, match="metadata of the memory at .* is damaged. Take a fresh copy") as caught:
+        Store.open(store.path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [("more", "{"), ("more", "[]"), ("more", '{"old": 5.5, "rephrases": {}}'), ("source", "x"), ("prompt", "")],
+)
+def test_a_damaged_row_is_refused_in_one_line(store: Store, column: str, text: str) -> None:
+    import lancedb
+    import pyarrow as pa
+
+    store.add(facts(2), keys(2))
+    rows = lancedb.connect(str(store.path)).open_table("facts").to_arrow()
+    at = rows.schema.get_field_index(column)
+    rows = rows.set_column(at, rows.schema.field(at), pa.array([text, rows[column][1].as_py()]))
+    lancedb.connect(str(store.path)).create_table("facts", data=rows, mode="overwrite")
+    for call in (lambda: Store.open(store.path).facts(), lambda: Store.open(store.path).search(keys(2), 2)):
+        with pytest.raises(LmpatchError) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["/proc/x", "/etc/passwd/x", "a\0b", "a" * 300])
+def test_a_memory_where_none_can_be_is_refused_in_one_line(tmp_path: Path, where: str) -> None:
+    for call in (lambda path: Store.create(path, width=WIDTH, stamp=STAMP), Store.open):
+        with pytest.raises(LmpatchError, match="memory") as caught:
+            call(tmp_path / where)
+        assert "\n" not in str(caught.value)
+
+
+def test_composed_and_decomposed_prompts_are_one_even_in_an_older_log(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add([Edit("Caf\u00e9 is", "a")], keys(1))
+    store.add([Edit("Cafe\u0301 is", "b")], keys(1))
+    assert told(store) == [("Cafe\u0301 is", "b")] and len(store) == 1
+    with monkeypatch.context() as old:  # as lmpatch 0.1 wrote them
+        old.setattr("lmpatch.memory.entry.prompt_key", lambda prompt: " ".join(prompt.split()).casefold())
+        store.add([Edit("Zo\u00eb is", "a"), Edit("Zoe\u0308 is", "b")], keys(2))
+    for memory in (Store.open(store.path), store):
+        assert [target for prompt, target in told(memory) if prompt.startswith("Zo")][-1] == "b"
+    again = Store.open(store.path)
+    assert len(again) == 2 and again.get("ZO\u00cb  is") == again.facts()[1]
+    again.drop(["zoe\u0308 is"])
+    assert told(Store.open(store.path)) == [("Cafe\u0301 is", "b")]
 
 
 def test_without_lancedb_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

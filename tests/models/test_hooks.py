@@ -4,60 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from snapshot import Lines, changed, name, state
 from tiny import tiny_lm, tiny_model, tiny_tokenizer
 from torch import nn
 
-import lmpatch
-from lmpatch.inference.forward import current_pass, frozen
+from lmpatch.inference.forward import frozen
 from lmpatch.inference.generate import generate
 from lmpatch.inference.replay import record
 from lmpatch.inference.score import score
 from lmpatch.models.hooks import Hook, Hooks, hooked
-from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
-
-SOURCE = str(Path(lmpatch.__file__).parent)
-
-
-def interrupt(run: Callable[[], object], line: int, source: str = SOURCE) -> bool:
-    """Raise ``KeyboardInterrupt`` at that line of lmpatch's own code, counted as they run. False: it ran to its end.
-
-    Args:
-        source: what the path of a file whose lines count begins with; empty: any file's.
-    """
-    count = 0
-
-    def trace(frame: Any, event: str, _: object) -> Any:
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(source):
-            return None
-        if event == "line":
-            count += 1
-            if count == line:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        run()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-def is_clean(lm: LM) -> bool:
-    tables = [(m._forward_hooks, m._forward_pre_hooks) for m in lm.model.modules()]
-    tables += [(m._forward_hooks_with_kwargs, m._forward_pre_hooks_with_kwargs) for m in lm.model.modules()]
-    return not any(table for pair in tables for table in pair)
 
 
 @pytest.mark.parametrize("task", ["generate", "score", "record"])
@@ -68,13 +29,12 @@ def test_an_interrupt_at_any_line_leaves_no_hook_on_the_model(task: str) -> None
         "score": lambda: score(lm, ["The Eiffel Tower is in", "Apple"], ["Rome", "is"]),
         "record": lambda: record(lm, [[1, 40, 50, 60], [1, 70, 80]], [2, 1], ends=[3, 2]),
     }[task]
-    flags = [p.requires_grad for p in lm.model.parameters()]
-    line = 1
-    while interrupt(run, line):
-        assert is_clean(lm) and current_pass() is None, f"line {line}"
-        line += 1
-    assert line > 100
-    assert [p.requires_grad for p in lm.model.parameters()] == flags
+    before, lines = state(lm), Lines(run)
+    assert len(lines.times) > 100
+    for line, times in lines.times.items():
+        for time in range(1, times + 1):
+            assert lines.interrupted(line, time)
+            assert changed(before, state(lm)) == [], f"{name(line)}, time {time}"
     other = Thread(target=run)
     other.start()
     other.join(20)
@@ -89,36 +49,47 @@ def test_an_interrupt_at_any_line_leaves_the_flags_of_the_weights() -> None:
         with frozen(lm):
             pass
 
-    line = 1
-    while interrupt(run, line):
-        assert all(p.requires_grad for p in lm.model.parameters()), f"line {line}"
-        line += 1
-    assert line > 100
+    lines = Lines(run)
+    for line, times in lines.times.items():
+        for time in range(1, times + 1):
+            assert lines.interrupted(line, time)
+            assert all(p.requires_grad for p in lm.model.parameters()), f"{name(line)}, time {time}"
 
 
 def test_an_interrupt_before_inside_or_behind_a_block_with_hooks_leaves_none() -> None:
     module, x = nn.Linear(2, 2), torch.ones(2)
-    want = module(x)
+    want, left = module(x), 0
 
-    def run() -> None:
-        with hooked(Hook(module, lambda *_: torch.zeros(2)), Hook(module, lambda *_: None, before=True, kwargs=True)):
-            module(x)
+    def trace(frame: Any, event: str, _: object) -> Any:  # the lines of contextlib and of torch too
+        nonlocal left
+        left -= event == "line"
+        if left == 0:
+            raise KeyboardInterrupt
+        return trace
 
-    line = 1
-    while interrupt(run, line, source=""):  # the lines of contextlib and of torch too
+    for line in range(1, 1000):
+        left = line
+        sys.settrace(trace)
+        try:
+            with hooked(Hook(module, lambda *_: torch.zeros(2)), Hook(module, lambda *_: None, before=True)):
+                module(x)
+            sys.settrace(None)
+            break
+        except KeyboardInterrupt:
+            sys.settrace(None)
         assert not module._forward_hooks and not module._forward_pre_hooks, f"line {line}"
         assert torch.equal(module(x), want)
-        line += 1
-    assert line > 100
+    assert 100 < line < 999
 
 
 def test_a_stop_that_was_left_on_a_model_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("llama")
-    want = score(lm, ["Rome is"], ["in"])
+    want, clean = score(lm, ["Rome is"], ["in"]), state(lm)
     monkeypatch.setattr(Hooks, "remove", lambda self: None)
     score(lm, ["Rome is"], ["in"])
     monkeypatch.undo()
-    assert not is_clean(lm) and score(lm, ["Rome is"], ["in"]) == want
+    assert changed(clean, state(lm)) == ["hooks"]
+    assert score(lm, ["Rome is"], ["in"]) == want
     lm.model(torch.tensor([[1, 2]]))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import real_gemma
+from tiny import CORE, real_gemma, tiny_lm
 
 from lmpatch.data.edits import Edit
 from lmpatch.errors import SubjectNotFound
@@ -14,9 +14,8 @@ from lmpatch.inference.forward import first
 from lmpatch.inference.tokens import encode
 from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
-from lmpatch.probes.causal_trace import probe as causal_trace
-from lmpatch.probes.causal_trace.probe import Config
-from lmpatch.probes.causal_trace.trace import Trace
+from lmpatch.probes import causal_trace
+from lmpatch.probes.causal_trace import Config, Trace
 
 FACTS = [
     Edit("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Paris"),
@@ -76,9 +75,9 @@ def slow(lm: LM, edit: Edit, trace: Trace, cfg: Config) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["state", "mlp", "attention"])
-@pytest.mark.parametrize("fact", FACTS)
-def test_the_wavefront_equals_one_full_forward_per_place(lm: LM, kind: str, fact: Edit) -> None:
-    cfg = Config(kind=kind, samples=2, window=2)
+@pytest.mark.parametrize(("family", "fact"), [*zip([*CORE, "bloom"], FACTS * 2, strict=True)])
+def test_the_wavefront_equals_one_full_forward_per_place(family: str, fact: Edit, kind: str) -> None:
+    lm, cfg = tiny_lm(family), Config(kind=kind, samples=2, window=2)
     (trace,) = causal_trace.run(lm, [fact], cfg)
     torch.testing.assert_close(trace.scores, slow(lm, fact, trace, cfg), atol=1e-5, rtol=1e-4)
 

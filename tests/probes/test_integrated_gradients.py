@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import each
 from tiny import FAMILIES, real_gemma, tiny_lm
 
 from lmpatch.data.context import ContextRecord
@@ -94,7 +95,7 @@ def slow(lm: LM, case: ig.Case, cfgs: list[Config]) -> tuple[torch.Tensor, torch
     return torch.stack(out).unflatten(0, shape).transpose(0, 1), torch.stack(noise).reshape(shape).T
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
 def test_the_wavefront_equals_a_forward_and_backward_for_every_layer(family: str) -> None:
     lm, cfgs = tiny_lm(family), [replace(CFG, weighting=weighting, grid=grid) for weighting, grid in WAYS]
     wanted = [slow(lm, case, cfgs) for case in cases(lm, RECORDS)]
@@ -236,12 +237,51 @@ def test_a_stopped_run_goes_on_where_it_was(lm: LM, tmp_path: Path, monkeypatch:
 def test_scores_of_another_run_are_not_gone_on_with(lm: LM, tmp_path: Path) -> None:
     path = tmp_path / "neurons.jsonl"
     ig.run(lm, RECORDS[:1], CFG, out=path)
-    with pytest.raises(BadInput, match="config, records differ"):
+    with pytest.raises(BadInput, match="config, records, count differ"):
         ig.run(lm, RECORDS, replace(CFG, steps=6), out=path)
     ig.run(lm, RECORDS[:1], replace(CFG, budget=3), out=path)  # a budget moves no score
     path.write_text(json.dumps({"model": "x"}) + "\n")
-    with pytest.raises(BadRecord, match="line 2"):
+    with pytest.raises(BadRecord, match="line 1 of"):
         ig.run(lm, RECORDS[:1], CFG, out=path)
+
+
+def test_a_damaged_file_of_scores_is_gone_on_with_to_the_same_scores_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ig, "MIB", 1)  # one record a batch
+    lm, path = tiny_lm("llama"), tmp_path / "neurons.jsonl"
+    scores = ig.run(lm, RECORDS, CFG, out=path)
+
+    def same() -> bool:
+        try:
+            assert ig.Scores.load(path) == scores
+        except BadRecord as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        try:
+            return ig.run(lm, RECORDS, CFG, out=path) == scores
+        except BadInput as error:
+            return str(path) in str(error) and "\n" not in str(error)
+
+    each(path, same)
+
+
+@pytest.mark.parametrize("change", ["lost", "doubled", "moved", "cut"])
+def test_lines_of_scores_that_are_lost_doubled_or_moved_are_noticed(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ig, "MIB", 1)
+    lm, path = tiny_lm("llama"), tmp_path / "neurons.jsonl"
+    scores = ig.run(lm, RECORDS, CFG, out=path)
+    head, a, b, c = path.read_text().splitlines(keepends=True)
+    lines = {"lost": [head, a, c], "doubled": [head, a, a, b, c], "moved": [head, b, a, c], "cut": [head, a]}[change]
+    path.write_text("".join(lines))
+    with pytest.raises(BadRecord, match="holds 1 of 3 records" if change == "cut" else "was altered"):
+        ig.Scores.load(path)
+    if change == "cut":  # as after a stop
+        assert ig.run(lm, RECORDS, CFG, out=path) == scores == ig.Scores.load(path)
+    else:
+        with pytest.raises(BadRecord, match="was altered"):
+            ig.run(lm, RECORDS, CFG, out=path)
 
 
 def test_bad_input_is_refused_and_nothing_is_cut(lm: LM) -> None:
@@ -265,7 +305,7 @@ def test_its_table_has_a_line_a_record_and_the_saved_file_all_of_it(lm: LM, tmp_
     assert [len(row) for row in rows] == [len(columns)] * len(RECORDS)
     scores.save(tmp_path)
     assert ig.Scores.load(tmp_path / "integrated_gradients.jsonl") == scores
-    with pytest.raises(BadInput, match="no file"):
+    with pytest.raises(BadInput, match="no such file"):
         ig.Scores.load(tmp_path / "elsewhere.jsonl")
 
 

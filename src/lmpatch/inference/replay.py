@@ -131,7 +131,7 @@ class Recording:
     def _call(self, layer: int, hidden: Tensor, call: Any, past: Any, mask: Tensor, end: Tensor | None) -> Tensor:
         """One block, called as it was; patches on the model see of the columns what ``mask`` and ``end`` say."""
         layers: list[Any] = [_Prefix(*past)] * (layer + 1)  # blocks look themselves up by their index
-        args, kwargs = _with_cache(call, Cache(layers=layers))
+        args, kwargs = _map(_with_cache(call, Cache(layers=layers)), _flat)
         with self.lm.lock, during(None if end is None else Pass(mask, hidden.shape[1], end)):
             return first(self.lm.module(self.lm.layout.blocks[layer])(hidden, *args, **kwargs))
 
@@ -173,7 +173,7 @@ def record(
             args = (kwargs["hidden_states"], *args)
         hidden[layer] = args[0]
         others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls[layer] = _with_cache((args[1:], others), None)
+        calls[layer] = _map(_with_cache((args[1:], others), None), partial(_by_head, len(rows), mask.shape[1]))
 
     def column(state: Tensor) -> Tensor:
         return state.reshape(len(rows), -1, state.shape[-1])[:, 0]  # some models flatten rows and tokens: [n*S, d]
@@ -213,6 +213,17 @@ def _with_cache(value: Any, cache: Cache | None) -> Any:
     return _map(value, lambda v: (cache or Cache(layers=[])) if isinstance(v, Cache) else v)
 
 
+def _by_head(n: int, columns: int, v: Any) -> Any:
+    """A bias of each row and head [n * heads, 1, P+S] (ALiBi) as [n, heads, 1, P+S, 1], as nothing else is."""
+    alike = isinstance(v, Tensor) and v.dim() == 3 and v.shape[1:] == (1, columns) and len(v) > n and len(v) % n == 0
+    return v.unflatten(0, (n, -1))[..., None] if alike else v
+
+
+def _flat(v: Any) -> Any:
+    """What ``_by_head`` found, as the block takes it."""
+    return v.flatten(0, 1)[..., 0] if isinstance(v, Tensor) and v.dim() == 5 else v
+
+
 def _rows(value: Any, rows: Tensor, n: int) -> Any:
     """Narrow what has one entry per row; tensors shared by all rows (first dimension 1) stay."""
     return _map(value, lambda v: v[rows] if isinstance(v, Tensor) and v.dim() > 1 and len(v) == n else v)
@@ -226,6 +237,8 @@ def _columns(value: Any, width: int, suffix: int, prefix: int) -> Any:
             return v
         if v.dim() == 4:  # attention mask [n, 1, S, P+S]
             return v[:, :, :width, : prefix + width]
+        if v.dim() == 5:  # a bias of each head
+            return v[..., : prefix + width, :]
         return v[:, :width] if v.shape[1] == suffix else v  # position ids [n, S], rotary tables [n, S, head_dim]
 
     return _map(value, cut)
@@ -241,6 +254,8 @@ def _fanned(value: Any, versions: int) -> Any:
             itself = torch.eye(versions, dtype=torch.bool, device=v.device)
             own = torch.where(itself, v[..., -1:], v[..., :1])  # [n, 1, versions, versions]
             return torch.cat([v[..., :-1].expand(-1, -1, versions, -1), own], -1)
+        if v.dim() == 5:  # a bias of each head: all versions stand where the token stood
+            return torch.cat([v[..., :-1, :], v[..., -1:, :].expand(-1, -1, -1, versions, -1)], -2)
         return v.expand(-1, versions, *v.shape[2:]) if v.shape[1] == 1 else v  # position ids, rotary tables
 
     return _map(value, widen)

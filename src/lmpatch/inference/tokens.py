@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..data.matching import find
 from ..errors import BadInput, SubjectNotFound
 from ..models.lm import LM
 from ..progress import Progress
@@ -105,7 +106,7 @@ def encode_all(
         if not subject:
             rows.append(Row(tuple(ids), border))
             continue
-        start = prompt.find(subject, len(head) + after[i])
+        start = find(prompt, subject, len(head) + after[i])
         span = [k for k, (a, b) in enumerate(offsets) if a < start + len(subject) and b > start and b > a]
         if start < 0 or not span:
             raise SubjectNotFound(

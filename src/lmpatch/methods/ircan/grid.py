@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -46,16 +47,16 @@ class _Case:
     line: bool = False
     """A new line ends the answer."""
 
+    def last(self, stream: int) -> int:
+        """Where the first token of the answer, or the letter, is decided."""
+        return len(self.rows[stream]) - len(self.answer) - 1
+
 
 @torch.no_grad()
 def accuracies(
-    lm: LM,
-    records: Sequence[ContextRecord],
-    neurons: Sequence[Neuron],
-    settings: Sequence[tuple[int, float]],
-    *,
+    lm: LM, records: Sequence[ContextRecord], neurons: Sequence[Neuron], settings: Sequence[tuple[int, float]], *,
     progress: Progress | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Share of records answered as their context says, for each setting, under the rules that are on the model.
 
     With options: the letter with the highest logit is the answer's. Without: each token of the answer is the argmax
@@ -73,27 +74,25 @@ def accuracies(
     """
     rules, cases = _cases(lm, records)
     ends = StopTokens(lm, ())
-    lowest = _lowest(lm, neurons)
-    right = torch.zeros(len(settings))
-    done = 0
-    for lettered in (True, False):
-        found = [case for case in cases if bool(case.letters) is lettered]
-        lengths = [sum(map(len, case.rows)) for case in found]
-        for batch in batches_of_tokens(lengths, TOKENS // 4):  # four settings or more a forward
+    right, done = torch.zeros(len(settings)), 0
+    for count_right, found in (
+        (partial(_chosen, lm, rules), [case for case in cases if case.letters]),
+        (partial(_said, lm, rules, ends), [case for case in cases if not case.letters]),
+    ):
+        for batch in batches_of_tokens(
+            [sum(map(len, case.rows)) for case in found], TOKENS // 4
+        ):  # 4 settings a forward
             part = [found[i] for i in batch]
             width = len(part[0].rows)
             rows = [case.rows[s] for s in range(width) for case in part]  # stream after stream
-            last = [len(case.rows[s]) - len(case.answer) - 1 for s in range(width) for case in part]
-            recording = record(lm, rows, [0] * len(rows), ends=last, lowest=lowest)
+            last = [case.last(s) for s in range(width) for case in part]
+            recording = record(lm, rows, [0] * len(rows), ends=last, lowest=_lowest(lm, neurons))
             each = max(1, TOKENS // (len(rows) * recording.suffix))
             for count, group in groupby(range(len(settings)), lambda i: settings[i][0]):
                 same = list(group)
                 for some in (same[start : start + each] for start in range(0, len(same), each)):
                     states = scaled_states(recording, neurons[:count], [settings[i][1] for i in some])
-                    states = states.unflatten(1, (width, len(part)))  # [c, streams, n, S, d]
-                    right[some] += (
-                        _chosen(lm, states, part, rules) if lettered else _said(lm, states, part, rules, ends)
-                    )
+                    right[some] += count_right(states.unflatten(1, (width, len(part))), part)
             done += len(part)
             if progress:
                 progress(done, len(records), "trying settings")
@@ -136,43 +135,37 @@ def scaled_states(recording: Recording, neurons: Sequence[Neuron], factors: Sequ
         scale = torch.ones(c, lm.layout.widths[layer])
         scale[:, [neuron.index for neuron in neurons if neuron.layer == layer]] = torch.tensor(factors)[:, None]
         by_row = scale.to(hidden).repeat_interleave(n, 0)[:, None]  # [c * n, 1, f]
-        hooks.append(Hook(lm.module(lm.layout.downs[layer]), _times(by_row), before=True))
+        hooks.append(Hook(lm.module(lm.layout.downs[layer]), partial(_times, by_row), before=True))
     with hooked(*hooks):
         return recording.forward(hidden, lowest, rows=rows).reshape(c, n, *hidden.shape[1:])
 
 
-def _times(factors: Tensor) -> Any:
-    def scale(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
-        whole = x.reshape(len(factors), -1, x.shape[-1]) * factors  # some models flatten rows and tokens
-        return whole.reshape(x.shape), *args[1:]
-
-    return scale
+def _times(factors: Tensor, _: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    whole = args[0].reshape(len(factors), -1, args[0].shape[-1]) * factors  # some models flatten rows and tokens
+    return whole.reshape(args[0].shape), *args[1:]
 
 
 def _at(states: Tensor, cases: Sequence[_Case], setting: Tensor, row: Tensor, k: int) -> Tensor:
     """The states that say token k of the answers, [streams, r, d], for r pairs of a setting and a row."""
-    width = states.shape[1]
-    place = torch.tensor([[len(case.rows[s]) - len(case.answer) - 1 for case in cases] for s in range(width)])
-    stream = torch.arange(width, device=states.device)[:, None]
-    return states[setting, stream, row, place.to(states.device)[:, row] + k]
+    place = torch.tensor([[case.last(s) for case in cases] for s in range(states.shape[1])])[:, row] + k
+    stream = torch.arange(states.shape[1])[:, None]
+    where = (x.to(states.device) for x in (setting, stream, row, place))
+    return states[tuple(where)]
 
 
-def _chosen(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule]) -> Tensor:
+def _chosen(lm: LM, rules: Sequence[Rule], states: Tensor, cases: Sequence[_Case]) -> Tensor:
     """How many records have the highest logit at the right letter, [settings]; ``states`` [c, streams, n, S, d]."""
     c, n = len(states), len(cases)
     setting, row = (x.flatten() for x in torch.meshgrid(torch.arange(c), torch.arange(n), indexing="ij"))
     columns = sorted({token for case in cases for token in case.letters})
-    device = states.device
-    z = combined_options(lm, _at(states, cases, setting.to(device), row.to(device), 0), rules, columns)  # [c * n, k]
-    hits = torch.zeros(c, n)
-    for i, (case, own) in enumerate(zip(cases, z.cpu().unflatten(0, (c, n)).unbind(1), strict=True)):
-        best = own[:, [columns.index(token) for token in case.letters]].argmax(-1)
-        hits[:, i] = (best == case.right).float()
-    return hits.sum(1)
+    z = combined_options(lm, _at(states, cases, setting, row, 0), rules, columns)  # [c * n, k]
+    right = torch.zeros(c)
+    for case, own in zip(cases, z.cpu().unflatten(0, (c, n)).unbind(1), strict=True):
+        right += own[:, [columns.index(token) for token in case.letters]].argmax(-1) == case.right
+    return right
 
 
-def _said(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule], ends: StopTokens) -> Tensor:
+def _said(lm: LM, rules: Sequence[Rule], ends: StopTokens, states: Tensor, cases: Sequence[_Case]) -> Tensor:
     """How many records are answered with the answer and nothing more, [settings]; ``states`` as in ``_chosen``.
 
     Token after token: what missed one needs no more of the head, and a rule may remember.
@@ -187,16 +180,11 @@ def _said(lm: LM, states: Tensor, cases: Sequence[_Case], rules: Sequence[Rule],
             break
         at = (setting * n + row).to(states.device)
         known = memory[:, at]
-        picked = _at(states, cases, setting.to(states.device), row.to(states.device), k)
-        best = torch.cat([z.argmax(-1) for _, z in combined(lm, picked, rules, known)]).tolist()
+        best = torch.cat([z.argmax(-1) for _, z in combined(lm, _at(states, cases, setting, row, k), rules, known)])
         memory[:, at] = known
-        asked = [cases[i] for i in row.tolist()]
-        right[setting, row] = torch.tensor(
-            [
-                token == case.answer[k] if k < len(case.answer) else _closes(lm, token, ends, case.line)
-                for token, case in zip(best, asked, strict=True)
-            ]
-        )
+        for s, i, token in zip(setting.tolist(), row.tolist(), best.tolist(), strict=True):
+            case = cases[i]
+            right[s, i] = token == case.answer[k] if k < len(case.answer) else _closes(lm, token, ends, case.line)
     return right.sum(1).float()
 
 

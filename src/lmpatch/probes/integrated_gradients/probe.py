@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,14 @@ from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK, frozen, logits
 from ...inference.interventions import need_window
 from ...inference.replay import Recording, record
-from ...inference.tokens import Row, encode_all
+from ...inference.tokens import encode_all
 from ...models.hooks import Hook, hooked
 from ...models.lm import LM
+from ...patches.base import fingerprint
+from ...patches.ledger import applied
 from ...progress import Progress
-from .scores import Credit, Log, Scores, header
+from ...provenance import hash_json
+from .scores import SCHEMA, Credit, Log, Scores
 
 Record = ContextRecord
 
@@ -77,13 +81,9 @@ class Credits:
 
 
 def run(
-    lm: LM,
-    data: Sequence[ContextRecord],
-    cfg: Config,
-    *,
-    progress: Progress | None = None,
+    lm: LM, data: Sequence[ContextRecord], cfg: Config, *, progress: Progress | None = None,
     out: str | Path | None = None,
-) -> Scores:
+) -> Scores:  # fmt: skip
     """Score the neurons of every block for each record.
 
     For layer l and point a, the down-projection's input at the last prompt token is v_q + a (v_cq - v_q), and the
@@ -115,8 +115,17 @@ def run(
 
 
 def asked(lm: LM, data: Sequence[ContextRecord], cfg: Config) -> dict[str, Any]:
-    """The header of scores with these settings. What a method adds to them, and the budget, moves no score."""
-    return header(lm, data, {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name != "budget"})
+    """The header of scores: what they depend on. What a method adds to the settings, and the budget, moves none."""
+    return {
+        "schema": SCHEMA,
+        "probe": "integrated_gradients",
+        "config": {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name != "budget"},
+        "model": fingerprint(lm),
+        "dtype": str(lm.dtype),
+        "patches": [on.patch.hash() for on in applied(lm)],
+        "records": hash_json([(r.prompt, r.without_context, r.answer) for r in data]),
+        "count": len(data),
+    }
 
 
 def cases(lm: LM, records: Sequence[ContextRecord]) -> list[Case]:
@@ -135,23 +144,13 @@ def cases(lm: LM, records: Sequence[ContextRecord]) -> list[Case]:
                 f"record {i}: the answer {records[i - 1].answer!r} shares a token with the end of its prompt "
                 f"{records[i - 1].prompt[-30:]!r}. Let the prompt end in a word, without a blank behind it."
             )
-        at = first_visible(lm, row)
-        with_context, blank = row.ids[:at], row.ids[row.target : at]
-        need_window(lm, [with_context])
-        made.append(Case(with_context, short.ids + blank, row.ids[at]))
+        seen = (at for at in range(row.target, len(row.ids)) if lm.tokenizer.decode([row.ids[at]]).strip())
+        at = next(seen, None)
+        if at is None:
+            raise BadInput("an answer tokenises to nothing visible. Give a visible answer.")
+        need_window(lm, [row.ids[:at]])
+        made.append(Case(row.ids[:at], short.ids + row.ids[row.target : at], row.ids[at]))
     return made
-
-
-def first_visible(lm: LM, row: Row) -> int:
-    """Index of the first target token that is more than a blank.
-
-    Raises:
-        BadInput: there is none.
-    """
-    for at in range(row.target, len(row.ids)):
-        if lm.tokenizer.decode([row.ids[at]]).strip():
-            return at
-    raise BadInput("an answer tokenises to nothing visible. Give a visible answer.")
 
 
 def attributions(lm: LM, found: Sequence[Case], cfg: Steps) -> Iterator[Credits]:
@@ -203,11 +202,9 @@ def _layer_bytes(lm: LM, layer: int, points: int) -> int:
 
 
 def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor, weights: Tensor) -> list[Credits]:
-    context, plain = (
-        record(lm, rows, ends, ends=ends)
-        for rows in ([c.with_context for c in batch], [c.without_context for c in batch])
-        for ends in [[len(row) - 1 for row in rows]]
-    )
+    sides = [case.with_context for case in batch], [case.without_context for case in batch]
+    ends = [[len(row) - 1 for row in rows] for rows in sides]
+    context, plain = (record(lm, rows, end, ends=end) for rows, end in zip(sides, ends, strict=True))
     labels = torch.tensor([case.label for case in batch], device=lm.device)
     scores: list[list[Tensor]] = [[] for _ in cfgs]
     moved = []  # by each layer, p(answer) from the first point to the last
@@ -218,37 +215,30 @@ def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor,
             for found, grad in zip(scores, grads[i].unbind(1), strict=True):
                 found.append(step * _pulled_back(lm, layer, context.keys[layer], grad))
             moved.append(p[:, i, -1] - p[:, i, 0])
-    made = []
+    widest, made = max(lm.layout.widths), []
     for cfg, found in zip(cfgs, scores, strict=True):
-        widest = max(lm.layout.widths)
         whole = torch.stack([F.pad(x, (0, widest - x.shape[1]), value=-torch.inf) for x in found], 1)  # [n, layers, f]
         total = whole.masked_fill(whole == -torch.inf, 0).sum(-1)  # [n, layers]
         made.append(Credits(whole, torch.stack(moved, 1) - total if cfg.weighting == "path" else None))
     return made
 
 
-def _groups(lm: LM, points: int, budget: int) -> list[range]:
+def _groups(lm: LM, points: int, budget: int) -> list[list[int]]:
     """All layers in as few wavefronts as the budget allows."""
-    groups: list[range] = []
+    groups: list[list[int]] = []
     used = 0
     for layer in range(lm.layout.n_layers):
         need = _layer_bytes(lm, layer, points)
         if not groups or used + need > budget:
-            groups.append(range(layer, layer))
+            groups.append([])
             used = 0
-        groups[-1] = range(groups[-1].start, layer + 1)
+        groups[-1].append(layer)
         used += need
     return groups
 
 
 def _wavefront(
-    lm: LM,
-    context: Recording,
-    plain: Recording,
-    labels: Tensor,
-    layers: range,
-    nodes: Tensor,
-    weights: Tensor,
+    lm: LM, context: Recording, plain: Recording, labels: Tensor, layers: list[int], nodes: Tensor, weights: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """Send every point of these layers to the top, and p(answer)'s gradients back.
 
@@ -259,9 +249,9 @@ def _wavefront(
     n, m = context.n, len(nodes)
     a, w = nodes[:, None], weights.T  # [m, 1], [m, settings]
     leaves: list[Tensor] = []
-    hidden = context.hidden[layers.start][:, :0]  # [n, 0, d]
+    hidden = context.hidden[layers[0]][:, :0]  # [n, 0, d]
     with torch.enable_grad():
-        for layer in range(layers.start, lm.layout.n_layers):
+        for layer in range(layers[0], lm.layout.n_layers):
             hooks = []
             if layer in layers:
                 start, end = (r.values[layer].float()[:, None] for r in (plain, context))  # [n, 1, d]
@@ -269,7 +259,7 @@ def _wavefront(
                 leaves.append(start.new_zeros(n, w.shape[1], start.shape[-1]).requires_grad_())
                 values = torch.lerp(start, end, a) + w @ leaves[-1]  # [n, m, d]
                 hidden = torch.cat([hidden, context.hidden[layer].expand(-1, m, -1)], 1)
-                hooks.append(Hook(lm.module(lm.layout.downs[layer]), _newest(values)))
+                hooks.append(Hook(lm.module(lm.layout.downs[layer]), partial(_newest, values)))
             with hooked(*hooks):
                 hidden = context.fan(hidden, layer, end=layer + 1)
         top = hidden.reshape(-1, hidden.shape[-1])  # [n * layers * m, d]
@@ -278,15 +268,10 @@ def _wavefront(
     return p.reshape(n, len(layers), m), list(grads)
 
 
-def _newest(values: Tensor) -> Any:
-    """A hook that replaces the down-projection's output of the newest columns by ``values`` [n, m, d]."""
-
-    def put(_: Any, __: Any, output: Tensor) -> Tensor:
-        n, m, d = values.shape
-        older = output.reshape(n, -1, d)[:, :-m]
-        return torch.cat([older, values.to(output.dtype)], 1).reshape(output.shape)
-
-    return put
+def _newest(values: Tensor, _: Any, __: Any, output: Tensor) -> Tensor:
+    """The down-projection's output with the newest columns replaced by ``values`` [n, m, d]."""
+    n, m, d = values.shape
+    return torch.cat([output.reshape(n, -1, d)[:, :-m], values.to(output.dtype)], 1).reshape(output.shape)
 
 
 def _answer(lm: LM, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -319,20 +304,13 @@ def kept(found: Credits, cfg: Config) -> list[Credit]:
     """The neurons that pass the threshold, the highest first. One transfer a batch."""
     widest = found.scores.shape[-1]
     flat = found.scores.flatten(1)  # [n, layers * f]
-    scores, places = flat.topk(min(cfg.top, flat.shape[1]))
+    scores, places = (x.tolist() for x in flat.topk(min(cfg.top, flat.shape[1])))
     gaps = [None] * len(flat) if found.gap is None else found.gap.abs().amax(1).tolist()
-    return [
-        Credit(
-            tuple(
-                (place // widest, place % widest, score)
-                for score, place in zip(row, at, strict=True)
-                if row[0] > 0 and score >= cfg.threshold * row[0]
-            ),
-            row[0],
-            gap,
-        )
-        for row, at, gap in zip(scores.tolist(), places.tolist(), gaps, strict=True)
-    ]
+    credits = []
+    for row, at, gap in zip(scores, places, gaps, strict=True):
+        pairs = [pair for pair in zip(at, row, strict=True) if row[0] > 0 and pair[1] >= cfg.threshold * row[0]]
+        credits.append(Credit(tuple((*divmod(place, widest), score) for place, score in pairs), row[0], gap))
+    return credits
 
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:
