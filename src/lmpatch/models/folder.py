@@ -81,18 +81,16 @@ def shapes(path: Path) -> dict[str, list[int]]:
 def gaps(info: dict[str, Iterable[Any]]) -> str:
     """What transformers' loading information says is not as the config describes it; empty where all is."""
     names = {
-        "missing": info["missing_keys"],
+        "missing": list(info["missing_keys"]),
         "that the model does not have": [name for name in info["unexpected_keys"] if not CONSTANT.search(name)],
         "of another shape": [name for name, *_ in info["mismatched_keys"]],
     }
-    return "; ".join(
-        f"{len(listed)} {what}: {some(listed)}" for what, keys in names.items() if (listed := sorted(keys))
-    )
+    return "; ".join(f"{len(keys)} {what}: {some(sorted(keys))}" for what, keys in names.items() if keys)
 
 
 def some(names: list[str]) -> str:
-    """The first of them."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    """The first of them, in one line whatever they hold."""
+    return ", ".join(ascii(name)[1:-1] for name in names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -68,12 +68,12 @@ def load(
         number_format.warn_if_slow(number, where)
     folder, name = _find(str(source), download, trust_remote_code, progress)
     held = check_folder(folder)
-    placed = {"device_map": device_map, "quantization_config": quantization_config}
-    placed = {key: value for key, value in placed.items() if value is not None}
+    choices = {"device_map": device_map, "quantization_config": quantization_config}
+    placed = {key: value for key, value in choices.items() if value is not None}
     with outside(f"the model in {folder}"), quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            model = _weights(folder, held, partial, trust_remote_code, dtype=number, **placed)
+            model = _weights(folder, held, partial, trust_remote_code=trust_remote_code, dtype=number, **placed)
         except ImportError as error:
             raise MissingExtra(f"loading {source} needs another package: {error}") from error
         return wrap(model if placed else model.to(where), tokenizer, name=name, raw=raw)
@@ -89,24 +89,19 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise BadInput(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}). Use 'cpu'.") from error
 
 
-def _weights(folder: Path, held: dict[str, list[int]], partial: bool, code: bool, **settings: Any) -> Any:
+def _weights(folder: Path, held: dict[str, list[int]], partial: bool, **settings: Any) -> Any:
     """The model with the weights in its folder, all of them and no others unless ``partial``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    code = {"trust_remote_code": settings["trust_remote_code"]}
     with torch.device("meta"):  # takes no memory
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=code)
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **code), **code)
     size, stored = sum(p.numel() for p in empty.parameters()), sum(map(math.prod, held.values()))
     if size > SMALLEST * stored + 1_000_000:
         raise BadInput(f"{folder / 'config.json'} tells of {size:,} weights, and the files hold {stored:,}.")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=partial,
-            trust_remote_code=code,
-            **settings,
+            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=partial, **settings
         )
         model, info = loaded
         found = gaps(info)
@@ -116,13 +111,11 @@ def _weights(folder: Path, held: dict[str, list[int]], partial: bool, code: bool
         want = {name: list(tensor.shape) for name, tensor in empty.state_dict().items()}
         wrong = [name for name, shape in held.items() if want.get(name, shape) != shape]
         found = f"{len(wrong)} of another shape: {some(sorted(wrong))}"
+    said = f"{folder} has not the weights its config.json describes ({found})."
     if found and not partial:
-        raise BadInput(
-            f"{folder} has not the weights its config.json describes ({found}). Take a whole copy, or load "
-            "it with partial=True: random numbers then stand for what is missing."
-        )
+        raise BadInput(f"{said} Take a whole copy. With partial=True random numbers stand for what is missing.")
     if found:
-        warnings.warn(f"{folder} has not the weights its config.json describes ({found}).", stacklevel=3)
+        warnings.warn(said, stacklevel=3)
     return model
 
 
