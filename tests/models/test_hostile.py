@@ -86,7 +86,12 @@ def test_a_config_of_other_depth_is_refused(layers: int, said: str, tmp_path: Pa
 
 def test_a_depth_beyond_the_number_of_tensors_is_refused_before_a_model_is_built(tmp_path: Path) -> None:
     edit(save(tmp_path / "m") / "config.json", num_hidden_layers=10**9, layer_types=None)
-    assert "1000000000 layers, and the weights are 39 tensors" in refused(tmp_path / "m")
+    assert "num_hidden_layers = 1,000,000,000, and the weights are 39 tensors" in refused(tmp_path / "m")
+
+
+def test_a_config_of_a_far_larger_model_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    edit(save(tmp_path / "m") / "config.json", model_type="gemma3")
+    assert "weights, and the files hold 186,944" in refused(tmp_path / "m")
 
 
 @pytest.mark.parametrize("change", ["tensor", "vocab_size"])
@@ -95,7 +100,7 @@ def test_another_shape_is_named(change: str, tmp_path: Path) -> None:
     if change == "tensor":
         rewrite(tmp_path / "m", lambda w: w | {DOWN: torch.zeros(64, 100)})
     else:
-        edit(tmp_path / "m" / "config.json", vocab_size=10**8)
+        edit(tmp_path / "m" / "config.json", vocab_size=310)
     assert "of another shape: " + {"tensor": DOWN, "vocab_size": "lm_head"}[change] in refused(tmp_path / "m")
 
 

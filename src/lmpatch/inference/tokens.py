@@ -85,9 +85,7 @@ def encode_all(
     texts = [prompt + t if lm.chat else join(prompt, t) for prompt, t in zip(prompts, targets, strict=True)]
     encoded = lm.tokenizer(texts, return_offsets_mapping=True)
     added = lm.tokenizer("x", return_special_tokens_mask=True)["special_tokens_mask"]
-    behind = next(
-        (k for k, special in enumerate(reversed(added)) if not special), 0
-    )  # an end token ends a text for good
+    behind = next((k for k, special in enumerate(reversed(added)) if not special), 0)
     known, bos = len(lm.parameter(lm.layout.weight(lm.layout.embed))), lm.tokenizer.bos_token_id
     rows = []
     for i, (prompt, target, subject) in enumerate(zip(prompts, targets, subjects, strict=True)):
@@ -97,9 +95,7 @@ def encode_all(
             ids, offsets = ids[1:], offsets[1:]
         if odd := [token for token in ids if token >= known]:
             name = lm.tokenizer.convert_ids_to_tokens(odd[0])
-            raise BadInput(
-                f"the token {name!r} has id {odd[0]}, and {lm.name} has {known} embedding rows. Leave it out."
-            )
+            raise BadInput(f"the token {name!r} has id {odd[0]}, and {lm.name} {known} embedding rows. Leave it out.")
         border = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
         if target and border == len(ids):
             raise BadInput(f"the target {target!r} of {prompt!r} tokenises to nothing. Give a visible answer.")
@@ -109,10 +105,8 @@ def encode_all(
         start = find(prompt, subject, len(head) + after[i])
         span = [k for k, (a, b) in enumerate(offsets) if a < start + len(subject) and b > start and b > a]
         if start < 0 or not span:
-            raise SubjectNotFound(
-                f"subject {subject!r} does not occur in prompt {prompt!r}. Write the subject exactly as the prompt "
-                "does."
-            )
+            said = f"subject {subject!r} does not occur in prompt {prompt!r}."
+            raise SubjectNotFound(f"{said} Write the subject exactly as the prompt does.")
         rows.append(Row(tuple(ids), border, span[-1], span[0]))
     return rows
 

@@ -14,36 +14,39 @@ from ..errors import BadInput
 from ..files import outside, read_bytes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_labels")
+"""What transformers makes so many of, whatever the weights are."""
 JSON_BYTES = 1 << 30
 POINTER = b"version https://git-lfs"
 CONSTANT = re.compile(r"(masked_bias|(attn|attention)\.bias|causal_mask|inv_freq|position_ids)$")
 """Buffers that old checkpoints hold, and that models compute today."""
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that no library should read.
+def check_folder(folder: Path) -> dict[str, list[int]]:
+    """Name → shape of the tensors in a model's folder; one that no library should read is refused.
 
     Raises:
-        BadInput: a file in it is a pipe or device; there is no config, or one that is no JSON object or has more layers
-            than the files have tensors; the weights are an adapter, a pickle, a git-lfs pointer, or cut short.
+        BadInput: a file in it is a pipe or device; there is no config, or one that is no JSON object or counts more
+            layers than there are tensors; the weights are an adapter, a pickle, a git-lfs pointer, or cut short.
     """
     with outside(f"the folder {folder}"):
         for path in folder.iterdir():
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise BadInput(f"{path} is no ordinary file. Remove it.")
-    if not (folder / "config.json").exists():
+    file = folder / "config.json"
+    if not file.exists():
         raise BadInput(f"cannot load {folder}: it holds no config.json, so it is no model.")
-    config = _json(folder / "config.json")
+    config = _json(file)
     if (folder / "adapter_config.json").exists():
         raise BadInput(f"{folder} holds an adapter (adapter_config.json), not a model. Merge it into its model first.")
     if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
         raise BadInput(f"cannot load {folder}: no {WEIGHTS}. Pickled weights are not read, as they can run code.")
-    tensors = sum(len(shapes(folder / name)) for name in weight_files(folder))
+    held = {name: shape for part in weight_files(folder) for name, shape in shapes(folder / part).items()}
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    depths = [part.get(key) for part in parts for key in DEPTHS]
-    if deep := [n for n in depths if isinstance(n, int) and n > tensors]:
-        raise BadInput(f"{folder / 'config.json'} tells of {deep[0]} layers, and the weights are {tensors} tensors.")
+    for key, n in ((key, part.get(key)) for part in parts for key in COUNTS):
+        if isinstance(n, int) and n > (1000 if key == "num_labels" else 0) + len(held):
+            raise BadInput(f"{file} says {key} = {n:,}, and the weights are {len(held)} tensors.")
+    return held
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -78,18 +81,16 @@ def shapes(path: Path) -> dict[str, list[int]]:
 def gaps(info: dict[str, Iterable[Any]]) -> str:
     """What transformers' loading information says is not as the config describes it; empty where all is."""
     names = {
-        "missing": info["missing_keys"],
+        "missing": list(info["missing_keys"]),
         "that the model does not have": [name for name in info["unexpected_keys"] if not CONSTANT.search(name)],
         "of another shape": [name for name, *_ in info["mismatched_keys"]],
     }
-    return "; ".join(
-        f"{len(listed)} {what}: {some(listed)}" for what, keys in names.items() if (listed := sorted(keys))
-    )
+    return "; ".join(f"{len(keys)} {what}: {some(sorted(keys))}" for what, keys in names.items() if keys)
 
 
 def some(names: list[str]) -> str:
-    """The first of them."""
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    """The first of them, in one line whatever they hold."""
+    return ", ".join(ascii(name)[1:-1] for name in names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _json(path: Path) -> dict[str, Any]:

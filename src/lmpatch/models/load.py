@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from ..progress import Progress
 from . import hub, number_format, packaged
 from .calls import probe_ids
 from .discover import discover, verify
-from .folder import check_folder, gaps, shapes, some, weight_files
+from .folder import check_folder, gaps, some
 from .gguf import converted, quiet, sha256_file
 from .layout import Layout
 from .lm import LM
+
+SMALLEST = 16  # weights that are stored in one number, at most: packed ones are eight
 
 
 def load(
@@ -64,13 +67,13 @@ def load(
     if isinstance(number, torch.dtype):
         number_format.warn_if_slow(number, where)
     folder, name = _find(str(source), download, trust_remote_code, progress)
-    check_folder(folder)
-    placed = {"device_map": device_map, "quantization_config": quantization_config}
-    placed = {key: value for key, value in placed.items() if value is not None}
+    held = check_folder(folder)
+    choices = {"device_map": device_map, "quantization_config": quantization_config}
+    placed = {key: value for key, value in choices.items() if value is not None}
     with outside(f"the model in {folder}"), quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            model = _weights(folder, partial, dtype=number, trust_remote_code=trust_remote_code, **placed)
+            model = _weights(folder, held, partial, trust_remote_code=trust_remote_code, dtype=number, **placed)
         except ImportError as error:
             raise MissingExtra(f"loading {source} needs another package: {error}") from error
         return wrap(model if placed else model.to(where), tokenizer, name=name, raw=raw)
@@ -86,10 +89,16 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise BadInput(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}). Use 'cpu'.") from error
 
 
-def _weights(folder: Path, partial: bool, **settings: Any) -> Any:
+def _weights(folder: Path, held: dict[str, list[int]], partial: bool, **settings: Any) -> Any:
     """The model with the weights in its folder, all of them and no others unless ``partial``."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    code = {"trust_remote_code": settings["trust_remote_code"]}
+    with torch.device("meta"):  # takes no memory
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **code), **code)
+    size, stored = sum(p.numel() for p in empty.parameters()), sum(map(math.prod, held.values()))
+    if size > SMALLEST * stored + 1_000_000:
+        raise BadInput(f"{folder / 'config.json'} tells of {size:,} weights, and the files hold {stored:,}.")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=partial, **settings
@@ -99,20 +108,14 @@ def _weights(folder: Path, partial: bool, **settings: Any) -> Any:
     except RuntimeError as error:  # of other shapes, which it writes to a log
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        code = settings["trust_remote_code"]
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=code).state_dict()
-        held = {name: shape for file in weight_files(folder) for name, shape in shapes(folder / file).items()}
-        wrong = [name for name in held if name in empty and list(empty[name].shape) != held[name]]
+        want = {name: list(tensor.shape) for name, tensor in empty.state_dict().items()}
+        wrong = [name for name, shape in held.items() if want.get(name, shape) != shape]
         found = f"{len(wrong)} of another shape: {some(sorted(wrong))}"
+    said = f"{folder} has not the weights its config.json describes ({found})."
     if found and not partial:
-        raise BadInput(
-            f"{folder} has not the weights its config.json describes ({found}). Take a whole copy, or load "
-            "it with partial=True: random numbers then stand for what is missing."
-        )
+        raise BadInput(f"{said} Take a whole copy. With partial=True random numbers stand for what is missing.")
     if found:
-        warnings.warn(f"{folder} has not the weights its config.json describes ({found}).", stacklevel=3)
+        warnings.warn(said, stacklevel=3)
     return model
 
 
