@@ -16,21 +16,27 @@ def trial(lm: LM, patch: Patch, *mounts: Mount, strict: bool = True) -> Iterator
     """The patch is on inside the block, by the first of these mounts that its weights allow, and off behind it.
 
     Unlike ``with apply(...)`` it comes off wherever Ctrl-C arrives, also between the block's last line and the next.
+    Other threads do not meet it: they wait for the end of the block.
     """
-    try:
+    with lm.lock:
         try:
-            for mount in mounts:
-                try:
-                    apply(lm, patch, mount=mount, strict=strict)
-                    break
-                except CannotMount:  # offloaded or quantised weights are not written
-                    if mount == mounts[-1]:
-                        raise
-            yield
+            try:
+                _put(lm, patch, mounts, strict)
+                yield
+            finally:
+                _remove(lm, patch)
         finally:
-            _remove(lm, patch)
-    finally:
-        _remove(lm, patch)  # an interrupt may have stopped the first
+            _remove(lm, patch)  # an interrupt may have stopped the first
+
+
+def _put(lm: LM, patch: Patch, mounts: tuple[Mount, ...], strict: bool) -> None:
+    for mount in mounts:
+        try:
+            apply(lm, patch, mount=mount, strict=strict)
+            return
+        except CannotMount:  # offloaded or quantised weights are not written
+            if mount == mounts[-1]:
+                raise
 
 
 def _remove(lm: LM, patch: Patch) -> None:
