@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmpatch.data.matching import first, match, normalise, same
+from lmpatch.data.edits import Edit
+from lmpatch.data.matching import find, first, match, normalise, same
+from lmpatch.errors import SubjectNotFound
 
 
 @pytest.mark.parametrize(
@@ -93,3 +95,53 @@ def test_an_old_answer_that_is_also_wanted_does_not_count() -> None:
 def test_the_first_place_is_the_earliest_of_all_aliases() -> None:
     assert first("a b c", ["c", "b"]) == 2
     assert first("abc", ["b"]) is None
+
+
+@pytest.mark.parametrize(
+    ("subject", "prompt", "at"),
+    [
+        ("Rome", "Rome is in", 0),
+        ("Rome", "Rome's mayor is", 0),
+        ("Rome", "The mayor (of Rome) is", 14),
+        ("Rome", "Romeo is loved by", -1),
+        ("Rome", "Jerome was born in", -1),
+        ("Rome", "Romeo was seen in Rome, where", 18),
+        ("Ann", "Anna is the sister of Ann-Marie and", 22),
+        ("Apollo 1", "Apollo 11 was launched in", -1),
+        ("Cafe", "Cafe\u0301 Noir is in", -1),  # the accent is a sign of its own
+        ("X", "Cafe\u0301X is in", -1),
+        ("C++", "C++ was made by", 0),
+        ("東京", "東京は日本の", 0),
+        ("日本", "東京は日本の", 3),
+        (
+            "กรุงเทพ",
+            "เมืองกรุงเทพคือ",
+            5,
+        ),
+        ("서울", "서울은 한국의", 0),
+        (
+            "दिल्ली",
+            "दिल्ली। भारत",
+            0,
+        ),
+        ("दिल्ल", "दिल्ली भारत", -1),
+        (
+            "Москва",
+            "Москва - столица",
+            0,
+        ),
+        ("Tower", "東京Towerは", 2),
+    ],
+)
+def test_a_subject_is_found_as_whole_words(subject: str, prompt: str, at: int) -> None:
+    assert find(prompt, subject) == at
+    edit = Edit(prompt, "x", subject)
+    if at < 0:
+        with pytest.raises(SubjectNotFound, match="words of its own"):
+            edit.need_subject()
+    else:
+        edit.need_subject()
+
+
+def test_a_subject_is_looked_for_from_a_place_on_and_none_is_nowhere() -> None:
+    assert find("Rome and Rome", "Rome", 1) == 9 and find("xRome", "Rome", 1) == -1 and find("Rome", "") == -1

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmpatch.data.edits import Ask, Edit, check_contradictions, prompt_key, read_asks, read_edits
 from lmpatch.data.lines import read_text
@@ -200,6 +203,14 @@ def test_a_prompt_is_the_same_whatever_its_case_and_white_space() -> None:
     assert prompt_key("the eiffeltower is in") != prompt_key("the eiffel tower is in")
     with pytest.raises(Contradiction):
         check_contradictions([Edit("The sky is", "blue"), Edit("the  SKY is", "green")])
+
+
+@given(st.text(max_size=12))
+def test_a_prompt_is_the_same_composed_or_decomposed(text: str) -> None:
+    composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    assert prompt_key(composed) == prompt_key(decomposed) == prompt_key(prompt_key(text))
+    with pytest.raises(Contradiction):
+        check_contradictions([Edit("Caf\u00e9 is", "a"), Edit("Cafe\u0301 is", "b")])
 
 
 def test_files_that_hold_nothing_usable_say_so(tmp_path: Path) -> None:

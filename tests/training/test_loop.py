@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import random
+import re
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
+from snapshot import Lines, name
 from torch import Tensor
 
-from lmpatch.errors import BadInput, Diverged
+from lmpatch import tensor_file
+from lmpatch.errors import BadInput, Diverged, LmpatchError
 from lmpatch.training.loop import Loop, Schedule, Task, linear
 
 TARGET = torch.tensor([1.0, -2.0, 3.0])
@@ -94,6 +104,115 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run(Fit(), PLAN, tmp_path)
     with pytest.raises(BadInput, match="another run"):
         run(Fit(), PLAN, tmp_path, stamp="b")
+
+
+def refusal(out: Path) -> str:
+    """What going on from the damaged checkpoint says; the task that was given stays as it was."""
+    task = Fit()
+    with pytest.raises(BadInput) as caught:
+        run(task, PLAN, out)
+    assert not task.x.any() and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    run(Fit(), PLAN, tmp_path)
+    file = tmp_path / "run.safetensors"
+    whole = file.read_bytes()
+    head, tensors = tensor_file.read(file)
+    hostile = [whole[:n] for n in (0, 7, 8, 100, len(whole) // 2, len(whole) - 4)]
+    hostile += [
+        whole + b"x",
+        b"\xff" * 8 + whole[8:],
+        pickle.dumps({"x": 1}),
+        b"version https://git-lfs.github.com/spec/v1",
+    ]
+    hostile += [save({"x": torch.zeros(1)}), save(tensors, {key: value for key, value in head.items()})]  # no hash
+    for data in hostile:
+        file.write_bytes(data)
+        assert re.search("run.safetensors.*Remove it|run.safetensors.*Without the file", refusal(tmp_path))
+
+
+def test_no_bit_of_a_checkpoint_can_be_another_one(tmp_path: Path) -> None:
+    run(Fit(), PLAN, tmp_path)
+    file = tmp_path / "run.safetensors"
+    whole = file.read_bytes()
+    places = random.Random(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        data[places.randrange(len(data))] ^= 1 << places.randrange(8)
+        file.write_bytes(data)
+        refusal(tmp_path)
+
+
+def test_what_is_no_file_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.safetensors")
+    assert "no ordinary file" in refusal(tmp_path)
+    (tmp_path / "run.safetensors").unlink()
+    (tmp_path / "run.safetensors").mkdir()
+    assert "no ordinary file" in refusal(tmp_path)
+    (tmp_path / "run.safetensors").rmdir()
+    (tmp_path / "run.safetensors").symlink_to(tmp_path / "lost")  # not the same as no checkpoint at all
+    assert "no such file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        lambda head, tensors: tensors.pop("value/x"),
+        lambda head, tensors: tensors.update({"value/x": torch.ones(1)}),
+        lambda head, tensors: tensors.update({"value/x": torch.ones(3, dtype=torch.float64)}),
+        lambda head, tensors: tensors.update({"value/y": torch.ones(3)}),
+        lambda head, tensors: tensors.update({"good/x": torch.ones(1)}),
+        lambda head, tensors: tensors.update({"moment/exp_avg/x": torch.ones(1)}),
+        lambda head, tensors: tensors.update({"moment/exp_avg/y": torch.ones(3)}),
+        lambda head, tensors: tensors.update({"other": torch.ones(3)}),
+        lambda head, tensors: head.pop("state"),
+        lambda head, tensors: head.update(state="[1, 2]"),
+        lambda head, tensors: head.update(state="[" * 9000),
+        lambda head, tensors: head.update(state='["1", 0.0, {}, []]'),
+        lambda head, tensors: head.update(state="[-1, 0.0, {}, []]"),
+        lambda head, tensors: head.update(state="[1, 0.0, {}, [5]]"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_task_is_refused_before_anything_is_taken(
+    forged: Callable[[dict[str, str], dict[str, Tensor]], object], tmp_path: Path
+) -> None:
+    run(Fit(), PLAN, tmp_path)
+    head, tensors = tensor_file.read(tmp_path / "run.safetensors")
+    forged(head, tensors)
+    tensor_file.write(tmp_path / "run.safetensors", head, tensors)
+    assert "Without the file" in refusal(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(tmp_path: Path) -> None:
+    class Never(Fit):
+        def learn(self, step: int) -> dict[str, float]:
+            raise AssertionError("a step was made")
+
+    (tmp_path / "plain").write_text("")
+    for out in (tmp_path / "plain", tmp_path / ("a" * 300), Path("/proc/nothing")):
+        with pytest.raises(LmpatchError, match="cannot be written"):
+            run(Never(), PLAN, out)
+
+
+def test_an_interrupt_at_any_line_goes_on_to_the_same_bits_and_curve(tmp_path: Path) -> None:
+    plan = Schedule(4, rate=lambda step: linear(step, 4, 2), clip=1.0, validate_every=2, save_every=1, worse=2.0)
+    whole = Fit()
+    curve = [{**point, "seconds": 0} for point in run(whole, plan).curve]
+    folders = (tmp_path / str(n) for n in count())
+    lines = Lines(lambda: run(Fit(), plan, next(folders)))
+    for line, times in lines.times.items():
+        for time in {1, times}:
+            out = tmp_path / f"{line[0].co_name} {line[1]} {time}"
+            lines.run = partial(run, Fit(), plan, out)
+            assert lines.interrupted(line, time)
+            task = Fit()
+            again = run(task, plan, out)
+            assert torch.equal(task.x, whole.x), name(line)
+            assert [{**point, "seconds": 0} for point in again.curve] == curve, name(line)
+            written = [json.loads(text) for text in (out / "run.jsonl").read_text().splitlines()]
+            assert [{**point, "seconds": 0} for point in written] == curve, name(line)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_the_checkpoint_is_of_the_step_before(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import BadInput, BadRecord
-from .lines import Line, Shapes, cut, only, read_shapes, text_of, texts_of
+from .lines import Line, Shapes, Source, check_text, cut, only, read_shapes, text_of, texts_of
 from .record import Record
 
 T = TypeVar("T")
@@ -81,6 +81,7 @@ class ContextRecord(Prompted):
         return read_context(path, limit=limit)
 
     def __post_init__(self) -> None:
+        check_text(vars(self))
         for name in ("context", "question", "answer"):
             if not getattr(self, name).strip():
                 raise BadInput(f"a record has no {name}. Give context, question and answer; all three are texts.")
@@ -134,7 +135,7 @@ def halves(records: Sequence[T]) -> tuple[list[T], list[T]]:
 
 
 def read_context(
-    path: str | Path, *, limit: int | None = None, seed: int | None = None, format: str | None = None
+    source: Source, *, limit: int | None = None, seed: int | None = None, format: str | None = None
 ) -> list[ContextRecord]:
     """Read a file of questions with contexts, as ``read_edits`` reads facts.
 
@@ -146,7 +147,7 @@ def read_context(
         "memotrap": (("classes",), _memotrap),
         "lmpatch": (("question",), _own),
     }
-    records = read_shapes(path, shapes, "A record needs context, question and answer.", format)
+    records = read_shapes(source, shapes, "A record needs context, question and answer.", format)
     return cut([record for _, record in records], limit, seed)
 
 
@@ -155,12 +156,12 @@ def _own(record: Line, place: str) -> ContextRecord:
     return ContextRecord(
         text_of(record, "context"),
         text_of(record, "question"),
-        text_of(record, "answer"),
-        text_of(record, "memory", ""),
+        text_of(record, "answer", numbers=True),
+        text_of(record, "memory", "", numbers=True),
         texts_of(record, "options"),
         text_of(record, "prompt", ""),
         text_of(record, "without_context", text_of(record, "bare", "")),  # its name in files of lmpatch 0.1
-        id=str(record.get("id", place)),
+        id=text_of(record, "id", place, numbers=True),
     )
 
 
@@ -172,9 +173,9 @@ def _memotrap(record: Line, place: str) -> ContextRecord:
         raise BadRecord(f"prompt has no instruction that ends in a colon: {prompt!r}")
     wanted, listed = record.get("answer_index"), text_of(record, "classes")
     classes: list[str] = []
-    with suppress(ValueError, SyntaxError, TypeError):
+    with suppress(ValueError, SyntaxError, TypeError, MemoryError):
         classes = [str(text).strip().removesuffix(".").strip() for text in ast.literal_eval(listed)]
-    if len(classes) != 2 or wanted not in (0, 1):
+    if len(classes) != 2 or wanted not in (0, 1) or not isinstance(wanted, int):
         raise BadRecord("classes must be a list of two texts, written as Python does, and answer_index 0 or 1")
     return ContextRecord(
         instruction + colon,

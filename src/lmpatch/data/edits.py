@@ -1,7 +1,7 @@
 """Facts to change, with the prompts that test them, and the files they are read from.
 
-A file of facts is JSON lines (``.jsonl``, ``.jsonl.gz``) or one JSON list (``.json``, ``.json.gz``). Its shape is
-told from the keys of its first record:
+A file of facts is JSON lines, a JSON list (its own, or under ``data``) or CSV, gzipped or not; a table in Python is as
+good. Its shape is told from the keys of its first record:
 
 ``lmpatch``      the keys of ``Edit``; ``prompt`` and ``target`` are required::
 
@@ -11,19 +11,24 @@ told from the keys of its first record:
      "portability": {"reasoning": [{"prompt": "The Eiffel Tower is in the country of", "answers": "Italy"}]}}
 
 ``counterfact``  flat CounterFact: ``target_new``, ``rephrase_prompt``, ``locality_prompt``, ...
-``rome``         CounterFact as ROME published it: ``requested_rewrite``, ``neighborhood_prompts``, ...
+``rome``         CounterFact as ROME published it: ``requested_rewrite``, ``neighborhood_prompts``, ...; and MQuAKE, as
+                 far as its records hold one fact
 ``knowedit``     KnowEdit's ZsRE, wiki_counterfact and wiki_recent: ``target_new`` with ``locality``, ``portability``
+``mend``         zsRE as MEND published it; the target is ``alt``, as in EasyEdit (ROME and MEMIT take ``answers``)
+``known``        ROME's known_1000; the target is the true ``attribute``
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, BadRecord, Contradiction, SubjectNotFound
-from .lines import Line, Shapes, cut, only, read_records, read_shapes, text_of
+from .lines import Line, Shapes, Source, as_text, check_text, cut, only, read_records, read_shapes, text_of
+from .matching import find
 from .record import Record
 
 KINDS = {"Relation_Specificity": "same_subject", "Forgetfulness": "other_objects"}
@@ -36,6 +41,9 @@ class Ask:
 
     prompt: str
     answers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_text(vars(self))
 
 
 @dataclass(frozen=True, init=False)
@@ -91,6 +99,7 @@ class Edit(Record):
             "rephrases": tuple(rephrases), "locality": _groups(locality), "portability": _groups(portability),
             "id": id, "relation": relation,
         }  # fmt: skip
+        check_text(values)
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -113,9 +122,9 @@ class Edit(Record):
         """Raise ``SubjectNotFound`` unless the subject occurs in the prompt."""
         if not self.subject:
             raise SubjectNotFound(f"the edit {self.prompt!r} names no subject. Add subject=..., a part of the prompt.")
-        if self.subject not in self.prompt:
+        if find(self.prompt, self.subject) < 0:
             raise SubjectNotFound(
-                f"subject {self.subject!r} does not occur in prompt {self.prompt!r}. "
+                f"subject {self.subject!r} does not occur in prompt {self.prompt!r}, as words of its own. "
                 "Write the subject exactly as the prompt does."
             )
 
@@ -125,11 +134,11 @@ def _groups(groups: Any) -> tuple[tuple[str, tuple[Ask, ...]], ...]:
 
 
 def prompt_key(prompt: str) -> str:
-    """What two facts must share for the newer to supersede: the prompt, whatever its case and white space.
+    """What two facts must share for the newer to supersede: the prompt, whatever its case, white space and composition.
 
     Memories keep it in their logs, so another rule would need another format of them.
     """
-    return " ".join(prompt.split()).casefold()
+    return unicodedata.normalize("NFC", " ".join(prompt.split()).casefold())
 
 
 def check_contradictions(edits: Sequence[Edit], where: Sequence[str] | None = None) -> None:
@@ -150,36 +159,38 @@ def check_contradictions(edits: Sequence[Edit], where: Sequence[str] | None = No
 
 
 def read_edits(
-    path: str | Path, *, limit: int | None = None, seed: int | None = None, format: str | None = None,
+    source: Source, *, limit: int | None = None, seed: int | None = None, format: str | None = None,
     check: bool = False,
 ) -> list[Edit]:  # fmt: skip
     """Read a file of facts. Prompts of one group that occur twice are joined: any of their answers counts.
 
     Args:
+        source: a path; or the records: dicts, a ``datasets.Dataset``, a pandas ``DataFrame``.
         limit: at most this many edits, the first ones.
         seed: shuffle the file with this seed before ``limit`` cuts it; None keeps the order.
-        format: ``lmpatch``, ``counterfact``, ``rome`` or ``knowedit``; None tells it from the first record.
+        format: a name of ``SHAPES``; None tells it from the first record.
         check: refuse facts that contradict each other.
     Raises:
         BadInput: no such file, an empty one, or an unknown shape.
         BadRecord: lines that cannot be read; names the file and the first ten of them.
         Contradiction: ``check`` is set and one prompt has two targets; names both lines.
     """
-    need = f"An edit needs at least prompt and target; the formats read are {', '.join(SHAPES)}."
-    numbered = read_shapes(path, SHAPES, need, format)
+    need = f"An edit needs at least prompt and target; the formats read are {', '.join(SHAPES)}. {RIPPLE}"
+    numbered = read_shapes(source, SHAPES, need, format)
     edits = [edit for _, edit in numbered]
     if check:
         check_contradictions(edits, [f"line {number}" for number, _ in numbered])
     return cut(edits, limit, seed)
 
 
-def read_asks(path: str | Path, *, limit: int | None = None, seed: int | None = None) -> list[Ask]:
+def read_asks(source: Source, *, limit: int | None = None, seed: int | None = None) -> list[Ask]:
     """Read questions with answers (``question`` or ``prompt``, ``answers`` or ``answer``), as in NQ or PopQA."""
 
     def make(record: Line, _: int) -> Ask:
-        return _ask(record.get("prompt", record.get("question")), record.get("answers", record.get("answer")))
+        prompt = _either(record, "prompt", record.get("question"))
+        return _ask(prompt, _either(record, "answers", record.get("answer")))
 
-    return cut([ask for _, ask in read_records(Path(path), make)], limit, seed)
+    return cut([ask for _, ask in read_records(source, make)], limit, seed)
 
 
 def edit_from(record: Line, place: str) -> Edit:
@@ -187,49 +198,83 @@ def edit_from(record: Line, place: str) -> Edit:
     only(record, [field.name for field in fields(Edit)])
     return Edit(
         text_of(record, "prompt"),
-        text_of(record, "target"),
+        text_of(record, "target", numbers=True),
         text_of(record, "subject", ""),
         _answers(record.get("old")),
         _answers(record.get("aliases")),
         _answers(record.get("rephrases")),
         _group_asks(record, "locality", "answers"),
         _group_asks(record, "portability", "answers"),
-        str(record.get("id", place)),
-        text_of(record, "relation", ""),
+        text_of(record, "id", place, numbers=True),
+        text_of(record, "relation", "", numbers=True),
     )
 
 
 def _target_new(record: Line, place: str) -> Edit:
     """Flat CounterFact and KnowEdit, whose sets differ in what they ask beside the edit."""
     locality = _group_asks(record, "locality", "ground_truth")
-    if "locality_prompt" in record:
+    if record.get("locality_prompt") is not None:
         locality["same_relation"] = [_ask(record["locality_prompt"], record.get("locality_ground_truth"))]
     return Edit(
         text_of(record, "prompt"),
-        text_of(record, "target_new"),
+        text_of(record, "target_new", numbers=True),
         text_of(record, "subject"),
         _answers(record.get("ground_truth")),
-        rephrases=_answers(record.get("rephrase", record.get("rephrase_prompt"))),
+        rephrases=_answers(_either(record, "rephrase", record.get("rephrase_prompt"))),
         locality=locality,
         portability=_group_asks(record, "portability", "ground_truth"),
-        id=str(record.get("case_id", place)),
+        id=text_of(record, "case_id", place, numbers=True),
     )
 
 
 def _rome(record: Line, place: str) -> Edit:
-    rewrite = record["requested_rewrite"]
+    rewrite = record.get("requested_rewrite")
+    if isinstance(rewrite, list) and len(rewrite) == 1:  # MQuAKE
+        rewrite = rewrite[0]
+    elif isinstance(rewrite, list):
+        raise BadRecord(
+            f"requested_rewrite holds {len(rewrite)} facts, and the questions are about all of them. Write each fact "
+            "as a record of its own: prompt, subject and target"
+        )
     if not isinstance(rewrite, dict) or not isinstance(rewrite.get("target_new"), dict):
         raise BadRecord("requested_rewrite must be an object whose target_new is an object")
-    subject, old = text_of(rewrite, "subject"), _answers(text_of(rewrite.get("target_true") or {}, "str", "") or None)
+    subject, old = text_of(rewrite, "subject"), _answers(_object(rewrite, "target_true").get("str"))
+    near = _joined(_ask(prompt, old) for prompt in _answers(record.get("neighborhood_prompts")))
+    follow = _answers([record.get("new_answer"), record.get("new_answer_alias")])
+    hops = _joined(_ask(question, follow) for question in _answers(record.get("questions")))
     return Edit(
         text_of(rewrite, "prompt").replace("{}", subject),
-        text_of(rewrite["target_new"], "str"),
+        text_of(rewrite["target_new"], "str", numbers=True),
         subject,
         old,
-        rephrases=_answers(record.get("paraphrase_prompts")),
-        locality={"same_relation": _joined(_ask(near, old) for near in _answers(record.get("neighborhood_prompts")))},
-        id=str(record.get("case_id", place)),
+        rephrases=_answers(_either(record, "paraphrase_prompts", rewrite.get("question"))),
+        locality={"same_relation": near} if near else (),
+        portability={"reasoning": hops} if hops else (),
+        id=text_of(record, "case_id", place, numbers=True),
         relation=text_of(rewrite, "relation_id", ""),
+    )
+
+
+def _mend(record: Line, place: str) -> Edit:
+    near = text_of(record, "loc", "").removeprefix("nq question: ")
+    return Edit(
+        text_of(record, "src"),
+        text_of(record, "alt", numbers=True),
+        text_of(record, "subject", ""),
+        _answers(_either(record, "answers", record.get("pred"))),
+        rephrases=_answers(record.get("rephrase")),
+        locality={"unrelated": [_ask(near, record.get("loc_ans"))]} if near else (),
+        id=place,
+    )
+
+
+def _known(record: Line, place: str) -> Edit:
+    return Edit(
+        text_of(record, "prompt"),
+        text_of(record, "attribute", numbers=True),
+        text_of(record, "subject"),
+        id=text_of(record, "known_id", place, numbers=True),
+        relation=text_of(record, "relation_id", ""),
     )
 
 
@@ -237,12 +282,27 @@ SHAPES: Shapes[Edit] = {
     "rome": (("requested_rewrite",), _rome),
     "counterfact": (("target_new", "locality_prompt"), _target_new),
     "knowedit": (("target_new",), _target_new),
+    "mend": (("src", "alt"), _mend),
+    "known": (("prompt", "attribute"), _known),
     "lmpatch": (("prompt",), edit_from),
 }
+RIPPLE = "RippleEdits' own files name their targets by ids alone: read KnowEdit's copy of them."
+
+
+def _either(record: Line, key: str, other: Any) -> Any:
+    return other if record.get(key) is None else record[key]
+
+
+def _object(record: Line, key: str) -> Line:
+    value = record.get(key) or {}
+    if not isinstance(value, dict):
+        raise BadRecord(f"{key} must be an object, found {value!r}")
+    return value
 
 
 def _answers(value: Any) -> tuple[str, ...]:
     """One text, a list of texts, or lists of aliases inside a list: all of them, in order, each once."""
+    value = as_text(value)
     if value is None:
         return ()
     if isinstance(value, str):
@@ -267,14 +327,12 @@ def _joined(asks: Iterable[Ask]) -> list[Ask]:
 
 
 def _group_asks(record: Line, key: str, answers: str) -> dict[str, list[Ask]]:
-    groups = record.get(key) or {}
-    if not isinstance(groups, dict):
-        raise BadRecord(f"{key} must be an object of lists, found {groups!r}")
     made = {}
-    for name, items in groups.items():
+    for name, items in _object(record, key).items():
+        items = [] if items is None else items
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise BadRecord(f"{key}.{name} must be a list of objects with prompt and {answers}")
         if items:
             asks = _joined(_ask(item.get("prompt"), item.get(answers)) for item in items)
-            made[KINDS.get(name, name.lower())] = asks
+            made[KINDS.get(name, str(name).lower())] = asks
     return made

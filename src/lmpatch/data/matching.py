@@ -8,6 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 ARTICLES = ("a ", "an ", "the ")
+SOLID = (
+    "\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Letters of scripts that set no blanks between words, or endings behind them: Thai to Myanmar, Khmer, CJK, Hangul."""
+MARKS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
+"""Signs that belong to the letter before them, which ``\\w`` leaves out, and the scripts that write vowels so."""
 
 
 def normalise(text: str) -> str:
@@ -31,8 +37,19 @@ def first(text: str, aliases: Iterable[str]) -> int | None:
 
 
 def whole(words: str) -> str:
-    """A pattern for these words and no part of others: "rome" is in "rome's", "2" is not in "2,000" or "2.5"."""
-    return rf"(?<!\w)(?<!\d[.,]){re.escape(words)}(?!\w)(?![.,]\d)"
+    """A pattern for these words and no part of others: "rome" is in "rome's", "2" is not in "2,000" or "2.5".
+
+    Scripts that set no blanks between words have no edges of words to look for: \u6771\u4eac is in \u6771\u4eac\u306f.
+    """
+    before = "" if re.match(f"[{SOLID}]", words) else rf"(?<![^\W{SOLID}])(?<![{MARKS}])(?<!\d[.,])"
+    after = "" if re.search(f"[{SOLID}]$", words) else rf"(?![^\W{SOLID}]|[{MARKS}])(?![.,]\d)"
+    return before + re.escape(words) + after
+
+
+def find(text: str, words: str, start: int = 0) -> int:
+    """Where ``words`` first stand as whole words, from ``start`` on; -1: nowhere, or there are no words."""
+    found = re.compile(whole(words)).search(text, start) if words else None
+    return found.start() if found else -1
 
 
 @dataclass(frozen=True)

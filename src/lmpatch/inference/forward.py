@@ -123,8 +123,9 @@ def blocks(
     kept: list[Tensor] = []
 
     def stop(_: nn.Module, __: Any, output: Any) -> None:
-        kept.append(first(output))
-        raise Stop
+        if not kept:
+            kept.append(first(output))
+            raise Stop
 
     def insert(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
         assert vectors is not None
@@ -138,15 +139,16 @@ def blocks(
     if "position_ids" in inspect.signature(lm.model.forward).parameters:
         kwargs["position_ids"] = position_ids
     now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end)
-    with during(now), hooked(*hooks), suppress(Stop):
+    with lm.lock, during(now), hooked(*hooks), suppress(Stop):
         lm.model(input_ids=ids.clamp(min=0), **kwargs)
     return kept[0]
 
 
 def logits(lm: LM, hidden: Tensor) -> Tensor:
     """Logits [..., V] of the states [..., d] after the last block, fp32 or where the model is fp64."""
-    for name in lm.layout.tail:
-        hidden = lm.module(name)(hidden)
+    with lm.lock:
+        for name in lm.layout.tail:
+            hidden = lm.module(name)(hidden)
     return capped(lm, hidden if hidden.dtype == torch.float64 else hidden.float())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ..progress import Progress
 from .forward import blocks, positions
 from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
 from .tokens import each_once, padded
+
+LONGEST, DRAWS = 1_000_000, 1 << 28  # new tokens of an answer, and numbers drawn for all answers of a call, at most
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,14 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise BadInput(f"top_p is {self.top_p}. Give a number in 0..1 above 0; 1 draws from all tokens.")
 
-    def numbers(self, n: int, steps: int) -> Tensor:
-        """One uniform number for each token to come, [n, steps]."""
-        return torch.rand(n, steps, generator=torch.Generator().manual_seed(self.seed))
+    def numbers(self, n: int, steps: int, device: torch.device | None = None) -> Tensor:
+        """One uniform number for each token to come, [n, steps]; a view of zeros where none is drawn."""
+        most = LONGEST if not self.temperature else min(LONGEST, DRAWS // max(1, n))
+        if not isinstance(steps, Integral) or not 0 <= steps <= most:
+            raise BadInput(f"max_new_tokens is {steps!r}. Give a whole number in 0..{most:,}.")
+        if not self.temperature:
+            return torch.zeros(1, 1, device=device).expand(n, steps)
+        return torch.rand(n, steps, generator=torch.Generator().manual_seed(self.seed)).to(device)
 
     def take(self, z: Tensor, u: Tensor) -> Tensor:
         """Tokens [n] from logits [n, V] and uniform numbers [n]."""
@@ -84,9 +92,9 @@ def generate(
     """
     sampling = Sampling(temperature, top_p, seed)
     questions: list[Prompt] = [prompts] if isinstance(prompts, (str, InContext)) else list(prompts)
+    numbers = sampling.numbers(len(questions), max_new_tokens, lm.device)
     inputs = streams(lm, questions, new_tokens=max_new_tokens)
     pairs = _pairs(inputs)
-    numbers = sampling.numbers(len(pairs), max_new_tokens).to(lm.device)
     keys = [(pair, i if temperature else 0) for i, pair in enumerate(pairs)]  # draws differ between equal prompts
     places: dict[tuple[Pair, int], list[int]] = {}
     for i, key in enumerate(keys):
@@ -96,7 +104,7 @@ def generate(
     for batch in each_once(keys, lambda key: (longest(key[0]), key[1]), size, progress, "generating"):
         new: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        drawn = numbers[[place for _, place in batch]]
+        drawn = numbers[[place for _, place in batch]] if temperature else numbers[: len(batch)]
         for tokens in steps(lm, inputs, [pair for pair, _ in batch], ends, sampling, drawn, ended):
             for i, token in tokens:
                 new[i].append(token)
@@ -125,8 +133,8 @@ def stream(
     Arguments and errors are those of ``generate``. No piece ends within a character.
     """
     sampling = Sampling(temperature, top_p, seed)
+    numbers = sampling.numbers(1, max_new_tokens, lm.device)
     inputs = streams(lm, [prompt], new_tokens=max_new_tokens)
-    numbers = sampling.numbers(1, max_new_tokens).to(lm.device)
     new: list[int] = []
     sent = text = ""
     for tokens in steps(lm, inputs, _pairs(inputs), StopTokens(lm, stop), sampling, numbers, [False]):
@@ -189,11 +197,12 @@ def steps(
     vectors = inputs.vectors
     for step in range(limit):
         at = positions(mask)[:, -ids.shape[1] :]
-        states = blocks(lm, ids, mask, position_ids=at, cache=cache, vectors=vectors, prompt_end=prompt_end)[:, -1]
-        vectors = None  # later tokens are all real
-        scores = combined(lm, states.unflatten(0, (width, -1)), inputs.rules, state)
         own = numbers[alive, step]
-        tokens = torch.cat([sampling.take(z, own[rows]) for rows, z in scores])  # [n]
+        with lm.lock:
+            states = blocks(lm, ids, mask, position_ids=at, cache=cache, vectors=vectors, prompt_end=prompt_end)[:, -1]
+            scores = combined(lm, states.unflatten(0, (width, -1)), inputs.rules, state)
+            tokens = torch.cat([sampling.take(z, own[rows]) for rows, z in scores])  # [n]
+        vectors = None  # later tokens are all real
         going = [(row, token) for row, token in zip(alive, tokens.tolist(), strict=True) if not ended[row]]
         for row, token in going:
             ended[row] = token in ends

@@ -65,10 +65,11 @@ def option_logits(lm: LM, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
         # a quantised, offloaded or hooked head: its rows alone would miss what else it does
         return torch.cat([logits(lm, part.to(lm.dtype))[:, wanted] for part in hidden.split(HEAD_CHUNK)])
     out = hidden.to(lm.dtype)
-    for name in lm.layout.tail[:-1]:
-        out = lm.module(name)(out)
-    bias = None if head.bias is None else head.bias[wanted].float()
-    return capped(lm, F.linear(out.float(), head.weight[wanted].float(), bias))  # [n, k]
+    with lm.lock:
+        for name in lm.layout.tail[:-1]:
+            out = lm.module(name)(out)
+        bias = None if head.bias is None else head.bias[wanted].float()
+        return capped(lm, F.linear(out.float(), head.weight[wanted].float(), bias))  # [n, k]
 
 
 def option_tokens(lm: LM, prompt: str, options: Sequence[str]) -> tuple[Row, tuple[int, ...]]:

@@ -132,7 +132,7 @@ class Recording:
         """One block, called as it was; patches on the model see of the columns what ``mask`` and ``end`` say."""
         layers: list[Any] = [_Prefix(*past)] * (layer + 1)  # blocks look themselves up by their index
         args, kwargs = _map(_with_cache(call, Cache(layers=layers)), _flat)
-        with during(None if end is None else Pass(mask, hidden.shape[1], end)):
+        with self.lm.lock, during(None if end is None else Pass(mask, hidden.shape[1], end)):
             return first(self.lm.module(self.lm.layout.blocks[layer])(hidden, *args, **kwargs))
 
 
@@ -191,7 +191,7 @@ def record(
         # first: a patch may scale what the projection then reads
         hooks.append(Hook(down, partial(take, i), before=True, first=True))
         hooks.append(Hook(down, partial(watch, i)))
-    with hooked(*hooks):
+    with lm.lock, hooked(*hooks):
         out = blocks(lm, ids[:, prefix:], mask, position_ids=place[:, prefix:], cache=cache, prompt_end=prompt_end)
     hidden[lm.layout.n_layers] = out
     return Recording(lm, prefix, hidden, keys, values, past, calls, mask, prompt_end)

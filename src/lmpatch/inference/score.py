@@ -58,7 +58,8 @@ def score(
     keys: list[_Key] = [(tuple(row.ids for row in rows), tuple(row.target for row in rows)) for rows in inputs.rows]
     scores: dict[_Key, Score] = {}
     for batch in each_once(keys, lambda key: longest(key[0]), batch_size // inputs.width, progress, "scoring"):
-        scores.update(zip(batch, score_batch(lm, inputs, batch), strict=True))
+        with lm.lock:  # a patch of another thread goes on or off between two batches
+            scores.update(zip(batch, score_batch(lm, inputs, batch), strict=True))
     return [scores[key] for key in keys]
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..data.matching import find
 from ..errors import BadInput, SubjectNotFound
 from ..models.lm import LM
 from ..progress import Progress
@@ -51,7 +52,8 @@ def encode(lm: LM, prompt: str, target: str = "", subject: str = "") -> Row:
     """Tokenise prompt and target once, as one text, and find their border by character offsets.
 
     Tokenising the target alone would add a second beginning-of-sequence token on some tokenizers and split
-    words where the model never sees them split. A token that spans the border counts as target. Where the model has a
+    words where the model never sees them split. A token that spans the border counts as target. Special tokens that
+    the tokenizer adds behind a text are left out, and of two that begin it one is. Where the model has a
     chat template, the prompt is the user's message and the target the beginning of the reply (``LM.plain``: neither).
 
     Raises:
@@ -82,16 +84,29 @@ def encode_all(
     prompts = [head + prompt + tail for prompt in prompts]
     texts = [prompt + t if lm.chat else join(prompt, t) for prompt, t in zip(prompts, targets, strict=True)]
     encoded = lm.tokenizer(texts, return_offsets_mapping=True)
+    added = lm.tokenizer("x", return_special_tokens_mask=True)["special_tokens_mask"]
+    behind = next(
+        (k for k, special in enumerate(reversed(added)) if not special), 0
+    )  # an end token ends a text for good
+    known, bos = len(lm.parameter(lm.layout.weight(lm.layout.embed))), lm.tokenizer.bos_token_id
     rows = []
     for i, (prompt, target, subject) in enumerate(zip(prompts, targets, subjects, strict=True)):
-        ids, offsets = encoded["input_ids"][i], encoded["offset_mapping"][i]
+        ids, offsets = (encoded[key][i] for key in ("input_ids", "offset_mapping"))
+        ids, offsets = ids[: len(ids) - behind], offsets[: len(offsets) - behind]
+        while bos is not None and ids[:2] == [bos, bos]:  # one was typed
+            ids, offsets = ids[1:], offsets[1:]
+        if odd := [token for token in ids if token >= known]:
+            name = lm.tokenizer.convert_ids_to_tokens(odd[0])
+            raise BadInput(
+                f"the token {name!r} has id {odd[0]}, and {lm.name} has {known} embedding rows. Leave it out."
+            )
         border = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
         if target and border == len(ids):
             raise BadInput(f"the target {target!r} of {prompt!r} tokenises to nothing. Give a visible answer.")
         if not subject:
             rows.append(Row(tuple(ids), border))
             continue
-        start = prompt.find(subject, len(head) + after[i])
+        start = find(prompt, subject, len(head) + after[i])
         span = [k for k, (a, b) in enumerate(offsets) if a < start + len(subject) and b > start and b > a]
         if start < 0 or not span:
             raise SubjectNotFound(

@@ -11,16 +11,17 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from filelock import FileLock
 
-from ..errors import BadInput, LmpatchError, MissingExtra
-from ..files import sync
+from ..errors import BadInput, LmpatchError
 from ..provenance import now
+from ._lance import flush, lance, lancedb, matrix, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,10 +32,9 @@ Row = dict[str, Any]
 FORMAT = 1
 TABLE, LOCK = "facts", "lock"
 TEXTS = ("seq", "version", "op", "key", "prompt", "target", "subject", "more", "source", "added")
-PATIENCE = 600.0  # seconds to wait for another writer, who may be building an index
 TRIES = 5  # a reader whose files were compacted away looks for the newer ones
-FULL = ("No space left", "File too large", "quota exceeded", "os error 28", "os error 27", "os error 122")
 EVERY, FEW = 16, 64  # commits between two looks at the number of data files; that many are always left alone
+WIDEST = 2**20  # components of a key
 CHUNKS, BATCH = 64, 8192  # pieces the texts may be in; vectors read at a time
 
 
@@ -45,15 +45,19 @@ class Log:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        connect = lancedb().connect
-        if not _exists(path):
-            raise BadInput(f"there is no memory at {path}. Give the folder of one, or make it first.")
-        with lance(f"cannot open the memory at {path}"):
-            self._table = connect(str(path)).open_table(TABLE)
-        meta = json.loads((self._table.schema.metadata or {}).get(b"lmpatch", b"{}"))
-        if meta.get("format") != FORMAT:
-            raise BadInput(f"{path} has format {meta.get('format')!r}, this lmpatch reads {FORMAT}. Update lmpatch.")
+        self.path, self._lock = path, FileLock(path / LOCK)
+        self._table: Any = None
+        failed = f"cannot open the memory at {path}"
+        with lance(failed):
+            connect = lancedb().connect
+            if not _exists(path):
+                raise BadInput(f"there is no memory at {path}. Give the folder of one, or make it first.")
+        self._table = self.retry(lambda: connect(str(path)).open_table(TABLE), failed)
+        meta = _metadata(self._table.schema)
+        if meta.get("format", FORMAT) != FORMAT:
+            raise BadInput(f"{path} has format {meta['format']!r}, this lmpatch reads {FORMAT}. Update lmpatch.")
+        if not meta:
+            raise BadInput(f"the metadata of the memory at {path} is damaged. Take a fresh copy of the folder.")
         self.width: int = meta["width"]
         self.matched: int = meta["matched"]
         self.stamp: dict[str, str] = meta["stamp"]
@@ -65,20 +69,20 @@ class Log:
     @classmethod
     def create(cls, path: Path, width: int, matched: int, stamp: dict[str, str]) -> Log:
         """Make the folder. What a killed creation left there is written over."""
-        begun = (path / f"{TABLE}.lance").is_dir()
-        if path.exists() and not begun and (path.is_file() or {*os.listdir(path)} - {LOCK}):
-            raise BadInput(f"{path} exists and is no memory. Give another path.")
-        connect = lancedb().connect
-        path.mkdir(parents=True, exist_ok=True)
-        with writing(path):
-            if _exists(path):
-                raise BadInput(f"there is a memory at {path} already. Open it, or give another path.")
-            meta = {"format": FORMAT, "width": width, "matched": matched, "stamp": stamp}
-            schema = _schema(width).with_metadata({"lmpatch": json.dumps(meta)})
-            start = time.time_ns()
-            with lance(f"cannot make a memory at {path}", full="Nothing was made."):
+        with lance(f"cannot make a memory at {path}", full="Nothing was made."):
+            begun = (path / f"{TABLE}.lance").is_dir()
+            if path.exists() and not begun and (path.is_file() or {*os.listdir(path)} - {LOCK}):
+                raise BadInput(f"{path} exists and is no memory. Give another path.")
+            connect = lancedb().connect
+            path.mkdir(parents=True, exist_ok=True)
+            with writing(FileLock(path / LOCK)):
+                if _exists(path):
+                    raise BadInput(f"there is a memory at {path} already. Open it, or give another path.")
+                meta = {"format": FORMAT, "width": width, "matched": matched, "stamp": stamp}
+                schema = _schema(width).with_metadata({"lmpatch": json.dumps(meta)})
+                start = time.time_ns()
                 connect(str(path)).create_table(TABLE, schema=schema, mode="overwrite" if begun else "create")
-            flush(path, start)
+                flush(path, start)
         return cls(path)
 
     # What it holds
@@ -126,10 +130,14 @@ class Log:
 
     def read(self, since: int) -> pa.Table:
         """All columns but the vectors of rows ``since`` and later, in order."""
+        from pyarrow.compute import utf8_normalize
+
         where = f"seq >= {since}"
-        return self._read(
+        rows = self._read(
             lambda: self._table.search().where(where).select(list(TEXTS)), lambda n: range(since, since + n)
         )
+        at = TEXTS.index("key")  # those of lmpatch 0.1 are not composed
+        return rows.set_column(at, rows.schema.field(at), utf8_normalize(rows["key"], "NFC"))
 
     def vectors(self, seqs: Sequence[int]) -> np.ndarray:
         """Vectors [n, width] float16 of these rows, which must be facts."""
@@ -148,18 +156,34 @@ class Log:
                 seqs = batch["seq"].to_numpy()
                 yield seqs[alive[seqs]], matrix(batch["vector"])[alive[seqs], : self.matched]
 
-    def retry(self, read: Callable[[], T]) -> T:
-        """What ``read`` returns; tried again where another process compacted its files away or replaced the index."""
-        for _ in range(TRIES - 1):
+    def retry(self, read: Callable[[], T], failed: str | None = None) -> T:
+        """What ``read`` returns. Where it fails it is called again, since another process may have compacted or be
+        writing what it reads; the last time no process writes.
+
+        Args:
+            failed: what to say of an error of LanceDB.
+        """
+        failed = failed or f"cannot read the memory at {self.path}"
+        errors: list[LmpatchError] = []
+        while True:
+            last = len(errors) == TRIES - 1
             try:
-                return read()
+                with self.writing() if last else nullcontext(), lance(failed):
+                    if errors and self._table is not None:
+                        self._table.checkout_latest()
+                    return read()
             except BadInput:
                 raise
-            except LmpatchError:
-                self._latest()
-        return read()
+            except LmpatchError as error:
+                errors.append(error)
+                if last:
+                    raise errors[0] from None
 
-    # Writing: under ``writing`` alone
+    # Writing
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Be the only writer: what follows is called under it alone."""
+        return writing(self._lock)
 
     def append(self, changes: Sequence[Row], vectors: np.ndarray | None) -> int:
         """Commit rows, of which the first have these vectors; returns the new version.
@@ -169,8 +193,9 @@ class Log:
         """
         version, start = self.version + 1, time.time_ns()
         stamp = {"version": version, "added": now()}
-        rows = _table([{"seq": self.count + i, **stamp, **row} for i, row in enumerate(changes)], vectors, self.width)
+        numbered = [{"seq": self.count + i, **stamp, **row} for i, row in enumerate(changes)]
         with lance(f"cannot add to the memory at {self.path}", full="Nothing was stored; the memory is as before."):
+            rows = _table(numbered, vectors, self.width)
             self._table.add(rows)
             seen = int(self._table.version)
         flush(self.path / f"{TABLE}.lance", start)
@@ -198,9 +223,12 @@ class Log:
 
     def _latest(self) -> int:
         """Look at the newest commit of any process; its number in LanceDB."""
-        with lance(f"cannot read the memory at {self.path}"):
+
+        def look() -> int:
             self._table.checkout_latest()
             return int(self._table.version)
+
+        return self.retry(look)
 
     def _take(self, rows: pa.Table, seen: int) -> None:
         """Take in new rows of commits up to LanceDB's number ``seen``."""
@@ -214,80 +242,28 @@ class Log:
 
     def _read(self, query: Callable[[], Any], numbers: Callable[[int], Sequence[int]]) -> pa.Table:
         """The rows of a query, in their order; ``numbers`` says which so many must be."""
-
-        def read() -> pa.Table:
-            with lance(f"cannot read the memory at {self.path}"):
-                return query().to_arrow().sort_by("seq")
-
-        rows = self.retry(read)
+        rows = self.retry(lambda: query().to_arrow().sort_by("seq"))
         if not np.array_equal(rows["seq"], numbers(len(rows))):  # rows stand in the order of their numbers
             raise LmpatchError(f"the memory at {self.path} lacks rows of its log. Take a fresh copy of the folder.")
         return rows
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Be the only writer. The system frees the lock of a process that dies.
-
-    Raises:
-        LmpatchError: another process writes for minutes, or the folder cannot be written.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path / LOCK)
-    try:
-        lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        why = f"another process has been writing to {path} for {PATIENCE:.0f} s. Try again later."
-        raise LmpatchError(why) from None
-    except OSError as error:
-        raise LmpatchError(f"cannot write to {path}: {error.strerror}.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def lance(failed: str, full: str = "") -> Iterator[None]:
-    """LanceDB's errors as ``LmpatchError``: what failed, and after a full disk what is left."""
-    try:
-        yield
-    except LmpatchError:
-        raise
-    except (RuntimeError, OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        why = f"the disk is full. {full}" if any(sign in text for sign in FULL) else text[:300]
-        raise LmpatchError(f"{failed}: {why}") from error
-
-
-def flush(folder: Path, since: int) -> None:
-    """Have on the disk whatever was written below ``folder`` since this time (ns); LanceDB leaves it to the system."""
-    since -= 50_000_000  # the clock of the file system is coarse
-    for file in (folder, *folder.rglob("*")):
-        if file.stat().st_mtime_ns >= since:
-            sync(file)
-
-
-def lancedb() -> Any:
-    """The package, where it is installed."""
-    try:
-        import lancedb
-    except ImportError as error:
-        raise MissingExtra('a memory needs LanceDB. Run: pip install "lmpatch[memory]"') from error
-    return lancedb
-
-
-def matrix(column: Any) -> np.ndarray:
-    """A column of vectors without nulls as [n, width]."""
-    flat = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-    made: np.ndarray = flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, flat.type.list_size)
-    return made
-
-
 def _exists(path: Path) -> bool:
     """Whether a memory was made here; a killed creation leaves a folder without a manifest."""
-    return any((path / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
+    return any(file.is_file() for file in (path / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
+
+
+def _metadata(schema: pa.Schema) -> dict[str, Any]:
+    """What ``create`` wrote; of another format as it is, and nothing where it is damaged."""
+    meta: Any = None
+    with suppress(ValueError, RecursionError):
+        meta = json.loads((schema.metadata or {}).get(b"lmpatch", b""))
+    if not isinstance(meta, dict) or meta.get("format", FORMAT) != FORMAT:
+        return meta if isinstance(meta, dict) else {}
+    width, matched, stamp = (meta.get(name) for name in ("width", "matched", "stamp"))
+    numbers = isinstance(width, int) and isinstance(matched, int) and 0 < matched <= width <= WIDEST
+    texts = isinstance(stamp, dict) and all(isinstance(text, str) for text in stamp.values())
+    return meta if numbers and texts and schema.equals(_schema(meta["width"])) else {}
 
 
 def _replay(rows: pa.Table, live: dict[str, int]) -> Iterator[int]:

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ..errors import BadInput, LmpatchError
-from ._log import Log, flush, lance, lancedb, matrix
+from ._lance import flush, lance, lancedb, matrix
+from ._log import Log
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -139,8 +141,6 @@ def newest(path: Path) -> int:
 
 def build(log: Log) -> None:
     """Index the keys of the facts that hold and remove older indexes. Does nothing while another process is at it."""
-    from filelock import FileLock, Timeout
-
     start = time.time_ns()
     work, final = (log.path / f"{name}.lance" for name in (BUILT, NAME.format(log.count)))
     with suppress(Timeout), FileLock(log.path / f"{BUILT}.lock", timeout=0):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..data.edits import Edit, edit_from, prompt_key
+from ..files import outside
 
 COLUMNS = ("prompt", "target", "subject")  # fields of an edit with columns of their own
 MORE = ("id", "relation", "old", "aliases", "rephrases", "locality", "portability")  # those that share one
@@ -73,4 +74,5 @@ def edit_of(row: dict[str, Any]) -> Edit:
 
 def entry_of(row: dict[str, Any]) -> Entry:
     """A row of the log that adds a fact."""
-    return Entry(edit_of(row), row["version"], row["added"], json.loads(row["source"]), row["seq"])
+    with outside(f"row {row['seq']} of the log of the memory"):
+        return Entry(edit_of(row), row["version"], row["added"], json.loads(row["source"]), row["seq"])

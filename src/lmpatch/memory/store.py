@@ -22,7 +22,7 @@ import numpy as np
 from ..data.edits import Edit, prompt_key
 from ..errors import BadInput, LmpatchError, WrongModel
 from . import _search
-from ._log import TEXTS, Log, Row, writing
+from ._log import TEXTS, Log, Row
 from .entry import Entry, Version, columns, entry_of, record
 
 EXACT = 100_000
@@ -110,7 +110,7 @@ class Store:
             raise BadInput(f"{len(edits)} facts need keys [{len(edits)}, {self.width}], found {list(keys.shape)}.")
         if not np.isfinite(keys).all():
             raise BadInput("a key holds a number that is no finite float16. Look at the encoder that made it.")
-        origin = json.dumps(dict(source or {}), ensure_ascii=False)
+        origin = json.dumps(dict(source or {}), ensure_ascii=False, default=str)
         return self._commit(lambda: ([{"op": "put", "source": origin, **columns(edit)} for edit in edits], keys))
 
     def drop(self, prompts: Sequence[str]) -> int:
@@ -156,7 +156,7 @@ class Store:
 
         No fact and no version is lost.
         """
-        with writing(self.path):
+        with self._log.writing():
             self._log.refresh().tidy()
             if len(self._log.live) > self._exact:
                 _search.build(self._log)
@@ -164,7 +164,7 @@ class Store:
     def _commit(self, make: Callable[[], tuple[list[Row], np.ndarray | None]]) -> int:
         """Append what ``make`` says of this moment: rows, and the vectors of the first of them."""
         log = self._log
-        with writing(self.path):
+        with self._log.writing():
             log.refresh()
             changes, vectors = make()
             if not changes:

@@ -39,7 +39,7 @@ def probe_ids(model: Any, tokenizer: Any) -> Tensor:
         ids = tokenizer(SENTENCE)["input_ids"][:LENGTH]
     else:
         ids = torch.linspace(3, embedding.num_embeddings - 1, LENGTH).long().tolist()
-    return torch.tensor([ids], device=embedding.weight.device)
+    return torch.tensor([ids], device=embedding.weight.device).clamp(max=len(embedding.weight) - 1)
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -28,6 +28,7 @@ import torch
 from ..errors import BadInput, MissingExtra
 from ..files import cache_dir, outside
 from ..progress import Progress
+from .folder import gaps
 
 NEEDED = ("gguf", "accelerate")  # transformers asks for both
 ADDED = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -68,31 +69,32 @@ def converted(name: str, sha256: str, make: Callable[[Path], Path], progress: Pr
     from filelock import FileLock
 
     folder = cache_dir() / f"{name}-{sha256[:16]}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with outside(f"the cache folder {cache_dir()}"):
         if folder.is_dir():
             return folder
-        missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
-        if missing:
-            raise MissingExtra(f'reading a .gguf file needs {" and ".join(missing)}: pip install "lmpatch[gguf]"')
-        work = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(work, ignore_errors=True)
-        _clear(folder.parent)
-        (work / "gguf").mkdir(parents=True)
-        try:
-            file = make(work / "gguf")
-
-            def report(share: float) -> None:
-                if progress:
-                    progress(round(100 * share), 100, f"converting {name} to fp32, once")
-
-            _convert(file, work / "model", report)
-            os.replace(work / "model", folder)
-        finally:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.is_dir():
+                return folder
+            missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+            if missing:
+                raise MissingExtra(f'reading a .gguf file needs {" and ".join(missing)}: pip install "lmpatch[gguf]"')
+            work = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(work, ignore_errors=True)
-    return folder
+            _clear(folder.parent)
+            (work / "gguf").mkdir(parents=True)
+            try:
+                file = make(work / "gguf")
+
+                def report(share: float) -> None:
+                    if progress:
+                        progress(round(100 * share), 100, f"converting {name} to fp32, once")
+
+                _convert(file, work / "model", report)
+                os.replace(work / "model", folder)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        return folder
 
 
 def _clear(folder: Path) -> None:
@@ -109,14 +111,16 @@ def _clear(folder: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of transformers; ``progress`` is ours."""
+    """Without the bars and tables of transformers; ``progress`` and the errors are ours."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 
@@ -126,8 +130,11 @@ def _convert(file: Path, out: Path, report: Callable[[float], None]) -> None:
     report(0.0)
     with outside(f"{file.name} as GGUF"), quiet():
         with _reading(lambda share: report(0.05 + 0.5 * share)) as reader:
-            model = _model(file)
-            splitter = reader(file).fields.get("tokenizer.ggml.pre")
+            model, head = _model(file), reader(file)
+            splitter = head.fields.get("tokenizer.ggml.pre")
+            blocks = {tensor.name.split(".")[1] for tensor in head.tensors if tensor.name.startswith("blk.")}
+            if len(blocks) != (depth := model.config.get_text_config().num_hidden_layers):
+                raise BadInput(f"{file.name} holds {len(blocks)} blocks, and its head tells of {depth}.")
         report(0.55)
         tokenizer = _tokenizer(file, model.config.model_type, "" if splitter is None else _word(splitter))
     report(0.75)
@@ -144,9 +151,12 @@ def _model(file: Path) -> Any:
 
     config = getattr(transformers, "GgufConfig", None)
     dense = {} if config is None else {"quantization_config": config(dequantize=True)}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(file.parent), gguf_file=file.name, dtype=torch.float32, **dense
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True, **dense
     )
+    model, info = loaded
+    if found := gaps(info):
+        raise BadInput(f"{file.name} has not the weights its head describes ({found}). Take a whole copy.")
     packed = [name for name, p in model.named_parameters() if p.dtype != torch.float32]
     if packed:
         raise BadInput(f"transformers left {len(packed)} weights of {file.name} packed, {packed[0]} first.")

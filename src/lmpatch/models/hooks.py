@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -66,10 +67,14 @@ def _tables(hook: Hook) -> tuple[dict[int, Callable[..., Any]], dict[int, bool]]
     return module._forward_hooks, module._forward_hooks_with_kwargs
 
 
+def _own(thread: int, run: Callable[..., Any], *args: Any) -> Any:
+    return run(*args) if get_ident() == thread else None
+
+
 @contextmanager
 def hooked(*hooks: Hook) -> Iterator[None]:
-    """These hooks are on inside the block and off behind it, whatever happens."""
-    on = Hooks(*hooks)
+    """These hooks are on inside the block and off behind it, whatever happens. Calls of other threads pass them by."""
+    on = Hooks(*(replace(hook, run=partial(_own, get_ident(), hook.run)) for hook in hooks))
     try:
         try:
             on.put()

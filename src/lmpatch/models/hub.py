@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
 from ..errors import BadInput
 from ..progress import Progress
+from .folder import weight_files
 
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -32,9 +32,7 @@ def local_folder(repo: str) -> Path | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    index = folder / "model.safetensors.index.json"
-    names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
-    return folder if all((folder / name).exists() for name in names) else None
+    return folder if all((folder / name).exists() for name in weight_files(folder)) else None
 
 
 def fetch(repo: str, *, download: bool, code: bool = False, progress: Progress | None = None) -> Path:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -15,8 +15,29 @@ from torch import nn
 from ..provenance import hash_tensors
 from .layout import Layout
 
-_guard = threading.Lock()
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # not on the model: it must stay copyable
+
+
+class Lock:
+    """A lock for a ``with``, given back when what says that it is taken goes.
+
+    An interrupt between the last line of a block and its end leaves an ordinary lock taken for good.
+    """
+
+    class _Taken:
+        end: object
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._taken: Lock._Taken | None = (taken := Lock._Taken())
+        release = partial(self._lock.__exit__, None, None)  # no line of Python runs where it is called
+        taken.end = self._lock.acquire() and ref(taken, release)
+
+    def __exit__(self, *_: object) -> None:
+        self._taken = None
+
 
 PLACE = "\u2983words\u2984"
 """Stands for the user's words while a chat template is rendered."""
@@ -70,13 +91,12 @@ class LM:
         return self.module(self.layout.embed).weight.device  # type: ignore[return-value]
 
     @property
-    def lock(self) -> threading.RLock:
+    def lock(self) -> Lock:
         """Held while the model runs or its patches change: its hooks and weights are one for all threads.
 
-        It belongs to ``model``: every ``LM`` of one model has the same. One thread may take it again.
+        It belongs to ``model``: all ``LM`` of one model share it. One thread may take it again.
         """
-        with _guard:
-            return _locks.setdefault(self.model, threading.RLock())
+        return Lock(_locks.setdefault(self.model, threading.RLock()))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import BadInput, MissingExtra, UnknownName
+from ..files import outside
 from ..progress import Progress
 from . import hub, number_format, packaged
 from .calls import probe_ids
 from .discover import discover, verify
+from .folder import check_folder, gaps, shapes, some, weight_files
 from .gguf import converted, quiet, sha256_file
 from .layout import Layout
 from .lm import LM
@@ -27,6 +30,7 @@ def load(
     trust_remote_code: bool = False,
     download: bool = False,
     raw: bool = False,
+    partial: bool = False,
     progress: Progress | None = None,
 ) -> LM:
     """Load a causal language model and its tokenizer.
@@ -42,35 +46,74 @@ def load(
         trust_remote_code: allow code that comes with the model to run.
         download: fetch a hub id that is not in the local cache; else the error says its size and licence.
         raw: read prompts as they stand, also where the model has a chat template.
+        partial: take weights that are not those the config describes: random numbers stand for what is missing.
         progress: called as ``progress(done, total, what)``.
     Raises:
-        BadInput: nothing of that name, an unusable file, an unknown dtype, or a download that was not allowed.
+        BadInput: nothing of that name, an unusable file, weights that are not those the config describes, an unknown
+            dtype or device, or a download that was not allowed.
         MissingExtra: an optional package is needed.
         UnknownLayout: the model's parts could not be found, see ``discover``.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    device = number_format.best_device() if device is None else torch.device(device)
-    dtype = number_format.default_dtype(device) if dtype is None else dtype
-    number = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    where = _device(device)
+    dtype = number_format.default_dtype(where) if dtype is None else dtype
+    number = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
     if number != "auto" and not isinstance(number, torch.dtype):
         raise BadInput(f"dtype {dtype!r} is not a number format of torch. Use 'float32', 'bfloat16' or 'auto'.")
     if isinstance(number, torch.dtype):
-        number_format.warn_if_slow(number, device)
+        number_format.warn_if_slow(number, where)
     folder, name = _find(str(source), download, trust_remote_code, progress)
+    check_folder(folder)
     placed = {"device_map": device_map, "quantization_config": quantization_config}
     placed = {key: value for key, value in placed.items() if value is not None}
+    with outside(f"the model in {folder}"), quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model = _weights(folder, partial, dtype=number, trust_remote_code=trust_remote_code, **placed)
+        except ImportError as error:
+            raise MissingExtra(f"loading {source} needs another package: {error}") from error
+        return wrap(model if placed else model.to(where), tokenizer, name=name, raw=raw)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device that was asked for; a tensor is put there, as a name alone says nothing."""
+    if device is None:
+        return number_format.best_device()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=number, trust_remote_code=trust_remote_code, use_safetensors=True, **placed
-            )
-    except ImportError as error:
-        raise MissingExtra(f"loading {source} needs another package: {error}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"transformers cannot load {folder}: {error}") from error
-    return wrap(model if placed else model.to(device), tokenizer, name=name, raw=raw)
+        return torch.empty(0, device=device).device if str(device) != "meta" else torch.device("none")
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise BadInput(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}). Use 'cpu'.") from error
+
+
+def _weights(folder: Path, partial: bool, **settings: Any) -> Any:
+    """The model with the weights in its folder, all of them and no others unless ``partial``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=partial, **settings
+        )
+        model, info = loaded
+        found = gaps(info)
+    except RuntimeError as error:  # of other shapes, which it writes to a log
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        code = settings["trust_remote_code"]
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=code).state_dict()
+        held = {name: shape for file in weight_files(folder) for name, shape in shapes(folder / file).items()}
+        wrong = [name for name in held if name in empty and list(empty[name].shape) != held[name]]
+        found = f"{len(wrong)} of another shape: {some(sorted(wrong))}"
+    if found and not partial:
+        raise BadInput(
+            f"{folder} has not the weights its config.json describes ({found}). Take a whole copy, or load "
+            "it with partial=True: random numbers then stand for what is missing."
+        )
+    if found:
+        warnings.warn(f"{folder} has not the weights its config.json describes ({found}).", stacklevel=3)
+    return model
 
 
 def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | None = None, raw: bool = False) -> LM:
@@ -93,9 +136,14 @@ def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | No
         raise BadInput("the model carries PEFT adapters. Merge them first: model = model.merge_and_unload().")
     if not getattr(tokenizer, "is_fast", False):
         raise BadInput(f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets. Pass a fast one.")
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise BadInput("the tokenizer has no pad and no eos token. Set tokenizer.pad_token.")
+    rows = model.get_input_embeddings().weight.shape[0]
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None or pad >= rows:
+        if end is None or end >= rows:
+            said = "no pad and no eos token" if pad is end is None else f"no pad or eos token among the model's {rows}"
+            raise BadInput(f"the tokenizer has {said}. Set tokenizer.pad_token.")
+        if pad is not None:
+            warnings.warn(f"the pad token has id {pad}, the model {rows} tokens: its end token pads.", stacklevel=2)
         tokenizer.pad_token = tokenizer.eos_token
     model.eval().requires_grad_(False)
     if layout is None:
@@ -115,10 +163,12 @@ def _find(source: str, download: bool, code: bool, progress: Progress | None) ->
     """The folder of a model, and what reports call it; a slip in a packaged model's name is put right first."""
     if source in packaged.MODELS:
         return packaged.folder(source, progress), source
-    path = Path(source).expanduser()
-    if path.is_dir():
+    with outside(f"{source[:80]!r}"):
+        path = Path(source).expanduser()
+        is_dir, is_file = path.is_dir(), path.is_file()
+    if is_dir:
         return path, path.resolve().name
-    if path.is_file():
+    if is_file:
         if path.suffix.lower() != ".gguf":
             raise BadInput(f"{path} is a file but no .gguf. Pass the folder that holds config.json and the weights.")
         return converted(path.stem, sha256_file(path), lambda _: path.absolute(), progress), path.stem

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from ..errors import BadPatch
+from ..errors import BadInput, BadPatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,5 +80,5 @@ def load_retriever(name: str, parts: Mapping[str, Any], tensors: Mapping[str, Te
         raise BadPatch(f"it needs a retriever called {name!r}, which is not here. Update lmpatch, or install it.")
     try:
         return cast("Retriever", module.load(parts, tensors))
-    except (KeyError, TypeError) as error:
+    except (BadInput, KeyError, TypeError, ValueError) as error:
         raise BadPatch(f"it holds no {name} retriever ({error}).") from None

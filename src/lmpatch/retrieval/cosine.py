@@ -78,4 +78,7 @@ class Cosine:
 
 def load(parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cosine:
     """The retriever a patch or an editor keeps."""
-    return Cosine(parts["encoder"], parts["encoder_fingerprint"], parts["width"])
+    named = parts["encoder"], parts["encoder_fingerprint"], parts["width"]
+    if [type(value) for value in named] != [str, str, int]:
+        raise TypeError("its parts are not as lmpatch writes them")
+    return Cosine(*named)

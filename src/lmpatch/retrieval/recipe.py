@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import resolve
 from ..errors import WrongModel
 from ..inference.interventions import Insert
 from ..inference.tokens import statement
@@ -98,5 +99,17 @@ class Recipe:
 
 
 def load(parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Recipe:
-    """The retriever a patch or an editor keeps."""
-    return Recipe(Shape(**parts["shape"]), parts["encoder_fingerprint"], parts["editor_hash"], dict(tensors))
+    """The retriever a patch or an editor keeps; nothing is allocated for a shape that the tensors do not have."""
+    shape, names = resolve(Shape, dict(parts["shape"])), (parts["encoder_fingerprint"], parts["editor_hash"])
+    d, content, inputs = shape.d_model, shape.content, (3 + shape.pooler) * shape.features
+    sizes: dict[str, tuple[int, ...]] = {"key.first.weight": (shape.matched, inputs), "turn.weight": (d, d)}
+    sizes |= {"sentinel_embeddings": (shape.sentinel_tokens, shape.features), "mix.bias": (content,)}
+    sizes |= {"out.bias": (shape.prompt_tokens * d,), "say.weight": (content, shape.target_tokens * d)}
+    learned = {name: tensor for name, tensor in tensors.items() if name.startswith("learned.")}
+    ranks = {tensor.shape[:1] for name, tensor in learned.items() if name.endswith("/lora_a")}
+    adapted = bool(learned) == (shape.adapt != 0) and ranks == ({(shape.adapt,)} if shape.adapt else set())
+    if not adapted or any(tensors[name].shape != size or 0 in size for name, size in sizes.items()):
+        raise ValueError("its tensors have not the sizes it names")
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("its parts are not as lmpatch writes them")
+    return Recipe(shape, *names, dict(tensors))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -21,8 +22,8 @@ from torch.optim import Optimizer
 
 from .. import tensor_file
 from ..distributed import world
-from ..errors import BadInput, Diverged
-from ..files import replacing
+from ..errors import BadInput, Diverged, LmpatchError
+from ..files import outside, replacing
 from ..progress import Progress
 from ..provenance import hash_json
 
@@ -118,9 +119,10 @@ class Loop:
         self.optimiser: Optimizer | None = None
         self._whole = True  # no step is half done
         self._moments: dict[str, dict[str, Tensor]] = {}  # of the checkpoint
+        self.stamp = f"{self.stamp}/{self.name}/{FORM}"
         if self.file is None:
             return
-        if self.file.exists():
+        if found := os.path.lexists(self.file):
             self._resume(self.file)
         device = next(iter(self.task.values.values())).device
         own = torch.tensor([[self.step, int(hash_json(self.stamp)[:12], 16)]], device=device)
@@ -128,6 +130,8 @@ class Loop:
             raise BadInput(
                 f"the processes see different checkpoints in {self.file.parent}. Give a folder that all of them share."
             )
+        if not found:
+            self.save()  # a folder that cannot be written is said before the first step
 
     def run(self, progress: Progress | None = None) -> None:
         """Train to the last step. An interrupt leaves a checkpoint of the last whole step.
@@ -195,10 +199,10 @@ class Loop:
         for tensor in self.task.values.values():
             tensor.grad = None
 
+    @torch.no_grad()  # as a decorator: an interrupt at the end of a with would leave it on
     def _validate(self, begun: float) -> None:
         """Add a point to the curve; where divergence is watched, keep the state if it is good, else stop."""
-        with torch.no_grad():
-            values = dict(self.task.validate(self.step))
+        values = dict(self.task.validate(self.step))
         losses = {name: round(value, 4) for name, value in self.losses.items()}
         point = {"step": self.step, **losses, **values, "seconds": round(perf_counter() - begun)}
         good = self.good if self.schedule.worse is None else self._judged(values, self.schedule.worse)
@@ -206,9 +210,6 @@ class Loop:
         self.curve.append(point)
         self.good = good
         self._whole = True
-        if self.curves is not None and self.world.is_main and not self.stopped:
-            with replacing(self.curves) as work:
-                work.write_text("".join(json.dumps(point) + "\n" for point in self.curve), encoding="utf-8")
 
     def _judged(self, values: Mapping[str, float], worse: float) -> dict[str, Tensor]:
         """The last good state: this one, unless its loss is divergent."""
@@ -231,32 +232,61 @@ class Loop:
         warnings.warn(f"{self.stopped}. {self.advice}".rstrip(), stacklevel=4)
 
     def save(self) -> None:
-        """Write values, the optimiser's moments, last good state and step. A divergent state is not written."""
-        if self.file is None or self.stopped or not self.world.is_main:
+        """Write the checkpoint and the curves. A divergent state is not written.
+
+        Raises:
+            LmpatchError: they cannot be written; those before are whole.
+        """
+        if self.stopped or not self.world.is_main:
             return
-        tensors = {f"value/{name}": tensor for name, tensor in self.task.values.items()}
-        tensors |= {f"good/{name}": tensor for name, tensor in self.good.items()}
-        for name, tensor in self.task.values.items():
-            state = self.optimiser.state.get(tensor, {}) if self.optimiser else self._moments.get(name, {})
-            tensors |= {f"moment/{key}/{name}": value for key, value in state.items()}
-        state = json.dumps([self.step, self.seconds, self.losses, self.curve])
-        tensor_file.write(self.file, {"stamp": f"{self.stamp}/{FORM}", "state": state}, tensors)
+        if self.file is not None:
+            tensors = {f"value/{name}": tensor for name, tensor in self.task.values.items()}
+            tensors |= {f"good/{name}": tensor for name, tensor in self.good.items()}
+            for name, tensor in self.task.values.items():
+                state = self.optimiser.state.get(tensor, {}) if self.optimiser else self._moments.get(name, {})
+                tensors |= {f"moment/{key}/{name}": value for key, value in state.items()}
+            state = json.dumps([self.step, self.seconds, self.losses, self.curve])
+            tensor_file.write(self.file, {"stamp": self.stamp, "state": state}, tensors)
+        if self.curves is not None and self.curve:
+            try:
+                with replacing(self.curves) as work:
+                    work.write_text("".join(json.dumps(point) + "\n" for point in self.curve), encoding="utf-8")
+            except OSError as error:
+                raise LmpatchError(f"{self.curves} cannot be written ({error}).") from error
 
     @torch.no_grad()
     def _resume(self, file: Path) -> None:
-        head, tensors = tensor_file.read(file, BadInput)
-        if head.get("stamp") != f"{self.stamp}/{FORM}":
-            raise BadInput(f"{file} is of another run: other settings, data or model. Give another folder.")
-        self.step, self.seconds, self.losses, self.curve = json.loads(head["state"])
-        for path, value in tensors.items():
+        """Go on from the file; nothing is taken from one that does not fit."""
+        try:
+            head, tensors = tensor_file.read(file, BadInput)
+            if head.get("stamp") != self.stamp:
+                raise BadInput(f"{file} is of another run: other settings, data or model. Give another folder.")
+            with outside(str(file)):
+                self._take(head, tensors)
+        except BadInput as error:
+            raise BadInput(
+                f"{error} Without the file training starts anew. (An earlier lmpatch wrote none with a hash.)"
+            ) from error
+
+    def _take(self, head: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+        values, good, moments = self.task.values, dict[str, Tensor](), dict[str, dict[str, Tensor]]()
+        step, seconds, losses, curve = json.loads(head["state"])
+        if not step >= max([0, *(point["step"] for point in curve)]):
+            raise ValueError("its curve is longer than its training")
+        for path, tensor in tensors.items():
             part, _, name = path.partition("/")
-            if part == "value":
-                self.task.values[name].copy_(value)
+            key, _, name = name.partition("/") if part == "moment" else (part, "", name)
+            if key != "step" and (tensor.shape, tensor.dtype) != (values[name].shape, values[name].dtype):
+                raise ValueError(f"{path} does not fit what is trained")
+            if part == "moment":
+                moments.setdefault(name, {})[key] = tensor
             elif part == "good":
-                self.good[name] = value.to(self.task.values[name].device)
-            else:
-                key, _, name = name.partition("/")
-                self._moments.setdefault(name, {})[key] = value
+                good[name] = tensor.to(values[name].device)
+        new = {name: tensors[f"value/{name}"] for name in values}
+        for name, tensor in new.items():
+            values[name].copy_(tensor)
+        self.step, self.seconds, self.losses, self.curve = step, float(seconds), losses, curve
+        self.good, self._moments = good, moments
 
 
 def _trained(optimiser: Optimizer) -> Sequence[Tensor]:

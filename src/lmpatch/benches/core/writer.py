@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from ...data.edits import Edit
+from ...data.matching import find
 from ...errors import BadInput, CannotMount, Diverged, ForeignWrite, SubjectNotFound
 from ...models.lm import LM
 from ...patches.ledger import Applied, applied, apply
@@ -84,7 +85,7 @@ def fit(lm: LM, make: Make, edits: Sequence[Edit]) -> Fitted:
         try:
             patch = make(lm, [edits[i] for i in left])
         except (SubjectNotFound, Diverged) as error:
-            lost = [i for i in left if not (edits[i].subject and edits[i].subject in edits[i].prompt)]
+            lost = [i for i in left if find(edits[i].prompt, edits[i].subject) < 0]
             wrong = lost if lost and isinstance(error, SubjectNotFound) else left
             refused |= dict.fromkeys(wrong, f"refused: {type(error).__name__}: {error}")
     synchronise(lm)

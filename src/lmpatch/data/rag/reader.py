@@ -2,7 +2,8 @@
 
 A source is told from its records:
 
-``squad``   the official layout (``{"data": [{"title", "paragraphs": [...]}]}``), or one question a line::
+``squad``   the official layout (``{"data": [{"title", "paragraphs": [...]}]}``), or one question a line; ``title`` is
+            optional, and questions whose answers do not stand in their passage are left out, with a warning::
 
     {"id": "q1", "title": "Normans", "context": "...", "question": "...", "answers": [{"text": "France"}]}
 
@@ -15,15 +16,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from ...errors import BadInput, BadRecord
 from ...files import new_folder
-from ..lines import Line, only, parsed, read_records, text_of, texts_of
+from ..lines import LISTED, Line, Source, as_text, name_of, only, parsed, read_records, text_of, texts_of
 from ..matching import whole
 from .build import Build, Sets, build
 from .record import Part, Question, RagRecord, render
@@ -44,7 +46,7 @@ SHOWN = (
 """Questions with answers that stand before the one asked."""
 
 
-def read_rag(path: str | Path, *, part: Part = "train", limit: int | None = None) -> list[RagRecord]:
+def read_rag(path: Source, *, part: Part = "train", limit: int | None = None) -> list[RagRecord]:
     """The records of one part, from a built file or a raw one, built with the default ``Build``.
 
     Args:
@@ -55,6 +57,8 @@ def read_rag(path: str | Path, *, part: Part = "train", limit: int | None = None
     """
     if limit is not None and limit < 1:
         raise BadInput(f"limit is {limit}; give 1 or more.")
+    if not isinstance(path, (str, Path)):  # read twice
+        path = [record for _, _, record in parsed(path)]
     seen: Counter[str] = Counter()
     kept = []
     for record in read_built(path) if is_built(path) else build(read_questions(path)).records:
@@ -63,7 +67,9 @@ def read_rag(path: str | Path, *, part: Part = "train", limit: int | None = None
             if limit is None or seen[record.kind + record.variant] <= limit:
                 kept.append(record)
     if not kept:
-        raise BadInput(f"{path} holds no records of the part {part}. Give the other file of `lmpatch data rag`.")
+        raise BadInput(
+            f"{name_of(path)} holds no records of the part {part}. Give the other file of `lmpatch data rag`."
+        )
     return kept
 
 
@@ -74,79 +80,90 @@ def _read(path: str | Path, *, limit: int | None = None, check: bool = False) ->
 RagRecord.read = staticmethod(_read)  # type: ignore[method-assign]  # here, since a raw file is built on the way in
 
 
-def is_built(path: str | Path) -> bool:
+def is_built(path: Source) -> bool:
     """Whether a file holds built records rather than their source; told from its first record."""
-    return "kind" in next((record for _, record in parsed(Path(path)) if isinstance(record, dict)), ())
+    return "kind" in next((record for _, _, record in parsed(path) if isinstance(record, Mapping)), ())
 
 
-def read_built(path: str | Path) -> list[RagRecord]:
+def read_built(path: Source) -> list[RagRecord]:
     """Read a file that ``write`` made, or one by hand."""
 
     def make(record: Line, place: int) -> RagRecord:
         only(record, [field.name for field in fields(RagRecord)])
         values: dict[str, Any] = {name: texts_of(record, name) for name in ("documents", "gold")}
-        values |= {name: text_of(record, name, "") for name in record if name not in (*values, "id")}
-        return RagRecord(**{"question": "", **values, "id": str(record.get("id", place))})
+        given = [name for name in record if name not in (*values, "id") and record[name] is not None]
+        values |= {"question": "", **{name: text_of(record, name) for name in given}}
+        return RagRecord(**values, id=text_of(record, "id", str(place), numbers=True))
 
-    return [record for _, record in read_records(Path(path), make)]
+    return [record for _, record in read_records(path, make)]
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """Read a source. What cannot be read, without documents or an answer, is named as by ``read_rag``."""
+def read_questions(path: Source) -> list[Question]:
+    """Read a source. What cannot be read, without documents or an answer, is named as by ``read_rag``.
+
+    Warns:
+        UserWarning: how many questions are left out since no answer of theirs stands in its passage; ten by name.
+    """
     made: list[Question] = []
-    logs: list[list[str]] = []  # the documents of each log
+    logs: list[tuple[str, ...]] = []  # the documents of each log
+    astray: list[str] = []
 
     def make(record: Line, place: int) -> None:
-        if "data" in record:
-            made.extend(_official(record))
-        elif "documents" in record:
-            made.append(_log(record, str(record.get("id", place))))
-            logs.append(record["documents"])
+        if isinstance(record.get("paragraphs"), list):
+            made.extend(_official(record, f"article {place}", astray))
+        elif record.get("documents") is not None:
+            made.append(_log(record, text_of(record, "id", str(place), numbers=True)))
+            logs.append(texts_of(record, "documents"))
         elif "context" in record:
-            made.append(_flat(record, str(record.get("id", place))))
+            made.extend(_flat(record, text_of(record, "id", str(place), numbers=True), astray))
         else:
             raise BadRecord(
-                f"unknown shape with keys {', '.join(record) or 'none'}. A log has question, documents and answer; "
-                "a SQuAD record has context, question and answers"
+                f"unknown shape with keys {', '.join(map(str, record)) or 'none'}. A log has question, documents and "
+                "answer; a SQuAD record has context, question and answers"
             )
 
-    read_records(Path(path), make)
+    read_records(path, make)
+    if astray:
+        shown = "; ".join(astray[:LISTED]) + (f"; and {len(astray) - LISTED} more" if len(astray) > LISTED else "")
+        warnings.warn(f"{len(astray)} answers do not stand in their passages and are left out: {shown}.", stacklevel=2)
     if not made:
-        raise BadInput(f"{path} holds no questions.")
+        raise BadInput(f"{name_of(path)} holds no questions.")
     if len(logs) not in (0, len(made)):
-        raise BadInput(f"{path} mixes logs and SQuAD records. Give one sort in a file.")
+        raise BadInput(f"{name_of(path)} mixes logs and SQuAD records. Give one sort in a file.")
     return _grouped(made, logs) if logs else made
 
 
-def _official(record: Line) -> Iterator[Question]:
+def _official(record: Line, article: str, astray: list[str]) -> Iterator[Question]:
     try:
-        for article in record["data"]:
-            for paragraph in article["paragraphs"]:
-                for number, qa in enumerate(paragraph["qas"]):
-                    id = str(qa.get("id", number))
-                    try:
-                        yield _flat({"title": article["title"], "context": paragraph["context"], **qa}, id)
-                    except BadRecord as error:  # the whole file is one line
-                        raise BadRecord(f"question {id}: {error}") from None
-    except (KeyError, TypeError) as error:
+        for paragraph in record["paragraphs"]:
+            for number, qa in enumerate(paragraph["qas"]):
+                id = text_of(qa, "id", str(number), numbers=True)
+                try:
+                    whole = {"title": record.get("title"), "context": paragraph["context"], **qa}
+                    yield from _flat(whole, id, astray, article)
+                except BadRecord as error:  # the whole article is one record
+                    raise BadRecord(f"question {id}: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
         raise BadRecord(f"not the official SQuAD layout: {error!r}") from None
 
 
-def _flat(record: Line, id: str) -> Question:
-    title, context, question = (text_of(record, key) for key in ("title", "context", "question"))
-    given: Any = record.get("answers") or []
-    given = given.get("text", []) if isinstance(given, dict) else given  # a column of texts, as some copies have it
-    texts: list[Any] = [a.get("text") if isinstance(a, dict) else a for a in given]
-    if not all(isinstance(text, str) for text in texts):
-        raise BadRecord(f"answers must be a list of texts, or of objects with text, found {given!r}")
+def _flat(record: Line, id: str, astray: list[str], article: str = "") -> Iterator[Question]:
+    """The question, unless no answer of it stands in the context; without a title, one context is one article."""
+    title, context, question = text_of(record, "title", ""), text_of(record, "context"), text_of(record, "question")
+    given = record.get("answers")
+    given = as_text(given.get("text") if isinstance(given, dict) else given)  # a column of texts, as some copies have
+    given = [given] if isinstance(given, str) else given
+    if isinstance(given, list | tuple):
+        given = [answer.get("text") if isinstance(answer, dict) else answer for answer in given]
     if not context.strip():
         raise BadRecord("the context is empty")
-    answers = _distinct(texts)
+    answers = _distinct(texts_of({"answers": given}, "answers"))
     if not answers and record.get("is_impossible") is not True:
         raise BadRecord("no answers, and is_impossible is not true")
-    if absent := [answer for answer in answers if answer not in context]:
-        raise BadRecord(f"the answer {absent[0]!r} does not stand in its context")
-    return Question(id, title, context, question, answers, answers, title)
+    held = tuple(answer for answer in answers if answer in context)
+    astray += [f"{answer!r} of question {id}" for answer in answers if answer not in context]
+    if held or not answers:
+        yield Question(id, title or article or " ".join(context.split()), context, question, held, held, title)
 
 
 def _log(record: Line, id: str) -> Question:
@@ -154,8 +171,8 @@ def _log(record: Line, id: str) -> Question:
     documents = texts_of(record, "documents")
     if not documents or not all(map(str.strip, documents)):
         raise BadRecord("documents must be a list of one or more texts, none of them empty")
-    given = record.get("answer", record.get("answers"))
-    gold = _distinct([given] if isinstance(given, str) else texts_of({"answer": given or []}, "answer"))
+    given = as_text(record.get("answers") if record.get("answer") is None else record["answer"])
+    gold = _distinct([given] if isinstance(given, str) else texts_of({"answer": given}, "answer"))
     if not gold:
         raise BadRecord("answer is missing or empty; give a text, or a list of texts")
     holding = [d for d in documents if any(has_words(d, answer) for answer in gold)]

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from ...errors import BadInput
 from ..context import Prompted
+from ..lines import check_text
 
 Kind = Literal["adherence", "robustness", "extraction"]
 Variant = Literal["original", "substituted", "mixed", "foreign", "unanswerable", "three"]
@@ -71,6 +72,7 @@ class RagRecord(Prompted):
     without_context: str = ""
 
     def __post_init__(self) -> None:
+        check_text(vars(self))
         if not self.question.strip():
             raise BadInput("a record has no question. Give question, documents and answer.")
         if not self.documents or not all(document.strip() for document in self.documents):

@@ -89,13 +89,12 @@ class _Mining(Task):
     def optimiser(self, step: int) -> torch.optim.Optimizer:
         return torch.optim.AdamW([self.leaf], lr=self.cfg.mine_lr, weight_decay=self.cfg.decay)
 
+    @torch.enable_grad()  # as a decorator: see ``Loop``
     def learn(self, step: int) -> dict[str, float]:
         if step == 0:
             self.counts.copy_(active_tokens(self.lm, self.seen))
         rows = draws(self.rows, self.cfg.mine_rows, step, self.seed, self.cfg.known_share)
-        with torch.enable_grad():
-            loss = self.adapter.loss(self.lm, rows, self.world)
-            (self.leaf.grad,) = torch.autograd.grad(loss, self.leaf)
+        (self.leaf.grad,) = torch.autograd.grad(self.adapter.loss(self.lm, rows, self.world), self.leaf)
         self.world.sum([self.leaf.grad])
         self.spent += self.tracker.update(self.leaf.grad) if self.cfg.update_point == "before_step" else 0.0
         return {}

@@ -45,6 +45,7 @@ def by_tokens(rows: Mapping[str, Sequence[Row]]) -> Mix:
     return {"entangled": {kind: count / sum(counts.values()) for kind, count in counts.items()}}
 
 
+@torch.enable_grad()
 def gradients(
     lm: LM, adapter: Adapter, rows: Mapping[str, Sequence[Row]], mix: Mix, world: World = SINGLE
 ) -> dict[Type, Tensor]:
@@ -55,9 +56,7 @@ def gradients(
         users = [t for t in total if mix[t].get(kind, 0.0)]
         if not users or not rows.get(kind):
             continue
-        with torch.enable_grad():
-            loss = adapter.loss(lm, rows[kind], world)
-            grads = torch.autograd.grad(loss, [adapter.leaves[t] for t in users])
+        grads = torch.autograd.grad(adapter.loss(lm, rows[kind], world), [adapter.leaves[t] for t in users])
         for t, grad in zip(users, grads, strict=True):
             total[t].add_(grad, alpha=mix[t][kind])
     world.sum(list(total.values()))

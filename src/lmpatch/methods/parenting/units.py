@@ -126,7 +126,7 @@ class Adapter:
 
     def loss(self, lm: LM, rows: Sequence[Row], world: World = SINGLE) -> Tensor:
         """``answer_loss`` of the rows under the change."""
-        with hooked(*self.hooks(lm)):
+        with lm.lock, hooked(*self.hooks(lm)):
             return answer_loss(lm, rows, world)
 
     def deltas(self, lm: LM) -> dict[str, Delta]:

@@ -125,8 +125,7 @@ def locality_loss(
         before = torch.cat([states.detach()[:0], *in_order])
 
         def loss(z: Tensor, part: slice, before: Tensor = before) -> Tensor:
-            with torch.no_grad():
-                p = logits(lm, before[part]).log_softmax(-1)
+            p = torch.no_grad()(logits)(lm, before[part]).log_softmax(-1)
             return (p.exp() * (p - z.log_softmax(-1))).sum(-1)
 
         each = _backward(lm, states, loss)

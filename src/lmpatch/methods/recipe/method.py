@@ -87,11 +87,11 @@ def _training_bytes(lm: LM, net: Network, texts: int) -> int:
     return 2 * net.inputs * texts + 16 * learned + 4 * (batch + 3 * HEAD_CHUNK * layout.vocab)
 
 
+@torch.no_grad()
 def typical_embeddings(lm: LM) -> Tensor:
     """Outputs of the embedding module for the tokens of a sentence: [n, d_model]."""
     ids = lm.tokenizer("The quick brown fox jumps over the lazy dog near Paris in 1999.")["input_ids"]
-    with torch.no_grad():
-        out: Tensor = lm.module(lm.layout.embed)(torch.tensor(ids, device=lm.device))
+    out: Tensor = lm.module(lm.layout.embed)(torch.tensor(ids, device=lm.device))
     return out.float().cpu()
 
 

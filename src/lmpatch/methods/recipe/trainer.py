@@ -88,14 +88,14 @@ class Trainer(Task):
         start, end = (0, cfg.key_steps) if step < cfg.key_steps else (cfg.key_steps, cfg.key_steps + cfg.prompt_steps)
         return linear(step - start, end - start, cfg.warmup, cfg.final)
 
+    @torch.enable_grad()
     def learn(self, step: int) -> dict[str, float]:
         """The losses of the step's part, backpropagated."""
         draw = random.Random(f"{self.cfg.seed}/{step}")
         size, start = (self.cfg.prompt_batch, self.cfg.key_steps) if self.second else (self.cfg.key_batch, 0)
         places = batch(len(self.edits), size, self.cfg.seed, step - start)
         samples = [sample(self.edits[i], self.unrelated, draw) for i in places]
-        with torch.enable_grad():
-            terms = self._learn_prompts(samples, draw) if self.second else self._learn_keys(samples, draw)
+        terms = self._learn_prompts(samples, draw) if self.second else self._learn_keys(samples, draw)
         self.world.mean([p.grad for p in self.net.parameters() if p.grad is not None])
         return terms
 
@@ -237,7 +237,7 @@ class Features:
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         own, device = self.world.part(texts), self.net.scale.device
-        with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()):
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                features = self.net.features(own) if own else torch.zeros(0, self.net.inputs, device=device)
-            return self.world.gathered(features.float(), len(texts))
+        encode = torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)(self.net.features)
+        encode = encode if self.learning else torch.no_grad()(encode)
+        features = encode(own) if own else torch.zeros(0, self.net.inputs, device=device)
+        return self.world.gathered(features.float(), len(texts))

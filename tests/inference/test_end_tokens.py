@@ -1,0 +1,67 @@
+"""Special tokens that a tokenizer adds behind a text are no part of a prompt or a target, and a start token is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import BOS, EOS, PAD, tiny_lm, tiny_model, tiny_tokenizer
+from tokenizers import processors
+
+from lmpatch.inference.generate import generate, stream
+from lmpatch.inference.multiple_choice import next_logits, option_tokens
+from lmpatch.inference.score import score
+from lmpatch.inference.states import hidden
+from lmpatch.inference.tokens import encode
+from lmpatch.models.lm import LM
+from lmpatch.models.load import wrap
+
+PROMPTS, TARGETS = ["The Eiffel Tower is in", "Apple"], ["Rome", "was founded"]
+NAMES = {"<eos>": EOS, "<pad>": PAD, "<bos>": BOS}
+
+
+def ending(template: str) -> Any:
+    """The tiny tokenizer with another post-processor."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, pair=f"{template} {template.replace('$A', '$B')}", special_tokens=list(NAMES.items())
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("ends", ["<eos>", "<pad>", "<eos> <eos>", "<pad> <eos>", "<bos>"])
+@pytest.mark.parametrize("start", ["<bos> ", ""])
+def test_tokens_added_behind_a_text_are_left_out_everywhere(start: str, ends: str) -> None:
+    model = tiny_model("llama")
+    plain, lm = (wrap(model, ending(start + text)) for text in ("$A", f"$A {ends}"))
+    for prompt, target in zip(PROMPTS, TARGETS, strict=True):
+        assert encode(lm, prompt, target) == encode(plain, prompt, target)
+        assert encode(lm, prompt, target, prompt.split()[0]) == encode(plain, prompt, target, prompt.split()[0])
+    assert encode(lm, "").ids == encode(plain, "").ids
+    assert score(lm, PROMPTS, TARGETS) == score(plain, PROMPTS, TARGETS)
+    assert generate(lm, PROMPTS, max_new_tokens=5) == generate(plain, PROMPTS, max_new_tokens=5)
+    assert list(stream(lm, PROMPTS[0], max_new_tokens=5)) == list(stream(plain, PROMPTS[0], max_new_tokens=5))
+    assert hidden(lm, PROMPTS).equal(hidden(plain, PROMPTS))
+    assert next_logits(lm, PROMPTS, [40, 50]).equal(next_logits(plain, PROMPTS, [40, 50]))
+    assert option_tokens(lm, *(PROMPTS[0], TARGETS)) == option_tokens(plain, *(PROMPTS[0], TARGETS))
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return tiny_lm("llama")
+
+
+@pytest.mark.parametrize("typed", ["<bos>", "<bos><bos>"])
+def test_a_typed_start_token_does_not_double(lm: LM, typed: str) -> None:
+    for prompt in PROMPTS:
+        row, plain = (
+            encode(lm, typed + prompt, "Rome", prompt.split()[0]),
+            encode(lm, prompt, "Rome", prompt.split()[0]),
+        )
+        assert row == plain
+    assert generate(lm, typed + PROMPTS[0], max_new_tokens=4) == generate(lm, PROMPTS[0], max_new_tokens=4)
+
+
+def test_a_start_token_within_a_text_and_an_end_token_that_was_typed_stay(lm: LM) -> None:
+    assert encode(lm, "Apple <bos> is<eos>").ids.count(BOS) == 2
+    assert encode(lm, "Apple<eos>").ids[-1] == EOS
