@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
 
 import pytest
+from snapshot import Lines, changed, spread, state
+from snapshot import name as place
 from tiny import CORE, tiny_lm
 
 from lmpatch import registry
-from lmpatch.patches.ledger import applied
-from lmpatch.provenance import hash_tensors
 
 PROBES = registry.names("probes")
+POINTS = 40  # lines of a run at which it is interrupted
 RESUMING = [name for name in PROBES if "out" in inspect.signature(registry.get("probes", name).run).parameters]
-
-
-def bits(lm: Any) -> str:
-    return hash_tensors(sorted(lm.model.state_dict().items()), exact=True)
 
 
 @pytest.mark.parametrize("family", CORE)
@@ -26,10 +22,9 @@ def bits(lm: Any) -> str:
 def test_the_model_is_as_it_was_and_a_run_repeats(name: str, family: str) -> None:
     probe, lm = registry.get("probes", name), tiny_lm(family)
     data, cfg = probe.example(lm)
-    before = bits(lm)
+    before = state(lm)
     one, two = (probe.run(lm, data, cfg) for _ in range(2))
-    assert bits(lm) == before and not applied(lm)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    assert changed(before, state(lm)) == []
     assert one.table() == two.table()
 
 
@@ -52,15 +47,11 @@ def test_a_result_has_a_row_a_record_and_is_saved_the_same_twice(name: str, tmp_
 def test_an_interrupted_run_leaves_the_model_as_it_was(name: str) -> None:
     probe, lm = registry.get("probes", name), tiny_lm("llama")
     data, cfg = probe.example(lm)
-    before = bits(lm)
-
-    def stop(done: int, total: int, what: str) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        probe.run(lm, data, cfg, progress=stop)
-    assert bits(lm) == before
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    before, lines = state(lm), Lines(lambda: probe.run(lm, data, cfg))
+    for line in spread([*lines.times], POINTS):
+        for time in {1, lines.times[line]}:
+            assert lines.interrupted(line, time)
+            assert changed(before, state(lm)) == [], f"{place(line)}, time {time}"
 
 
 @pytest.mark.parametrize("name", RESUMING)

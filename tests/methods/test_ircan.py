@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from snapshot import Lines, changed, name, state
 from tiny import TEXT, tiny_lm
 from torch import Tensor
 
@@ -314,3 +316,18 @@ def test_its_memory_grows_with_the_budget_and_a_search() -> None:
     lm = tiny_lm("llama")
     need = ircan.estimate(lm, 2, CFG)
     assert ircan.estimate(lm, 2, replace(CFG, budget=2 * CFG.budget)) > need > CFG.budget << 20
+
+
+def test_an_interrupt_while_the_winner_is_measured_leaves_the_model_as_it_was() -> None:
+    lm, cfg = tiny_lm("llama"), replace(CFG, search_neurons=(2,), search_factors=(30.0,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scores = integrated_gradients.run(lm, RECORDS, cfg)
+        before, lines = state(lm), Lines(lambda: ircan.fit(lm, RECORDS, cfg, scores=scores))
+        files = ("/methods/ircan/method", "/locate/trial", "/patches/ledger")
+        own = [line for line in lines.times if name(line).startswith(files)]
+        for line in own:
+            for time in {1, lines.times[line]}:
+                assert lines.interrupted(line, time)
+                assert changed(before, state(lm)) == [], f"{name(line)}, time {time}"
+    assert any("trial" in name(line) for line in own)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from snapshot import Lines, changed, name, state
 from tiny import real_gemma, tiny_lm
 
 from lmpatch.data.edits import Edit
@@ -139,3 +140,12 @@ def test_gemma_takes_three_facts_in_one_commit() -> None:
     with apply(lm, memit.fit(lm, edits, memit.Config(long_prefixes=1, moment_tokens=4096))):
         told = generate(lm, [e.prompt for e in edits], max_new_tokens=4)
     assert sum(t.strip().startswith(e.target) for t, e in zip(told, edits, strict=True)) >= 2
+
+
+def test_an_interrupt_while_layers_are_written_leaves_the_model_as_it_was() -> None:
+    lm = tiny_lm("llama")
+    before, lines = state(lm), Lines(lambda: memit.fit(lm, EDITS, CFG))
+    for line in [line for line in lines.times if name(line).startswith(("/methods/memit", "/locate/trial"))]:
+        for time in {1, lines.times[line]}:
+            assert lines.interrupted(line, time)
+            assert changed(before, state(lm)) == [], f"{name(line)}, time {time}"

@@ -22,10 +22,11 @@ from ..locate import covariance, value_search
 from ..locate.covariance import Covariance, cholesky, estimate_covariance, null_space
 from ..locate.prefixes import prefixed, prefixes
 from ..locate.solve import projected, woodbury
+from ..locate.trial import trial
 from ..locate.value_search import Values, search
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
-from ..patches.ledger import applied, apply
+from ..patches.ledger import applied
 from ..patches.weight.delta import Delta, LowRank
 from ..patches.weight.patch import WeightPatch
 from ..progress import Progress
@@ -149,7 +150,7 @@ def _write(
             kept[layer] = keys.float()
             if place + 1 < len(layers):
                 part = WeightPatch.make(lm, {name: deltas[name]}, method="memit", config=cfg, edits=(), seconds=0.0)
-                stack.enter_context(apply(lm, part, mount="side", strict=False))  # made for this very model
+                stack.enter_context(trial(lm, part, "side", strict=False))  # made for this very model
     return deltas, kept
 
 
@@ -187,7 +188,7 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
             keys[pick] = args[0].reshape(n, -1, f)[:, -1].float()
             outputs[pick] = first(output).reshape(n, -1, d)[:, -1].float()
 
-        with hooked(Hook(lm.module(lm.layout.downs[layer]), see)):
+        with lm.lock, hooked(Hook(lm.module(lm.layout.downs[layer]), see)):
             states[pick] = blocks(lm, ids, mask, position_ids=positions(mask), last=last)[:, -1].float()
     grouped = keys.reshape(len(edits), len(heads), f)
     mixed = grouped[:, 0] if len(heads) == 1 else (grouped[:, 0] + grouped[:, 1:].mean(1)) / 2

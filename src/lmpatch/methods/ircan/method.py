@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...data.context import ContextRecord, brief
-from ...errors import BadInput, CannotMount
+from ...errors import BadInput
 from ...locate import neurons as _neurons
+from ...locate.trial import trial
 from ...models.lm import LM
 from ...models.units import Neuron
-from ...patches.ledger import Applied, apply
 from ...patches.weight.patch import WeightPatch
 from ...probes.integrated_gradients import probe as integrated_gradients
 from ...probes.integrated_gradients.scores import Scores, differing
@@ -82,18 +82,10 @@ def fit(
     neurons = [neuron for neuron, _ in chosen]
     patch = _neurons.scaling(lm, neurons, factor, method="ircan", config=cfg, edits=brief(records), notes=notes)
     if settings:
-        with _mounted(lm, patch):
+        with trial(lm, patch, "bake", "side"):
             patch.notes["accuracy"] = float(accuracies(lm, records, [], [(0, 1.0)])[0])
     patch.made["seconds"] = round(time.perf_counter() - start, 3)
     return patch
-
-
-def _mounted(lm: LM, patch: WeightPatch) -> Applied:
-    """The weights edited; on the side where they cannot be written."""
-    try:
-        return apply(lm, patch)
-    except CannotMount:  # offloaded or quantised
-        return apply(lm, patch, mount="side")
 
 
 def _found(
