@@ -16,11 +16,11 @@ def checksum(stored: Tensor) -> int:
     One changed number always shows. Of other writes, also those that keep every row's and column's sum, one in about
     2^64 does not.
     """
-    rows = stored.detach().reshape(len(stored) if stored.ndim else 1, -1)  # a vector is a column
+    rows = stored.detach().reshape(len(stored) if stored.ndim else 1, -1).contiguous()  # a vector is a column
     if not rows.numel():
         return 0
     size, width = rows.element_size(), rows.shape[1]
-    whole = rows.is_contiguous() and width * size % 8 == 0 and rows.storage_offset() * size % 8 == 0
+    whole = width * size % 8 == 0 and rows.storage_offset() * size % 8 == 0
     bits = rows.view(torch.int64 if whole else BITS[size])
     keys, sums = _keys(bits.shape[1], 0).to(bits.device), []
     for piece in bits.split(max(1, 2**22 // width)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import CannotMount, ForeignWrite
 from ...models.checksum import checksum
@@ -20,11 +20,12 @@ from ..base import is_plain
 from .delta import FLOATS, Addition, Changes, Delta, Scale
 from .target import Target
 
+
 class Baked:
     """The changes written into one weight. It keeps the original, on the weight's device."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, target: Target, model: nn.Module) -> None:
+        self.target, self.model = target, model
         self.original = target.parameter.detach().clone()
         self.changes: Changes = {}
         self._checksum = checksum(self.original)
@@ -45,18 +46,19 @@ class Baked:
         """Make the weight the original with exactly these changes; what replaced it in the model, too."""
         self.changes = changes
         value = self._rebuilt([*changes.values()]) if changes else self.target.oriented(self.original)
-        for weight in {id(p): p for p in (self.target.parameter, *self.target.present())}.values():
+        for weight in (self.target.parameter, *self.target.present(self.model)):
             if weight.is_floating_point() and weight.ndim == self.original.ndim:
                 there = self.target.oriented(weight.detach())  # no no_grad block: a Ctrl-C at its end would leave it on
-                common = [slice(min(sizes)) for sizes in zip(there.shape, value.shape, strict=True)]  # of a resized one
-                there[common].copy_(value[common])
+                out, width = map(min, there.shape, value.shape)  # what a resized weight still has
+                there[:out, :width].copy_(value[:out, :width])
         self._checksum = checksum(self.target.parameter)
 
     def check(self) -> None:
         """Raise ``ForeignWrite`` unless the weight is as it was left here."""
         now, left = self.target.parameter, self.original
-        same = now.shape == left.shape and now.dtype == left.dtype and not self.target.replaced
-        if not same or checksum(now) != self._checksum:
+        same = now.shape == left.shape and now.dtype == left.dtype
+        alone = [p.data_ptr() for p in self.target.present(self.model)] == [now.data_ptr()]
+        if not same or not alone or checksum(now) != self._checksum:
             raise ForeignWrite(
                 f"{self.target.name} was written or replaced by someone else while a patch is baked into it. Take "
                 "patches off before you train or convert the model. remove(force=True) restores the original and drops "

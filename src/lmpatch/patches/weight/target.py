@@ -20,7 +20,6 @@ from ..base import has_values
 class Target:
     """A weight of a model."""
 
-    model: nn.Module
     names: tuple[str, ...]
     """Every name it goes by: a head tied to the embedding has two."""
     module: nn.Module
@@ -45,17 +44,12 @@ class Target:
         parameter: nn.Parameter = getattr(self.module, self.attribute)
         return parameter
 
-    def present(self) -> list[Tensor]:
-        """What its names stand for in the model now, each weight once. If nobody replaced a layer or untied a head, it
-        is ``parameter`` alone."""
-        named = self.model.named_parameters(remove_duplicate=False)
+    def present(self, model: nn.Module) -> list[Tensor]:
+        """What its names stand for in the model now, each weight once: ``parameter`` alone, unless someone replaced a
+        layer or untied a head."""
+        named = model.named_parameters(remove_duplicate=False)
         found = [p for name, p in named if name in self.names or p is self.parameter]
         return [*{_storage(p): p for p in found}.values()]
-
-    @property
-    def replaced(self) -> bool:
-        """The weight it was made for is no longer what the model uses under its names."""
-        return [_storage(p) for p in self.present()] != [_storage(self.parameter)]
 
     @property
     def vector(self) -> bool:
@@ -100,8 +94,8 @@ def _target(model: nn.Module, name: str, names: tuple[str, ...]) -> Target:
     if isinstance(module, nn.Linear) and attribute == "weight":
         shape = (module.out_features, module.in_features)  # a quantised weight is stored in another shape
     if len(shape) == 1:
-        return Target(model, names, module, attribute, (*shape, 1), False, _offset(module, attribute))
-    return Target(model, names, module, attribute, shape[::-1] if transposed else shape, transposed)
+        return Target(names, module, attribute, (*shape, 1), False, _offset(module, attribute))
+    return Target(names, module, attribute, shape[::-1] if transposed else shape, transposed)
 
 
 @torch.no_grad()
