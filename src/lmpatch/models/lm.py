@@ -16,7 +16,6 @@ from ..provenance import hash_tensors
 from .checksum import checksum
 from .layout import Layout
 
-_guard = threading.Lock()
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # not on the model: it must stay copyable
 
 PLACE = "\u2983words\u2984"
@@ -76,8 +75,7 @@ class LM:
 
         It belongs to ``model``: every ``LM`` of one model has the same. One thread may take it again.
         """
-        with _guard:
-            return _locks.setdefault(self.model, threading.RLock())
+        return _locks.setdefault(self.model, threading.RLock())  # one step: nothing to guard, or to leave locked
 
     @property
     def dtype(self) -> torch.dtype:

@@ -95,9 +95,15 @@ def apply(lm: LM, patch: Patch, mount: Mount | None = None, *, strict: bool = Tr
             f"a {patch.method} patch of kind {patch.kind} cannot be mounted {mount!r}. Pass mount={patch.mounts[0]!r}, "
             "or leave mount out."
         )
-    with lm.lock:
-        check(lm, patch, strict=strict)
-        return _ledger(lm.model).put(Applied(lm, patch, mount, strict=strict))
+    on = Applied(lm, patch, mount, strict=strict)
+    try:
+        with lm.lock:
+            check(lm, patch, strict=strict)
+            _ledger(lm.model).put(on)
+        return on
+    except BaseException:  # a Ctrl-C behind the last line: nobody would have what takes it off
+        on.remove(force=True)
+        raise
 
 
 def check(lm: LM, patch: Patch, *, strict: bool = True) -> None:
@@ -168,14 +174,13 @@ class Ledger:
         """What the patches do in lmpatch's own calls, in the order they went on."""
         return tuple(one for on in self.applied for one in on.handle.interventions)
 
-    def put(self, on: Applied) -> Applied:
+    def put(self, on: Applied) -> None:
         """Put a patch on. It is in the ledger, and the ledger on the model, before anything is written or hooked."""
         on.handle = on.patch.attach(on.lm, on.mount, [other.handle for other in self.applied])
         try:
             self.applied.append(on)
             self.model._lmpatch_ledger = self
             on.handle.enable()
-            return on
         except BaseException:
             on.handle.disable()
             self._drop(on)
