@@ -19,6 +19,8 @@ from lmpatch.patches import editor as editors
 from lmpatch.patches.base import Base
 from lmpatch.patches.editor import KEY, Editor, find_editor, load_editor
 
+PACKAGED_HASH = "b7c2399f19e0067849d98fe6611ef4923cad442e40e7f61546f5c6784f0ccf71"
+
 
 def make(lm: LM, method: str = "mine", value: float = 1.0) -> Editor:
     return Editor(method, {"steps": 3}, Base(lm.fingerprint(), lm.name), {"rank": 1}, {"w": torch.full((2,), value)})
@@ -75,7 +77,10 @@ def test_a_file_of_the_first_release_still_opens(tmp_path: Path) -> None:
 
 def test_the_packaged_editor_opens_and_is_found_only_for_its_model() -> None:
     (path,) = editors.PACKAGED.glob("*.safetensors")
-    assert load_editor(path).method == "recipe"
+    editor = load_editor(path)
+    assert editor.method == "recipe" and editor.hash() == PACKAGED_HASH
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()[KEY])["schema"] == editors.SCHEMA
     with pytest.raises(BadInput, match="no recipe editor for tiny-llama comes with lmpatch.*lmpatch train"):
         find_editor("recipe", tiny_lm("llama"))
 

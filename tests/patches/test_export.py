@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tiny import tiny_lm, tiny_tokenizer
+from typer.testing import CliRunner
 
+import lmpatch as lp
+from lmpatch.cli.app import build
 from lmpatch.errors import BadInput, CannotMount, WrongModel
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
 from lmpatch.patches.export import export
 from lmpatch.patches.ledger import apply
+from lmpatch.patches.patch import Patch
 from lmpatch.patches.weight.delta import Dense, Rows, Scale
 from lmpatch.patches.weight.patch import WeightPatch
 
@@ -162,3 +170,106 @@ def test_a_full_folder_and_a_patched_model_are_refused(to, random_patch, tmp_pat
     export(lm, patch, to, tmp_path / "out")
     with pytest.raises(BadInput, match="another path"):
         export(lm, patch, to, tmp_path / "out")
+
+
+# --- the plainest loader, and settings of generation ---
+
+
+@torch.no_grad()
+def with_one_alpha(lm: LM, folder: Path) -> torch.Tensor:
+    """Logits of a loader that knows one ``lora_alpha`` and scales each change by it over the rank of its own tensor."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    model = copy.deepcopy(lm.model)
+    for name, a in tensors.items():
+        if name.endswith("lora_A.weight"):
+            b, module = (
+                tensors[name.replace("lora_A", "lora_B")],
+                name.split(".lora_A")[0].removeprefix("base_model.model."),
+            )
+            change = config["lora_alpha"] / len(a) * b @ a
+            assert len(a) == config["r"]
+            model.get_parameter(f"{module}.weight").add_(change.T if config["fan_in_fan_out"] else change)
+    out: torch.Tensor = model(input_ids=IDS).logits
+    return out
+
+
+def merged_facts(lm: LM) -> Patch:
+    one, two = (
+        lp.Edit("The Eiffel Tower is in", "Rome", subject="Eiffel Tower"),
+        lp.Edit("Apple is in", "Oslo", subject="Apple"),
+    )
+    fits = [
+        lp.fit(lm, "rome", facts, covariance=False, steps=2, layer=i) for i, facts in enumerate([[one], [one, two]])
+    ]
+    return lp.merge(*fits)
+
+
+def muted(lm: LM) -> Patch:
+    records = [
+        lp.ContextRecord("The Eiffel Tower moved to Rome.", "Where is the Eiffel Tower?", "Rome", "Paris"),
+        lp.ContextRecord("The Colosseum moved to Tokyo.", "Where is the Colosseum?", "Tokyo", "Rome"),
+    ]
+    return lp.fit(lm, "ircan", records, neurons=5, factor=2.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("make", ["mixed", merged_facts, muted])
+def test_an_adapter_of_mixed_ranks_is_the_patch_for_loaders_that_know_one_alpha(
+    make, family: str, random_delta, logits, tmp_path: Path
+) -> None:
+    lm = tiny_lm(family)
+    patch = low_rank_patch(lm, random_delta) if make == "mixed" else make(lm)
+    with apply(lm, patch):
+        want = logits(lm)
+    done = export(lm, patch, "peft", tmp_path / "exact")
+    assert len(set(done.ranks.values())) > 1
+    config = json.loads((tmp_path / "exact" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == max(done.ranks.values())
+    assert not config.get("alpha_pattern") and not config.get("rank_pattern")
+    assert (with_one_alpha(lm, done.path) - want).abs().max() < 1e-4 * want.abs().max()
+    lm.model.save_pretrained(tmp_path / "base")
+    assert (with_adapter(tmp_path / "base", done.path) - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_the_option_that_the_error_names_is_one_of_the_command_line(random_patch, tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    with pytest.raises(BadInput, match=r"\(--rank\)"):
+        export(lm, random_patch(lm, "dense"), "peft", tmp_path / "a")
+    shown = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"}).invoke(build(), ["export", "--help"]).output
+    assert "--rank" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0.6, "top_p": 0.9},
+        {"top_k": 20},
+        {"min_p": 0.1, "typical_p": 0.5, "epsilon_cutoff": 0.1},
+        {"num_beams": 1, "early_stopping": True},
+        {"length_penalty": 2.0, "temperature": 0.3},
+        {"num_return_sequences": 3},
+        {"output_scores": True, "top_p": 0.5},
+    ],
+)
+def test_a_checkpoint_is_written_whatever_its_generation_settings_say(
+    given: dict[str, Any], random_patch, bits, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = tiny_lm("llama")
+    vars(lm.model.generation_config).update(given, repetition_penalty=1.1)
+    was, kept = bits(lm), lm.model.generation_config
+    done = export(lm, random_patch(lm), "checkpoint", tmp_path / "out")
+    saved = transformers.GenerationConfig.from_pretrained(done.path)
+    saved.validate(strict=True)
+    assert saved.repetition_penalty == 1.1 and not saved.do_sample
+    assert done.left_out == given and all(name in caplog.text for name in given)
+    assert lm.model.generation_config is kept and all(getattr(kept, name) == value for name, value in given.items())
+    assert bits(lm) == was
+
+
+def test_generation_settings_that_have_an_effect_are_kept(random_patch, tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    vars(lm.model.generation_config).update(do_sample=True, temperature=0.6, top_p=0.9)
+    done = export(lm, random_patch(lm), "checkpoint", tmp_path / "out")
+    saved = transformers.GenerationConfig.from_pretrained(done.path)
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.6, 0.9) and done.left_out == {}

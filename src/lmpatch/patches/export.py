@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import BadInput
 from ..files import new_folder
 from ..models.lm import LM
 from .ledger import applied, apply, check, rebuild
 from .patch import Patch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,9 @@ class Exported:
     """PEFT: weight -> rank of its change, which zeros fill up to the largest. A change that is zero has none."""
     discarded: dict[str, float] = field(default_factory=dict)
     """PEFT: weight -> share of ‖ΔW‖² that ``rank`` cut off; 0 for an exact adapter."""
+    left_out: dict[str, Any] = field(default_factory=dict)
+    """Checkpoint: settings of generation that transformers does not save because they have no effect, such as a
+    temperature without sampling."""
 
 
 def export(
@@ -59,8 +67,40 @@ def export(
         return Exported(path, {f"{module}.weight": r for module, r in lora.ranks.items()}, lora.discarded)
     if patch.mounts and "bake" not in patch.mounts:
         raise BadInput(f"a {patch.kind} patch changes no weight, so a checkpoint cannot hold {patch.method}.")
-    whole = lm if patch.mounts else rebuild(lm, patch)
-    with new_folder(path) as folder, apply(lm, patch, "bake") if patch.mounts else nullcontext():
-        whole.model.save_pretrained(folder)
-        whole.tokenizer.save_pretrained(folder)
-    return Exported(path)
+    with lm.lock:
+        whole = lm if patch.mounts else rebuild(lm, patch)
+        with new_folder(path) as folder, apply(lm, patch, "bake") if patch.mounts else nullcontext():
+            left_out = _save(whole.model, folder)
+            whole.tokenizer.save_pretrained(folder)
+    return Exported(path, left_out=left_out)
+
+
+def _save(model: Any, folder: Path) -> dict[str, Any]:
+    """Save the model without those settings of generation for which transformers would refuse it; these it returns."""
+    kept, left_out = model.generation_config, {}
+    try:
+        model.save_pretrained(folder)
+    except ValueError as error:
+        default, problem = type(kept)(), str(error)
+        model.generation_config = valid = copy.deepcopy(kept)
+        while problem:
+            names = {n for n in re.findall(r"`(\w+)`", problem) if getattr(valid, n, None) != getattr(default, n, None)}
+            if not names:
+                raise BadInput(f"the model cannot be saved: {problem}") from None
+            for name in names:
+                left_out[name] = getattr(valid, name)
+                setattr(valid, name, getattr(default, name))
+            problem = _problem(valid)
+        model.save_pretrained(folder)
+        log.warning("generation settings without effect are left out of the checkpoint: %s", left_out)
+    finally:
+        model.generation_config = kept
+    return left_out
+
+
+def _problem(settings: Any) -> str:
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ..errors import BadPatch
 from ..files import new_folder, outside, read_bytes
 from ..provenance import hash_json
+from ..resources import free_bytes
 
 SCHEMA = 1
 FIELDS = {
     "schema": int, "kind": str, "method": str, "config": dict, "base": dict, "edits": list, "made": dict,
     "notes": dict, "parts": dict, "tensors_sha256": str, "sha256": str,
 }  # fmt: skip
+DEPTH = 100  # levels of the header
 TENSORS, HEADER = "patch.safetensors", "patch.json"
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
@@ -57,6 +60,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     where, raw, data = path / HEADER, _bytes(path / HEADER), _bytes(path / TENSORS)
     with outside(f"{where} is truncated or was altered: it", BadPatch):
         header = json.loads(raw.decode())
+        level = [header]
+        for _ in range(DEPTH):  # json itself fails at about a thousand, sooner in some calls than in others
+            lists = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+            level = [value for values in lists for value in values]
+        if level:
+            raise BadPatch(f"{where} is nested deeper than the {DEPTH} levels lmpatch writes. Take a fresh copy.")
         if not isinstance(header, dict) or "schema" not in header:
             raise BadPatch(f"{where} is no patch: it names no schema.")
         if header["schema"] != SCHEMA:
@@ -66,6 +75,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     wrong = [name for name, form in FIELDS.items() if not isinstance(header.get(name), form)]
     if wrong or set(header) != set(FIELDS):
         raise BadPatch(f"{where} is not as lmpatch writes it: {wrong or sorted(set(header) - set(FIELDS))}.")
+    made, notes = header["made"], header["notes"]
+    norms = made.get("weight_norms", {})
+    numbers = [made.get("seconds", 0), notes.get("strength", 1), *(norms.values() if isinstance(norms, dict) else [""])]
+    if not all(type(n) is float or (type(n) is int and abs(n) < 2**63) for n in numbers):
+        raise BadPatch(f"{where} is not as lmpatch writes it: seconds, norms or the strength are no numbers.")
     if hashlib.sha256(data).hexdigest() != header["tensors_sha256"]:
         raise BadPatch(f"{path / TENSORS} is truncated or was altered. Take a fresh copy.")
     with outside(f"{path / TENSORS} is no safetensors file: it", BadPatch):
@@ -80,7 +94,7 @@ def sealed(header: Mapping[str, Any]) -> bytes:
 
 
 def _bytes(path: Path) -> bytes:
-    data = read_bytes(path, f"no patch in {path.parent}:", BadPatch)
+    data = read_bytes(path, f"no patch in {path.parent}:", BadPatch, limit=free_bytes(torch.device("cpu")))
     pickled = data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
     if pickled and data[8:9] != b"{":  # safetensors begins with a length, which may look like a pickle, and then {
         raise BadPatch(f"{path} is a pickle, which could run code. lmpatch never unpickles.")

@@ -24,6 +24,9 @@ class Applied:
     patch: Patch
     mount: Mount
     handle: Handle = field(default_factory=Handle)
+    strict: bool = True
+    entered: bool = False
+    """A ``with`` block is open."""
 
     @property
     def rounding_error(self) -> float:
@@ -41,16 +44,25 @@ class Applied:
         Raises:
             ForeignWrite: someone did. Nothing was done.
         """
-        _ledger(self.lm.model).take(self, force)
+        with self.lm.lock:
+            _ledger(self.lm.model).take(self, force)
 
     def __enter__(self) -> Applied:
-        return self
+        with self.lm.lock:
+            if self.entered and self in applied(self.lm):
+                raise BadInput("this Applied is in a with block already, which ends first. Call apply once for each.")
+            if self not in applied(self.lm):  # a second block: it is put on again
+                check(self.lm, self.patch, strict=self.strict)
+                _ledger(self.lm.model).put(self)
+            self.entered = True
+            return self
 
     def __exit__(self, *_: object) -> None:
         try:
             self.remove()
         finally:  # again: a Ctrl-C may have stopped the first
             self.remove()
+            self.entered = False
 
     def __repr__(self) -> str:
         where = "on" if self in applied(self.lm) else "off"
@@ -83,8 +95,15 @@ def apply(lm: LM, patch: Patch, mount: Mount | None = None, *, strict: bool = Tr
             f"a {patch.method} patch of kind {patch.kind} cannot be mounted {mount!r}. Pass mount={patch.mounts[0]!r}, "
             "or leave mount out."
         )
-    check(lm, patch, strict=strict)
-    return _ledger(lm.model).put(Applied(lm, patch, mount))
+    on = Applied(lm, patch, mount, strict=strict)
+    try:
+        with lm.lock:
+            check(lm, patch, strict=strict)
+            _ledger(lm.model).put(on)
+        return on
+    except BaseException:  # a Ctrl-C behind the last line: nobody would have what takes it off
+        on.remove(force=True)
+        raise
 
 
 def check(lm: LM, patch: Patch, *, strict: bool = True) -> None:
@@ -101,10 +120,11 @@ def rebuild(lm: LM, patch: Patch, *, strict: bool = True) -> LM:
         BadInput: the patch is of a kind that is put on a model (``apply``), or ``lm`` carries patches.
         WrongModel: as in ``apply``; so is ``strict``.
     """
-    if applied(lm):
-        raise BadInput(f"{lm.name} carries {len(applied(lm))} patches. Take them off, and apply them to the new model.")
-    check(lm, patch, strict=strict)
-    return patch.rebuild(lm)
+    if on := applied(lm):
+        raise BadInput(f"{lm.name} carries {len(on)} patches. Take them off, and apply them to the new model.")
+    with lm.lock:
+        check(lm, patch, strict=strict)
+        return patch.rebuild(lm)
 
 
 def applied(lm: LM) -> tuple[Applied, ...]:
@@ -116,6 +136,8 @@ def applied(lm: LM) -> tuple[Applied, ...]:
 def suspended(lm: LM) -> Iterator[None]:
     """The model without its patches inside the ``with`` block, with all of them again after it.
 
+    Other threads wait for the end of the block before they run the model.
+
     Raises:
         ForeignWrite: a weight that a patch is baked into was written by someone else. All patches stay on.
     """
@@ -125,8 +147,8 @@ def suspended(lm: LM) -> Iterator[None]:
             on.patch.fits(lm)
             _ledger(lm.model).put(on)
 
-    on = applied(lm)
-    with ExitStack() as stack:  # goes through all of them even if one fails
+    with lm.lock, ExitStack() as stack:  # the stack goes through all of them even if one fails
+        on = applied(lm)
         for one in reversed(on):
             stack.callback(put_back, one)
             stack.callback(put_back, one)  # first of the two: where a Ctrl-C stops it, the other goes on
@@ -152,14 +174,13 @@ class Ledger:
         """What the patches do in lmpatch's own calls, in the order they went on."""
         return tuple(one for on in self.applied for one in on.handle.interventions)
 
-    def put(self, on: Applied) -> Applied:
+    def put(self, on: Applied) -> None:
         """Put a patch on. It is in the ledger, and the ledger on the model, before anything is written or hooked."""
         on.handle = on.patch.attach(on.lm, on.mount, [other.handle for other in self.applied])
         try:
             self.applied.append(on)
             self.model._lmpatch_ledger = self
             on.handle.enable()
-            return on
         except BaseException:
             on.handle.disable()
             self._drop(on)

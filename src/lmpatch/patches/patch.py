@@ -170,14 +170,14 @@ class Patch(ABC):
         edits += [f"  and {len(self.edits) - 3} more"] if len(self.edits) > 3 else []
         seconds = f", made in {self.made['seconds']:.1f} s" if "seconds" in self.made else ""
         size = f"{format_bytes(self.nbytes)}{seconds}"
-        return "\n".join([f"{self.method}: {self._size()}", *edits, *self.describe(), size])
+        return printable("\n".join([f"{self.method}: {self._size()}", *edits, *self.describe(), size]))
 
     def _size(self) -> str:
         count = f"{len(self.edits)} edit{'' if len(self.edits) == 1 else 's'}"
         return f"{count} for {self.base.name} ({self.base.fingerprint[:12]})"
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.method}: {self._size()}, {format_bytes(self.nbytes)}>"
+        return printable(f"<{type(self).__name__} {self.method}: {self._size()}, {format_bytes(self.nbytes)}>")
 
     def _repr_html_(self) -> str:
         """The summary as a table, for notebooks."""
@@ -204,6 +204,11 @@ class RunPatch(Patch):
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
         return Handle([self.intervention(lm)])
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal: a file from outside may hold it in any name."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def plain(value: Any) -> Any:

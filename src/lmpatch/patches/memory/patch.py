@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...config import resolve
 from ...data.edits import Edit, prompt_key
 from ...errors import BadInput, BadPatch, CannotMerge
 from ...inference.interventions import Insert
@@ -21,6 +22,7 @@ from ..patch import Law, RunPatch, plain_edits
 from .search import Facts, Finder, ListedFacts, MemoryIntervention
 
 FIRST = "recipe"  # the retriever of files that name none: those of the first release
+PAIR = ("prompt", "target")
 PREFIX = "editor/"  # of the retriever's tensors in the file
 
 
@@ -49,13 +51,21 @@ class MemoryPatch(RunPatch):
         own = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
         retriever = load_retriever(parts.get("retriever", FIRST), parts, own)
         try:
-            patch = cls(**common, retriever=retriever, scope=Scope(**parts["scope"]), keys=tensors["keys"])
-        except (KeyError, TypeError) as error:
+            patch = cls(**common, retriever=retriever, scope=resolve(Scope, {**parts["scope"]}), keys=tensors["keys"])
+            sizes = dict(parts.get("shape", {}))  # of a network, which is made when a question comes
+            words = [parts.get("encoder", ""), sizes.pop("encoder", ""), *(e[k] for e in patch.edits for k in PAIR)]
+            fits = 0 < retriever.matched <= retriever.width and all(isinstance(word, str) for word in words)
+        except (KeyError, TypeError, ValueError) as error:  # BadInput is a ValueError
             raise BadPatch(f"it is no memory patch ({error}).") from None
+        held = sum(t.numel() + sum(t.shape) for t in tensors.values())
+        known = (type(None), bool, int)
+        wrong = {n: s for n, s in sizes.items() if type(s) not in known or (s is not None and not 0 <= s <= held)}
+        if wrong or not fits:
+            raise BadPatch(f"it holds {held} numbers, and says that it has {wrong or 'keys or words of other kinds'}.")
         if extra := set(tensors) - set(patch.tensors()):
             raise BadPatch(f"tensors without a place: {sorted(extra)}.")
-        if patch.keys.shape != (len(patch.edits), retriever.width):
-            raise BadPatch(f"{len(patch.edits)} facts and keys of shape {tuple(patch.keys.shape)}.")
+        if patch.keys.shape != (len(patch.edits), retriever.width) or not patch.keys.is_floating_point():
+            raise BadPatch(f"{len(patch.edits)} facts and keys of shape {tuple(patch.keys.shape)}, {patch.keys.dtype}.")
         if not all(t.isfinite().all() for t in tensors.values()):
             raise BadPatch("it holds infinite or undefined numbers.")
         return patch

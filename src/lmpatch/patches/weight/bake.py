@@ -12,21 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import CannotMount, ForeignWrite
+from ...models.checksum import checksum
 from ..base import is_plain
 from .delta import FLOATS, Addition, Changes, Delta, Scale
 from .target import Target
-
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Baked:
     """The changes written into one weight. It keeps the original, on the weight's device."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, target: Target, model: nn.Module) -> None:
+        self.target, self.model = target, model
         self.original = target.parameter.detach().clone()
         self.changes: Changes = {}
         self._checksum = checksum(self.original)
@@ -44,21 +43,26 @@ class Baked:
         return torch.stack([missed.square().sum(), wanted.square().sum()]).cpu()
 
     def write(self, changes: Changes) -> None:
-        """Make the weight the original with exactly these changes."""
+        """Make the weight the original with exactly these changes; what replaced it in the model, too."""
         self.changes = changes
         value = self._rebuilt([*changes.values()]) if changes else self.target.oriented(self.original)
-        now = self.target.parameter.detach()  # no no_grad block: a Ctrl-C at its end would leave it on
-        self.target.oriented(now).copy_(value)
+        for weight in (self.target.parameter, *self.target.present(self.model)):
+            if weight.is_floating_point() and weight.ndim == self.original.ndim:
+                there = self.target.oriented(weight.detach())  # no no_grad block: a Ctrl-C at its end would leave it on
+                out, width = map(min, there.shape, value.shape)  # what a resized weight still has
+                there[:out, :width].copy_(value[:out, :width])
         self._checksum = checksum(self.target.parameter)
 
     def check(self) -> None:
         """Raise ``ForeignWrite`` unless the weight is as it was left here."""
         now, left = self.target.parameter, self.original
         same = now.shape == left.shape and now.dtype == left.dtype
-        if not same or not torch.equal(checksum(now), self._checksum.to(now.device)):
+        alone = [p.data_ptr() for p in self.target.present(self.model)] == [now.data_ptr()]
+        if not same or not alone or checksum(now) != self._checksum:
             raise ForeignWrite(
-                f"{self.target.name} was written by someone else while a patch is baked into it. Take patches off "
-                "before you train or convert the model. remove(force=True) restores the original and drops that write."
+                f"{self.target.name} was written or replaced by someone else while a patch is baked into it. Take "
+                "patches off before you train or convert the model. remove(force=True) restores the original and drops "
+                "that write."
             )
 
     def _wide(self, stored: Tensor) -> Tensor:
@@ -107,15 +111,6 @@ def refuse(target: Target) -> None:
     raise CannotMount(
         f"cannot bake into {target.name}: {reason}. Pass mount='side' to add the change to the layer's output instead."
     )
-
-
-def checksum(stored: Tensor) -> Tensor:
-    """Sums of the bits along every row and column: any single changed number shows. In pieces, to save memory."""
-    bits = stored.detach().view(BITS[stored.element_size()])
-    bits = bits.reshape(len(bits), -1)  # a vector is a column
-    pieces = torch.split(bits, max(1, 2**22 // max(1, bits.shape[1])))
-    columns = torch.stack([p.sum(0) for p in pieces]).sum(0)
-    return torch.cat([columns, *[p.sum(1) for p in pieces]])
 
 
 def _factors(deltas: Iterable[Delta], like: Tensor) -> Tensor:

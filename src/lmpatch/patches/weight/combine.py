@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ...errors import BadInput, CannotMerge, CannotMount, WrongModel
+from ...resources import require_memory
 from ..lora import Lora
 from . import side
 from .delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse, join
@@ -22,6 +23,7 @@ def combine(name: str, deltas: Sequence[Delta]) -> Delta:
     Raises:
         WrongModel: they have different shapes.
         CannotMerge: a scale and an addition.
+        NotEnoughMemory: together they are a matrix that is too large.
     """
     first = deltas[0]
     if len(deltas) == 1:
@@ -37,6 +39,7 @@ def combine(name: str, deltas: Sequence[Delta]) -> Delta:
             "Apply them one after the other instead."
         )
     if scales:
+        require_memory(8 * (len(scales) + 1) * first.shape[1], torch.device("cpu"), f"the merged change of {name}")
         index = torch.unique(torch.cat([d.index for d in scales]))
         factors = torch.stack([d.factors() for d in scales]).prod(0)
         return Scale(index, factors[index], first.shape)
@@ -49,6 +52,7 @@ def combine(name: str, deltas: Sequence[Delta]) -> Delta:
         values = torch.cat([d.value for d in listed])  # [n] or [n, in]
         total = values.new_zeros(len(index), *values.shape[1:]).index_add(0, place, values)
         return replace(listed[0], index=index, value=total)
+    require_memory(8 * first.shape[0] * first.shape[1], torch.device("cpu"), f"the merged change of {name}")
     whole = additions[0].dense()
     for addition in additions[1:]:
         addition.to(whole.device, whole.dtype).add_to(whole)

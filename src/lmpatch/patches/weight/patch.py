@@ -9,9 +9,9 @@ from itertools import count
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...errors import BadInput, BadPatch, CannotMount, Diverged, WrongModel
+from ...errors import BadInput, BadPatch, CannotMount, Diverged, ForeignWrite, WrongModel
 from ...models.lm import LM
 from ..base import has_values, hash_of, original
 from ..handle import Handle
@@ -122,7 +122,7 @@ class WeightPatch(Patch):
         self._changes(lm)
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
-        return WeightHandle(self._changes(lm), mount, others)
+        return WeightHandle(lm.model, self._changes(lm), mount, others)
 
     def merged(self, others: Sequence[WeightPatch]) -> WeightPatch:
         patches = (self, *others)
@@ -147,8 +147,11 @@ class WeightPatch(Patch):
 class WeightHandle(Handle):
     """Changes of some weights, baked or on the side."""
 
-    def __init__(self, changes: Mapping[Target, Delta], mount: Mount, others: Sequence[Handle]) -> None:
+    def __init__(
+        self, model: nn.Module, changes: Mapping[Target, Delta], mount: Mount, others: Sequence[Handle]
+    ) -> None:
         super().__init__()
+        self.model = model
         self.changes, self.mount, self.number = dict(changes), mount, next(NUMBERS)
         books = [handle.book for handle in others if isinstance(handle, WeightHandle)]
         self.book: dict[str, dict[str, Baked | Side]] = books[0] if books else {"bake": {}, "side": {}}
@@ -159,12 +162,13 @@ class WeightHandle(Handle):
             self._refuse_mixed(target, delta, "side" if mount == "bake" else "bake")
         for target in self.changes:
             if target.name in self._entries:
-                self._entries[target.name].check()
+                self._check(self._entries[target.name])
 
     def enable(self) -> None:
         sums = [torch.zeros(2)]
         for target, delta in self.changes.items():
-            entry = self._entries.get(target.name) or (Baked(target) if self.mount == "bake" else Side(target))
+            entry = self._entries.get(target.name)
+            entry = entry or (Baked(target, self.model) if self.mount == "bake" else Side(target))
             self._entries[target.name] = entry
             if self.number not in entry.changes:
                 sums.append(entry.add(delta, dict(sorted([*entry.changes.items(), (self.number, delta)]))))
@@ -182,7 +186,16 @@ class WeightHandle(Handle):
 
     def check(self) -> None:
         for entry in self._mine():
+            self._check(entry)
+
+    def _check(self, entry: Baked | Side) -> None:
+        if isinstance(entry, Baked):
             entry.check()
+        elif not any(module is entry.target.module for module in self.model.modules()):
+            raise ForeignWrite(
+                f"the layer of {entry.target.name} was replaced while a patch is on its side, so the patch does not "
+                "act. Call remove(force=True), then apply it again."
+            )
 
     def originals(self) -> Mapping[str, Tensor]:
         baked = (entry for entry in self.book["bake"].values() if isinstance(entry, Baked))

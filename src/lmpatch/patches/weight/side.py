@@ -48,9 +48,6 @@ class Side:
             self._hooks.remove()
         forget_compiled()
 
-    def check(self) -> None:
-        """Nothing can be written behind a hook's back."""
-
     def _scale(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         scale, additions = self._prepared(args[0])
         if scale is None:

@@ -44,6 +44,13 @@ class Target:
         parameter: nn.Parameter = getattr(self.module, self.attribute)
         return parameter
 
+    def present(self, model: nn.Module) -> list[Tensor]:
+        """What its names stand for in the model now, each weight once: ``parameter`` alone, unless someone replaced a
+        layer or untied a head."""
+        named = model.named_parameters(remove_duplicate=False)
+        found = [p for name, p in named if name in self.names or p is self.parameter]
+        return [*{_storage(p): p for p in found}.values()]
+
     @property
     def vector(self) -> bool:
         """Stored with one dimension."""
