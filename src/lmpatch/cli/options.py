@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import uuid4
 
 import typer
 
 from ..errors import BadInput
-from .screen import note, progress
+from .screen import leads, note, progress
 
 if TYPE_CHECKING:
     from ..models.lm import LM
@@ -35,28 +36,70 @@ def named(*kinds: str) -> Callable[[str], list[str]]:
     return complete
 
 
-def writable(path: Path | None) -> Path | None:
-    """The path, once it is certain that it, or the first folder above it that exists, can be written.
+def usable(value: Any) -> Any:
+    """What was written on the command line, once it is certain that it is a text, or a path that a file could have.
+
+    ``~`` is resolved.
 
     Raises:
-        BadInput: it cannot.
+        BadInput: bytes that are no UTF-8, or a path that no file can have.
     """
-    if path is not None:
-        where = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-        if not where.is_dir() or not os.access(where, os.W_OK | os.X_OK):
-            raise BadInput(f"{path} cannot be written: {where} is no folder that you may write to. Give another -o.")
+    if isinstance(value, (list, tuple)):
+        return [usable(each) for each in value]
+    try:
+        if isinstance(value, Path):
+            value = value.expanduser()
+            value.exists()
+        elif isinstance(value, str):  # an ASCII locale hands UTF-8 over as bytes in disguise
+            value = os.fsencode(value).decode() if any("\ud800" <= c <= "\udfff" for c in value) else value
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{_short(value)} cannot be used ({_reason(error)}). Give another one.") from None
+    return value
+
+
+def writable(path: Path | None) -> Path | None:
+    """The path, once a file beside it, or in it where it is a folder, was made and removed again.
+
+    Raises:
+        BadInput: none can be made.
+    """
+    path, made = usable(path), []
+    if path is None or not leads():
+        return path
+    try:
+        made = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = path / uuid4().hex if path.exists() else path.with_name(f".{path.name}.{uuid4().hex}.new")
+        trial.touch()
+        trial.unlink()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{_short(path)} cannot be written ({_reason(error)}). Give another path.") from None
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
     return path
 
 
 def new_path(path: Path | None) -> Path | None:
-    """The path, once it is certain that nothing stands there and that it can be written: before work starts, not after.
+    """As ``writable``, once it is certain that nothing stands there: before work starts, not after.
 
     Raises:
         BadInput: something stands there, or it cannot be written.
     """
-    if path is not None and path.exists():
-        raise BadInput(f"{path} exists already. Give another -o, or remove it first.")
+    path = usable(path)
+    if path is not None and os.path.lexists(path):
+        raise BadInput(f"{path} exists already. Give another path, or remove it first.")
     return writable(path)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:30]}...{text[-30:]}"
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def arg(metavar: str, text: str, **more: Any) -> Any:
@@ -92,6 +135,7 @@ Dtype = Annotated[
 Device = Annotated[str, opt("Where the model runs: cpu, cuda, cuda:1, mps. auto: a GPU if there is one.")]
 Raw = Annotated[bool, opt("Read prompts as they stand, without the model's chat template.", None, "--raw")]
 Download = Annotated[bool, opt("Allow a hub model that is not here yet to be fetched.", None, "--download")]
+Partial = Annotated[bool, opt("Accept a model whose file lacks weights; those are then random.", None, "--partial")]
 Shard = Annotated[
     bool,
     opt("With several processes (accelerate launch): each holds its part of the model (FSDP).", None, "--shard"),
@@ -133,6 +177,7 @@ class Source:
     dtype: Dtype = "auto"
     device: Device = "auto"
     download: Download = False
+    partial: Partial = False
 
     def open(self, *, raw: bool = False, shard: bool = False) -> LM:
         """Load it with a progress bar, say so, and name the licence of a packaged one.
@@ -156,6 +201,7 @@ class Source:
                 download=self.download,
                 raw=raw,
                 progress=bar,
+                **({"partial": True} if self.partial else {}),
             )
         for warning in spoken:
             if str(warning.message).startswith("bf16"):
