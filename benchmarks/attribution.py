@@ -104,8 +104,9 @@ def timed(lm: LM, tokens: int, plain_layers: int) -> dict[str, object]:
     got = alone.scores[0, layers]
     top, reference = (set(x.flatten().topk(cfg.top).indices.tolist()) for x in (got, wanted))
     return {
-        "what": f"credits of {n} x {lm.layout.d_ff} neurons, {cfg.steps} steps", "tokens": len(found[0].with_context),
-        "tokens_without_context": len(found[0].without_context), "plain_layers": layers, "records_in_batch": len(found),
+        "what": f"credits of {sum(lm.layout.widths)} neurons in {n} layers, {cfg.steps} steps",
+        "tokens": len(found[0].with_context), "tokens_without_context": len(found[0].without_context),
+        "plain_layers": layers, "records_in_batch": len(found),
         "plain_s_per_record": plain, "fast_s_per_record": single, "batched_s_per_record": batched,
         "ratio": plain / single, "batched_ratio": plain / batched,
         "largest_relative_difference": float((got - wanted).abs().max() / wanted.abs().max()),
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--plain-layers", type=int, default=4, help="layers the plain side is timed on")
     parser.add_argument("--out", type=Path, default=RESULTS / "attribution.json")
     args = parser.parse_args()
-    lm = lp.load(args.model)
+    lm = lp.load(args.model, dtype="float32", device="cpu")
     found: dict[str, object] = {"model": lm.name, "versions": versions(), "hardware": hardware(), "dtype": "float32"}
     for tokens in args.tokens:
         found[str(tokens)] = {"made": now(), **timed(lm, tokens, args.plain_layers)}

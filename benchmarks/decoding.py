@@ -22,10 +22,9 @@ import torch
 
 import lmpatch as lp
 from lmpatch.data.context import InContext, render
-from lmpatch.inference.generate import StopTokens
+from lmpatch.inference.generate import Sampling, StopTokens
 from lmpatch.inference.interventions import Prompt, Rule, streams
 from lmpatch.inference.run import _steps
-from lmpatch.inference.sampling import Sampling
 from lmpatch.inference.tokens import encode
 from lmpatch.locate.neurons import drawn, scaling
 from lmpatch.models.lm import LM
@@ -126,7 +125,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "decoding.json")
     args = parser.parse_args()
-    lm = lp.load(args.model)
+    lm = lp.load(args.model, dtype="float32", device="cpu")
     found: dict[str, object] = {"model": lm.name, "versions": versions(), "hardware": hardware(), "dtype": "float32"}
     for count in args.questions:
         found[f"{count} at once"] = {"made": now(), **timed(lm, count, args.tokens, args.repeats)}

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="these methods only")
     args = parser.parse_args()
     settings = SETTINGS[args.name]
-    lm = lp.load("gemma-3-270m", dtype=args.dtype)
+    lm = lp.load("gemma-3-270m", dtype=args.dtype, device="cpu")
     edits = facts.load(
         args.data / SETS[args.set],
         limit=args.limit or max(100, settings["n"]),

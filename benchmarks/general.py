@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--facts", action="store_true", help="ask the facts, not the tasks")
     parser.add_argument("--work", type=Path, default=Path("general-work"))
     args = parser.parse_args()
-    lm = lp.load("gemma-3-270m", dtype="bfloat16")
+    lm = lp.load("gemma-3-270m", dtype="bfloat16", device="cpu")
     edits = read_edits(args.data / "counterfact/eval.jsonl.gz", limit=args.edits)
     if args.facts:
         for name in args.only:

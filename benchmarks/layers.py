@@ -21,6 +21,7 @@ from lmpatch.data.lines import read_text
 from lmpatch.inference.forward import frozen
 from lmpatch.inference.generate import generate
 from lmpatch.locate.covariance import estimate_covariance
+from lmpatch.locate.value_search import search
 from lmpatch.methods import memit, rome
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
@@ -74,9 +75,9 @@ def memit_rows(
     """One value search, then a solve per weight: the values do not depend on it."""
     cfg = memit.Config(layers=layers, clamp=clamp, long_prefixes=2, hits=2)
     start = perf_counter()
-    moments = estimate_covariance(lm, layers, text=text, tokens=10 * lm.layout.d_ff)
+    moments = estimate_covariance(lm, layers, text=text, tokens=10 * max(lm.layout.widths[layer] for layer in layers))
     with frozen(lm):
-        values = memit._values(lm, edits, list(layers), cfg, True, None)
+        values = search(lm, edits, list(layers), cfg, hits=cfg.hits)
     seconds = (perf_counter() - start) / len(edits)
     for change in WEIGHTS:
         now = replace(cfg, **change)
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=40, help="facts written in one commit")
     parser.add_argument("--plot", type=Path, help="draw them, too: a PNG")
     args = parser.parse_args()
-    lm = lp.load("gemma-3-270m", dtype="bfloat16")
+    lm = lp.load("gemma-3-270m", dtype="bfloat16", device="cpu")
     edits, text = read_edits(args.facts, limit=max(args.single, args.many)), read_text(args.text)
     record = {"made": now(), "versions": versions(), "hardware": hardware(), "dtype": "bfloat16", "tokens": TOKENS}
     record |= {"single": args.single, "many": args.many}

@@ -125,7 +125,7 @@ class Bench:
                 lambda: write(build(read_questions(args.squad), builder), out / "sets", source=args.squad, cfg=builder),
             )
         self.train = read_rag(out / "sets/train.jsonl")
-        self.lm = self.timed("load", lambda: lp.load(args.model, dtype=args.dtype))
+        self.lm = self.timed("load", lambda: lp.load(args.model, dtype=args.dtype, device="cpu"))
 
     def _identity(self, builder: Build) -> dict[str, Any]:
         """What decides the numbers."""

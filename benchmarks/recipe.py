@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=100, help="cases asked at most")
     parser.add_argument("--editor", type=Path, help="default: the packaged one")
     args = parser.parse_args()
-    lm = lp.load("gemma-3-270m")
+    lm = lp.load("gemma-3-270m", dtype="float32", device="cpu")
     editor = lp.load_editor(args.editor) if args.editor else recipe.editor_for(lm)
     if args.name == "quality":
         quality(lm, args.data, editor, args.sets, args.sizes, args.scored)

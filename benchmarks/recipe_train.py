@@ -53,7 +53,7 @@ def main() -> None:
     if args.limit:
         facts = random.Random(0).sample(facts, args.limit)
     cfg = resolve(recipe.Training, parse(recipe.Training, args.set))
-    lm = lp.load("gemma-3-270m", dtype="bfloat16")
+    lm = lp.load("gemma-3-270m", dtype="bfloat16", device="cpu")
     editor = recipe.train(
         lm, recipe.TrainingData(facts, asks), cfg, out=args.out,
         progress=lambda done, total, what: print(f"{what} {done}/{total}", flush=True),

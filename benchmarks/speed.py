@@ -22,7 +22,7 @@ from lmpatch.data.edits import read_edits
 from lmpatch.data.lines import read_text
 from lmpatch.inference.generate import generate
 from lmpatch.inference.tokens import Row, encode
-from lmpatch.locate.covariance import _accumulate, _text_rows
+from lmpatch.locate.covariance import accumulate, text_rows
 from lmpatch.locate.prefixes import prefixes
 from lmpatch.locate.value_search import search
 from lmpatch.methods import rome
@@ -104,19 +104,20 @@ def timed_search(lm: LM, edits: list[lp.Edit], plain: int) -> dict[str, object]:
 
 
 def timed_moments(lm: LM, text: list[str], tokens: int) -> dict[str, object]:
-    rows = _text_rows(lm, text, tokens)
+    rows = text_rows(lm, text, tokens)
     layers = list(range(lm.layout.n_layers))
     start = perf_counter()
-    fast, count, _ = _accumulate(lm, rows, layers, None)
+    fast, count, _ = accumulate(lm, rows, layers)
     one = perf_counter() - start
     used = len(rows) if count >= (len(rows) - 1) * (rows.shape[1] - 1) else -(-count // (rows.shape[1] - 1))
     start = perf_counter()
     worst = 0.0
     for layer in layers:
-        total = torch.zeros(lm.layout.d_ff, lm.layout.d_ff)
+        width = lm.layout.widths[layer]
+        total = torch.zeros(width, width)
 
         def add(_: object, args: tuple[torch.Tensor, ...], total: torch.Tensor = total) -> None:
-            keys = args[0][:, 1:].reshape(-1, lm.layout.d_ff)  # the start token stays out
+            keys = args[0][:, 1:].flatten(0, 1)  # the start token stays out
             total.addmm_(keys.T, keys)
 
         with torch.no_grad(), hooked(Hook(lm.module(lm.layout.downs[layer]), add, before=True)):
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40_000, help="tokens of text for the second moments")
     parser.add_argument("--only", nargs="*", choices=["answers", "search", "moments"], help="keep the others' figures")
     args = parser.parse_args()
-    lm = lp.load("gemma-3-270m")
+    lm = lp.load("gemma-3-270m", dtype="float32", device="cpu")
     edits = read_edits(args.facts, limit=20)
     prompts = [p for e in read_edits(args.facts, limit=64) for p in (e.prompt, *e.rephrases)]
     out = RESULTS / "speed.json"

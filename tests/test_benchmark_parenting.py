@@ -32,7 +32,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def own(_: Any, asked: Any, **__: Any) -> list[ClosedBookAnswer]:
         return [ClosedBookAnswer(GOLD.get(q, "a mouse") if len(q) % 2 else "a mouse", True) for q in asked]
 
-    for place in ("lmpatch.benches.rag.bench", "lmpatch.methods.parenting.data"):
+    for place in ("lmpatch.benches.rag", "lmpatch.methods.parenting.data"):
         monkeypatch.setattr(f"{place}.closed_book_answers", own)
     monkeypatch.setattr(module, "closed_book_answers", own)
     monkeypatch.setattr(module, "TRIED", {run: options[:2] for run, options in module.TRIED.items()})

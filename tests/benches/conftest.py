@@ -26,13 +26,13 @@ def rank_one(lm: LM, edits: Sequence[Edit], strength: float = 0.3) -> WeightPatc
     return WeightPatch.make(lm, {name: LowRank(b, a)}, method="rank_one", edits=edits, seconds=0.5)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make() -> Maker:
     """Makes a patch of a commit."""
     return rank_one
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def edits() -> list[Edit]:
     """Six facts with everything a case can ask."""
     return [
@@ -53,7 +53,7 @@ def edits() -> list[Edit]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick() -> Config:
     """Short answers, no timing."""
     return Config(max_new_tokens=4, latency=False, bootstrap=20)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmpatch.benches.facts.cases import Chunk, sentence, with_fact
-from lmpatch.benches.facts.cases import plan_chunks as plan
+from lmpatch.benches.facts.cases import Chunk, Config, plan_chunks, with_fact
 from lmpatch.data.edits import Ask, Edit
 from lmpatch.errors import BadInput
 
@@ -18,9 +18,9 @@ def edits(count: int) -> list[Edit]:
     return [Edit(f"The capital of land {i} is", f"town {i}", f"land {i}") for i in range(count)]
 
 
-def one(*records: Edit, commit_size: int | None = None, raw: bool = False, **limits: int) -> Chunk:
-    size = commit_size or len(records)
-    return plan(records, n=len(records), commit_size=size, seed=None, raw=raw, **limits)[0][0]
+def one(*records: Edit, **settings: Any) -> Chunk:
+    (chunk,) = plan_chunks(records, Config(n=len(records), **settings), shuffled=False)
+    return chunk
 
 
 def flags(chunk: Chunk, kind: str) -> list[str]:
@@ -32,8 +32,8 @@ def flags(chunk: Chunk, kind: str) -> list[str]:
 def test_chunks_are_whole_disjoint_and_written_in_order(count: int, n: int, size: int, seed: int) -> None:
     if n > count:
         return
-    chunks, left = plan(edits(count), n=n, commit_size=size, seed=seed)
-    assert left == count % n and len(chunks) == count // n
+    chunks = plan_chunks(edits(count), Config(n=n, commit_size=size, seed=seed))
+    assert len(chunks) == count // n
     seen = Counter(edit.prompt for chunk in chunks for edit in chunk.edits)
     assert len(seen) == n * len(chunks) and set(seen.values()) == {1}
     for chunk in chunks:
@@ -42,17 +42,17 @@ def test_chunks_are_whole_disjoint_and_written_in_order(count: int, n: int, size
         assert [q.case for q in chunk.questions] == sorted(q.case for q in chunk.questions)
 
 
-def test_a_seed_decides_the_order_and_none_keeps_it() -> None:
-    def order(seed: int | None) -> list[str]:
-        return [edit.id for edit in plan(edits(20), n=20, commit_size=20, seed=seed)[0][0].edits]
+def test_a_seed_decides_the_order_where_it_is_shuffled() -> None:
+    def order(seed: int) -> list[str]:
+        return [edit.id for edit in plan_chunks(edits(20), Config(n=20, seed=seed))[0].edits]
 
-    assert order(None) == [str(i) for i in range(20)]
+    assert [edit.id for edit in one(*edits(20)).edits] == [str(i) for i in range(20)]
     assert order(1) == order(1) != order(2)
 
 
 def test_too_few_edits_are_refused() -> None:
     with pytest.raises(BadInput, match="needs n=5 edits, found 4"):
-        plan(edits(4), n=5, commit_size=1)
+        plan_chunks(edits(4), Config(n=5, commit_size=1))
 
 
 def test_every_case_gets_an_id_of_its_own() -> None:
@@ -162,7 +162,7 @@ def test_raw_switches_every_rule_off() -> None:
 
 
 def test_collisions_stay_inside_a_chunk() -> None:
-    chunks, _ = plan([Edit("p", "a"), Edit("p", "b")], n=1, commit_size=1)
+    chunks = plan_chunks([Edit("p", "a"), Edit("p", "b")], Config())
     assert not any(q.flag for chunk in chunks for q in chunk.questions)
 
 
@@ -175,7 +175,6 @@ def test_collisions_stay_inside_a_chunk() -> None:
     ],
 )
 def test_the_edit_sentence_reads_like_one(edit: Edit, text: str) -> None:
-    assert sentence(edit) == text
     question = one(edit).questions[0]
     assert with_fact(edit, question).text == f"{text} {edit.prompt}"
     assert with_fact(edit, question).prompt == edit.prompt

@@ -36,6 +36,15 @@ def tiny() -> LM:
     return tiny_lm("llama")
 
 
+QUICK = Config(max_new_tokens=4, teacher_forced=False, latency=False, health=False, bootstrap=0)
+"""Short answers, and nothing measured that a test does not ask for."""
+
+
+@pytest.fixture
+def quick() -> Config:
+    return QUICK
+
+
 def bits(lm: LM) -> str:
     return hash_tensors(sorted(lm.model.state_dict().items()), exact=True)
 
@@ -56,16 +65,20 @@ def plainly(rows: Sequence[Row]) -> list[Row]:
 # What is in a row
 
 
-def test_rows_hold_what_the_model_says_with_and_without_the_patch(
-    lm: LM, edits: list[Edit], make: Maker, quick: Config
-) -> None:
+@pytest.fixture(scope="module", params=CORE)
+def scored(request: pytest.FixtureRequest, edits: list[Edit], make: Maker) -> tuple[LM, WeightPatch, list[Row]]:
+    """A model, a patch, and the rows of the patched model."""
+    lm = tiny_lm(request.param)
     patch = make(lm, edits)
-    report = facts.run(lm, edits, quick, patch=patch)
-    rows = report.run("rank_one").rows
+    return lm, patch, facts.run(lm, edits, QUICK, patch=patch).run("rank_one").rows
+
+
+def test_rows_hold_what_the_model_says_with_and_without_the_patch(scored: tuple[LM, WeightPatch, list[Row]]) -> None:
+    lm, patch, rows = scored
     prompts = [row.prompt for row in rows]
-    before = say(lm, prompts, quick)
+    before = say(lm, prompts, QUICK)
     with apply(lm, patch):
-        after = say(lm, prompts, quick)
+        after = say(lm, prompts, QUICK)
     assert [row.base_text for row in rows] == before
     assert [row.text for row in rows] == after
     assert before != after
@@ -74,9 +87,9 @@ def test_rows_hold_what_the_model_says_with_and_without_the_patch(
     }  # fmt: skip
 
 
-def test_kl_is_that_of_the_full_next_token_distributions(lm: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
-    patch = make(lm, edits)
-    rows = [row for row in facts.run(lm, edits, quick, patch=patch).run("rank_one").rows if row.kind.startswith("loc/")]
+def test_kl_is_that_of_the_full_next_token_distributions(scored: tuple[LM, WeightPatch, list[Row]]) -> None:
+    lm, patch, rows = scored
+    rows = [row for row in rows if row.kind.startswith("loc/")]
 
     def logp(prompt: str) -> torch.Tensor:
         with torch.no_grad():
@@ -93,7 +106,7 @@ def test_kl_is_that_of_the_full_next_token_distributions(lm: LM, edits: list[Edi
 
 def test_teacher_forced_numbers_are_those_of_score(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     patch = make(tiny, edits)
-    rows = facts.run(tiny, edits, quick, patch=patch).run("rank_one").rows
+    rows = facts.run(tiny, edits, replace(quick, teacher_forced=True), patch=patch).run("rank_one").rows
     near = of(rows, "loc/same_relation")
     base = score(tiny, [row.prompt for row in near], [row.aliases[0] for row in near])
     with apply(tiny, patch):
@@ -125,7 +138,7 @@ def test_an_edit_that_the_patch_makes_true_scores_and_the_base_does_not(
 
 
 def test_the_base_run_moves_nothing(tiny: LM, edits: list[Edit], quick: Config) -> None:
-    none = facts.run(tiny, edits, quick).run("none")
+    none = facts.run(tiny, edits, replace(quick, teacher_forced=True)).run("none")
     for row in none.rows:
         assert row.text == row.base_text
         assert row.kl is None or row.kl == pytest.approx(0, abs=1e-6)
@@ -146,7 +159,8 @@ def test_fact_in_prompt_reads_the_edit_sentence_first(tiny: LM, edits: list[Edit
 
 def test_both_mounts_say_the_same(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     baked, beside = (
-        facts.run(tiny, edits, quick, patch=make(tiny, edits), mount=m).run("rank_one").rows for m in ("bake", "side")
+        facts.run(tiny, edits[:3], quick, patch=make(tiny, edits[:3]), mount=m).run("rank_one").rows
+        for m in ("bake", "side")
     )
     assert [row.text for row in baked] == [row.text for row in beside]
 
@@ -172,6 +186,7 @@ def test_chat_asks_through_the_template(tiny: LM, edits: list[Edit], quick: Conf
 
 
 def test_score_gives_the_rows_of_the_model_as_it_is(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
+    edits = edits[:3]
     patch = make(tiny, edits)
     wanted = facts.run(tiny, edits, quick, patch=patch).run("rank_one").rows
     whole = replace(quick, n=len(edits))
@@ -225,7 +240,7 @@ def test_immediate_rows_are_taken_right_after_their_commit_and_final_ones_after_
 
 
 def test_single_commits_need_no_immediate_rows(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
-    rows = facts.run(tiny, edits, replace(quick, n=6), make=make).run("patched").rows
+    rows = facts.run(tiny, edits[:3], replace(quick, n=3), make=make).run("patched").rows
     assert {row.when for row in rows} == {"final"}
 
 
@@ -233,7 +248,7 @@ def test_retention_follows_the_probes_through_later_commits(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config
 ) -> None:
     many = [replace(e, prompt=f"{e.prompt} {i}", id=f"{e.id}{i}", rephrases=()) for i in range(4) for e in edits]
-    cfg = replace(quick, n=24, commit_size=2, retention=True, immediate=False, distractor=False, health=False)
+    cfg = replace(quick, n=24, commit_size=2, retention=True, immediate=False, distractor=False)
     report = facts.run(tiny, many, cfg, make=make).run("patched")
     ages = {(row.when, row.age) for row in report.rows if row.probe and row.kind == "edit"}
     assert {age for when, age in ages if when == "immediate"} == {0}
@@ -268,18 +283,18 @@ def test_edits_that_cannot_be_written_are_scored_flagged_and_counted(
             edit.need_subject()
         return make(lm, commit)
 
-    some = [replace(edits[0], subject="Big Ben"), *edits[1:]]
-    report = facts.run(tiny, some, replace(quick, n=6), make=strict).run("patched")
+    some = [replace(edits[0], subject="Big Ben"), *edits[1:3]]
+    report = facts.run(tiny, some, replace(quick, n=3), make=strict).run("patched")
     refused = [row for row in report.rows if row.flag]
     assert {row.case_id for row in refused} == {"Paris"} and "SubjectNotFound" in refused[0].flag
     assert all(row.text is not None for row in refused)
     metric = report.metric("reliability")
-    assert metric and metric.n == 6 and report.record["refused"] == 1
+    assert metric and metric.n == 3 and report.record["refused"] == 1
 
     def never(lm: LM, commit: list[Edit]) -> WeightPatch:
         raise SubjectNotFound("no")
 
-    report = facts.run(tiny, edits, quick, make=never).run("patched")
+    report = facts.run(tiny, edits[:2], quick, make=never).run("patched")
     assert all(row.text == row.base_text and row.flag for row in report.rows)
 
 
@@ -291,7 +306,7 @@ def test_a_chunk_stops_once_the_model_has_collapsed(tiny: LM, edits: list[Edit],
         name = lm.layout.weight(lm.layout.head)  # ten times the logits: as sure as can be, and mostly wrong
         return WeightPatch.make(lm, {name: Dense(9 * lm.parameter(name).detach())}, method="loud", edits=commit)
 
-    report = facts.run(tiny, edits, replace(quick, n=6, commit_size=2), make=destroy).run("patched")
+    report = facts.run(tiny, edits, replace(quick, n=6, commit_size=2, health=True), make=destroy).run("patched")
     assert calls == [2]
     assert report.record["collapsed_at"] == [2]
     stopped = {row.case_id for row in report.rows if row.flag.startswith("stopped")}
@@ -300,6 +315,7 @@ def test_a_chunk_stops_once_the_model_has_collapsed(tiny: LM, edits: list[Edit],
 
 
 def test_make_each_gives_the_rows_of_make(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
+    edits = edits[:3]
     sizes: list[int] = []
 
     def each(lm: LM, some: list[Edit]) -> list[WeightPatch]:
@@ -307,11 +323,11 @@ def test_make_each_gives_the_rows_of_make(tiny: LM, edits: list[Edit], make: Mak
         return [make(lm, [edit]) for edit in some]
 
     one = facts.run(tiny, edits, quick, make=make).run("patched")
-    many = facts.run(tiny, edits, replace(quick, fit_batch=4), make_each=each).run("patched")
-    assert sizes == [4, 2]
+    many = facts.run(tiny, edits, replace(quick, fit_batch=2), make_each=each).run("patched")
+    assert sizes == [2, 1]
     assert plainly(many.rows) == plainly(one.rows)
-    with pytest.raises(BadInput, match="2 patches of 4 edits"):
-        facts.run(tiny, edits, replace(quick, fit_batch=4), make_each=lambda lm, some: each(lm, some)[:2])
+    with pytest.raises(BadInput, match="1 patches of 2 edits"):
+        facts.run(tiny, edits, replace(quick, fit_batch=2), make_each=lambda lm, some: each(lm, some)[:1])
 
 
 # The model comes back
@@ -325,7 +341,8 @@ def test_the_model_is_the_same_afterwards_to_the_bit(
 ) -> None:
     lm = tiny_lm(family, dtype)
     before = bits(lm)
-    facts.run(lm, edits, replace(quick, n=3, commit_size=2), make=make, mount=mount)
+    cfg = replace(quick, n=3, commit_size=2, chunks=1, max_new_tokens=1, health=True)
+    assert facts.run(lm, edits[:3], cfg, make=make, mount=mount).run("patched").parts[0]["restored"]
     assert bits(lm) == before and not applied(lm)
 
 
@@ -386,6 +403,7 @@ def test_a_decode_patch_is_refused_before_anything_is_asked(tiny: LM, edits: lis
 def test_an_interrupted_run_goes_on_and_gives_the_same_rows(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config, tmp_path: Path
 ) -> None:
+    edits, quick = edits[:4], replace(quick, teacher_forced=True)
     calls: list[str] = []
 
     def until(limit: int) -> Maker:
@@ -399,22 +417,23 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_rows(
 
     whole = facts.run(tiny, edits, quick, make=make, run_id="fake")
     with pytest.raises(KeyboardInterrupt):
-        facts.run(tiny, edits, quick, make=until(4), run_id="fake", out=tmp_path)
+        facts.run(tiny, edits, quick, make=until(2), run_id="fake", out=tmp_path)
     left = facts.read_report(tmp_path).run("fake")
-    assert len(left.parts) == 4 and left.record["planned"] == 6
+    assert len(left.parts) == 2 and left.record["planned"] == 4
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"run_id": "fake", "wh')
     report = facts.run(tiny, edits, quick, make=until(99), run_id="fake", out=tmp_path)
-    assert len(calls) == len(set(calls)) == 6
+    assert len(calls) == len(set(calls)) == 4
     assert report.run("fake").rows == whole.run("fake").rows
     assert report.metrics() == whole.metrics()
-    facts.run(tiny, edits, quick, make=until(6), run_id="fake", out=tmp_path)  # all there: nothing is made again
+    facts.run(tiny, edits, quick, make=until(4), run_id="fake", out=tmp_path)  # all there: nothing is made again
     assert facts.read_report(tmp_path).metrics() == whole.metrics()
 
 
 def test_the_unpatched_model_is_asked_once(
     tiny: LM, edits: list[Edit], quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    edits = edits[:2]
     asked: list[int] = []
 
     def counted(lm: LM, prompts: Sequence[str], **settings: Any) -> Any:
@@ -429,17 +448,17 @@ def test_the_unpatched_model_is_asked_once(
         (tmp_path / f"{name}.jsonl").unlink()
     facts.run(tiny, edits, quick, out=tmp_path)
     assert not asked
-    facts.run(tiny, edits, replace(quick, n=6, chunks=1, max_new_tokens=5), out=tmp_path / "longer")
+    facts.run(tiny, edits, replace(quick, n=2, max_new_tokens=5), out=tmp_path / "longer")
     assert asked
 
 
 def test_other_weights_are_another_base(tiny: LM, edits: list[Edit], quick: Config, tmp_path: Path) -> None:
-    how = asking.Protocol(max_new_tokens=quick.max_new_tokens)
+    quick = replace(quick, teacher_forced=True)
     questions = bench.plan(tiny, edits, replace(quick, n=len(edits)), fixed=True)[0].chunk.questions
-    one = asking.ask_base(tiny, questions, how, tmp_path)
-    other = asking.ask_base(tiny_lm("llama", seed=1), questions, how, tmp_path)
+    one = asking.ask_base(tiny, questions, quick, tmp_path)
+    other = asking.ask_base(tiny_lm("llama", seed=1), questions, quick, tmp_path)
     assert one.texts != other.texts
-    again = asking.ask_base(tiny, questions, how, tmp_path)
+    again = asking.ask_base(tiny, questions, quick, tmp_path)
     assert again.texts == one.texts and again.scores == one.scores
     assert all(torch.equal(again.states[text], state) for text, state in one.states.items())
 
@@ -447,6 +466,7 @@ def test_other_weights_are_another_base(tiny: LM, edits: list[Edit], quick: Conf
 def test_a_folder_of_other_settings_is_refused(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config, tmp_path: Path
 ) -> None:
+    edits = edits[:2]
     facts.run(tiny, edits, quick, make=make, run_id="fake", out=tmp_path, settings={"lr": 1})
     with pytest.raises(BadInput, match="n 1, asked now 2"):
         facts.run(tiny, edits, replace(quick, n=2), make=make, run_id="fake", out=tmp_path, settings={"lr": 1})

@@ -24,9 +24,8 @@ import lmpatch as lp
 from lmpatch.benches import general
 from lmpatch.benches.core import runner
 from lmpatch.benches.core.report import Report
-from lmpatch.benches.general import Config, Data, Row, Sample, asking
-from lmpatch.benches.general.rows import CLOZE, LETTERS, TEXT
-from lmpatch.benches.general.tasks import TASKS
+from lmpatch.benches.general import Config, Data, Row, Sample, bench
+from lmpatch.benches.general.tasks import CLOZE, LETTERS, TASKS, TEXT
 from lmpatch.cli.app import build
 from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, NotEnoughMemory
@@ -158,7 +157,7 @@ def test_a_mark_that_merges_with_the_bracket_is_tokenised_alone(tiny: LM) -> Non
             return {"input_ids": [[7, 8] for _ in texts], "offset_mapping": [[(0, 8), (8, 10)] for _ in texts]}
 
     sample = Sample(LETTERS, "letters", ("x\nAnswer: (",), ("A", "B"))
-    assert asking._marks(replace(tiny, tokenizer=Merging()), sample) == (ord("A"), ord("B"))
+    assert bench.first_tokens(replace(tiny, tokenizer=Merging()), sample) == (ord("A"), ord("B"))
 
 
 def test_options_that_cannot_be_told_apart_are_not_asked(tiny: LM) -> None:
@@ -307,32 +306,32 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_report(
     monkeypatch.setattr(runner, "BLOCK", 2)
     whole = general.run(tiny, data, cfg, patch=patch)
     asked: list[int] = []
-    ask = asking.ask
+    ask = general.ask
 
     def until(limit: int) -> Any:
-        def counted(lm: LM, samples: Sequence[Sample], batch_size: int) -> list[Row]:
+        def counted(lm: LM, samples: Sequence[Sample], cfg: Config) -> list[Row]:
             if len(asked) == limit:
                 raise KeyboardInterrupt
             asked.append(len(samples))
-            return ask(lm, samples, batch_size)
+            return ask(lm, samples, cfg)
 
         return counted
 
     total = 2 * len(whole.run("none").parts)
     for limit in (2, total - 2):
-        monkeypatch.setattr(asking, "ask", until(limit))
+        monkeypatch.setattr(general, "ask", until(limit))
         with pytest.raises(KeyboardInterrupt):
             general.run(tiny, data, cfg, patch=patch, out=out)
         assert not applied(tiny)
         with (out / "rows.jsonl").open("a") as file:
             file.write('{"run_id": "none", "chu')
     assert "not finished" in printed(general.read_report(out))
-    monkeypatch.setattr(asking, "ask", until(99))
+    monkeypatch.setattr(general, "ask", until(99))
     report = general.run(tiny, data, cfg, patch=patch, out=out)
     assert len(asked) == total
     assert report.rows == whole.rows and report.differences("rank_one") == whole.differences("rank_one")
     assert general.read_report(out).differences("rank_one") == whole.differences("rank_one")
-    monkeypatch.setattr(asking, "ask", until(total))  # all there: nothing is asked again
+    monkeypatch.setattr(general, "ask", until(total))  # all there: nothing is asked again
     general.run(tiny, data, cfg, patch=patch, out=out)
 
 

@@ -10,8 +10,7 @@ import pytest
 from general_files import RECORDS, put, write
 
 from lmpatch.benches import general
-from lmpatch.benches.general.rows import CLOZE, LETTERS, TEXT
-from lmpatch.benches.general.tasks import TASKS, Sample, choose
+from lmpatch.benches.general.tasks import CLOZE, LETTERS, TASKS, TEXT, Sample, choose
 from lmpatch.errors import BadInput, BadRecord
 
 
@@ -175,5 +174,5 @@ def test_what_is_no_folder_of_tasks_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_made_up_files_cover_every_task() -> None:
-    assert len(RECORDS) + 1 == sum(len(task.files) for task in TASKS.values())
+    assert len(RECORDS) + 1 == sum(len(task[0]) for task in TASKS.values())
     assert general_files.TEXT

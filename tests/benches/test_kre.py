@@ -12,10 +12,9 @@ from tiny import tiny_lm
 
 import lmpatch as lp
 from lmpatch.benches import kre
-from lmpatch.benches.context import answers
-from lmpatch.benches.context.answers import WHOLE, Letters, Reply, choose
+from lmpatch.benches.context.bench import Reply
 from lmpatch.benches.context.prompts import worded
-from lmpatch.benches.kre import Config
+from lmpatch.benches.kre import WHOLE, Config, Letters, choose
 from lmpatch.data.context import ContextRecord
 from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput
@@ -78,7 +77,7 @@ def without_context(lm: LM) -> list[int]:
 def test_the_token_of_a_letter_is_the_likelier_of_two(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tokenizer that knew " A", letters would have a token behind a blank too."""
     behind = (7, 30, 31)
-    monkeypatch.setattr(answers, "option_tokens", lambda lm, prompt, _: (encode(lm, prompt), behind))
+    monkeypatch.setattr(kre, "option_tokens", lambda lm, prompt, _: (encode(lm, prompt), behind))
     kinds: dict[Letters, list[Reply]] = {k: choose(lm, RECORDS, batch_size=4, letters=k) for k in get_args(Letters)}
     mass = [[torch.tensor(said.scores).logsumexp(0) for said in kinds[k]] for k in ("blank", "bare")]
     for i, record in enumerate(RECORDS):

@@ -19,12 +19,11 @@ from typer.testing import CliRunner
 
 import lmpatch as lp
 from lmpatch.benches import memotrap
-from lmpatch.benches.context import answers as replies
-from lmpatch.benches.context.answers import WORD, complete, cut, settled, word
+from lmpatch.benches.context.bench import WORD, word
 from lmpatch.benches.core import runner, stats
 from lmpatch.benches.core.report import Report
 from lmpatch.benches.core.stats import Number, Values, number, numbers
-from lmpatch.benches.memotrap import Config
+from lmpatch.benches.memotrap import Config, complete, cut, settled
 from lmpatch.cli.app import build
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.data.edits import Edit
@@ -71,7 +70,7 @@ def spoken(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         texts = [table.get(prompt.prompt, " no idea") for prompt in prompts]
         return [" ".join(text.split(" ")[: max_new_tokens + 1]) for text in texts]
 
-    monkeypatch.setattr(replies, "generate", say)
+    monkeypatch.setattr(memotrap, "generate", say)
     return table
 
 
@@ -158,7 +157,7 @@ def test_stopping_early_changes_no_verdict_on_a_model(lm: LM, monkeypatch: pytes
     texts = generate(lm, [r.prompt for r in RECORDS], max_new_tokens=6, stop=())
     wanted = [[cut(text) or "x", "Paris"] for text in texts]
     early = complete(lm, RECORDS, wanted, limit=6, batch_size=4)
-    monkeypatch.setattr(replies, "settled", lambda *_: False)
+    monkeypatch.setattr(memotrap, "settled", lambda *_: False)
     whole = complete(lm, RECORDS, wanted, limit=6, batch_size=4)
     for answers, one, two in zip(wanted, early, whole, strict=True):
         assert [one.text == a for a in answers] == [two.text == a for a in answers]
@@ -222,7 +221,7 @@ def test_only_a_run_with_new_rows_is_resampled(
 
     monkeypatch.setattr(stats, "numbers", count)
     report = memotrap.run(tiny, RECORDS, replace(QUICK, irrelevant=False), patch=patch, out=tmp_path)
-    assert counted == [4]
+    assert counted == [4, 4]  # the patched run, and its differences
     assert report.run("none").record["metrics"] == first
 
 

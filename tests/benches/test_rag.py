@@ -23,9 +23,8 @@ from lmpatch.benches import rag
 from lmpatch.benches.core import runner
 from lmpatch.benches.core.adapter import adapt
 from lmpatch.benches.core.report import Report, Run
-from lmpatch.benches.core.stats import Number, collect, numbers, total
-from lmpatch.benches.rag import METRICS, Config, Row, Sample, bench
-from lmpatch.benches.rag.rows import judged, samples
+from lmpatch.benches.core.stats import Number, collect, minus, numbers, total
+from lmpatch.benches.rag import METRICS, Config, Row, Sample, judged, samples
 from lmpatch.cli.app import build
 from lmpatch.data.context import InContext
 from lmpatch.data.rag.reader import Build, RagRecord, closed_book, read_questions, write
@@ -168,7 +167,7 @@ def metric(rows: Sequence[Row], name: str) -> Number | None:
 
 
 def difference(name: str, base: Sequence[Row], rows: Sequence[Row]) -> Number | None:
-    return total(name, collect(rows, METRICS), {"bootstrap": 0}, collect(base, METRICS))
+    return total(name, minus(collect(rows, METRICS), collect(base, METRICS)), {"bootstrap": 0})
 
 
 def test_the_numbers_are_shares_of_the_rows_they_name() -> None:
@@ -332,7 +331,7 @@ def test_items_the_model_knows_come_first_among_irrelevant_ones(
     foreign = [r for r in records if r.variant == "foreign"]
     right = {r.question: r.gold[0] for r in foreign[-2:]}
     own = {q: Own(right.get(q, "nothing"), True) for q in (r.question for r in records)}
-    monkeypatch.setattr(bench, "closed_book_answers", lambda _, asked, **__: [own[q] for q in asked])
+    monkeypatch.setattr(rag, "closed_book_answers", lambda _, asked, **__: [own[q] for q in asked])
     items = rag.plan(tiny, records, Config(n=3, conditions=("irrelevant",)))
     assert [s.known for s in items] == [True, True, False]
 

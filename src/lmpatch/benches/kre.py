@@ -10,18 +10,22 @@ they are scored whole. ``official`` does as released.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
+
+import torch
 
 from ..data.context import ContextRecord
 from ..errors import BadInput
+from ..inference.multiple_choice import option_tokens
+from ..inference.score import score
+from ..inference.tokens import encode_all
 from ..models.lm import LM
 from .context import bench
-from .context.answers import Letters, Reply, Wanted, choose
-from .context.bench import OWN, Item, Task, identity, load, plan
+from .context.bench import METRICS, OWN, PLOTS, Reply, Row, Task, Wanted, identity, load, plan
 from .context.prompts import Wording
-from .context.rows import METRICS, PLOTS, ContextRow
+from .core.asking import mark_logits
 from .core.runner import bound
 
 __all__ = [
@@ -29,8 +33,11 @@ __all__ = [
     "read_report", "run", "settle", "texts",
 ]  # fmt: skip
 
-Row = ContextRow
 CONTEXTS = True
+Letters = Literal["blank", "bare", "auto"]
+"""Which token of a letter counts: the one it gets behind the prompt and a blank, that of the letter alone, or, for each
+prompt, those of the two that hold more probability. Where the prompt ends in white space no blank is added."""
+WHOLE = "options share a first token: each letter scored whole"
 
 
 @dataclass(frozen=True)
@@ -60,19 +67,39 @@ def settle(cfg: Config, records: Sequence[ContextRecord], fixed: bool) -> Config
     return replace(cfg, suffix=suffix, letters=letters)
 
 
-def ask(lm: LM, items: Sequence[Item], cfg: Config, base: Sequence[ContextRow] | None = None) -> list[ContextRow]:
-    """Everything about these records, from the model as it is now."""
-    return bench.ask(lm, items, cfg, _task(cfg), base)
+def choose(lm: LM, records: Sequence[ContextRecord], *, batch_size: int, letters: Letters = "blank") -> list[Reply]:
+    """The option whose letter has the highest logit behind the prompt.
+
+    Where letters begin with the same token there, each is scored as a whole, by its log probability.
+    """
+    marks = [_marks(lm, record, letters) for record in records]  # for each record one token a letter, or both variants
+    single = [i for i, variants in enumerate(marks) if variants]
+    flat = [[token for ids in marks[i] for token in ids] for i in single]
+    logits = iter(mark_logits(lm, [records[i].asked for i in single], flat, batch_size))
+    replies = []
+    for record, variants in zip(records, marks, strict=True):
+        names, flag = record.letters, "" if variants else WHOLE
+        if variants:
+            row = next(logits)
+            parts = [row[start : start + len(names)] for start in range(0, len(row), len(names))]
+            scores = max(parts, key=lambda part: float(torch.tensor(part).logsumexp(0)))  # the likelier variant
+        else:
+            scores = tuple(s.total for s in score(lm, [record.asked] * len(names), names, batch_size=batch_size))
+        replies.append(Reply(names[max(range(len(scores)), key=scores.__getitem__)], scores, flag))
+    return replies
 
 
-def baselines(cfg: Config) -> Mapping[str, Any]:
-    """The unpatched model in other words."""
-    return bench.baselines(cfg, _task(cfg))
-
-
-def texts(items: Sequence[Item], cfg: Config) -> tuple[list[str], int]:
-    """The prompts; nothing is generated."""
-    return [item.record.prompt for item in items], 0
+def _marks(lm: LM, record: ContextRecord, letters: Letters) -> list[tuple[int, ...]]:
+    """The token of each letter, in one variant or both. None where letters share it or it holds the prompt's end."""
+    variants = []
+    if letters != "blank":
+        rows = lm.tokenizer(list(record.letters), add_special_tokens=False)["input_ids"]
+        variants.append(tuple(row[0] for row in rows))
+    if letters != "bare":
+        (alone,) = encode_all(lm, [record.prompt])
+        before, ids = option_tokens(lm, record.prompt, record.letters)
+        variants += [ids] if before.ids == alone.ids else []
+    return [ids for ids in variants if len(set(ids)) == len(record.options)]
 
 
 def _task(cfg: Config) -> Task:
@@ -82,4 +109,5 @@ def _task(cfg: Config) -> Task:
     return Task(reply, suffix=cfg.suffix or "", official=cfg.official)
 
 
+ask, baselines, texts = bench.asking(_task)
 run, read_report = bound(__name__)

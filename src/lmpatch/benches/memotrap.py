@@ -10,17 +10,17 @@ it. ``official`` does as released.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from ..data.context import ContextRecord
+from ..data.context import ContextRecord, one_line
 from ..errors import BadInput
+from ..inference.generate import generate
 from ..models.lm import LM
 from .context import bench
-from .context.answers import Reply, Wanted, complete
-from .context.bench import OWN, Item, Task, identity, load
-from .context.rows import METRICS, PLOTS, ContextRow
+from .context.bench import METRICS, OWN, PLOTS, Item, Reply, Row, Task, Wanted, identity, load
 from .core.runner import bound
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "read_report", "run", "settle", "texts",
 ]  # fmt: skip
 
-Row = ContextRow
 CONTEXTS = True
 
 
@@ -59,29 +58,6 @@ def plan(lm: LM, records: Sequence[ContextRecord], cfg: Config, **how: Any) -> l
     return bench.plan(lm, [_as_released(record) for record in records] if cfg.official else records, cfg)
 
 
-def ask(lm: LM, items: Sequence[Item], cfg: Config, base: Sequence[ContextRow] | None = None) -> list[ContextRow]:
-    """Everything about these records, from the model as it is now."""
-    return bench.ask(lm, items, cfg, _task(cfg), base)
-
-
-def baselines(cfg: Config) -> Mapping[str, Any]:
-    """The unpatched model in other words."""
-    return bench.baselines(cfg, _task(cfg))
-
-
-def texts(items: Sequence[Item], cfg: Config) -> tuple[list[str], int]:
-    """The prompts, and the new tokens behind each."""
-    return [item.record.prompt for item in items], cfg.max_new_tokens
-
-
-def _task(cfg: Config) -> Task:
-    def reply(lm: LM, records: Sequence[ContextRecord], wanted: Sequence[Wanted]) -> list[Reply]:
-        limit, size = cfg.max_new_tokens, cfg.batch_size
-        return complete(lm, records, wanted, limit=limit, batch_size=size, official=cfg.official)
-
-    return Task(reply, cfg.max_new_tokens, by_word=True, official=cfg.official)
-
-
 def _as_released(record: ContextRecord) -> ContextRecord:
     """The prompt cut at its last colon, which takes part of the phrase away where that has one too."""
     rest = record.prompt.rpartition(": ")[2]
@@ -90,4 +66,61 @@ def _as_released(record: ContextRecord) -> ContextRecord:
     )
 
 
+def complete(
+    lm: LM,
+    records: Sequence[ContextRecord],
+    wanted: Sequence[Wanted],
+    *,
+    limit: int,
+    batch_size: int,
+    official: bool = False,
+) -> list[Reply]:
+    """Continue each prompt greedily, and cut the text at its first period, behind a question also at its first line.
+
+    An answer is not continued once it is settled: no further token could make it another one of the wanted answers, nor
+    another first word.
+
+    Args:
+        wanted: for each prompt what is looked for in its answer.
+        limit: new tokens at most.
+    """
+
+    def enough(i: int, text: str) -> bool:
+        return settled(text, wanted[i], lines[i])
+
+    prompts, lines = [record.asked for record in records], [one_line(record.prompt) for record in records]
+    texts = generate(lm, prompts, max_new_tokens=limit, stop=(), batch_size=batch_size, enough=enough)
+    return [Reply(cut(text, official, line)) for text, line in zip(texts, lines, strict=True)]
+
+
+def cut(text: str, official: bool = False, line: bool = False) -> str:
+    """The text up to its first period, without blanks around it; the released code leaves those before the period.
+
+    Args:
+        line: it ends at a new line, too.
+    """
+    start = text.partition("\n")[0] if line else text
+    head = start.strip().partition(".")[0]
+    return head if official else head.strip()
+
+
+def settled(text: str, wanted: Wanted, line: bool = False) -> bool:
+    """Whatever follows, the text becomes none of the wanted answers; or the first word, if that is wanted, is whole."""
+    start = text.lstrip()
+    if "." in start or (line and "\n" in text):
+        return True
+    if wanted is None:
+        return False
+    if not wanted:
+        return len(start.split()) > 1 or start[-1:].isspace()
+    sure = start.rstrip("\ufffd").rstrip()  # a character of several tokens shows once its last one is there
+    return not any(answer.startswith(sure) for answer in wanted)
+
+
+def _task(cfg: Config) -> Task:
+    reply = partial(complete, limit=cfg.max_new_tokens, batch_size=cfg.batch_size, official=cfg.official)
+    return Task(reply, cfg.max_new_tokens, by_word=True, official=cfg.official)
+
+
+ask, baselines, texts = bench.asking(_task)
 run, read_report = bound(__name__)

@@ -19,10 +19,35 @@ Wording = Literal[
     "plain", "base", "attr", "instr", "opin", "instr+opin", "based_on", "based_on_formatted", "utilizing_formatted"
 ]  # fmt: skip
 OWN: tuple[Wording, ...] = ("based_on", "based_on_formatted", "utilizing_formatted")
-READ = "Instruction: read the given information and answer the corresponding question.\n\n"
-GO_ON = "Instruction: read the given instruction and continue the text accordingly.\n\n"
 ENDING = "Answer:"
-CHOOSE = "choose the correct option to answer the following question: \n"
+READ = "Instruction: read the given information and answer the corresponding question.\n\n"
+BASE = "{context}\nQ:{question}\n{end}"
+OPINION = 'Bob said "{quoted}"\nQ: {plain} in Bob\'s opinion?\n{end}'
+CHOOSE = "the context, choose the correct option to answer the following question: \n"
+FORMATTED = "Context: {context}\nQuestion: {question}\n{options}\nAnswer:"
+QUESTIONS: dict[Wording, str] = {
+    "base": BASE,
+    "attr": "{context}\nQ:{plain} based on the given {text}?\n{end}",
+    "instr": READ + BASE,
+    "opin": OPINION,
+    "instr+opin": READ + OPINION,
+    "based_on": f"Based on {CHOOSE}" + "{context}\n{question}\n{options}\nAnswer:",
+    "based_on_formatted": f"Based on {CHOOSE}" + FORMATTED,
+    "utilizing_formatted": f"Utilizing {CHOOSE}" + FORMATTED,
+}
+GO_ON = "Instruction: read the given instruction and continue the text accordingly.\n\n"
+BOB = 'Bob said "{quoted}"\nIn Bob\'s opinion: {question}'
+CONTINUE = "the instruction, continue the text."
+COMPLETIONS: dict[Wording, str] = {  # the context is an instruction, the question a text to continue, which stands last
+    "base": "{context} {question}",
+    "attr": "{context}\nBased on the given instruction: {question}",
+    "instr": GO_ON + "{context} {question}",
+    "opin": BOB,
+    "instr+opin": GO_ON + BOB,
+    "based_on": f"Based on {CONTINUE}" + "\n{context} {question}",
+    "based_on_formatted": f"Based on {CONTINUE}" + "\nInstruction: {context}\nText: {question}",
+    "utilizing_formatted": f"Utilizing {CONTINUE}" + "\nInstruction: {context}\nText: {question}",
+}
 
 
 def worded(record: ContextRecord, wording: Wording, *, suffix: str = ENDING, official: bool = False) -> ContextRecord:
@@ -33,56 +58,30 @@ def worded(record: ContextRecord, wording: Wording, *, suffix: str = ENDING, off
             end belong to the answer and are dropped.
         official: the released typo of ``attr``, and the suffix as it is.
     """
+    context, question = record.context.strip(), record.question.strip()
+    quoted = context.replace('"', "")
     if not record.options:
-        return record if wording == "plain" else replace(record, prompt=_completion(record, wording))
+        if wording == "plain":
+            return record
+        parts = {"context": context, "question": question, "quoted": quoted.removesuffix(":")}
+        return replace(record, prompt=COMPLETIONS[wording].format(**parts))
     end = suffix if official else suffix.rstrip(" ")
     plain = replace(record, prompt=_ending(record.prompt, end), without_context=_ending(record.without_context, end))
     if wording == "plain":
         return plain
-    listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, record.options, strict=False))
-    prompt = _question(record.context.strip(), record.question.strip(), listed, wording, official)
+    options = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, record.options, strict=False))
+    parts = {
+        "context": context, "question": question, "plain": question.removesuffix("?").rstrip(), "quoted": quoted,
+        "options": options, "end": f"Choices: {options}\nA:", "text": "tex" if official else "text",
+    }  # fmt: skip
+    prompt = QUESTIONS[wording].format(**parts)
     if wording in OWN:  # their template is the plain one's
         return replace(plain, prompt=prompt)
-    return replace(record, prompt=prompt, without_context=f"Q:{record.question.strip()}\nChoices: {listed}\nA:")
+    return replace(record, prompt=prompt, without_context=f"Q:{question}\n{parts['end']}")
 
 
 def _ending(prompt: str, suffix: str) -> str:
     return f"{prompt.removesuffix(ENDING)}{suffix}" if prompt.endswith(ENDING) else prompt
-
-
-def _question(context: str, question: str, listed: str, wording: Wording, official: bool) -> str:
-    plain, end = question.removesuffix("?").rstrip(), f"Choices: {listed}\nA:"
-    instr = READ if wording.startswith("instr") else ""
-    match wording:
-        case "attr":
-            return f"{context}\nQ:{plain} based on the given {'tex' if official else 'text'}?\n{end}"
-        case "opin" | "instr+opin":
-            quoted = context.replace('"', "")
-            return f'{instr}Bob said "{quoted}"\nQ: {plain} in Bob\'s opinion?\n{end}'
-        case "based_on":
-            return f"Based on the context, {CHOOSE}{context}\n{question}\n{listed}\nAnswer:"
-        case "based_on_formatted" | "utilizing_formatted":
-            how = "Based on" if wording.startswith("based") else "Utilizing"
-            return f"{how} the context, {CHOOSE}Context: {context}\nQuestion: {question}\n{listed}\nAnswer:"
-    return f"{instr}{context}\nQ:{question}\n{end}"
-
-
-def _completion(record: ContextRecord, wording: Wording) -> str:
-    """The context is an instruction, the question a text to continue, which stands last."""
-    order, text = record.context.strip(), record.question.strip()
-    instr = GO_ON if wording.startswith("instr") else ""
-    match wording:
-        case "attr":
-            return f"{order}\nBased on the given instruction: {text}"
-        case "opin" | "instr+opin":
-            quoted = order.replace('"', "").removesuffix(":")
-            return f'{instr}Bob said "{quoted}"\nIn Bob\'s opinion: {text}'
-        case "based_on":
-            return f"Based on the instruction, continue the text.\n{order} {text}"
-        case "based_on_formatted" | "utilizing_formatted":
-            how = "Based on" if wording.startswith("based") else "Utilizing"
-            return f"{how} the instruction, continue the text.\nInstruction: {order}\nText: {text}"
-    return f"{instr}{order} {text}"
 
 
 def others(records: Sequence[ContextRecord], seed: int) -> list[int | None]:

@@ -6,26 +6,14 @@ and how each number is defined, stands in docs/benches.md.
 """
 
 from ..core.runner import bound
-from .bench import COSTS as COSTS
-from .bench import OWN as OWN
-from .bench import Config as Config
-from .bench import ask as ask
-from .bench import baselines as baselines
-from .bench import commits as commits
-from .bench import fit_batch as fit_batch
-from .bench import group as group
-from .bench import identity as identity
-from .bench import load as load
-from .bench import plan as plan
-from .bench import record as record
-from .bench import settle as settle
-from .bench import summary as summary
-from .bench import texts as texts
-from .bench import warm as warm
-from .bench import with_unrelated as with_unrelated
-from .bench import write as write
-from .rows import METRICS as METRICS
-from .rows import PLOTS as PLOTS
-from .rows import FactRow as Row  # noqa: F401
+from .bench import ask, baselines, commits, fit_batch, group, identity, plan, record, summary, texts, warm, write
+from .cases import COSTS, OWN, Config, load, settle, with_unrelated
+from .rows import METRICS, PLOTS, Row
+
+__all__ = [
+    "COSTS", "METRICS", "OWN", "PLOTS", "Config", "Row", "ask", "baselines", "commits", "fit_batch", "group",
+    "identity", "load", "plan", "read_report", "record", "run", "settle", "summary", "texts", "warm", "with_unrelated",
+    "write",
+]  # fmt: skip
 
 run, read_report = bound(__name__)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ... import tensor_file
 from ...data.matching import match
+from ...errors import BadRecord
 from ...inference.generate import generate
 from ...inference.score import Score, score
 from ...inference.states import hidden, next_kl
@@ -21,20 +21,10 @@ from ...models.lm import LM
 from ...progress import Progress
 from ...provenance import hash_json
 from ..core.asking import beyond_window
-from .cases import Question
-from .rows import FactRow
+from .cases import Config, Question
+from .rows import Row
 
 BLOCK = 256  # prompts per cache file of the unpatched model, so an interrupted run keeps most of them
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What decides an answer besides the weights."""
-
-    max_new_tokens: int = 32
-    em_rule: str = "prefix"
-    teacher_forced: bool = True
-    batch_size: int = 64
 
 
 @dataclass
@@ -57,139 +47,108 @@ class Answers:
         self.long |= other.long
 
     def save(self, path: Path) -> None:
-        """One safetensors file: states as tensor, the rest as its metadata."""
-        values = {
-            "texts": self.texts,
-            "long": self.long,
-            "states": list(self.states),
-            "scores": [[*key, asdict(score)] for key, score in self.scores.items()],
-        }
+        """One sealed file: states as tensor, the rest in its head."""
+        scores = [[*key, asdict(score)] for key, score in self.scores.items()]
+        values = {"texts": self.texts, "long": self.long, "states": list(self.states), "scores": scores}
         states = torch.stack(list(self.states.values())) if self.states else torch.zeros(0, 0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({"states": states.cpu().contiguous()}, partial, metadata={"answers": json.dumps(values)})
-        partial.replace(path)
+        tensor_file.write(path, {"answers": json.dumps(values)}, {"states": states.cpu()})
 
     @classmethod
     def load(cls, path: Path) -> Answers:
-        """The inverse of ``save``."""
-        with safe_open(path, framework="pt") as file:
-            states, values = file.get_tensor("states"), json.loads(file.metadata()["answers"])
+        """The inverse of ``save``.
+
+        Raises:
+            BadRecord: there is no such file, or it is not as it was written.
+        """
+        head, tensors = tensor_file.read(path, BadRecord)
+        values = json.loads(head["answers"])
         scores = {(p, a): Score(**{k: tuple(v) for k, v in s.items()}) for p, a, s in values["scores"]}
-        return cls(values["texts"], dict(zip(values["states"], states, strict=True)), scores, values.get("long", {}))
+        return cls(values["texts"], dict(zip(values["states"], tensors["states"], strict=True)), scores, values["long"])
 
 
-def ask(lm: LM, questions: Iterable[Question], how: Protocol, progress: Progress | None = None) -> Answers:
+def ask(lm: LM, questions: Iterable[Question], cfg: Config) -> Answers:
     """Put the questions to the model as it is now, patches included. Equal prompts run once, too long ones never."""
-    open_ones = [q for q in questions if not q.flag]
-    asked = list(dict.fromkeys(q.text for q in open_ones))
-    pairs = list(dict.fromkeys(pair for q in open_ones for pair in _pairs(q))) if how.teacher_forced else []
-    flags = dict(zip(asked, beyond_window(lm, asked, new_tokens=how.max_new_tokens), strict=True))
+    asked = [q for q in questions if not q.flag]
+    texts = list(dict.fromkeys(q.text for q in asked))
+    near = list(dict.fromkeys(q.text for q in asked if q.kind.startswith("loc/")))
+    # to score teacher-forced: the wanted answer, and the old one where there is one
+    pairs = list(dict.fromkeys((q.text, a[0]) for q in asked for a in (q.answers, q.old) if a and cfg.teacher_forced))
+    flags = dict(zip(texts, beyond_window(lm, texts, new_tokens=cfg.max_new_tokens), strict=True))
     over = beyond_window(lm, [text for text, _ in pairs], [answer for _, answer in pairs])
     flags |= {text: flag for (text, _), flag in zip(pairs, over, strict=True) if flag}
-    answers = Answers(long={text: flag for text, flag in flags.items() if flag})
-    texts = [text for text in asked if not flags[text]]
-    near = list(dict.fromkeys(q.text for q in open_ones if q.kind.startswith("loc/") and not flags[q.text]))
-    pairs = [pair for pair in pairs if not flags[pair[0]]]
-    size = how.batch_size
-    if texts:
-        generated = generate(lm, texts, max_new_tokens=how.max_new_tokens, batch_size=size, progress=progress)
+    answers, size = Answers(long={text: flag for text, flag in flags.items() if flag}), cfg.batch_size
+    if texts := [text for text in texts if not flags[text]]:
+        generated = generate(lm, texts, max_new_tokens=cfg.max_new_tokens, batch_size=size)
         answers.texts.update(zip(texts, generated, strict=True))
-    if near:
-        states = hidden(lm, near, batch_size=size, progress=progress).cpu()
-        answers.states.update(zip(near, states, strict=True))
-    if pairs:
-        scores = score(lm, [p for p, _ in pairs], [a for _, a in pairs], batch_size=size, progress=progress)
+    if near := [text for text in near if not flags[text]]:
+        answers.states.update(zip(near, hidden(lm, near, batch_size=size).cpu(), strict=True))
+    if pairs := [pair for pair in pairs if not flags[pair[0]]]:
+        scores = score(lm, [text for text, _ in pairs], [answer for _, answer in pairs], batch_size=size)
         answers.scores.update(zip(pairs, scores, strict=True))
     return answers
 
 
 def ask_base(
-    lm: LM, questions: Iterable[Question], how: Protocol, folder: Path | None, progress: Progress | None = None
+    lm: LM, questions: Iterable[Question], cfg: Config, folder: Path | None, progress: Progress | None = None
 ) -> Answers:
-    """``ask`` on the unpatched model, kept in ``folder`` by (weights, dtype, prompts, protocol).
-
-    Raises:
-        BadInput: the model carries patches.
-    """
+    """``ask`` on the unpatched model, kept in ``folder`` by (weights, dtype, prompts, protocol)."""
     answers = Answers()
-    unique = list(
-        dict.fromkeys(replace(q, case=0, answers=q.answers[:1], old=q.old[:1]) for q in questions if not q.flag)
-    )
-    rest = iter(sorted(unique, key=lambda q: (len(q.text), q.text, q.kind)))
-    done = 0
-    while block := list(islice(rest, BLOCK)):
-        key = hash_json(
-            [
-                lm.fingerprint(),
-                str(lm.dtype),
-                lm.chat is not None,
-                asdict(replace(how, batch_size=0)),
-                [asdict(q) for q in block],
-            ]
-        )
+    unique = dict.fromkeys(replace(q, case=0, answers=q.answers[:1], old=q.old[:1]) for q in questions if not q.flag)
+    queue = sorted(unique, key=lambda q: (len(q.text), q.text, q.kind))
+    how = [lm.fingerprint(), str(lm.dtype), lm.chat is not None, cfg.max_new_tokens, cfg.teacher_forced]
+    for start in range(0, len(queue), BLOCK):
+        block = queue[start : start + BLOCK]
+        key = hash_json([*how, [asdict(q) for q in block]])
         path = folder / "base" / f"{key[:24]}.safetensors" if folder else None
+        part: Answers | None = None
         if path and path.is_file():
-            answers.update(Answers.load(path))
-        else:
-            part = ask(lm, block, how)
+            with suppress(BadRecord):  # a damaged file is asked again
+                part = Answers.load(path)
+        if part is None:
+            part = ask(lm, block, cfg)
             if path:
                 part.save(path)
-            answers.update(part)
-        done += len(block)
+        answers.update(part)
         if progress:
-            progress(done, len(unique), "asking the unpatched model")
+            progress(start + len(block), len(queue), "asking the unpatched model")
     return answers
 
 
-def _pairs(q: Question) -> list[tuple[str, str]]:
-    """(text, answer) to score teacher-forced: the wanted answer, and the old one where there is one."""
-    return [(q.text, answers[0]) for answers in (q.answers, q.old) if answers]
-
-
 def rows(
-    lm: LM, questions: Sequence[Question], base: Answers, now: Answers, how: Protocol, *, kl: bool = True
-) -> list[FactRow]:
+    lm: LM, questions: Sequence[Question], base: Answers, now: Answers, cfg: Config, *, kl: bool = True
+) -> list[Row]:
     """One row per question, without its place in the run: compares the answers now with the unpatched model's.
 
     Args:
         kl: measure ``kl``; False where the head itself was changed, which stored states do not show.
     """
-    near = [q.text for q in questions if q.text in now.states and q.prompt in base.states and not q.flag] if kl else []
+    near = [q for q in questions if q.text in now.states and q.prompt in base.states and not q.flag] if kl else []
     moved: dict[str, float] = {}
     if near:
-        before = {q.text: base.states[q.prompt] for q in questions if q.text in now.states and not q.flag}
-        was, is_ = (torch.stack([s[text] for text in near]).to(lm.device) for s in (before, now.states))
-        moved = dict(zip(near, next_kl(lm, was, is_).tolist(), strict=True))
-    return [_row(q, base, now, how, moved.get(q.text)) for q in questions]
+        before = torch.stack([base.states[q.prompt] for q in near]).to(lm.device)  # [n, d]
+        after = torch.stack([now.states[q.text] for q in near]).to(lm.device)
+        moved = dict(zip((q.text for q in near), next_kl(lm, before, after).tolist(), strict=True))
+    return [_row(q, base, now, cfg, moved.get(q.text)) for q in questions]
 
 
-def _row(q: Question, base: Answers, now: Answers, how: Protocol, kl: float | None) -> FactRow:
+def _row(q: Question, base: Answers, now: Answers, cfg: Config, kl: float | None) -> Row:
     flag = q.flag or now.long.get(q.text) or base.long.get(q.prompt) or ""
-    row = FactRow(kind=q.kind, prompt=q.prompt, aliases=q.answers, old_aliases=q.old, flag=flag)
+    row = Row(kind=q.kind, prompt=q.prompt, aliases=q.answers, old_aliases=q.old, flag=flag)
     if flag:
         return row
     text, before = now.texts[q.text], base.texts[q.prompt]
     row = replace(row, text=text, base_text=before, kl=kl)
-    if q.answers:
-        hit = match(text, q.answers, q.old, how.em_rule)
-        right = match(before, q.answers, q.old, how.em_rule).em
-        row = replace(row, em=hit.em, contains=hit.contains, was_right=right)
-        row = replace(row, old_first=hit.old_first if q.old else None)
-    if q.answers and how.teacher_forced:
-        new, was = now.scores[q.text, q.answers[0]], base.scores[q.prompt, q.answers[0]]
-        old = now.scores[q.text, q.old[0]] if q.old else None
-        row = replace(row, tf_acc=new.accuracy, tf_same=_agreement(new, was), tf_new=_mean(new))
-        row = replace(row, tf_old=_mean(old) if old else None)
-    return row
-
-
-def _agreement(now: Score, base: Score) -> float | None:
-    """Share of positions with the same first choice; None if the answer was tokenised differently."""
-    if now.ids != base.ids:
-        return None
-    return sum(a == b for a, b in zip(now.argmax, base.argmax, strict=True)) / len(now.ids)
-
-
-def _mean(score: Score) -> float:
-    return score.total / len(score.logprobs)
+    if not q.answers:
+        return row
+    hit, was = (match(answer, q.answers, q.old, cfg.em_rule) for answer in (text, before))
+    row = replace(row, em=hit.em, contains=hit.contains, was_right=was.em, old_first=hit.old_first if q.old else None)
+    if not cfg.teacher_forced:
+        return row
+    new, base_new = now.scores[q.text, q.answers[0]], base.scores[q.prompt, q.answers[0]]
+    tf_same = None  # the answer was tokenised differently
+    if new.ids == base_new.ids:
+        tf_same = sum(a == b for a, b in zip(new.argmax, base_new.argmax, strict=True)) / len(new.ids)
+    tf_new, tf_old = (
+        s.total / len(s.logprobs) if s else None for s in (new, now.scores[q.text, q.old[0]] if q.old else None)
+    )
+    return replace(row, tf_acc=new.accuracy, tf_same=tf_same, tf_new=tf_new, tf_old=tf_old)

@@ -1,4 +1,4 @@
-"""From a list of facts to chunks of questions: the order of writing, what is asked, and what collides.
+"""The settings of the bench, and what they make of a list of facts: the order of writing, what is asked, what collides.
 
 A chunk is written and scored on one model, then taken off. Facts of one chunk can collide: one prompt with two
 targets, or a locality prompt that is itself edited. Such questions get a flag and are not asked, so every count
@@ -10,14 +10,85 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
-from ...data.edits import Edit
+from ...data.edits import Ask, Edit, read_asks, read_edits
 from ...data.matching import first, normalise
 from ...errors import BadInput
 from ...inference.tokens import statement
+from ..core.contract import Settings
 
 SUPERSEDED, REPEATED, COLLIDED, DUPLICATE = "superseded", "repeated", "collided", "duplicate"
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """The facts bench. What each number means: docs/benches.md."""
+
+    n: int = 1
+    """Edits that are in the model together; after them it is restored."""
+    commit_size: int | None = None
+    """Edits written by one call of the method. None: all n."""
+    chunks: int | None = None
+    """Groups of n edits to run at most. None: as many as the data fills."""
+    max_new_tokens: int = 32
+    """Length of an answer at most; a new line ends it earlier."""
+    em_rule: Literal["prefix", "full"] = "prefix"
+    """An answer is right if it begins with an accepted spelling, or (full, for chat models) if it is one."""
+    immediate: bool = True
+    """Also score each edit right after its commit, where a chunk has several."""
+    retention: bool = False
+    """Follow a tenth of the edits while later ones are written."""
+    teacher_forced: bool = True
+    """Also the tf_ numbers of older papers. They are easier than the generated ones and stand apart."""
+    per_kind: int = 5
+    """Prompts of one kind a case may ask."""
+    distractor: bool = True
+    """Also ask one locality prompt of each case behind the edit sentence."""
+    sample: int = 1000
+    """Edits of a larger chunk that are scored."""
+    raw: bool = False
+    """No rules for colliding facts, to reproduce others' numbers."""
+    health: bool = True
+    """Perplexity of fixed text after each commit; a chunk stops at twice the base's."""
+    latency: bool = True
+    """Time a prompt and a token with and without the first chunk's patches."""
+    fit_batch: int = 32
+    """Independent single edits fitted in one call, by methods that can."""
+
+
+OWN = ("immediate", "retention")
+COSTS = ("fit_batch", "latency", "health")
+
+
+def load(
+    path: str | Path, *, limit: int | None = None, seed: int | None = None, unrelated: str | Path | None = None
+) -> list[Edit]:
+    """Facts from a file, see ``data.edits``.
+
+    Args:
+        unrelated: a file of questions; one of them joins each edit as locality kind ``unrelated``.
+    """
+    edits = read_edits(path, limit=limit, seed=seed)
+    return edits if unrelated is None else with_unrelated(edits, read_asks(unrelated))
+
+
+def with_unrelated(edits: Sequence[Edit], asks: Sequence[Ask]) -> list[Edit]:
+    """The edits, each with one of the questions as locality kind ``unrelated``, in turn."""
+    return [
+        replace(edit, locality=(*edit.locality, ("unrelated", (asks[i % len(asks)],)))) for i, edit in enumerate(edits)
+    ]
+
+
+def settle(cfg: Config, edits: Sequence[Edit], fixed: bool) -> Config:
+    """The settings; a patch that is there already is scored on all edits as one chunk."""
+    if fixed:
+        return replace(cfg, n=len(edits), commit_size=None, chunks=None)
+    if cfg.n < 1 or (cfg.commit_size is not None and cfg.commit_size < 1):
+        raise BadInput(f"n is {cfg.n} and commit_size {cfg.commit_size}; both must be 1 or more.")
+    return cfg
 
 
 @dataclass(frozen=True)
@@ -51,7 +122,7 @@ class Chunk:
     commits: tuple[tuple[int, ...], ...]
     """Places of the edits each commit writes; superseded ones of the same commit and repeats are left out."""
     questions: tuple[Question, ...]
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int]
     """Collisions: flag → edits, or flag/kind → questions."""
 
     def after_commit(self, commit: int) -> list[Question]:
@@ -76,80 +147,52 @@ class Chunk:
         return {cases[i * (len(cases) - 1) // max(1, count - 1)] for i in range(count)}
 
 
-def plan_chunks(
-    edits: Sequence[Edit],
-    *,
-    n: int,
-    commit_size: int,
-    seed: int | None = 0,
-    chunks: int | None = None,
-    per_kind: int = 5,
-    distractor: bool = True,
-    sample: int = 1000,
-    raw: bool = False,
-) -> tuple[list[Chunk], int]:
+def plan_chunks(edits: Sequence[Edit], cfg: Config, *, shuffled: bool = True) -> list[Chunk]:
     """Shuffle once, cut consecutive chunks of ``n`` edits, and decide what is asked.
 
-    Args:
-        seed: order of writing; None keeps the order given.
-        chunks: at most this many chunks.
-        per_kind: prompts of one kind a case may ask, the first ones.
-        distractor: also ask each case's first locality prompt with the edit sentence in front.
-        sample: a larger chunk asks about this many of its edits, drawn at random once.
-        raw: no collision rules.
-    Returns:
-        the chunks, and how many edits were left over in a last partial chunk.
     Raises:
         BadInput: fewer than ``n`` edits.
     """
-    if len(edits) < n:
-        raise BadInput(f"a chunk needs n={n} edits, found {len(edits)}. Give more facts or a smaller n.")
-    order = list(_named(edits))
-    if seed is not None:
-        random.Random(seed).shuffle(order)
-    parts = [order[start : start + n] for start in range(0, len(order) - n + 1, n)]
-    whole = [_chunk(i, part, commit_size, per_kind, distractor, raw) for i, part in enumerate(parts[:chunks])]
-    return [_sampled(chunk, sample, seed or 0) for chunk in whole], len(order) % n
-
-
-def sentence(edit: Edit) -> str:
-    """The edit as a statement: ``The Eiffel Tower is in Rome.``"""
-    return statement(edit.prompt, edit.target)
-
-
-def with_fact(edit: Edit, question: Question) -> Question:
-    """The same question, asked after the edit sentence."""
-    return replace(question, whole=f"{sentence(edit)} {question.prompt}")
-
-
-def _named(edits: Sequence[Edit]) -> list[Edit]:
-    """Edits with an id each that no other has."""
-    seen: Counter[str] = Counter()
-    named = []
+    if len(edits) < cfg.n:
+        raise BadInput(f"a chunk needs n={cfg.n} edits, found {len(edits)}. Give more facts or a smaller n.")
+    order, seen = [], Counter[str]()
     for place, edit in enumerate(edits):
         name = edit.id or str(place)
         seen[name] += 1
-        named.append(replace(edit, id=name if seen[name] == 1 else f"{name}#{seen[name]}"))
-    return named
+        order.append(replace(edit, id=name if seen[name] == 1 else f"{name}#{seen[name]}"))
+    if shuffled:
+        random.Random(cfg.seed).shuffle(order)
+    starts = range(0, len(order) - cfg.n + 1, cfg.n)[: cfg.chunks]
+    return [_chunk(i, order[start : start + cfg.n], cfg) for i, start in enumerate(starts)]
 
 
-def _chunk(index: int, edits: list[Edit], commit_size: int, per_kind: int, distractor: bool, raw: bool) -> Chunk:
-    places = [tuple(range(s, min(s + commit_size, len(edits)))) for s in range(0, len(edits), commit_size)]
-    questions = [q for i, edit in enumerate(edits) for q in _questions(i, edit, per_kind)]
-    if not raw:
+def with_fact(edit: Edit, question: Question) -> Question:
+    """The same question, asked after the edit as a statement: ``The Eiffel Tower is in Rome.``"""
+    return replace(question, whole=f"{statement(edit.prompt, edit.target)} {question.prompt}")
+
+
+def _chunk(index: int, edits: list[Edit], cfg: Config) -> Chunk:
+    size = cfg.commit_size or cfg.n
+    places = [tuple(range(s, min(s + size, len(edits)))) for s in range(0, len(edits), size)]
+    questions = [q for i, edit in enumerate(edits) for q in _questions(i, edit, cfg.per_kind)]
+    if not cfg.raw:
         fate, places = _fates(edits, places)
         questions = _flagged(edits, questions, fate)
-    if distractor:
-        questions += _distractors(edits, questions)
+    if cfg.distractor:  # the first locality question of each case that may be asked, behind the edit sentence
+        firsts = {q.case: q for q in reversed(questions) if q.kind.startswith("loc/") and not q.flag}
+        behind = [replace(q, prompt=with_fact(edits[q.case], q).text) for q in firsts.values()]
+        questions += [replace(q, kind="loc/distractor") for q in behind]
     questions.sort(key=lambda q: q.case)
-    return Chunk(index, tuple(edits), tuple(filter(None, places)), tuple(questions), _counts(questions))
-
-
-def _sampled(chunk: Chunk, size: int, seed: int) -> Chunk:
-    if len(chunk.edits) <= size:
-        return chunk
-    cases = set(random.Random(seed).sample(range(len(chunk.edits)), size))
-    return replace(chunk, questions=tuple(q for q in chunk.questions if q.case in cases))
+    counts: Counter[str] = Counter()
+    for q in questions:
+        if q.flag in (SUPERSEDED, REPEATED):
+            counts[q.flag] += q.kind == "edit"
+        elif q.flag:
+            counts[f"{q.flag}/{q.kind}"] += 1
+    if len(edits) > cfg.sample:
+        cases = set(random.Random(cfg.seed).sample(range(len(edits)), cfg.sample))
+        questions = [q for q in questions if q.case in cases]
+    return Chunk(index, tuple(edits), tuple(filter(None, places)), tuple(questions), dict(sorted(counts.items())))
 
 
 def _questions(case: int, edit: Edit, per_kind: int) -> list[Question]:
@@ -159,18 +202,6 @@ def _questions(case: int, edit: Edit, per_kind: int) -> list[Question]:
         for kind, asks in groups:
             questions += [Question(case, f"{prefix}/{kind}", ask.prompt, ask.answers) for ask in asks[:per_kind]]
     return questions
-
-
-def _distractors(edits: Sequence[Edit], questions: Sequence[Question]) -> list[Question]:
-    """The first locality question of each case that may be asked, behind the edit sentence."""
-    firsts: dict[int, Question] = {}
-    for question in questions:
-        if question.kind.startswith("loc/") and not question.flag:
-            firsts.setdefault(question.case, question)
-    return [
-        replace(question, kind="loc/distractor", prompt=with_fact(edits[case], question).text)
-        for case, question in firsts.items()
-    ]
 
 
 def _fates(edits: Sequence[Edit], places: Sequence[tuple[int, ...]]) -> tuple[dict[int, str], list[tuple[int, ...]]]:
@@ -231,13 +262,3 @@ def _same_fact(q: Question, key: str, edit: Edit, subjects: dict[str, dict[str, 
 
 def _relation(edit: Edit) -> str:
     return edit.relation or normalise(edit.prompt.replace(edit.subject, "{}", 1))
-
-
-def _counts(questions: Sequence[Question]) -> dict[str, int]:
-    counted: Counter[str] = Counter()
-    for q in questions:
-        if q.flag in (SUPERSEDED, REPEATED):
-            counted[q.flag] += q.kind == "edit"
-        elif q.flag:
-            counted[f"{q.flag}/{q.kind}"] += 1
-    return dict(sorted(counted.items()))

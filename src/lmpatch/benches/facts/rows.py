@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from ...data.matching import same
-from ..core.contract import Curve, Example, Json, Measure, Row, Scatter
+from ..core import contract
+from ..core.contract import Curve, Example, Json, Measure, Scatter
 
-BINS = ((0, 0), (1, 9), (10, 99), (100, 999), (1000, None))
-"""Ages of the retention curve: edits written since, first and last of each bin."""
+BINS = {"0": 0, "1-9": 9, "10-99": 99, "100-999": 999, "1000+": math.inf}
+"""Ages of the retention curve: edits written since → the last of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactRow(Row):
+class Row(contract.Row):
     """One prompt of one case at one moment."""
 
     when: str = ""
@@ -80,29 +83,14 @@ class FactRow(Row):
         return Example(self.prompt, wanted, self.text, right, (self.kl or 0.0) if near else None)
 
 
-def _unchanged(row: FactRow) -> bool | None:
-    return None if row.text is None or row.base_text is None else same(row.text, row.base_text)
-
-
-def _success(row: FactRow) -> bool | None:
-    return None if row.tf_new is None or row.tf_old is None else row.tf_new > row.tf_old
-
-
-def _margin(row: FactRow) -> float | None:
-    return None if row.tf_new is None or row.tf_old is None else math.exp(row.tf_new) - math.exp(row.tf_old)
-
-
-def _of(kinds: str, when: str, split: str, only: Callable[[FactRow], bool]) -> Callable[[FactRow], str | None]:
+def _of(kinds: str, when: str, split: str, only: Callable[[Row], bool]) -> Callable[[Row], str | None]:
     """Rows of the kinds at a moment; of ``loc/`` and ``port/`` each member is a number of its own."""
     families = {tuple(kind.partition("/")[:2]) for kind in kinds.split("|")}
 
-    def member(row: FactRow) -> str | None:
+    def member(row: Row) -> str | None:
         first, mark, rest = row.kind.partition("/")
-        if row.when != when or (first, mark) not in families or not only(row):
-            return None
-        if split != "all" and row.was_right is not (split == "was_right"):
-            return None
-        return rest
+        belongs = row.when == when and (first, mark) in families and only(row)
+        return rest if belongs and (split == "all" or row.was_right is (split == "was_right")) else None
 
     return member
 
@@ -119,36 +107,38 @@ def protocol(measure: str, when: str, suffix: str = "") -> str:
     return f"gen-{when}-v1{suffix}"
 
 
+def _unchanged(row: Row) -> bool | None:
+    return None if row.text is None or row.base_text is None else same(row.text, row.base_text)
+
+
+def _success(row: Row) -> bool | None:
+    return None if row.tf_new is None or row.tf_old is None else row.tf_new > row.tf_old
+
+
+def _margin(row: Row) -> float | None:
+    return None if row.tf_new is None or row.tf_old is None else math.exp(row.tf_new) - math.exp(row.tf_old)
+
+
+EM, CONTAINS, OLD, KL = (attrgetter(name) for name in ("em", "contains", "old_first", "kl"))
+TF, TF_SAME = attrgetter("tf_acc"), attrgetter("tf_same")
 EDITS, NEAR, FOLLOWS = "Edited facts", "What should not move (locality)", "What follows (portability)"
 FORCED = "Teacher-forced, as in older papers"
-MEASURES: tuple[tuple[str, str, Callable[[FactRow], float | bool | None], str, str], ...] = (
-    ("reliability", "edit", lambda r: r.em, EDITS, "the answer to the edit prompt begins with the new one (efficacy)"),
-    ("reliability_contains", "edit", lambda r: r.contains, EDITS, "the new answer occurs, the old one not before it"),
-    (
-        "generality",
-        "rephrase",
-        lambda r: r.em,
-        EDITS,
-        "the same in other words (paraphrases)",
-    ),
-    ("generality_contains", "rephrase", lambda r: r.contains, EDITS, "the new answer occurs, in other words"),
-    ("old_answer_rate", "edit", lambda r: r.old_first, EDITS, "the old answer comes first"),
-    (
-        "old_answer_rate_rephrase",
-        "rephrase",
-        lambda r: r.old_first,
-        EDITS,
-        "the old answer comes first, in other words",
-    ),
-    ("portability", "port/", lambda r: r.em, FOLLOWS, "the answer begins with what follows from the new fact"),
-    ("portability_contains", "port/", lambda r: r.contains, FOLLOWS, "what follows from the new fact occurs"),
+MEASURES: tuple[tuple[str, str, Callable[[Row], float | bool | None], str, str], ...] = (
+    ("reliability", "edit", EM, EDITS, "the answer to the edit prompt begins with the new one (efficacy)"),
+    ("reliability_contains", "edit", CONTAINS, EDITS, "the new answer occurs, the old one not before it"),
+    ("generality", "rephrase", EM, EDITS, "the same in other words (paraphrases)"),
+    ("generality_contains", "rephrase", CONTAINS, EDITS, "the new answer occurs, in other words"),
+    ("old_answer_rate", "edit", OLD, EDITS, "the old answer comes first"),
+    ("old_answer_rate_rephrase", "rephrase", OLD, EDITS, "the old answer comes first, in other words"),
+    ("portability", "port/", EM, FOLLOWS, "the answer begins with what follows from the new fact"),
+    ("portability_contains", "port/", CONTAINS, FOLLOWS, "what follows from the new fact occurs"),
     ("loc_unchanged", "loc/", _unchanged, NEAR, "the same text as the unpatched model's"),
-    ("loc_correct", "loc/", lambda r: r.em, NEAR, "still right, of the prompts the unpatched model had right"),
-    ("loc_kl", "loc/", lambda r: r.kl, NEAR, "KL divergence from the unpatched model's next-token distribution, nats"),
-    ("loc_kl_p95", "loc/", lambda r: r.kl, NEAR, "its 95th percentile over prompts"),
-    ("tf_reliability", "edit", lambda r: r.tf_acc, FORCED, "tokens that are the first choice, the ones before given"),
-    ("tf_generality", "rephrase|port/", lambda r: r.tf_acc, FORCED, "the same in other words, and of what follows"),
-    ("tf_locality", "loc/", lambda r: r.tf_same, FORCED, "share of tokens whose first choice is the unpatched model's"),
+    ("loc_correct", "loc/", EM, NEAR, "still right, of the prompts the unpatched model had right"),
+    ("loc_kl", "loc/", KL, NEAR, "KL divergence from the unpatched model's next-token distribution, nats"),
+    ("loc_kl_p95", "loc/", KL, NEAR, "its 95th percentile over prompts"),
+    ("tf_reliability", "edit", TF, FORCED, "tokens that are the first choice, the ones before given"),
+    ("tf_generality", "rephrase|port/", TF, FORCED, "the same in other words, and of what follows"),
+    ("tf_locality", "loc/", TF_SAME, FORCED, "share of tokens whose first choice is the unpatched model's"),
     ("tf_success", "edit", _success, FORCED, "the new answer is more probable than the old"),
     ("tf_success_rephrase", "rephrase", _success, FORCED, "the same in other words"),
     ("tf_margin", "edit", _margin, FORCED, "probability of the new answer minus that of the old"),
@@ -158,17 +148,14 @@ SPLITS = {"all": "", "was_wrong": "; where the unpatched model was wrong", "was_
 HEADLINES = ("reliability", "generality", "portability", "loc_unchanged")
 HOW: dict[str, dict[str, Any]] = {
     "old_answer_rate": {"better": "less"},
-    "old_answer_rate_rephrase": {"better": "less"},
     "loc_kl": {"better": "less", "unit": "nats"},
     "loc_kl_p95": {"better": "less", "unit": "nats", "percentile": 95},
     "tf_margin": {"unit": ""},
-    "tf_margin_rephrase": {"unit": ""},
 }
-BOTH = ("old_answer_rate", "tf_success", "tf_margin")
-ONLY: dict[str, Callable[[FactRow], bool]] = {
-    **{name + end: lambda r: bool(r.old_aliases) for name in BOTH for end in ("", "_rephrase")},
-    "loc_correct": lambda r: r.was_right is True,
-    "tf_locality": lambda r: bool(r.aliases),
+ONLY: dict[str, Callable[[Row], bool]] = {
+    **dict.fromkeys(("old_answer_rate", "tf_success", "tf_margin"), lambda row: bool(row.old_aliases)),
+    "loc_correct": lambda row: row.was_right is True,
+    "tf_locality": lambda row: bool(row.aliases),
 }
 """Which rows of its kinds a number is made of, where not all."""
 
@@ -178,62 +165,52 @@ def _metrics() -> dict[str, Measure]:
     every: dict[str, Measure] = {}
     for when in ("final", "immediate"):
         for name, kinds, value, group, means in MEASURES:
-            for split in ("all",) if name == "loc_correct" else ("all", "was_wrong", "was_right"):
+            stem = name.removesuffix("_rephrase")
+            for split in ("all",) if name == "loc_correct" else SPLITS:
                 key = "/".join(part for part in (when, split) if part not in ("final", "all"))
-                headline = name in HEADLINES
                 every[name + (f"@{key}" if key else "")] = Measure(
                     means + SPLITS[split],
-                    _finite(value),
-                    _of(kinds, when, split, ONLY.get(name, lambda row: True)),
+                    partial(_finite, value),
+                    _of(kinds, when, split, ONLY.get(stem, lambda row: True)),
                     group if when == "final" else "Right after the commit",
-                    headline=headline and not key,
+                    headline=name in HEADLINES and not key,
                     shown=not key or (name in ("reliability", "generality") and key in ("was_wrong", "immediate")),
-                    protocol=_protocol("tf" if name.startswith("tf_") else "gen", when),
-                    **HOW.get(name, {}),
+                    protocol=partial(_protocol, "tf" if name.startswith("tf_") else "gen", when),
+                    **HOW.get(stem, {}),
                 )
     every["forgetting"] = Measure(
         "reliability right after the commit minus that at the end, of the same cases", group=EDITS, better="less",
-        derived=("minus", "reliability@immediate", "reliability"), protocol=_protocol("gen", "retention"),
+        derived=("minus", "reliability@immediate", "reliability"), protocol=partial(_protocol, "gen", "retention"),
     )  # fmt: skip
     return every
 
 
-def _finite(value: Callable[[FactRow], float | bool | None]) -> Callable[[FactRow], float | bool | None]:
+def _finite(value: Callable[[Row], float | bool | None], row: Row) -> float | bool | None:
     """A number that is none counts as missing."""
-
-    def finite(row: FactRow) -> float | bool | None:
-        number = value(row)
-        return number if number is not None and math.isfinite(number) else None
-
-    return finite
+    number = value(row)
+    return number if number is not None and math.isfinite(number) else None
 
 
-def _protocol(measure: str, when: str) -> Callable[[Json], str]:
-    return lambda record: protocol(measure, when, record.get("suffix", ""))
+def _protocol(measure: str, when: str, record: Json) -> str:
+    return protocol(measure, when, record.get("suffix", ""))
 
 
 METRICS = _metrics()
 
 
-def retention(rows: Iterable[FactRow]) -> list[tuple[str, float, int]]:
+def retention(rows: Iterable[Row]) -> list[tuple[str, float, int]]:
     """(ages, share of edit prompts answered as edited, rows) of the probe cases, youngest first."""
-    values: dict[str, list[float]] = {label(ages): [] for ages in BINS}
+    values: dict[str, list[float]] = {ages: [] for ages in BINS}
     for row in rows:
         if row.probe and row.kind == "edit" and row.em is not None:
-            values[next(label(b) for b in BINS if b[1] is None or row.age <= b[1])].append(float(row.em))
+            values[next(ages for ages, last in BINS.items() if row.age <= last)].append(float(row.em))
     return [(ages, sum(v) / len(v), len(v)) for ages, v in values.items() if v]
-
-
-def label(ages: tuple[int, int | None]) -> str:
-    """``0``, ``1-9``, ``1000+``."""
-    low, high = ages
-    return f"{low}+" if high is None else str(low) if low == high else f"{low}-{high}"
 
 
 PLOTS = (
     Scatter("Locality against efficacy", "reliability", "loc_unchanged"),
     Curve(
         "Retention", "edits written since", "still answered as edited, %",
-        lambda rows: [(ages, share) for ages, share, _ in retention(rows)], tuple(label(ages) for ages in BINS),
+        lambda rows: [(ages, share) for ages, share, _ in retention(rows)], tuple(BINS),
     ),
 )  # fmt: skip

@@ -7,18 +7,12 @@ model. What is measured, and how each number is defined, stands in docs/benches.
 """
 
 from ..core.runner import bound
-from .bench import Config as Config
-from .bench import ask as ask
-from .bench import group as group
-from .bench import identity as identity
-from .bench import load as load
-from .bench import plan as plan
-from .bench import record as record
-from .bench import settle as settle
-from .bench import texts as texts
-from .rows import METRICS as METRICS
-from .rows import TaskRow as Row  # noqa: F401
-from .tasks import Data as Data
-from .tasks import Sample as Sample
+from .bench import METRICS, Config, Row, ask, group, identity, load, plan, record, settle, texts
+from .tasks import Data, Sample
+
+__all__ = [
+    "METRICS", "Config", "Data", "Row", "Sample", "ask", "group", "identity", "load", "plan", "read_report", "record",
+    "run", "settle", "texts",
+]  # fmt: skip
 
 run, read_report = bound(__name__)

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ...data.lines import read_records, read_text
+from ...data import lines
 from ...errors import BadRecord
 from ...provenance import hash_json
-from .rows import CLOZE, LETTERS, TEXT, Form
 
 Record = Mapping[str, Any]
+Form = Literal["letters", "cloze", "answer", "text"]
+LETTERS, CLOZE, TEXT = "recipe-general-v1", "cloze-v1", "perplexity-v1"
 
 MARKS = tuple("ABCDEFGHIJ")
 SELECT = "Please select the correct answer for the following questions:\n"
@@ -53,15 +54,7 @@ class Sample:
     source: str = ""
 
 
-@dataclass(frozen=True)
-class Task:
-    """Where a task's records are and how they are read."""
-
-    files: tuple[str, ...]
-    """One pattern for each file it needs, in small letters; behind ``|`` stands what else will do."""
-    read: Callable[[Record], list[Sample]]
-    plain: bool = False
-    """The files are plain text; its windows are the records."""
+Read = Callable[[Record], list[Sample]]
 
 
 @dataclass(frozen=True)
@@ -81,13 +74,13 @@ def read(folder: Path) -> Data:
     skipped: dict[str, str] = {}
     files: dict[str, list[str]] = {}
     there = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
-    for name, task in TASKS.items():
-        parts = [_matching(there, pattern) for pattern in task.files]
-        if missing := [pattern for pattern, found in zip(task.files, parts, strict=True) if not found]:
+    for name, (patterns, make) in TASKS.items():
+        parts = [_matching(there, pattern) for pattern in patterns]
+        if missing := [pattern for pattern, found in zip(patterns, parts, strict=True) if not found]:
             skipped[name] = f"no file {' and '.join(missing)}"
             continue
         paths = [path for part in parts for path in part]
-        found = [replace(sample, task=name) for path in paths for sample in _samples(task, path)]
+        found = [sample for path in paths for sample in _samples(name, make, path)]
         if not found:
             skipped[name] = f"{', '.join(path.name for path in paths)}: nothing in it can be asked"
         samples += {(sample.protocol, sample.id): sample for sample in found}.values()
@@ -117,16 +110,21 @@ def _matching(paths: Sequence[Path], pattern: str) -> list[Path]:
     return []
 
 
-def _samples(task: Task, path: Path) -> list[Sample]:
-    if task.plain:
-        windows = enumerate(_windows("\n".join(read_text(path))), 1)
-        return [_named(sample, r, f"{path.name} window {i}") for i, r in windows for sample in task.read(r)]
-    made = read_records(path, lambda record, _: (record, task.read(record)))
-    return [_named(sample, r, f"{path.name}:{line}") for line, (r, asked) in made for sample in asked]
-
-
-def _named(sample: Sample, record: Record, source: str) -> Sample:
-    return replace(sample, id=hash_json(record)[:16], source=source)
+def _samples(task: str, make: Read, path: Path) -> list[Sample]:
+    if make is _window:
+        text = "\n".join(lines.read_text(path))
+        words = list(re.finditer(r"\S+", text))
+        ends = zip(words[::WINDOW], words[WINDOW - 1 :: WINDOW], strict=False)  # a last shorter window is left out
+        windows: list[Record] = [{"text": text[first.start() : last.end()]} for first, last in ends]
+        made = [(f" window {i}", window, make(window)) for i, window in enumerate(windows, 1)]
+    else:
+        found = lines.read_records(path, lambda record, _: (record, make(record)))
+        made = [(f":{line}", *pair) for line, pair in found]
+    return [
+        replace(sample, task=task, id=hash_json(record)[:16], source=path.name + place)
+        for place, record, asked in made
+        for sample in asked
+    ]
 
 
 # How a record is asked
@@ -146,35 +144,28 @@ def _question(question: str, options: Sequence[str], gold: int) -> list[Sample]:
     return [_letters(question, options, gold), _cloze(f"Question: {question}\nAnswer:", options, gold)]
 
 
-def _keyed(record: Record) -> list[Sample]:
-    """CommonsenseQA and ARC."""
-    return _question(text_of(record, "question"), *_choices(record))
+def _keyed(question: str) -> Read:
+    """CommonsenseQA, ARC and OpenBookQA: options with labels."""
+    return lambda record: _question(_text(record, question), *_choices(record))
 
 
-def _openbook(record: Record) -> list[Sample]:
-    stem, (options, gold) = text_of(record, "question_stem"), _choices(record)
-    return [_letters(stem, options, gold), _cloze(stem, options, gold)]
-
-
-def _mmlu(record: Record) -> list[Sample]:
-    options = [text_of(record, f"choice{i}") for i in range(4)]
-    return _question(text_of(record, "question"), options, _index(record, "answer", ("0", "1", "2", "3")))
-
-
-def _piqa(record: Record) -> list[Sample]:
-    options = [text_of(record, "sol1"), text_of(record, "sol2")]
-    return _question(text_of(record, "goal"), options, _index(record, "label", ("0", "1")))
+def _listed(question: str, options: Sequence[str], answer: str) -> Read:
+    """MMLU and PIQA: a field for each option, whose place is the answer."""
+    places = [str(i) for i in range(len(options))]
+    return lambda record: _question(
+        _text(record, question), [_text(record, option) for option in options], _index(record, answer, places)
+    )
 
 
 def _hellaswag(record: Record) -> list[Sample]:
-    begin, endings = text_of(record, "ctx"), _texts(record.get("endings"), "endings")
+    begin, endings = _text(record, "ctx"), _texts(record.get("endings"), "endings")
     gold = _index(record, "label", [str(i) for i in range(len(endings))])
     return [_letters(begin, endings, gold, FOLLOWS, "\n\n"), _cloze(begin, endings, gold)]
 
 
 def _winogrande(record: Record) -> list[Sample]:
     """Cloze: each name goes into the blank, and what follows it is scored (Trinh and Le 2018, arXiv:1806.02847)."""
-    sentence, options = text_of(record, "sentence"), [text_of(record, "option1"), text_of(record, "option2")]
+    sentence, options = _text(record, "sentence"), [_text(record, "option1"), _text(record, "option2")]
     gold = _index(record, "answer", ("1", "2"))
     before, blank, after = sentence.partition("_")
     if not blank or not after.strip():
@@ -184,14 +175,14 @@ def _winogrande(record: Record) -> list[Sample]:
 
 
 def _boolq(record: Record) -> list[Sample]:
-    question = f"{text_of(record, 'passage')}\nQuestion: {text_of(record, 'question').rstrip('?')}?"
-    gold = _index(record, "answer", ("True", "False"))
-    return [_letters(question, ("yes", "no"), gold), _cloze(f"{question}\nAnswer:", ("yes", "no"), gold)]
+    question = f"{_text(record, 'passage')}\nQuestion: {_text(record, 'question').rstrip('?')}?"
+    options, gold = ("yes", "no"), _index(record, "answer", ("True", "False"))
+    return [_letters(question, options, gold), _cloze(f"{question}\nAnswer:", options, gold)]
 
 
 def _anli(record: Record) -> list[Sample]:
     """Letters: RECIPE compares the first tokens of the three words themselves, so they are the marks."""
-    premise, claim = text_of(record, "context"), text_of(record, "hypothesis")
+    premise, claim = _text(record, "context"), _text(record, "hypothesis")
     gold = _index(record, "label", ("e", "n", "c"))
     asked = f"premise: {premise}\nhypothesis: {claim}\n{RELATION}"
     marks = (" entailment", " neutral", " contradiction")
@@ -209,55 +200,49 @@ def _squad(record: Record) -> list[Sample]:
     if not answers:
         return []
     prompt = (
-        f"{FIND}\nTitle: {text_of(record, 'title')}\nContext: {text_of(record, 'context')}\n"
-        f"Question: {text_of(record, 'question')}\nAnswer:"
+        f"{FIND}\nTitle: {_text(record, 'title')}\nContext: {_text(record, 'context')}\n"
+        f"Question: {_text(record, 'question')}\nAnswer:"
     )
-    return [Sample(LETTERS, "answer", (prompt,), (text_of(answers[0], "text"),))]
-
-
-def _windows(text: str) -> list[Record]:
-    """Windows of 256 words, as they stand; a last shorter one is left out."""
-    words = [(found.start(), found.end()) for found in re.finditer(r"\S+", text)]
-    starts = range(0, len(words) - WINDOW + 1, WINDOW)
-    return [{"text": text[words[i][0] : words[i + WINDOW - 1][1]]} for i in starts]
+    return [Sample(LETTERS, "answer", (prompt,), (_text(answers[0], "text"),))]
 
 
 def _window(record: Record) -> list[Sample]:
-    """The first word is given, the others are scored."""
-    first, rest = re.split(r"(?=\s)", text_of(record, "text"), maxsplit=1)
+    """Plain text, window by window: the first word is given, the others are scored."""
+    first, rest = re.split(r"(?=\s)", _text(record, "text"), maxsplit=1)
     return [Sample(TEXT, "text", (first,), (rest,))]
 
 
-TASKS: dict[str, Task] = {
-    "csqa": Task(("commonsense_qa*val*.json*",), _keyed),
-    "anli": Task(("anli_r1_dev*.json*", "anli_r2_dev*.json*", "anli_r3_dev*.json*"), _anli),
-    "mmlu": Task(("mmlu/test*.json*|mmlu*test*.json*",), _mmlu),
-    "squad": Task(("squad*dev*.json*",), _squad),
-    "arc_easy": Task(("arc_easy*val*.json*",), _keyed),
-    "arc_challenge": Task(("arc_challenge*val*.json*",), _keyed),
-    "hellaswag": Task(("hellaswag*val*.json*",), _hellaswag),
-    "piqa": Task(("piqa*val*.json*",), _piqa),
-    "winogrande": Task(("winogrande*val*.json*",), _winogrande),
-    "boolq": Task(("boolq*val*.json*",), _boolq),
-    "openbookqa": Task(("openbookqa*val*.json*",), _openbook),
-    "perplexity": Task(("wikitext*/*test*.txt*|wikitext*test*.txt*|*.txt*",), _window, plain=True),
+CHOICES = [f"choice{i}" for i in range(4)]
+TASKS: dict[str, tuple[tuple[str, ...], Read]] = {
+    "csqa": (("commonsense_qa*val*.json*",), _keyed("question")),
+    "anli": (("anli_r1_dev*.json*", "anli_r2_dev*.json*", "anli_r3_dev*.json*"), _anli),
+    "mmlu": (("mmlu/test*.json*|mmlu*test*.json*",), _listed("question", CHOICES, "answer")),
+    "squad": (("squad*dev*.json*",), _squad),
+    "arc_easy": (("arc_easy*val*.json*",), _keyed("question")),
+    "arc_challenge": (("arc_challenge*val*.json*",), _keyed("question")),
+    "hellaswag": (("hellaswag*val*.json*",), _hellaswag),
+    "piqa": (("piqa*val*.json*",), _listed("goal", ["sol1", "sol2"], "label")),
+    "winogrande": (("winogrande*val*.json*",), _winogrande),
+    "boolq": (("boolq*val*.json*",), _boolq),
+    "openbookqa": (("openbookqa*val*.json*",), _keyed("question_stem")),
+    "perplexity": (("wikitext*/*test*.txt*|wikitext*test*.txt*|*.txt*",), _window),
 }
+"""Task → a pattern for each file it needs, in small letters (behind ``|`` what else will do), and its reader."""
 
 
 # Fields
 
 
-def text_of(record: Record, key: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise BadRecord(f"{key} is missing" if value is None else f"{key} must be a text, found {value!r}")
+def _text(record: Record, key: str) -> str:
+    if not (value := lines.text_of(record, key)).strip():
+        raise BadRecord(f"{key} must be a text, found {value!r}")
     return value
 
 
 def _texts(value: Any, key: str) -> list[str]:
     if not isinstance(value, list) or not 2 <= len(value) <= len(MARKS):
         raise BadRecord(f"{key} must be a list of 2 to {len(MARKS)} texts, found {value!r}")
-    return [text_of({key: each}, key) for each in value]
+    return [_text({key: each}, key) for each in value]
 
 
 def _choices(record: Record) -> tuple[list[str], int]:
