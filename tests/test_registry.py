@@ -107,7 +107,7 @@ def test_a_module_of_several_gives_each_by_its_name(folder: Path) -> None:
 
 def test_a_module_that_is_one_of_its_entries_is_that_one() -> None:
     assert registry.get("methods", "rome") is lmpatch.methods.rome
-    assert registry.method("r_rome").fit is not registry.method("rome").fit
+    assert registry.method("r_rome").config is not registry.method("rome").config
 
 
 def test_a_listed_name_says_which_file_it_is_in() -> None:

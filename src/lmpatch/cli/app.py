@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,6 +71,11 @@ def one_line(meta: Mapping[str, Any]) -> Iterator[None]:
     except BrokenPipeError:  # `| head` has read enough; Python must not flush into the pipe once more at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
+    except (MemoryError, OverflowError, RuntimeError) as error:  # torch has no class of its own for the first two
+        if isinstance(error, RuntimeError) and not re.search("allocate|out of memory|overflow", str(error)):
+            raise
+        complain(f"this is more than the machine has room for ({str(error)[:100]}). Give less at a time.")
+        raise typer.Exit(2) from None
     except Exception as error:  # usage errors of Click, which newer versions of Typer have a copy of
         if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
             raise

@@ -24,7 +24,8 @@ def fit(
     ] = None,
     settings: o.Settings = None,
     work: Annotated[
-        Path | None, opt("Checkpoints of a long fit; a run there goes on where it stopped.", "FOLDER")
+        Path | None,
+        o.work_option("Checkpoints of a long fit; a run there goes on where it stopped."),
     ] = None,
     patch: o.Patches = None,
     mount: o.Mount = None,
@@ -74,7 +75,8 @@ def train(
         str | None, opt("A sentence encoder: a folder or a hub id. Default: the packaged MiniLM.")
     ] = None,
     work: Annotated[
-        Path | None, opt("Checkpoint and curves; a run there goes on. Default: FILE.work", "FOLDER")
+        Path | None,
+        o.work_option("Checkpoint and curves; a run there goes on. Default: FILE.work"),
     ] = None,
     settings: o.Settings = None,
     raw: o.Raw = False,

@@ -112,6 +112,11 @@ def opt(text: str, metavar: str | None = None, *names: str, **more: Any) -> Any:
     return typer.Option(*names, metavar=metavar, help=text, **more)
 
 
+def work_option(text: str) -> Any:
+    """``--work``: a folder of checkpoints, checked as ``-o`` is."""
+    return opt(text, "FOLDER", callback=writable)
+
+
 def out_option(metavar: str, text: str, check: Callable[..., Any] = new_path) -> Any:
     """``-o``: where a command writes; checked before anything else is done."""
     return opt(text, metavar, "-o", "--out", callback=check)
@@ -191,6 +196,7 @@ class Source:
 
         if terms := licence(self.model):
             note(terms)
+        usable(Path(self.model))
         device = join() or self.device
         with progress(f"loading {self.model}") as bar, warnings.catch_warnings(record=True) as spoken:
             warnings.simplefilter("always", UserWarning)

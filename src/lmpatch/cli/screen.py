@@ -40,7 +40,7 @@ def output(as_json: bool) -> Iterator[None]:
     if as_json and leads():
         ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
         text = json.dumps(values, indent=1, ensure_ascii=ascii_only, default=_plain)
-        typer.echo(HIDDEN.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text))
+        print(HIDDEN.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text), flush=True)
     if done:
         raise done
 
@@ -71,18 +71,18 @@ def _shown(values: dict[str, Any]) -> bool:
 def say(text: str = "", **values: object) -> None:
     """One line on stdout, as it is; with ``--json`` the values in its place."""
     if _shown(values):
-        typer.echo(clean(text))
+        print(clean(text), flush=True)
 
 
 def note(text: str) -> None:
     """One line on stderr that is no complaint."""
     if leads():
-        typer.echo(clean(text), err=True)
+        print(clean(text), file=sys.stderr, flush=True)
 
 
 def complain(text: str) -> None:
     """One line on stderr, whatever line breaks the text has."""
-    typer.echo(clean("lmpatch: " + " ".join(text.split())), err=True)
+    print(clean("lmpatch: " + " ".join(text.split())), file=sys.stderr, flush=True)
 
 
 def keep(context: typer.Context, text: str) -> None:
@@ -119,7 +119,7 @@ def draw(drawing: Any, **values: object) -> None:
         parts = [Segment(clean(part.text), part.style) for part in console.render(drawing)]
         with console.capture() as drawn:  # rich ends the process with code 1 where the reader went away
             console.print(Segments(parts), end="", crop=False)
-        typer.echo(drawn.get(), nl=False)
+        print(drawn.get(), end="", flush=True)
 
 
 @contextmanager
