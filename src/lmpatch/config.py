@@ -22,12 +22,10 @@ C = TypeVar("C")
 
 
 def resolve(config: type[C], given: Mapping[str, Any], name: str = "") -> C:
-    """``config(**given)`` after checking every name and every type.
+    """``config(**given)`` after checking every name and every type; ``name``: whose settings they are, for messages.
 
     Whole numbers are taken where a float is expected, lists where a tuple is.
 
-    Args:
-        name: whose settings they are, for messages.
     Raises:
         BadInput: a setting the class does not have, or a value of another type.
     """
@@ -98,15 +96,14 @@ def _check(name: str, value: Any, hint: Any) -> Any:
 
 def _fits(value: Any, option: type) -> bool:
     """Whether it is a number of that type that every library takes: not NaN, and no more than 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, (int, option)):
-        return False
-    return abs(value) < 2**63 if isinstance(value, int) else bool(value == value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63
+    return option is float and isinstance(value, float) and value == value
 
 
 def _refusal(name: str, value: Any, hint: Any) -> BadInput:
-    text = repr(value)
-    text = text if len(text) <= 60 else f"{text[:60]}... (too long)"
-    return BadInput(f"setting {name} is {text}; it must be {describe(hint)}.")
+    long = "... (too long)" if len(repr(value)) > 60 else ""
+    return BadInput(f"setting {name} is {repr(value)[:60]}{long}; it must be {describe(hint)}.")
 
 
 def _read(name: str, text: str, hint: Any) -> Any:

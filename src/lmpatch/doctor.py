@@ -34,9 +34,8 @@ from .resources import format_bytes, free_bytes
 Proof = tuple[bool, str]  # whether the claim, the docstring's first line, holds, and the figure behind it
 PROMPTS = ("The capital of France is", "Water boils at a temperature of one hundred degrees", "Hello")
 STRENGTH = 0.05  # of a trial patch: |ΔW| over |W|
-THREAD_CALLS = 30  # of two threads together
+THREAD_ROUNDS = 10  # calls of each prompt, divided among two threads
 INTERRUPTS = 12  # points at which a patch that goes on and off is interrupted, for each way to put it on
-HERE = str(Path(__file__).parent)
 CROWD = 1000  # edits a method's estimate is printed for, besides one
 
 
@@ -115,10 +114,7 @@ def _hooks_fire(lm: LM) -> Proof:
     inner = [name for group in (*layout.ups, *layout.attn_ins) for name in group]
     watched = [layout.embed, *layout.blocks, *layout.downs, *layout.attn_outs, *inner, *layout.tail]
 
-    def count(name: str) -> Callable[..., None]:
-        return lambda *_: fired.update([name])
-
-    with hooked(*(Hook(lm.module(name), count(name)) for name in watched)):
+    with hooked(*(Hook(lm.module(name), lambda *_, name=name: fired.update([name])) for name in watched)):
         _logits(lm)
     wrong = [f"{name} fired {fired[name]} times" for name in watched if fired[name] != 1]
     return not wrong, "; ".join(wrong) or f"{len(watched)} modules"
@@ -146,8 +142,7 @@ def _mounts_agree(lm: LM) -> Proof:
             with apply(lm, patch, mount=mount) as on:
                 outputs.append(_logits(lm))
                 error = max(error, on.rounding_error)
-        gap = max(_gap(outputs[0], other) for other in outputs[1:])
-        moved = _gap(outputs[0], before)
+        gap, moved = max(_gap(outputs[0], other) for other in outputs[1:]), _gap(outputs[0], before)
         holds &= gap <= _tolerance(lm) and moved > 0
         details.append(
             f"{patch.kind}: they differ by {gap:.1e}, the patch moves them by {moved:.1e}, baking lost {error:.1e}"
@@ -211,8 +206,7 @@ def _tokens_are_the_text(lm: LM) -> Proof:
 
 def _threads_do_not_mix(lm: LM) -> Proof:
     """Two threads get each its own answers."""
-    alone = {prompt: hidden(lm, [prompt]) for prompt in PROMPTS}
-    calls = [*PROMPTS] * (THREAD_CALLS // len(PROMPTS))
+    alone, calls = {prompt: hidden(lm, [prompt]) for prompt in PROMPTS}, PROMPTS * THREAD_ROUNDS
     with ThreadPoolExecutor(2) as threads:
         states = list(threads.map(lambda prompt: hidden(lm, [prompt]), calls))
     strange = sum(_gap(state, alone[prompt]) > _tolerance(lm) for prompt, state in zip(calls, states, strict=True))
@@ -227,9 +221,9 @@ def _interrupts_undo(lm: LM) -> Proof:
 
     before, kept, points = state(), applied(lm), 0
     for patch, mount in _trials(lm, lm.layout.n_layers // 2, STRENGTH):
-        with _interrupt() as lines:
+        with _interrupt() as ran:
             apply(lm, patch, mount=mount).remove()
-        for at in range(1, lines[0] + 1, max(1, lines[0] // INTERRUPTS)):
+        for at in range(1, ran[0] + 1, max(1, ran[0] // INTERRUPTS)):
             with suppress(KeyboardInterrupt), _interrupt(at):
                 apply(lm, patch, mount=mount).remove()
             for on in reversed([on for on in applied(lm) if on not in kept]):
@@ -244,7 +238,8 @@ def _interrupt(at: int = 0) -> Iterator[list[int]]:
     ran, before = [0], sys.gettrace()
 
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(HERE) or frame.f_code.co_filename == __file__:
+        file = frame.f_code.co_filename
+        if not file.startswith(str(Path(__file__).parent)) or file == __file__:
             return None
         ran[0] += event == "line"
         if ran[0] == at and event == "line":

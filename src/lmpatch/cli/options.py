@@ -37,43 +37,30 @@ def named(*kinds: str) -> Callable[[str], list[str]]:
 
 
 def usable(value: Any) -> Any:
-    """What was written on the command line, once it is certain that it is a text, or a path that a file could have.
-
-    ``~`` is resolved.
-
-    Raises:
-        BadInput: bytes that are no UTF-8, or a path that no file can have.
-    """
+    """What was written on the command line, ``~`` resolved, if it is text, or a path that can be; else ``BadInput``."""
     if isinstance(value, (list, tuple)):
         return [usable(each) for each in value]
-    try:
+    with naming(value, "used"):
         if isinstance(value, Path):
             value = value.expanduser()
             value.exists()
-        elif isinstance(value, str):  # an ASCII locale hands UTF-8 over as bytes in disguise
-            value = os.fsencode(value).decode() if any("\ud800" <= c <= "\udfff" for c in value) else value
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{_short(value)} cannot be used ({_reason(error)}). Give another one.") from None
+        elif isinstance(value, str) and not value.isascii():
+            value = os.fsencode(value).decode()  # an ASCII locale hands UTF-8 over as bytes in disguise
     return value
 
 
 def writable(path: Path | None) -> Path | None:
-    """The path, once a file beside it, or in it where it is a folder, was made and removed again.
-
-    Raises:
-        BadInput: none can be made.
-    """
+    """The path, once a file beside it, or in it where it is a folder, was made and removed again; else ``BadInput``."""
     path, made = usable(path), []
     if path is None or not leads():
         return path
     try:
-        made = [folder for folder in path.parents if not folder.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial = path / uuid4().hex if path.exists() else path.with_name(f".{path.name}.{uuid4().hex}.new")
-        trial.touch()
-        trial.unlink()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{_short(path)} cannot be written ({_reason(error)}). Give another path.") from None
+        with naming(path, "written"):
+            made = [folder for folder in path.parents if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trial = path / uuid4().hex if path.exists() else path.with_name(f".{path.name}.{uuid4().hex}.new")
+            trial.touch()
+            trial.unlink()
     finally:
         for folder in made:
             with suppress(OSError):
@@ -82,24 +69,22 @@ def writable(path: Path | None) -> Path | None:
 
 
 def new_path(path: Path | None) -> Path | None:
-    """As ``writable``, once it is certain that nothing stands there: before work starts, not after.
-
-    Raises:
-        BadInput: something stands there, or it cannot be written.
-    """
+    """As ``writable``, once it is certain that nothing stands there: before work starts, not after."""
     path = usable(path)
     if path is not None and os.path.lexists(path):
         raise BadInput(f"{path} exists already. Give another path, or remove it first.")
     return writable(path)
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:30]}...{text[-30:]}"
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+@contextmanager
+def naming(value: object, what: str) -> Iterator[None]:
+    """What a bad name or a full disk raises in the block becomes one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(value) if len(str(value)) <= 80 else f"{str(value)[:30]}...{str(value)[-30:]}"
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"{text} cannot be {what} ({why}). Give another path.") from None
 
 
 def arg(metavar: str, text: str, **more: Any) -> Any:
@@ -112,14 +97,14 @@ def opt(text: str, metavar: str | None = None, *names: str, **more: Any) -> Any:
     return typer.Option(*names, metavar=metavar, help=text, **more)
 
 
-def work_option(text: str) -> Any:
-    """``--work``: a folder of checkpoints, checked as ``-o`` is."""
-    return opt(text, "FOLDER", callback=writable)
-
-
 def out_option(metavar: str, text: str, check: Callable[..., Any] = new_path) -> Any:
     """``-o``: where a command writes; checked before anything else is done."""
     return opt(text, metavar, "-o", "--out", callback=check)
+
+
+def work_option(text: str) -> Any:
+    """``--work``: a folder of checkpoints, which may be there."""
+    return opt(text, "FOLDER", callback=writable)
 
 
 Model = Annotated[
@@ -185,10 +170,7 @@ class Source:
     partial: Partial = False
 
     def open(self, *, raw: bool = False, shard: bool = False) -> LM:
-        """Load it with a progress bar, say so, and name the licence of a packaged one.
-
-        One of several processes takes the device it was given at launch.
-        """
+        """Load it, say so, and name the licence of a packaged one; one of several processes has its own device."""
         note(f"loading {self.model}")
         from ..distributed import join
         from ..models import sharding
@@ -209,8 +191,8 @@ class Source:
                 progress=bar,
                 **({"partial": True} if self.partial else {}),
             )
-        for warning in spoken:
-            if str(warning.message).startswith("bf16"):
+        for warning in spoken:  # those of lmpatch itself
+            if warning.filename.startswith(str(Path(__file__).parents[1])):
                 note(str(warning.message))
         if shard:
             sharding.shard(lm, device)
@@ -251,10 +233,7 @@ class Material:
 
 
 def open_patches(paths: Sequence[Path] | None) -> list[Patch]:
-    """The patches of these folders; of a memory, the patch that looks its facts up.
-
-    Opened before the model is loaded: a wrong path is found in a second.
-    """
+    """The patches of these folders; of a memory, the patch that looks its facts up."""
     from ..memory.memory import Memory, is_memory
     from ..patches.file import load_patch
 
