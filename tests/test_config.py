@@ -102,7 +102,23 @@ def test_inherited_fields_keep_their_meaning() -> None:
     assert (rows["lr"], rows["extra"]) == ("Step size.", "One more.")
 
 
-@given(st.builds(Config, layer=st.none() | st.integers(), lr=st.floats(allow_nan=False), exact=st.booleans()))
+@pytest.mark.parametrize("pair", ["lr=nan", f"layer={10**400}", f"layers=1,{2**63}", f"layer={'1' * 5000}"])
+def test_a_number_that_no_library_takes_is_refused(pair: str) -> None:
+    with pytest.raises(BadInput, match="it must be") as caught:
+        parse(Config, [pair])
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("given_", [{"lr": float("nan")}, {"lr": 10**400}, {"layer": -(2**63)}, {"layers": [2**64]}])
+def test_a_value_that_no_library_takes_is_refused(given_: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="it must be"):
+        resolve(Config, given_)
+
+
+WHOLE = st.integers(1 - 2**63, 2**63 - 1)
+
+
+@given(st.builds(Config, layer=st.none() | WHOLE, lr=st.floats(allow_nan=False), exact=st.booleans()))
 def test_what_str_writes_parse_reads(config: Config) -> None:
     pairs = [f"{name}={getattr(config, name)}" for name in ("layer", "lr", "exact", "loss")]
     assert resolve(Config, parse(Config, pairs)) == config

@@ -15,7 +15,8 @@ from lmpatch.cli.app import build
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(build()).commands  # type: ignore[attr-defined]
-SHARED = {"--dtype", "--device", "--download", "--raw", "--json", "--help", "-h"}  # said once, at the head of the page
+SHARED = {f"--{word}" for word in ("dtype", "device", "download", "partial", "raw", "json", "help")} | {"-h"}
+"""Said once, at the head of the page."""
 
 
 def options(command: str) -> set[str]:

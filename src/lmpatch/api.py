@@ -33,7 +33,7 @@ def fit(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Patch:
-    """Make a patch that writes ``edits`` into the model. The model itself stays as it was, to the bit.
+    """Make a patch that writes ``edits`` into the model, which stays as it was, to the bit.
 
     Args:
         method: a name from ``names("methods")``.
@@ -45,14 +45,12 @@ def fit(
         out: folder of checkpoints, for methods that train for long. A run that is there goes on where it stopped.
         settings: fields of the method's ``Config``; the rest keep their defaults.
     Raises:
-        BadInput: no such method, no edits, an unknown setting or one of another type, or text for a method that reads
-            none.
+        BadInput: no such method, no edits, an unknown setting, one of another type, or text where none is read.
         Contradiction: two edits ask for different answers to one prompt.
         NotEnoughMemory: the method's estimate is above what is free.
     """
     chosen = find_method(method)
-    config = resolve(chosen.config, settings, method)
-    records = _records(chosen.record, edits)
+    config, records = resolve(chosen.config, settings, method), _records(chosen.record, edits)
     if not records and chosen.needs_records:
         raise BadInput(f"{method} was given no edits. Give at least one.")
     if chosen.record:
@@ -101,8 +99,7 @@ def train(
     chosen = find_method(method)
     if chosen.train is None or chosen.training is None:
         raise BadInput(f"{method} learns nothing ahead of its edits. Call fit.")
-    config = resolve(chosen.training, settings, method)
-    records = _records(chosen.record, edits)
+    config, records = resolve(chosen.training, settings, method), _records(chosen.record, edits)
     extra = {"unrelated": unrelated or None, "encoder": encoder, "download": download or None}
     editor: Editor = chosen.train(lm, chosen.training_data(records, extra), config, out=out, progress=progress)
     return editor
@@ -122,8 +119,7 @@ def probe(
 
     Args:
         name: a name from ``names("probes")``.
-        data: records, or the path of a file of them.
-        limit: at most this many records of a file.
+        data: records, or the path of a file of them, of which ``limit`` are read at most.
         out: a file that a long run writes as it goes, and goes on from; for probes that take one.
         settings: fields of the probe's ``Config``.
     Returns:
@@ -161,8 +157,7 @@ def bench(
         name: a name from ``names("benches")``.
         data: what the bench's ``load`` gives, or the path it reads: a file of facts, a folder of tasks for ``general``.
         patch: scored on all records. Several are put on in this order.
-        method: makes the patches of each commit, with ``method_settings``, ``text``, ``anchors`` and ``editor`` as in
-            ``fit``.
+        method: makes the patches of each commit; ``method_settings``, ``text``, ``anchors``, ``editor`` as in ``fit``.
         limit: at most this many records of a file.
         unrelated: a file of questions that edits must leave alone.
         out: folder for rows and records. A run that is there already goes on where it stopped.

@@ -22,12 +22,10 @@ C = TypeVar("C")
 
 
 def resolve(config: type[C], given: Mapping[str, Any], name: str = "") -> C:
-    """``config(**given)`` after checking every name and every type.
+    """``config(**given)`` after checking every name and every type; ``name``: whose settings they are, for messages.
 
     Whole numbers are taken where a float is expected, lists where a tuple is.
 
-    Args:
-        name: whose settings they are, for messages.
     Raises:
         BadInput: a setting the class does not have, or a value of another type.
     """
@@ -88,19 +86,31 @@ def _check(name: str, value: Any, hint: Any) -> Any:
         elif get_origin(option) is tuple:
             if isinstance(value, (tuple, list)):
                 return tuple(_check(name, each, get_args(option)[0]) for each in value)
-        elif option is float:
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return float(value)
-        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+        elif option in (int, float):
+            if _fits(value, option):
+                return option(value)
+        elif isinstance(value, option):
             return value
-    raise BadInput(f"setting {name} is {value!r}; it must be {describe(hint)}.")
+    raise _refusal(name, value, hint)
+
+
+def _fits(value: Any, option: type) -> bool:
+    """Whether it is a number of that type that every library takes: not NaN, and no more than 64 bits."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63
+    return option is float and isinstance(value, float) and value == value
+
+
+def _refusal(name: str, value: Any, hint: Any) -> BadInput:
+    long = "... (too long)" if len(repr(value)) > 60 else ""
+    return BadInput(f"setting {name} is {repr(value)[:60]}{long}; it must be {describe(hint)}.")
 
 
 def _read(name: str, text: str, hint: Any) -> Any:
     for option in _options(hint):
         with suppress(ValueError, KeyError):
             return _read_as(name, text, option)
-    raise BadInput(f"setting {name} is {text!r}; it must be {describe(hint)}.")
+    raise _refusal(name, text, hint)
 
 
 def _read_as(name: str, text: str, option: Any) -> Any:
@@ -113,7 +123,7 @@ def _read_as(name: str, text: str, option: Any) -> Any:
         return tuple(_read(name, part, get_args(option)[0]) for part in parts)
     if option is bool:
         return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}[text.lower()]
-    return option(text)
+    return _check(name, option(text), option)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -36,13 +36,9 @@ class World:
         return list(items[self.rank :: self.size])
 
     def gathered(self, own: Tensor, n: int) -> Tensor:
-        """What all processes made of their parts, in the order of the items. Differentiable.
+        """What all processes made of their parts, [own items, ...] to [n items of all, ...], in their order.
 
-        Every process then computes the same loss of all items; ``mean`` of the gradients is that loss's gradient.
-
-        Args:
-            own: [items of this process, ...].
-            n: items of all processes.
+        Differentiable: every process computes the same loss of all items; ``mean`` of the gradients is its gradient.
         """
         if self.size == 1:
             return own
@@ -85,10 +81,8 @@ def world() -> World:
 
 
 def join() -> str | None:
-    """Start the process group, where the program was launched as one of several.
+    """Start the process group, where the program was launched as one of several, and give this process's device.
 
-    Returns:
-        this process's device; None for a program on its own.
     Raises:
         MissingExtra: accelerate is not installed.
     """

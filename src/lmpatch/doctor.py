@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +20,11 @@ from .inference.forward import first
 from .inference.replay import record
 from .inference.states import hidden
 from .inference.tokens import encode_all
+from .models.gguf import quiet
 from .models.hooks import Hook, hooked
 from .models.lm import LM
 from .patches.file import kinds
-from .patches.ledger import apply
+from .patches.ledger import applied, apply
 from .patches.patch import Mount, Patch
 from .progress import Progress
 from .provenance import hash_tensors
@@ -28,6 +34,8 @@ from .resources import format_bytes, free_bytes
 Proof = tuple[bool, str]  # whether the claim, the docstring's first line, holds, and the figure behind it
 PROMPTS = ("The capital of France is", "Water boils at a temperature of one hundred degrees", "Hello")
 STRENGTH = 0.05  # of a trial patch: |ΔW| over |W|
+THREAD_ROUNDS = 10  # calls of each prompt, divided among two threads
+INTERRUPTS = 12  # points at which a patch that goes on and off is interrupted, for each way to put it on
 CROWD = 1000  # edits a method's estimate is printed for, besides one
 
 
@@ -43,14 +51,15 @@ class Finding:
 def examine(lm: LM, *, progress: Progress | None = None) -> list[Finding]:
     """Run every proof on the model, which is the same afterwards, to the bit. Differences are shares of the spread.
 
-    A proof that raises counts as failed, with its message.
+    A proof that raises counts as failed, with its message, whatever it raises.
     """
     findings = []
     for i, proof in enumerate(PROOFS):
         try:
             holds, detail = proof(lm)
-        except LmpatchError as error:
-            holds, detail = False, str(error)
+        except Exception as error:  # a model that nobody tried before may fail in any way
+            kind = "" if isinstance(error, LmpatchError) else f"{type(error).__name__}: "
+            holds, detail = False, kind + " ".join(str(error).split())[:400]
         claim = (proof.__doc__ or "").rstrip(".")
         findings.append(Finding(claim[0].lower() + claim[1:], holds, detail))
         if progress:
@@ -105,10 +114,7 @@ def _hooks_fire(lm: LM) -> Proof:
     inner = [name for group in (*layout.ups, *layout.attn_ins) for name in group]
     watched = [layout.embed, *layout.blocks, *layout.downs, *layout.attn_outs, *inner, *layout.tail]
 
-    def count(name: str) -> Callable[..., None]:
-        return lambda *_: fired.update([name])
-
-    with hooked(*(Hook(lm.module(name), count(name)) for name in watched)):
+    with hooked(*(Hook(lm.module(name), lambda *_, name=name: fired.update([name])) for name in watched)):
         _logits(lm)
     wrong = [f"{name} fired {fired[name]} times" for name in watched if fired[name] != 1]
     return not wrong, "; ".join(wrong) or f"{len(watched)} modules"
@@ -136,8 +142,7 @@ def _mounts_agree(lm: LM) -> Proof:
             with apply(lm, patch, mount=mount) as on:
                 outputs.append(_logits(lm))
                 error = max(error, on.rounding_error)
-        gap = max(_gap(outputs[0], other) for other in outputs[1:])
-        moved = _gap(outputs[0], before)
+        gap, moved = max(_gap(outputs[0], other) for other in outputs[1:]), _gap(outputs[0], before)
         holds &= gap <= _tolerance(lm) and moved > 0
         details.append(
             f"{patch.kind}: they differ by {gap:.1e}, the patch moves them by {moved:.1e}, baking lost {error:.1e}"
@@ -173,8 +178,85 @@ def _replay_is_forward(lm: LM) -> Proof:
     return gap <= _tolerance(lm), f"they differ by {gap:.1e}"
 
 
+def _weights_are_whole(lm: LM) -> Proof:
+    """Every weight is in the model's files, and each is a finite number."""
+    there = [(name, p) for name, p in lm.model.named_parameters() if not p.is_meta and p.is_floating_point()]
+    wrong = [f"{name} holds NaN or infinity" for name, p in there if not bool(p.isfinite().all())]
+    folder = getattr(lm.model, "name_or_path", "")
+    if not folder or not Path(folder, "config.json").is_file() or find_spec("accelerate") is None:
+        return not wrong, "; ".join(wrong) or f"{len(there)} weights; no files to compare with"
+    with quiet():  # on the meta device the names are compared and nothing is read
+        _, found = type(lm.model).from_pretrained(folder, device_map="meta", output_loading_info=True)
+    for what, keys in found.items():
+        wrong += [f"{name} is {what.partition('_')[0]}" for name in sorted(map(str, keys))]
+    return not wrong, "; ".join(wrong[:10]) or f"{len(there)} weights"
+
+
+def _tokens_are_the_text(lm: LM) -> Proof:
+    """A text comes back from its tokens, and no special token stands behind it."""
+    wrong = []
+    for text, row in zip(PROMPTS, encode_all(lm.plain, PROMPTS), strict=True):
+        back = lm.tokenizer.decode(row.ids, skip_special_tokens=True)
+        if "".join(back.split()).casefold() != "".join(text.split()).casefold():
+            wrong.append(f"{text!r} comes back as {back!r}")
+        if row.ids[-1] in lm.tokenizer.all_special_ids:
+            wrong.append(f"{text!r} ends in {lm.tokenizer.decode([row.ids[-1]])!r}")
+    return not wrong, "; ".join(wrong) or f"{len(PROMPTS)} texts"
+
+
+def _threads_do_not_mix(lm: LM) -> Proof:
+    """Two threads get each its own answers."""
+    alone, calls = {prompt: hidden(lm, [prompt]) for prompt in PROMPTS}, PROMPTS * THREAD_ROUNDS
+    with ThreadPoolExecutor(2) as threads:
+        states = list(threads.map(lambda prompt: hidden(lm, [prompt]), calls))
+    strange = sum(_gap(state, alone[prompt]) > _tolerance(lm) for prompt, state in zip(calls, states, strict=True))
+    return not strange, f"{strange} of {len(calls)} answers belong to another question"
+
+
+def _interrupts_undo(lm: LM) -> Proof:
+    """An interrupt while a patch goes on or comes off leaves the model as it was."""
+
+    def state() -> tuple[str, int]:
+        return _bits(lm), sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
+
+    before, kept, points = state(), applied(lm), 0
+    for patch, mount in _trials(lm, lm.layout.n_layers // 2, STRENGTH):
+        with _interrupt() as ran:
+            apply(lm, patch, mount=mount).remove()
+        for at in range(1, ran[0] + 1, max(1, ran[0] // INTERRUPTS)):
+            with suppress(KeyboardInterrupt), _interrupt(at):
+                apply(lm, patch, mount=mount).remove()
+            for on in reversed([on for on in applied(lm) if on not in kept]):
+                on.remove()
+            points += 1
+    return state() == before, f"{points} interrupts"
+
+
+@contextmanager
+def _interrupt(at: int = 0) -> Iterator[list[int]]:
+    """As if Ctrl-C were pressed at the ``at``-th line of lmpatch that runs in the block; gives how many ran."""
+    ran, before = [0], sys.gettrace()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        file = frame.f_code.co_filename
+        if not file.startswith(str(Path(__file__).parent)) or file == __file__:
+            return None
+        ran[0] += event == "line"
+        if ran[0] == at and event == "line":
+            sys.settrace(None)  # one Ctrl-C: what it makes happen is left alone
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield ran
+    finally:
+        sys.settrace(before)
+
+
 PROOFS: tuple[Callable[[LM], Proof], ...] = (
     _hooks_fire, _noop_is_exact, _mounts_agree, _removal_restores, _padding_is_safe, _replay_is_forward,
+    _weights_are_whole, _tokens_are_the_text, _threads_do_not_mix, _interrupts_undo,
 )  # fmt: skip
 
 

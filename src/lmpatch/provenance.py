@@ -51,12 +51,10 @@ def hash_json(value: Any) -> str:
 
 
 def hash_tensors(named: Iterable[tuple[str, Tensor]], *, exact: bool = False) -> str:
-    """SHA-256 over names, shapes and values.
+    """SHA-256 over names, shapes and values, in the order given.
 
-    Args:
-        named: (name, tensor) in a fixed order.
-        exact: hash the stored bytes and dtype; otherwise floating tensors are rounded to bf16 first, so copies
-            of one model in fp32 and bf16 hash alike.
+    ``exact``: of the stored bytes and dtype; otherwise floating tensors are rounded to bf16 first, so that copies of
+    one model in fp32 and bf16 hash alike.
     """
     import torch
 

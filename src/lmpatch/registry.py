@@ -68,22 +68,14 @@ class Method:
         return taken(self.name, self.takes, given)
 
     def training_data(self, records: Any, extra: Mapping[str, Any]) -> Any:
-        """What ``train`` reads: the records, or a ``TrainingData`` of them and of what else was given.
-
-        Raises:
-            BadInput: it reads nothing else.
-        """
+        """What ``train`` reads: the records, or a ``TrainingData`` of them and of what else was given."""
         known = frozenset(field.name for field in fields(self.data)) if self.data else frozenset()
         values = taken(self.name, known, extra)
         return self.data(records, **values) if self.data and values else records
 
 
 def taken(name: str, takes: frozenset[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not None.
-
-    Raises:
-        BadInput: one of them is not taken.
-    """
+    """The values that are not None; ``BadInput`` if one of them is not taken."""
     values = {key: value for key, value in given.items() if value is not None}
     for key in values:
         if key not in takes:
@@ -92,11 +84,7 @@ def taken(name: str, takes: frozenset[str], given: Mapping[str, Any]) -> dict[st
 
 
 def method(name: str) -> Method:
-    """The method of that name.
-
-    Raises:
-        UnknownName: there is none; the message lists the nearest names.
-    """
+    """The method of that name; ``UnknownName`` names the nearest."""
     module = get("methods", name)
     has = partial(getattr, module)
     return Method(

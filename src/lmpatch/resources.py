@@ -18,11 +18,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def require_memory(need: int, device: torch.device, what: str) -> None:
-    """Raise ``NotEnoughMemory`` when ``need`` bytes are more than is free.
-
-    Args:
-        what: who needs it, the subject of the message: ``"memit with 1000 edits"``.
-    """
+    """Raise ``NotEnoughMemory`` when ``need`` bytes are more than is free; ``what``: ``"memit with 1000 edits"``."""
     free = free_bytes(device)
     if need > free:
         raise NotEnoughMemory(

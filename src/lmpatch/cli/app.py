@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import version
 from typing import Annotated, Any, get_type_hints
@@ -22,6 +25,7 @@ from .files import export, merge, show
 from .fit import fit, train
 from .measure import bench, doctor, probe
 from .methods import methods
+from .options import usable
 from .screen import complain, output
 
 COMMANDS = (demo, example, fit, train, ask, probe, bench, show, merge, export, methods, doctor)
@@ -32,24 +36,52 @@ Version = Annotated[bool, typer.Option("--version", help="Show the version and e
 
 
 class Boundary(TyperGroup):
-    """Turns an ``LmpatchError`` into one line and exit code 2, Ctrl-C into exit code 130, a reader of stdout that went
-    away into exit code 0.
+    """Turns an ``LmpatchError`` and a command line that cannot be read into one line and exit code 2, Ctrl-C into exit
+    code 130, a reader of stdout that went away into exit code 0.
 
     Any other exception is a mistake of this library and keeps its traceback.
     """
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # one that is not UTF-8 has no sign for many a letter
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **options)
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with one_line({}):
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with one_line(ctx.meta):
             return super().invoke(ctx)
-        except LmpatchError as error:
-            complain(str(error))
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            complain(f"stopped. {ctx.meta.get('kept', 'Nothing was written.')}")
-            raise typer.Exit(130) from None
-        except BrokenPipeError:  # `| head` has read enough; Python must not flush into the pipe once more at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
+
+
+@contextmanager
+def one_line(meta: Mapping[str, Any]) -> Iterator[None]:
+    """What ``Boundary`` promises, for the block."""
+    try:
+        yield
+    except LmpatchError as error:
+        complain(str(error))
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        complain(f"stopped. {meta.get('kept', 'Nothing was written.')}")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # `| head` has read enough; Python must not flush into the pipe once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except (MemoryError, OverflowError, RuntimeError) as error:  # torch has no class of its own for the first two
+        if isinstance(error, RuntimeError) and not re.search("allocate|out of memory|overflow", str(error)):
+            raise
+        complain(f"this is more than the machine has room for ({str(error)[:100]}). Give less at a time.")
+        raise typer.Exit(2) from None
+    except Exception as error:  # usage errors of Click, which newer versions of Typer have a copy of
+        if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        where = getattr(getattr(error, "ctx", None), "command_path", "lmpatch")
+        complain(f"{error.format_message()} See {where} --help.")
+        raise typer.Exit(2) from None
 
 
 def build() -> typer.Typer:
@@ -101,6 +133,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(as_json: bool = False, **given: Any) -> None:
+        given = {name: usable(value) for name, value in given.items()}
         values = {name: of(**{field: given.pop(field) for field in own}) for name, (of, own) in bundles.items()}
         with output(as_json):
             command(**given, **values)

@@ -63,7 +63,8 @@ def given(prompts: list[str] | None) -> list[str]:
         return prompts
     if not prompts and sys.stdin.isatty():
         raise BadInput("no prompt was given. Write one or more behind the model, or - to read them from stdin.")
-    lines = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    with outside("stdin, read as prompts,"):
+        lines = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not lines:
         raise BadInput("stdin holds no prompt. Give one prompt a line.")
     return lines

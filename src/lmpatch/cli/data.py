@@ -66,8 +66,8 @@ def show(
 
 
 def _text(record: RagRecord) -> str:
-    head = f"\n--- {record.kind}, {record.variant}, {record.id}\n{record.prompt}{record.answer or OWN}"
-    return f"{head}\ntrue: {' | '.join(record.gold)}" if record.gold else head
+    true = f"\ntrue: {' | '.join(record.gold)}" if record.gold else ""
+    return f"\n--- {record.kind}, {record.variant}, {record.id}\n{record.prompt}{record.answer or OWN}{true}"
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"rag": rag, "show": show}

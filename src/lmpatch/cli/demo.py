@@ -137,8 +137,7 @@ def _unknown(lm: LM, edits: Sequence[Edit], count: int) -> tuple[list[Edit], lis
 def _answers(lm: LM, prompts: Sequence[str]) -> list[str]:
     from ..inference.generate import generate
 
-    texts: list[str] = generate(lm, prompts, max_new_tokens=TOKENS)
-    return texts
+    return list(generate(lm, prompts, max_new_tokens=TOKENS))
 
 
 def _show(lm: LM, patch: Any, edits: Sequence[Edit], known: Sequence[str]) -> list[dict[str, Any]]:

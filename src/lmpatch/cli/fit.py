@@ -23,9 +23,7 @@ def fit(
         Path | None, arg("[FACTS]", "A JSONL file, one fact (or question with context) a line; decode rules need none.")
     ] = None,
     settings: o.Settings = None,
-    work: Annotated[
-        Path | None, opt("Checkpoints of a long fit; a run there goes on where it stopped.", "FOLDER")
-    ] = None,
+    work: Annotated[Path | None, o.work_option("Checkpoints of a long fit; a stopped run there goes on.")] = None,
     patch: o.Patches = None,
     mount: o.Mount = None,
     raw: o.Raw = False,
@@ -73,9 +71,7 @@ def train(
     encoder: Annotated[
         str | None, opt("A sentence encoder: a folder or a hub id. Default: the packaged MiniLM.")
     ] = None,
-    work: Annotated[
-        Path | None, opt("Checkpoint and curves; a run there goes on. Default: FILE.work", "FOLDER")
-    ] = None,
+    work: Annotated[Path | None, o.work_option("Checkpoint and curves, to go on from. Default: FILE.work")] = None,
     settings: o.Settings = None,
     raw: o.Raw = False,
     shard: o.Shard = False,

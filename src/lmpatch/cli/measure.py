@@ -108,8 +108,9 @@ def bench(
 def doctor(source: o.Source) -> None:
     """Prove on a model of yours that patches work on it, and print what fits in memory.
 
-    Every hook fires, a patch of zeros changes no bit, both mounts agree, removal restores every bit, padding moves
-    nothing, replay equals the plain forward. Exit code 1 if one of these fails.
+    Every hook fires, a patch of zeros changes no bit, all mounts agree, removal restores every bit, padding moves
+    nothing, replay equals the plain forward, no weight is missing, a text comes back from its tokens, threads get their
+    own answers, an interrupt leaves no trace. Exit code 1 if one of these fails.
 
     lmpatch doctor gemma-3-270m
     lmpatch doctor ./my-model --dtype bfloat16

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import BadInput
-from .options import Device, Download, EditorFile, Source, arg, new_path, opt, out_option
+from .options import Device, Download, EditorFile, Partial, Source, arg, new_path, opt, out_option
 from .screen import progress, say, table
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def create(
     editor: EditorFile = None,
     device: Device = "auto",
     download: Download = False,
+    partial: Partial = False,
 ) -> None:
     """Make an empty memory with the editor that will encode its facts.
 
@@ -46,7 +47,7 @@ def create(
     elif (editor_for := registry.method(method).editor_for) is None:
         raise BadInput(f"{method} keeps no facts in a memory. Use --method recipe or rag.")
     else:
-        chosen = editor_for(Source(model, "bfloat16", device, download).open())
+        chosen = editor_for(Source(model, "bfloat16", device, download, partial).open())
     Memory.create(store, chosen)
     say(f"{store}: an empty memory for {chosen.base.name}", path=store, base=chosen.base.name)
 
@@ -171,8 +172,8 @@ def compact(store: Folder) -> None:
     def size() -> int:
         return sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
 
-    before = size()
-    _open(store).compact()
+    opened, before = _open(store), size()
+    opened.compact()
     after = size()
     say(f"{store}: {format_bytes(before)} before, {format_bytes(after)} now", bytes_before=before, bytes=after)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import uuid4
 
 import typer
 
 from ..errors import BadInput
-from .screen import note, progress
+from .screen import leads, note, progress
 
 if TYPE_CHECKING:
     from ..models.lm import LM
@@ -35,28 +36,55 @@ def named(*kinds: str) -> Callable[[str], list[str]]:
     return complete
 
 
-def writable(path: Path | None) -> Path | None:
-    """The path, once it is certain that it, or the first folder above it that exists, can be written.
+def usable(value: Any) -> Any:
+    """What was written on the command line, ``~`` resolved, if it is text, or a path that can be; else ``BadInput``."""
+    if isinstance(value, (list, tuple)):
+        return [usable(each) for each in value]
+    with naming(value, "used"):
+        if isinstance(value, Path):
+            value = value.expanduser()
+            value.exists()
+        elif isinstance(value, str) and not value.isascii():
+            value = os.fsencode(value).decode()  # an ASCII locale hands UTF-8 over as bytes in disguise
+    return value
 
-    Raises:
-        BadInput: it cannot.
-    """
-    if path is not None:
-        where = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-        if not where.is_dir() or not os.access(where, os.W_OK | os.X_OK):
-            raise BadInput(f"{path} cannot be written: {where} is no folder that you may write to. Give another -o.")
+
+def writable(path: Path | None) -> Path | None:
+    """The path, once a file beside it, or in it where it is a folder, was made and removed again; else ``BadInput``."""
+    path, made = usable(path), []
+    if path is None or not leads():
+        return path
+    try:
+        with naming(path, "written"):
+            made = [folder for folder in path.parents if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trial = path / uuid4().hex if path.exists() else path.with_name(f".{path.name}.{uuid4().hex}.new")
+            trial.touch()
+            trial.unlink()
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
     return path
 
 
 def new_path(path: Path | None) -> Path | None:
-    """The path, once it is certain that nothing stands there and that it can be written: before work starts, not after.
-
-    Raises:
-        BadInput: something stands there, or it cannot be written.
-    """
-    if path is not None and path.exists():
-        raise BadInput(f"{path} exists already. Give another -o, or remove it first.")
+    """As ``writable``, once it is certain that nothing stands there: before work starts, not after."""
+    path = usable(path)
+    if path is not None and os.path.lexists(path):
+        raise BadInput(f"{path} exists already. Give another path, or remove it first.")
     return writable(path)
+
+
+@contextmanager
+def naming(value: object, what: str) -> Iterator[None]:
+    """What a bad name or a full disk raises in the block becomes one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = str(value) if len(str(value)) <= 80 else f"{str(value)[:30]}...{str(value)[-30:]}"
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"{text} cannot be {what} ({why}). Give another path.") from None
 
 
 def arg(metavar: str, text: str, **more: Any) -> Any:
@@ -72,6 +100,11 @@ def opt(text: str, metavar: str | None = None, *names: str, **more: Any) -> Any:
 def out_option(metavar: str, text: str, check: Callable[..., Any] = new_path) -> Any:
     """``-o``: where a command writes; checked before anything else is done."""
     return opt(text, metavar, "-o", "--out", callback=check)
+
+
+def work_option(text: str) -> Any:
+    """``--work``: a folder of checkpoints, which may be there."""
+    return opt(text, "FOLDER", callback=writable)
 
 
 Model = Annotated[
@@ -92,6 +125,7 @@ Dtype = Annotated[
 Device = Annotated[str, opt("Where the model runs: cpu, cuda, cuda:1, mps. auto: a GPU if there is one.")]
 Raw = Annotated[bool, opt("Read prompts as they stand, without the model's chat template.", None, "--raw")]
 Download = Annotated[bool, opt("Allow a hub model that is not here yet to be fetched.", None, "--download")]
+Partial = Annotated[bool, opt("Accept a model whose file lacks weights; those are then random.", None, "--partial")]
 Shard = Annotated[
     bool,
     opt("With several processes (accelerate launch): each holds its part of the model (FSDP).", None, "--shard"),
@@ -133,12 +167,10 @@ class Source:
     dtype: Dtype = "auto"
     device: Device = "auto"
     download: Download = False
+    partial: Partial = False
 
     def open(self, *, raw: bool = False, shard: bool = False) -> LM:
-        """Load it with a progress bar, say so, and name the licence of a packaged one.
-
-        One of several processes takes the device it was given at launch.
-        """
+        """Load it, say so, and name the licence of a packaged one; one of several processes has its own device."""
         note(f"loading {self.model}")
         from ..distributed import join
         from ..models import sharding
@@ -146,6 +178,7 @@ class Source:
 
         if terms := licence(self.model):
             note(terms)
+        usable(Path(self.model))
         device = join() or self.device
         with progress(f"loading {self.model}") as bar, warnings.catch_warnings(record=True) as spoken:
             warnings.simplefilter("always", UserWarning)
@@ -156,9 +189,10 @@ class Source:
                 download=self.download,
                 raw=raw,
                 progress=bar,
+                **({"partial": True} if self.partial else {}),
             )
-        for warning in spoken:
-            if str(warning.message).startswith("bf16"):
+        for warning in spoken:  # those of lmpatch itself
+            if warning.filename.startswith(str(Path(__file__).parents[1])):
                 note(str(warning.message))
         if shard:
             sharding.shard(lm, device)
@@ -199,10 +233,7 @@ class Material:
 
 
 def open_patches(paths: Sequence[Path] | None) -> list[Patch]:
-    """The patches of these folders; of a memory, the patch that looks its facts up.
-
-    Opened before the model is loaded: a wrong path is found in a second.
-    """
+    """The patches of these folders; of a memory, the patch that looks its facts up."""
     from ..memory.memory import Memory, is_memory
     from ..patches.file import load_patch
 

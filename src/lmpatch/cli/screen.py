@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ import typer
 if TYPE_CHECKING:
     from ..progress import Progress
 
+HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Signs that steer a terminal, turn the order of letters around, or are half a letter."""
 EVERY = 10.0  # seconds between two lines of progress where there is no terminal
 _values: ContextVar[dict[str, Any] | None] = ContextVar("values", default=None)
 """What the running command shows as one JSON object; None without ``--json``."""
@@ -34,8 +37,10 @@ def output(as_json: bool) -> Iterator[None]:
         done = error
     finally:
         _values.reset(token)
-    if as_json and _leads():
-        typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=_plain))
+    if as_json and leads():
+        ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+        text = json.dumps(values, indent=1, ensure_ascii=ascii_only, default=_plain)
+        print(HIDDEN.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text), flush=True)
     if done:
         raise done
 
@@ -46,33 +51,38 @@ def _plain(value: object) -> object:
     return str(value) if item is None else item()
 
 
-def _leads() -> bool:
+def leads() -> bool:
     """Of several processes only the first one speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def clean(text: str) -> str:
+    """The text with every sign of ``HIDDEN`` as an escape that can be read."""
+    return HIDDEN.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
 
 
 def _shown(values: dict[str, Any]) -> bool:
     """Whether text is shown; with ``--json`` the values are kept in its place."""
     if (collected := _values.get()) is not None:
         collected.update(values)
-    return collected is None and _leads()
+    return collected is None and leads()
 
 
 def say(text: str = "", **values: object) -> None:
     """One line on stdout, as it is; with ``--json`` the values in its place."""
     if _shown(values):
-        typer.echo(text)
+        print(clean(text), flush=True)
 
 
 def note(text: str) -> None:
     """One line on stderr that is no complaint."""
-    if _leads():
-        typer.echo(text, err=True)
+    if leads():
+        print(clean(text), file=sys.stderr, flush=True)
 
 
 def complain(text: str) -> None:
     """One line on stderr, whatever line breaks the text has."""
-    typer.echo("lmpatch: " + " ".join(text.split()), err=True)
+    print(clean("lmpatch: " + " ".join(text.split())), file=sys.stderr, flush=True)
 
 
 def keep(context: typer.Context, text: str) -> None:
@@ -90,7 +100,7 @@ def table(
     from rich.markup import escape
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = Table(title=title and escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         numbers = rows and all(isinstance(row[i], (int, float)) for row in rows)
         grid.add_column(column, justify="right" if numbers else "left", overflow="fold")
@@ -103,11 +113,13 @@ def draw(drawing: Any, **values: object) -> None:
     """Anything rich can draw, on stdout; with ``--json`` the values in its place."""
     if _shown(values):
         from rich.console import Console
+        from rich.segment import Segment, Segments
 
         console = Console()
+        parts = [Segment(clean(part.text), part.style) for part in console.render(drawing)]
         with console.capture() as drawn:  # rich ends the process with code 1 where the reader went away
-            console.print(drawing)
-        typer.echo(drawn.get(), nl=False)
+            console.print(Segments(parts), end="", crop=False)
+        print(drawn.get(), end="", flush=True)
 
 
 @contextmanager
@@ -118,7 +130,7 @@ def progress(start: str = "working") -> Iterator[Progress]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    with _bars(console) if console.is_terminal and _leads() else _lines(start) as report:
+    with _bars(console) if console.is_terminal and leads() else _lines(start) as report:
         yield report
 
 
@@ -126,14 +138,15 @@ def progress(start: str = "working") -> Iterator[Progress]:
 def _bars(console: Any) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    words = TextColumn("{task.description}", markup=False)
+    columns: list[Any] = [words, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     # what a command says in a block goes to stdout: through the bar only where that is the same terminal
     with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bars:
         tasks: dict[str, Any] = {}
 
         def report(done: int, total: int, what: str) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(clean(what), total=total)
             bars.update(tasks[what], completed=done, total=total)
 
         yield report
