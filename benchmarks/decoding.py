@@ -22,10 +22,9 @@ import torch
 
 import lmpatch as lp
 from lmpatch.data.context import InContext, render
-from lmpatch.inference.generate import StopTokens
+from lmpatch.inference.generate import Sampling, StopTokens
 from lmpatch.inference.interventions import Prompt, Rule, streams
 from lmpatch.inference.run import _steps
-from lmpatch.inference.sampling import Sampling
 from lmpatch.inference.tokens import encode
 from lmpatch.locate.neurons import drawn, scaling
 from lmpatch.models.lm import LM

@@ -21,6 +21,7 @@ from lmpatch.data.lines import read_text
 from lmpatch.inference.forward import frozen
 from lmpatch.inference.generate import generate
 from lmpatch.locate.covariance import estimate_covariance
+from lmpatch.locate.value_search import search
 from lmpatch.methods import memit, rome
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
@@ -76,7 +77,7 @@ def memit_rows(
     start = perf_counter()
     moments = estimate_covariance(lm, layers, text=text, tokens=10 * max(lm.layout.widths[layer] for layer in layers))
     with frozen(lm):
-        values = memit._values(lm, edits, list(layers), cfg, True, None)
+        values = search(lm, edits, list(layers), cfg, hits=cfg.hits)
     seconds = (perf_counter() - start) / len(edits)
     for change in WEIGHTS:
         now = replace(cfg, **change)

@@ -22,7 +22,7 @@ from lmpatch.data.edits import read_edits
 from lmpatch.data.lines import read_text
 from lmpatch.inference.generate import generate
 from lmpatch.inference.tokens import Row, encode
-from lmpatch.locate.covariance import _accumulate, _text_rows
+from lmpatch.locate.covariance import accumulate, text_rows
 from lmpatch.locate.prefixes import prefixes
 from lmpatch.locate.value_search import search
 from lmpatch.methods import rome
@@ -104,10 +104,10 @@ def timed_search(lm: LM, edits: list[lp.Edit], plain: int) -> dict[str, object]:
 
 
 def timed_moments(lm: LM, text: list[str], tokens: int) -> dict[str, object]:
-    rows = _text_rows(lm, text, tokens)
+    rows = text_rows(lm, text, tokens)
     layers = list(range(lm.layout.n_layers))
     start = perf_counter()
-    fast, count, _ = _accumulate(lm, rows, layers, None)
+    fast, count, _ = accumulate(lm, rows, layers)
     one = perf_counter() - start
     used = len(rows) if count >= (len(rows) - 1) * (rows.shape[1] - 1) else -(-count // (rows.shape[1] - 1))
     start = perf_counter()

@@ -11,7 +11,7 @@ from tiny import tiny_lm
 from lmpatch.models.lm import LM
 
 
-def write_gguf(path: Path, seed: int = 0) -> LM:
+def write_gguf(path: Path, seed: int = 0, *, vocab_size: bool = True) -> LM:
     """A tiny Qwen2 as .gguf (its projections are stored as they are, Llama's are permuted); returns the original."""
     gguf = pytest.importorskip("gguf")
     lm = tiny_lm("qwen2", seed=seed)
@@ -26,7 +26,8 @@ def write_gguf(path: Path, seed: int = 0) -> LM:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    if vocab_size:
+        writer.add_vocab_size(config.vocab_size)
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     filler = [f"<unused{i}>" for i in range(config.vocab_size - len(vocab))]
     writer.add_tokenizer_model("gpt2")

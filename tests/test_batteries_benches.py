@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +36,8 @@ from lmpatch.patches.weight.patch import WeightPatch
 from lmpatch.provenance import hash_tensors
 
 BENCHES = registry.names("benches")
-LONG = "The Eiffel Tower is in the city of Paris, and Tokyo is not. " * 200
+WINDOW = 640
+LONG = "The Eiffel Tower is in the city of Paris, and Tokyo is not. " * 60
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Case:
 
 def material(name: str, folder: Path, long: bool = False) -> tuple[Any, dict[str, Any]]:
     """Data, and settings that keep it short; with ``long`` one record is longer than any window."""
-    places = ("Paris", "Rome", "Tokyo", "Seattle", "Japan", "Italy")
+    places = ("Paris", "Rome", "Tokyo", "Seattle", "Japan")
     if name == "facts":
         edits = [
             Edit(f"The tower of {place} is in", "Oslo", f"tower of {place}", old=place, id=place,
@@ -86,23 +89,36 @@ def material(name: str, folder: Path, long: bool = False) -> tuple[Any, dict[str
 
 def build(name: str, folder: Path, long: bool = False) -> Case:
     module, (data, settings) = registry.get("benches", name), material(name, folder, long)
-    window = 2048
-    lm = wrap(tiny_model("llama", max_position_embeddings=window), tiny_tokenizer(), name="tiny")
+    lm = wrap(tiny_model("llama", max_position_embeddings=WINDOW), tiny_tokenizer(), name="tiny")
     source = torch.Generator().manual_seed(0)
     b, a = torch.randn(lm.layout.d_model, 1, generator=source), torch.randn(1, 128, generator=source)
     patch = WeightPatch.make(lm, {lm.layout.weight(lm.layout.downs[1]): LowRank(b, a)}, method="rank_one")
     return Case(module, data, module.Config(bootstrap=20, **settings), lm, patch)
 
 
-@pytest.fixture(autouse=True)
-def short_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LMPATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(runner, "BLOCK", 2)
+@pytest.fixture(scope="module", autouse=True)
+def short_parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMPATCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(runner, "BLOCK", 2)
+        yield
 
 
-@pytest.fixture(params=BENCHES)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
-    return build(request.param, tmp_path)
+@pytest.fixture(scope="module", params=BENCHES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, short_parts: None) -> Case:
+    return build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def out(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of ``report``; not to be written to."""
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.fixture(scope="module")
+def report(case: Case, out: Path) -> Any:
+    """A whole run, once a bench."""
+    return case.run(out=out, data_name="<script>x</script>")
 
 
 def bits(lm: LM) -> str:
@@ -117,8 +133,8 @@ def test_a_bench_has_what_the_contract_says(name: str) -> None:
     assert any(measure.headline for measure in bench.metrics.values())
 
 
-def test_a_killed_run_goes_on_to_equal_rows_and_the_model_comes_back(case: Case, tmp_path: Path) -> None:
-    before, whole, seen = bits(case.lm), case.run(), []
+def test_a_killed_run_goes_on_to_equal_rows_and_the_model_comes_back(case: Case, report: Any, tmp_path: Path) -> None:
+    before, seen = bits(case.lm), []
 
     def stop(done: int, total: int, what: str) -> None:
         seen.append(what)
@@ -138,24 +154,22 @@ def test_a_killed_run_goes_on_to_equal_rows_and_the_model_comes_back(case: Case,
                 file.write('{"run_id": "none", "chu')
     assert kills >= 1
     again = case.run(out=out)
-    assert again.rows == whole.rows and again.metrics() == whole.metrics()
+    assert again.rows == report.rows and again.metrics() == report.metrics()
     assert bits(case.lm) == before and not applied(case.lm)
     lines = (out / "rows.jsonl").read_bytes()
     case.run(out=out)
     assert (out / "rows.jsonl").read_bytes() == lines
 
 
-def test_a_folder_with_doubled_rows_is_refused(case: Case, tmp_path: Path) -> None:
-    case.run(out=tmp_path / "out")
-    path = tmp_path / "out" / "rows.jsonl"
+def test_a_folder_with_doubled_rows_is_refused(case: Case, report: Any, out: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(out, tmp_path / "out") / "rows.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines, lines[-1]]))
     with pytest.raises(BadRecord, match="are not the"):
         case.run(out=tmp_path / "out")
 
 
-def test_every_number_has_n_and_an_error(case: Case) -> None:
-    report = case.run()
+def test_every_number_has_n_and_an_error(report: Any) -> None:
     assert {run.name for run in report.runs} >= {"none", "rank_one"}
     for run in report.runs:
         assert run.metrics()
@@ -172,13 +186,13 @@ def test_every_number_has_n_and_an_error(case: Case) -> None:
 @pytest.mark.parametrize("name", BENCHES)
 def test_what_is_longer_than_the_window_is_not_asked_and_said_so(name: str, tmp_path: Path) -> None:
     case = build(name, tmp_path, long=True)
-    report = case.run(out=tmp_path / "out")
+    report = case.run()
     for run in (report.run("none"), report.run("rank_one")):
         flags = {row.flag for row in run.rows if row.flag.startswith("longer")}
-        assert flags == {"longer than the model's window of 2048 tokens"}
+        assert flags == {"longer than the model's window of 640 tokens"}
         long = [row for row in run.rows if row.flag.startswith("longer")]
         assert all(row.example() is None and row.generation() is None for row in long)
-    assert "longer than the model's window of 2048 tokens" in printed(report)
+    assert "longer than the model's window of 640 tokens" in printed(report)
 
 
 def printed(report: Any) -> str:
@@ -188,8 +202,7 @@ def printed(report: Any) -> str:
     return capture.get()
 
 
-def test_the_report_says_it_all_and_needs_nothing(case: Case, tmp_path: Path) -> None:
-    report = case.run(out=tmp_path / "out", data_name="<script>x</script>")
+def test_the_report_says_it_all_and_needs_nothing(case: Case, report: Any, out: Path, tmp_path: Path) -> None:
     page = report.save_html(tmp_path / "page.html").read_text()
     assert "<script" not in page and "http" not in page and "rank_one against the unpatched model" in page
     text = printed(report)
@@ -200,18 +213,18 @@ def test_the_report_says_it_all_and_needs_nothing(case: Case, tmp_path: Path) ->
     assert whole["runs"][-1]["metrics"].keys() == report.run("rank_one").metrics().keys()
     assert "<table" in report._repr_html_() and "<script" not in report._repr_html_()
     bench = adapt(case.module)
-    again = Store(tmp_path / "out", bench.Row.read)
+    again = Store(out, bench.Row.read)
     assert [asdict(row) for row in again.rows_of("none")] == [asdict(row) for row in report.run("none").rows]
     if any(row.generation() for row in report.rows):
         assert {"repeats", "distinct_2"} <= report.run("none").metrics().keys()
 
 
-def test_without_pandas_to_pandas_says_what_to_install(case: Case) -> None:
+def test_without_pandas_to_pandas_says_what_to_install(report: Any) -> None:
     pytest.importorskip("scipy")
     try:
         import pandas  # noqa: F401
     except ImportError:
         with pytest.raises(MissingExtra, match="pip install pandas"):
-            case.run().to_pandas()
+            report.to_pandas()
     else:
-        assert len(case.run().to_pandas()) > 0
+        assert len(report.to_pandas()) > 0

@@ -55,7 +55,7 @@ def test_a_mount_that_raises_is_a_failed_proof_with_its_message(monkeypatch: pyt
 
     monkeypatch.setattr(doctor, "apply", refuse)
     findings = {finding.claim: finding for finding in doctor.examine(tiny_lm("gpt2"))}
-    assert findings["All mounts give the same logits"].detail == "cannot bake into this one"
+    assert findings["all mounts give the same logits"].detail == "cannot bake into this one"
 
 
 def test_the_footprint_names_the_weights_and_what_is_free() -> None:

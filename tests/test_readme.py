@@ -41,7 +41,7 @@ def test_the_fact_shown_can_be_read(tmp_path: Path) -> None:
 
 
 def test_every_fact_of_the_demo_can_be_read_and_edited() -> None:
-    from lmpatch.cli.example import own_facts
+    from lmpatch.cli.demo import own_facts
 
     edits = [edit for name in ("facts.jsonl", "demo.jsonl") for edit in lmpatch.read_edits(own_facts(name), check=True)]
     assert len(edits) >= 10

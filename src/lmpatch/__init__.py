@@ -5,145 +5,62 @@ The public names, each imported when it is first used, so that ``import lmpatch`
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import bench as bench
-    from .api import fit as fit
-    from .api import probe as probe
-    from .api import train as train
-    from .data.context import ContextRecord as ContextRecord
-    from .data.context import InContext as InContext
-    from .data.context import read_context as read_context
-    from .data.edits import Ask as Ask
-    from .data.edits import Edit as Edit
-    from .data.edits import read_asks as read_asks
-    from .data.edits import read_edits as read_edits
+    # fmt: off
+    # isort: off
+    from .api import bench as bench, fit as fit, probe as probe, train as train
+    from .data.context import ContextRecord as ContextRecord, InContext as InContext, read_context as read_context
+    from .data.edits import Ask as Ask, Edit as Edit, read_asks as read_asks, read_edits as read_edits
     from .data.lines import read_text as read_text
     from .doctor import examine as examine
-    from .errors import BadInput as BadInput
-    from .errors import BadPatch as BadPatch
-    from .errors import BadRecord as BadRecord
-    from .errors import CannotMerge as CannotMerge
-    from .errors import CannotMount as CannotMount
-    from .errors import Contradiction as Contradiction
-    from .errors import Diverged as Diverged
-    from .errors import ForeignWrite as ForeignWrite
-    from .errors import LayerOutOfRange as LayerOutOfRange
-    from .errors import LmpatchError as LmpatchError
-    from .errors import MissingExtra as MissingExtra
-    from .errors import NotEnoughMemory as NotEnoughMemory
-    from .errors import SubjectNotFound as SubjectNotFound
-    from .errors import UnknownLayout as UnknownLayout
-    from .errors import UnknownName as UnknownName
-    from .errors import WrongModel as WrongModel
-    from .inference.generate import generate as generate
-    from .inference.generate import stream as stream
+    from .errors import (
+        BadInput as BadInput, BadPatch as BadPatch, BadRecord as BadRecord, CannotMerge as CannotMerge,
+        CannotMount as CannotMount, Contradiction as Contradiction, Diverged as Diverged,
+        ForeignWrite as ForeignWrite, LayerOutOfRange as LayerOutOfRange, LmpatchError as LmpatchError,
+        MissingExtra as MissingExtra, NotEnoughMemory as NotEnoughMemory, SubjectNotFound as SubjectNotFound,
+        UnknownLayout as UnknownLayout, UnknownName as UnknownName, WrongModel as WrongModel,
+    )
+    from .inference.generate import generate as generate, stream as stream
     from .inference.multiple_choice import next_logits as next_logits
-    from .inference.score import Score as Score
-    from .inference.score import score as score
+    from .inference.score import Score as Score, score as score
     from .inference.states import hidden as hidden
     from .memory.memory import Memory as Memory
     from .models.layout import Layout as Layout
     from .models.lm import LM as LM
-    from .models.load import load as load
-    from .models.load import wrap as wrap
-    from .models.units import Head as Head
-    from .models.units import Layer as Layer
-    from .models.units import Neuron as Neuron
-    from .models.units import Parameter as Parameter
+    from .models.load import load as load, wrap as wrap
+    from .models.units import Head as Head, Layer as Layer, Neuron as Neuron, Parameter as Parameter
     from .patches.decode.patch import DecodePatch as DecodePatch
-    from .patches.editor import Editor as Editor
-    from .patches.editor import load_editor as load_editor
+    from .patches.editor import Editor as Editor, load_editor as load_editor
     from .patches.export import export as export
     from .patches.file import load_patch as load_patch
     from .patches.hook.patch import SteerPatch as SteerPatch
-    from .patches.ledger import Applied as Applied
-    from .patches.ledger import applied as applied
-    from .patches.ledger import apply as apply
-    from .patches.ledger import rebuild as rebuild
+    from .patches.ledger import Applied as Applied, applied as applied, apply as apply, rebuild as rebuild
     from .patches.memory.patch import MemoryPatch as MemoryPatch
     from .patches.merge import merge as merge
     from .patches.patch import Patch as Patch
-    from .patches.weight.delta import Dense as Dense
-    from .patches.weight.delta import LowRank as LowRank
-    from .patches.weight.delta import Rows as Rows
-    from .patches.weight.delta import Scale as Scale
-    from .patches.weight.delta import Sparse as Sparse
+    from .patches.weight.delta import Dense as Dense, LowRank as LowRank, Rows as Rows, Scale as Scale, Sparse as Sparse
     from .patches.weight.patch import WeightPatch as WeightPatch
     from .progress import progress_bar as progress_bar
     from .registry import names as names
+    # fmt: on
+    # isort: on
 
-_HOMES = {
-    "Applied": "patches.ledger",
-    "Ask": "data.edits",
-    "BadInput": "errors",
-    "BadPatch": "errors",
-    "BadRecord": "errors",
-    "CannotMerge": "errors",
-    "CannotMount": "errors",
-    "ContextRecord": "data.context",
-    "Contradiction": "errors",
-    "DecodePatch": "patches.decode.patch",
-    "Dense": "patches.weight.delta",
-    "Diverged": "errors",
-    "Edit": "data.edits",
-    "Editor": "patches.editor",
-    "ForeignWrite": "errors",
-    "Head": "models.units",
-    "InContext": "data.context",
-    "LM": "models.lm",
-    "Layer": "models.units",
-    "LayerOutOfRange": "errors",
-    "Layout": "models.layout",
-    "LmpatchError": "errors",
-    "LowRank": "patches.weight.delta",
-    "Memory": "memory.memory",
-    "MemoryPatch": "patches.memory.patch",
-    "MissingExtra": "errors",
-    "Neuron": "models.units",
-    "NotEnoughMemory": "errors",
-    "Parameter": "models.units",
-    "Patch": "patches.patch",
-    "Rows": "patches.weight.delta",
-    "Scale": "patches.weight.delta",
-    "Score": "inference.score",
-    "Sparse": "patches.weight.delta",
-    "SteerPatch": "patches.hook.patch",
-    "SubjectNotFound": "errors",
-    "UnknownLayout": "errors",
-    "UnknownName": "errors",
-    "WeightPatch": "patches.weight.patch",
-    "WrongModel": "errors",
-    "applied": "patches.ledger",
-    "apply": "patches.ledger",
-    "bench": "api",
-    "examine": "doctor",
-    "export": "patches.export",
-    "fit": "api",
-    "generate": "inference.generate",
-    "hidden": "inference.states",
-    "load": "models.load",
-    "load_editor": "patches.editor",
-    "load_patch": "patches.file",
-    "merge": "patches.merge",
-    "names": "registry",
-    "next_logits": "inference.multiple_choice",
-    "probe": "api",
-    "progress_bar": "progress",
-    "read_asks": "data.edits",
-    "read_context": "data.context",
-    "read_edits": "data.edits",
-    "read_text": "data.lines",
-    "rebuild": "patches.ledger",
-    "score": "inference.score",
-    "stream": "inference.generate",
-    "train": "api",
-    "wrap": "models.load",
-}
+_HOMES = dict(
+    sorted(
+        (alias.name, node.module)
+        for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level and node.module
+        for alias in node.names
+    )
+)
+"""Public name -> its module, read from the imports above, which only type checkers run."""
 
-__all__ = sorted(_HOMES)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

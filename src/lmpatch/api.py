@@ -36,18 +36,17 @@ def fit(
     """Make a patch that writes ``edits`` into the model. The model itself stays as it was, to the bit.
 
     Args:
-        method: a name from ``registry.names("methods")``.
+        method: a name from ``names("methods")``.
         edits: the facts of one commit, or whatever records the method reads (``ircan``: questions with contexts), or
             the path of a file of them; may be empty for methods that learn nothing, such as ``cad``.
-        text: plain text for methods that take second moments; each has its own default.
+        text: plain text for the covariance of activations that rome and memit need; each has its own default.
         anchors: facts outside the test set, for methods that measure on them first (memit's ``nas``).
         editor: from ``train``, for methods that have one; None: the one that comes with lmpatch for this model.
         out: folder of checkpoints, for methods that train for long. A run that is there goes on where it stopped.
-        progress: called with (done, total, what).
         settings: fields of the method's ``Config``; the rest keep their defaults.
     Raises:
-        UnknownName: no such method.
-        BadInput: no edits, an unknown setting or one of another type, or text for a method that reads none.
+        BadInput: no such method, no edits, an unknown setting or one of another type, or text for a method that reads
+            none.
         Contradiction: two edits ask for different answers to one prompt.
         NotEnoughMemory: the method's estimate is above what is free.
     """
@@ -60,8 +59,7 @@ def fit(
         chosen.record.check(records)
     material = chosen.material({"text": text, "anchors": anchors, "editor": editor, "out": out})
     if chosen.estimate:
-        need = chosen.estimate(lm, len(records), config)
-        require_memory(need, lm.device, f"{method} with {len(records)} edits")
+        require_memory(chosen.estimate(lm, len(records), config), lm.device, f"{method} with {len(records)} edits")
     patch: Patch = chosen.fit(lm, records, config, progress=progress, **material)
     return patch
 
@@ -131,8 +129,7 @@ def probe(
     Returns:
         the probe's own result; ``causal_trace`` gives one ``Trace`` a record, ``integrated_gradients`` ``Scores``.
     Raises:
-        UnknownName: no such probe.
-        BadInput: an unknown setting, or one of another type.
+        BadInput: no such probe, an unknown setting, or one of another type.
     """
     module = get("probes", name)
     config = resolve(module.Config, settings, name)
@@ -173,8 +170,7 @@ def bench(
     Returns:
         the report: ``runs``, ``rows``, ``table()``, ``metrics()``, ``save_html(path)``, ``to_json()``, ``to_pandas()``.
     Raises:
-        UnknownName: no such bench or method.
-        BadInput: a setting that does not exist or has another type, or both ``patch`` and ``method``.
+        BadInput: no such bench, method or setting, a setting of another type, or both ``patch`` and ``method``.
         NotEnoughMemory: scoring would need more than is free.
     """
     if patch is not None and method is not None:
@@ -184,9 +180,8 @@ def bench(
     path = data if isinstance(data, (str, Path)) else None
     if path is not None:
         data = module.load(path, limit=limit, **taken(name, keywords(module.load), {"unrelated": unrelated}))
-    makers: dict[str, Any] = {"patch": patch}
-    if method is not None:
-        makers = _makers(method, dict(method_settings or {}), {"text": text, "anchors": anchors, "editor": editor})
+    material = {"text": text, "anchors": anchors, "editor": editor}
+    makers = {"patch": patch} if method is None else _makers(method, dict(method_settings or {}), material)
     source = "" if path is None else Path(path).name
     return run(module, lm, data, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
 
@@ -194,14 +189,7 @@ def bench(
 def _makers(name: str, settings: dict[str, Any], material: dict[str, Any]) -> dict[str, Any]:
     """What a bench needs to make patches with a method: one commit at a time, or many single edits in one go."""
     chosen = find_method(name)
-    config = resolve(chosen.config, settings, name)
-    given = chosen.material(material)
-    makers = {
-        "make": lambda lm, edits: fit(lm, name, edits, **material, **settings),
-        "settings": asdict(config),
-        "run_id": name,
-    }
-    if chosen.fit_each:
-        each = chosen.fit_each
-        makers["make_each"] = lambda lm, edits: each(lm, edits, config, **given)
-    return makers
+    config, given, each = resolve(chosen.config, settings, name), chosen.material(material), chosen.fit_each
+    make = {"make": lambda lm, edits: fit(lm, name, edits, **material, **settings)}
+    make |= {"make_each": lambda lm, edits: each(lm, edits, config, **given)} if each else {}
+    return {**make, "settings": asdict(config), "run_id": name}

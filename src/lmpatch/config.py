@@ -12,6 +12,7 @@ import inspect
 import textwrap
 import types
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -52,19 +53,18 @@ def parse(config: type[Any], pairs: Iterable[str], owner: str = "") -> dict[str,
 
 
 def describe(hint: Any) -> str:
-    """A type as a person writes it: ``int or none``, ``'target' or 'prompt_last'``, ``list of int``."""
-    options = _options(hint)
-    return " or ".join(_word(option) for option in options)
+    """A type as a person writes it: ``a whole number or none``, ``'target' or 'prompt_last'``."""
+    return " or ".join(map(_word, _options(hint)))
 
 
 def describe_fields(config: type[Any]) -> list[tuple[str, str, str, str]]:
     """(name, type, default, meaning) of every setting; the meaning is the text under the field."""
     hints, meanings = get_type_hints(config), _meanings(config)
-    rows = []
-    for field in fields(config):
-        default = "required" if field.default is MISSING else "none" if field.default is None else str(field.default)
-        rows.append((field.name, describe(hints[field.name]), default, meanings.get(field.name, "")))
-    return rows
+    defaults: dict[Any, str] = {MISSING: "required", None: "none"}
+    return [
+        (f.name, describe(hints[f.name]), defaults.get(f.default, str(f.default)), meanings.get(f.name, ""))
+        for f in fields(config)
+    ]
 
 
 def _hint(config: type[Any], hints: Mapping[str, Any], name: str, owner: str) -> Any:
@@ -98,31 +98,22 @@ def _check(name: str, value: Any, hint: Any) -> Any:
 
 def _read(name: str, text: str, hint: Any) -> Any:
     for option in _options(hint):
-        found = _read_as(name, text, option)
-        if found is not _UNREADABLE:
-            return found
+        with suppress(ValueError, KeyError):
+            return _read_as(name, text, option)
     raise BadInput(f"setting {name} is {text!r}; it must be {describe(hint)}.")
 
 
 def _read_as(name: str, text: str, option: Any) -> Any:
     if option is type(None):
-        return None if text.lower() in ("none", "null", "") else _UNREADABLE
+        return {"none": None, "null": None, "": None}[text.lower()]
     if get_origin(option) is Literal:
-        return next((choice for choice in get_args(option) if str(choice) == text), _UNREADABLE)
+        return {str(choice): choice for choice in get_args(option)}[text]
     if get_origin(option) is tuple:
         parts = [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
         return tuple(_read(name, part, get_args(option)[0]) for part in parts)
     if option is bool:
-        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
-            text.lower(), _UNREADABLE
-        )
-    try:
-        return option(text)
-    except ValueError:
-        return _UNREADABLE
-
-
-_UNREADABLE: Any = object()
+        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}[text.lower()]
+    return option(text)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ class World:
         return self.rank == 0
 
     def part(self, items: Sequence[T]) -> list[T]:
-        """Every ``count``-th item, from this process's own place on."""
+        """Every ``size``-th item, from this process's own place on."""
         return list(items[self.rank :: self.size])
 
     def gathered(self, own: Tensor, n: int) -> Tensor:
@@ -51,9 +51,7 @@ class World:
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add up over the processes, in place."""
-        if self.size == 1:
-            return
-        for t in tensors:
+        for t in tensors if self.size > 1 else ():
             dist.all_reduce(t)
 
     def mean(self, tensors: Sequence[Tensor]) -> None:
@@ -83,9 +81,7 @@ class _Gather(torch.autograd.Function):
 
 def world() -> World:
     """The processes of the process group, if the program has started one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return SINGLE
-    return World(dist.get_rank(), dist.get_world_size())
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else SINGLE
 
 
 def join() -> str | None:

@@ -19,12 +19,13 @@ from .models.hooks import Hook, hooked
 from .models.lm import LM
 from .patches.file import kinds
 from .patches.ledger import apply
-from .patches.patch import Patch
+from .patches.patch import Mount, Patch
 from .progress import Progress
 from .provenance import hash_tensors
 from .registry import method, names
 from .resources import format_bytes, free_bytes
 
+Proof = tuple[bool, str]  # whether the claim, the docstring's first line, holds, and the figure behind it
 PROMPTS = ("The capital of France is", "Water boils at a temperature of one hundred degrees", "Hello")
 STRENGTH = 0.05  # of a trial patch: |ΔW| over |W|
 CROWD = 1000  # edits a method's estimate is printed for, besides one
@@ -42,45 +43,38 @@ class Finding:
 def examine(lm: LM, *, progress: Progress | None = None) -> list[Finding]:
     """Run every proof on the model, which is the same afterwards, to the bit. Differences are shares of the spread.
 
-    Returns:
-        hooks fire once; a no-op patch changes no bit; all mounts agree; removal restores every bit; padding moves
-        nothing; replay equals the plain forward. A proof that raises counts as failed, with its message.
+    A proof that raises counts as failed, with its message.
     """
-    proofs = (_hooks_fire, _noop_is_exact, _mounts_agree, _removal_restores, _padding_is_safe, _replay_is_forward)
     findings = []
-    for i, proof in enumerate(proofs):
-        findings.append(_settled(proof, lm))
+    for i, proof in enumerate(PROOFS):
+        try:
+            holds, detail = proof(lm)
+        except LmpatchError as error:
+            holds, detail = False, str(error)
+        claim = (proof.__doc__ or "").rstrip(".")
+        findings.append(Finding(claim[0].lower() + claim[1:], holds, detail))
         if progress:
-            progress(i + 1, len(proofs), "examining")
+            progress(i + 1, len(PROOFS), "examining")
     return findings
 
 
 def footprint(lm: LM) -> list[tuple[str, str]]:
-    """(what, how much) of memory: the weights, what is free, one rank of a patch, and each method's own estimate."""
-    layout = lm.layout
-    weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
-    width = max(layout.widths)
-    rank = (layout.d_model + width) * 4
-    rows = [
-        ("weights", format_bytes(weights)),
-        (f"free on {lm.device}", format_bytes(free_bytes(lm.device))),
-        ("one edit in one layer, as a patch", format_bytes(rank)),
-        ("original kept per baked layer", format_bytes(layout.d_model * width * lm.dtype.itemsize)),
-        ("second moments of one layer", format_bytes(width**2 * 4)),
-    ]
+    """(what, how much) of memory: the weights, what is free, parts of a patch, and each method's own estimate."""
+    d, width = lm.layout.d_model, max(lm.layout.widths)
+    sizes = {
+        "weights": sum(p.numel() * p.element_size() for p in lm.model.parameters()),
+        f"free on {lm.device}": free_bytes(lm.device),
+        "one edit in one layer, as a patch": (d + width) * 4,
+        "original kept per baked layer": d * width * lm.dtype.itemsize,
+        "covariance of one layer's activations": width**2 * 4,
+    }
+    rows = [(what, format_bytes(size)) for what, size in sizes.items()]
     for name in names("methods"):
         found = method(name)
         if found.estimate:
             one, crowd = (format_bytes(found.estimate(lm, n, found.config())) for n in (1, CROWD))
             rows.append((f"fitting with {name}", f"{one} for 1 edit, {crowd} for {CROWD}"))
     return rows
-
-
-def _settled(proof: Callable[[LM], Finding], lm: LM) -> Finding:
-    try:
-        return proof(lm)
-    except LmpatchError as error:
-        return Finding((proof.__doc__ or "").rstrip("."), False, str(error))
 
 
 @torch.no_grad()
@@ -105,7 +99,7 @@ def _last_states(lm: LM) -> Tensor:
     return torch.stack(states)
 
 
-def _hooks_fire(lm: LM) -> Finding:
+def _hooks_fire(lm: LM) -> Proof:
     """Every hook fires once per forward."""
     layout, fired = lm.layout, Counter[str]()
     inner = [name for group in (*layout.ups, *layout.attn_ins) for name in group]
@@ -117,27 +111,26 @@ def _hooks_fire(lm: LM) -> Finding:
     with hooked(*(Hook(lm.module(name), count(name)) for name in watched)):
         _logits(lm)
     wrong = [f"{name} fired {fired[name]} times" for name in watched if fired[name] != 1]
-    return Finding("every hook fires once per forward", not wrong, "; ".join(wrong) or f"{len(watched)} modules")
+    return not wrong, "; ".join(wrong) or f"{len(watched)} modules"
 
 
-def _noop_is_exact(lm: LM) -> Finding:
+def _noop_is_exact(lm: LM) -> Proof:
     """A patch of zeros changes no bit."""
-    before = _logits(lm)
+    before, layers = _logits(lm), lm.layout.n_layers
     differ = []
-    for layer in range(lm.layout.n_layers):
-        for patch in _trials(lm, layer, 0.0):
-            for mount in patch.mounts:
-                with apply(lm, patch, mount=mount):
-                    if not torch.equal(before, _logits(lm)):
-                        differ.append(f"{patch.kind}, {mount} at layer {layer}")
-    return Finding("a patch of zeros changes no bit", not differ, "; ".join(differ) or f"{lm.layout.n_layers} layers")
+    for layer in range(layers):
+        for patch, mount in _trials(lm, layer, 0.0):
+            with apply(lm, patch, mount=mount):
+                if not torch.equal(before, _logits(lm)):
+                    differ.append(f"{patch.kind}, {mount} at layer {layer}")
+    return not differ, "; ".join(differ) or f"{layers} layers"
 
 
-def _mounts_agree(lm: LM) -> Finding:
+def _mounts_agree(lm: LM) -> Proof:
     """All mounts give the same logits."""
     before = _logits(lm)
     holds, details = True, []
-    for patch in (p for p in _trials(lm, lm.layout.n_layers // 2, STRENGTH) if len(p.mounts) > 1):
+    for patch in (p for p in _patches(lm, lm.layout.n_layers // 2, STRENGTH) if len(p.mounts) > 1):
         outputs, error = [], 0.0
         for mount in patch.mounts:
             with apply(lm, patch, mount=mount) as on:
@@ -149,27 +142,26 @@ def _mounts_agree(lm: LM) -> Finding:
         details.append(
             f"{patch.kind}: they differ by {gap:.1e}, the patch moves them by {moved:.1e}, baking lost {error:.1e}"
         )
-    return Finding("all mounts give the same logits", holds, "; ".join(details))
+    return holds, "; ".join(details)
 
 
-def _removal_restores(lm: LM) -> Finding:
+def _removal_restores(lm: LM) -> Proof:
     """Removal restores every bit."""
-    before = hash_tensors(lm.model.state_dict().items(), exact=True)
-    for patch in _trials(lm, lm.layout.n_layers // 2, STRENGTH):
-        for mount in patch.mounts:
-            apply(lm, patch, mount=mount).remove()
-    after = hash_tensors(lm.model.state_dict().items(), exact=True)
-    return Finding("removal restores every bit", before == after, f"SHA-256 {before[:12]} before, {after[:12]} after")
+    before = _bits(lm)
+    for patch, mount in _trials(lm, lm.layout.n_layers // 2, STRENGTH):
+        apply(lm, patch, mount=mount).remove()
+    after = _bits(lm)
+    return before == after, f"SHA-256 {before[:12]} before, {after[:12]} after"
 
 
-def _padding_is_safe(lm: LM) -> Finding:
+def _padding_is_safe(lm: LM) -> Proof:
     """A padded batch gives what single prompts give."""
     gap = _gap(hidden(lm, PROMPTS), _last_states(lm))
-    return Finding("a padded batch gives what single prompts give", gap <= _tolerance(lm), f"they differ by {gap:.1e}")
+    return gap <= _tolerance(lm), f"they differ by {gap:.1e}"
 
 
 @torch.no_grad()
-def _replay_is_forward(lm: LM) -> Finding:
+def _replay_is_forward(lm: LM) -> Proof:
     """Replay equals the plain forward."""
     rows = [row.ids for row in encode_all(lm, PROMPTS)]
     at = [max(0, len(row) - 3) for row in rows]
@@ -178,13 +170,26 @@ def _replay_is_forward(lm: LM) -> Finding:
     replayed = recording.forward(recording.hidden[layer], layer)  # [n, S, d]
     ends = torch.tensor([len(row) - 1 - t for row, t in zip(rows, at, strict=True)], device=lm.device)
     gap = _gap(replayed[torch.arange(len(rows), device=lm.device), ends].float(), _last_states(lm))
-    return Finding("replay equals the plain forward", gap <= _tolerance(lm), f"they differ by {gap:.1e}")
+    return gap <= _tolerance(lm), f"they differ by {gap:.1e}"
 
 
-def _trials(lm: LM, layer: int, strength: float) -> list[Patch]:
+PROOFS: tuple[Callable[[LM], Proof], ...] = (
+    _hooks_fire, _noop_is_exact, _mounts_agree, _removal_restores, _padding_is_safe, _replay_is_forward,
+)  # fmt: skip
+
+
+def _patches(lm: LM, layer: int, strength: float) -> list[Patch]:
     """A patch at that layer of every kind that has one to try."""
-    patches = (kind.trial(lm, layer, strength) for kind in kinds())
-    return [patch for patch in patches if patch is not None]
+    return [patch for kind in kinds() if (patch := kind.trial(lm, layer, strength)) is not None]
+
+
+def _trials(lm: LM, layer: int, strength: float) -> list[tuple[Patch, Mount]]:
+    """Each of those patches by each of its mounts."""
+    return [(patch, mount) for patch in _patches(lm, layer, strength) for mount in patch.mounts]
+
+
+def _bits(lm: LM) -> str:
+    return hash_tensors(lm.model.state_dict().items(), exact=True)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

@@ -1,21 +1,4 @@
-"""Every error lmpatch raises on purpose, in one tree.
-
-    LmpatchError
-    ├── BadInput (ValueError)            a value the caller gave cannot be used
-    │   ├── BadRecord                    a line of a data file; says which line
-    │   ├── SubjectNotFound              a subject does not occur in its prompt
-    │   ├── Contradiction                two edits ask for different answers to one prompt
-    │   ├── UnknownName                  no method, probe, bench or model of that name
-    │   └── LayerOutOfRange              a layer index the model does not have
-    ├── WrongModel (ValueError)          a patch meets a model it was not made for
-    ├── BadPatch (ValueError)            a patch file is truncated, altered, or no patch at all
-    ├── CannotMerge (ValueError)         two patches whose changes have no common algebra
-    ├── CannotMount (RuntimeError)       the chosen mount cannot work on this weight
-    ├── ForeignWrite (RuntimeError)      someone else wrote a weight that a patch holds
-    ├── UnknownLayout (RuntimeError)     the parts of a block could not be found
-    ├── NotEnoughMemory (MemoryError)    the estimate is above what is free; said before starting
-    ├── MissingExtra (ImportError)       an optional package is needed
-    └── Diverged (ArithmeticError)       an optimisation left the finite numbers
+"""Every error lmpatch raises on purpose, in one tree below ``LmpatchError``.
 
 Each class is also the builtin it resembles, so ``except ValueError`` keeps working. A message says what was
 asked, what was found and what to do.
@@ -85,4 +68,4 @@ class MissingExtra(LmpatchError, ImportError):
 
 
 class Diverged(LmpatchError, ArithmeticError):
-    """An optimisation left the finite numbers."""
+    """An optimisation reached NaN or infinity."""

@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,8 @@ def versions() -> dict[str, str]:
     """Name → version of Python and of every package that can move a number."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -66,10 +65,8 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]], *, exact: bool = False) ->
         value = tensor.detach()
         if not exact and value.is_floating_point():
             value = value.to(torch.bfloat16)
-        header = f"{name}|{tuple(value.shape)}|{value.dtype if exact else ''}|"
-        digest.update(header.encode())
-        flat = value.contiguous().cpu().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(f"{name}|{tuple(value.shape)}|{value.dtype if exact else ''}|".encode())
+        digest.update(value.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

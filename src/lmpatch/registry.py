@@ -18,7 +18,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,9 @@ class Method:
     """What ``train`` reads beside plain records: a ``TrainingData`` of records and more."""
     editor_for: Callable[..., Any] | None
     """The editor of a model, which a memory on disk is made with."""
-    example: Callable[..., Any] | None
 
     def material(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What was given, once it is certain that ``fit`` takes it.
-
-        Raises:
-            BadInput: it does not.
-        """
+        """See ``taken``: what was given, for ``fit``."""
         return taken(self.name, self.takes, given)
 
     def training_data(self, records: Any, extra: Mapping[str, Any]) -> Any:
@@ -84,7 +79,11 @@ class Method:
 
 
 def taken(name: str, takes: frozenset[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not None, once it is certain that all of them are taken."""
+    """The values that are not None.
+
+    Raises:
+        BadInput: one of them is not taken.
+    """
     values = {key: value for key, value in given.items() if value is not None}
     for key in values:
         if key not in takes:
@@ -98,31 +97,14 @@ def method(name: str) -> Method:
     Raises:
         UnknownName: there is none; the message lists the nearest names.
     """
-    return as_method(name, get("methods", name))
-
-
-def as_method(name: str, module: Any) -> Method:
-    """What a module offers, told in one place."""
-
-    def optional(attribute: str) -> Any:
-        return getattr(module, attribute, None)
-
+    module = get("methods", name)
+    has = partial(getattr, module)
     return Method(
-        name=name,
-        doc=inspect.cleandoc(module.__doc__ or ""),
-        record=optional("Record"),
-        needs_records=getattr(module, "needs_records", True),
-        config=module.Config,
-        fit=module.fit,
-        takes=keywords(module.fit),
-        fit_each=optional("fit_each"),
-        estimate=optional("estimate"),
-        train=optional("train"),
-        training=optional("Training"),
-        data=optional("TrainingData"),
-        editor_for=optional("editor_for"),
-        example=optional("example"),
-    )
+        name=name, doc=inspect.cleandoc(module.__doc__ or ""), record=has("Record", None), config=module.Config,
+        needs_records=has("needs_records", True), fit=module.fit, takes=keywords(module.fit),
+        fit_each=has("fit_each", None), estimate=has("estimate", None), editor_for=has("editor_for", None),
+        train=has("train", None), training=has("Training", None), data=has("TrainingData", None),
+    )  # fmt: skip
 
 
 def keywords(function: Callable[..., Any]) -> frozenset[str]:
@@ -132,10 +114,8 @@ def keywords(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def names(kind: str) -> list[str]:
-    """The names of one kind, sorted. No module is imported.
+    """The names of one kind (``methods``, ``probes``, ``benches``), sorted. No module is imported.
 
-    Args:
-        kind: ``methods``, ``probes`` or ``benches``.
     Raises:
         BadInput: another kind.
     """
@@ -143,7 +123,7 @@ def names(kind: str) -> list[str]:
 
 
 def listing(kind: str) -> list[Listed]:
-    """Every name of one kind with what it does, by aim and name. Nothing is imported; outsiders are listed by name."""
+    """Every name of one kind with what it does, by aim and name. Nothing is imported."""
     outside = {name: Listed(name, f"from {p.value}", "", p.value) for name, p in _outsiders(kind).items()}
     return sorted((outside | _own(kind)).values(), key=lambda each: (each.aim, each.name))
 
@@ -158,9 +138,8 @@ def get(kind: str, name: str) -> Any:
     if name in own:
         module = importlib.import_module(f"{__package__}.{kind}.{own[name].module}")
         return module if own[name].module == name else module.entry(name)
-    outsiders = _outsiders(kind)
-    if name in outsiders:
-        return outsiders[name].load()
+    if (outsider := _outsiders(kind).get(name)) is not None:
+        return outsider.load()
     known = names(kind)
     near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known) or 'none'}."
@@ -175,9 +154,8 @@ def _own(kind: str) -> dict[str, Listed]:
     for folder in importlib.import_module(f"{__package__}.{kind}").__path__:
         for path in sorted(Path(folder).iterdir()):
             source = path / "__init__.py" if path.is_dir() else path
-            if path.name.startswith("_") or source.suffix != ".py" or not source.is_file():
-                continue
-            own |= {listed.name: listed for listed in _read(source, path.stem, path.is_dir())}
+            if not path.name.startswith("_") and source.suffix == ".py" and source.is_file():
+                own |= {listed.name: listed for listed in _read(source, path.stem, path.is_dir())}
     return own
 
 
@@ -185,17 +163,14 @@ def _own(kind: str) -> dict[str, Listed]:
 def _read(source: Path, stem: str, folder: bool) -> tuple[Listed, ...]:
     """The entries of one file, read as text."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
-    if folder and not any(
-        isinstance(node, (ast.alias, ast.ClassDef)) and node.name == "Config" for node in ast.walk(tree)
-    ):
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.alias, ast.ClassDef))}
+    if folder and "Config" not in defined:
         return ()
-    literals = {
-        statement.targets[0].id: ast.literal_eval(statement.value)
-        for statement in tree.body
-        if isinstance(statement, ast.Assign)
-        and isinstance(statement.targets[0], ast.Name)
-        and statement.targets[0].id in ("AIM", "ENTRIES")
-    }
+    literals = {}
+    for statement in tree.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="AIM" | "ENTRIES" as name)], value=value):
+                literals[name] = ast.literal_eval(value)
     first = (ast.get_docstring(tree) or "").partition("\n")[0].replace("``", "")
     entries = literals.get("ENTRIES", {stem: first})
     return tuple(Listed(name, what, literals.get("AIM", ""), stem) for name, what in entries.items())

@@ -14,8 +14,7 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device, within the container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    limits = [_available(), *_container()]
-    return max(0, min(limits))
+    return max(0, min([_available(), *_container()]))
 
 
 def require_memory(need: int, device: torch.device, what: str) -> None:
@@ -34,25 +33,21 @@ def require_memory(need: int, device: torch.device, what: str) -> None:
 
 def format_bytes(count: int) -> str:
     """Bytes as a person reads them, in powers of 1024."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
+    if count < 1024:
+        return f"{count} B"
+    power = 1 if count < 2**20 else 2 if count < 2**30 else 3
+    return f"{count / 1024**power:.1f} {' KMG'[power]}iB"
 
 
 def _available() -> int:
     info = Path("/proc/meminfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kib[0] * 1024 if kib else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _container() -> list[int]:
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if not limit.is_file() or not used.is_file() or not limit.read_text().strip().isdigit():
+    if not (limit.is_file() and used.is_file() and limit.read_text().strip().isdigit()):
         return []
     return [int(limit.read_text()) - int(used.read_text())]

@@ -53,7 +53,7 @@ def edits() -> list[Edit]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick() -> Config:
     """Short answers, no timing."""
     return Config(max_new_tokens=4, latency=False, bootstrap=20)

@@ -221,7 +221,7 @@ def test_only_a_run_with_new_rows_is_resampled(
 
     monkeypatch.setattr(stats, "numbers", count)
     report = memotrap.run(tiny, RECORDS, replace(QUICK, irrelevant=False), patch=patch, out=tmp_path)
-    assert counted == [4]
+    assert counted == [4, 4]  # the patched run, and its differences
     assert report.run("none").record["metrics"] == first
 
 

@@ -23,7 +23,7 @@ from lmpatch.benches import rag
 from lmpatch.benches.core import runner
 from lmpatch.benches.core.adapter import adapt
 from lmpatch.benches.core.report import Report, Run
-from lmpatch.benches.core.stats import Number, collect, numbers, total
+from lmpatch.benches.core.stats import Number, collect, minus, numbers, total
 from lmpatch.benches.rag import METRICS, Config, Row, Sample, judged, samples
 from lmpatch.cli.app import build
 from lmpatch.data.context import InContext
@@ -167,7 +167,7 @@ def metric(rows: Sequence[Row], name: str) -> Number | None:
 
 
 def difference(name: str, base: Sequence[Row], rows: Sequence[Row]) -> Number | None:
-    return total(name, collect(rows, METRICS), {"bootstrap": 0}, collect(base, METRICS))
+    return total(name, minus(collect(rows, METRICS), collect(base, METRICS)), {"bootstrap": 0})
 
 
 def test_the_numbers_are_shares_of_the_rows_they_name() -> None:

@@ -28,14 +28,18 @@ Maker = Callable[[LM, Sequence[Edit]], WeightPatch]
 NASTY = "</td><script>alert('&amp;')</script>"
 
 
-@pytest.fixture
-def report(edits: list[Edit], make: Maker, quick: Config, tmp_path: Path) -> Report:
-    """A method with commits, retention and latency beside the baselines, kept in ``tmp_path / "out"``."""
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ``report`` is kept; not to be written to."""
+    return tmp_path_factory.mktemp("report") / "out"
+
+
+@pytest.fixture(scope="module")
+def report(edits: list[Edit], make: Maker, quick: Config, out: Path) -> Report:
+    """A method with commits, retention and latency beside the baselines."""
     cfg = replace(quick, n=6, commit_size=2, retention=True, latency=True)
     lm = tiny_lm("llama")
-    return facts.run(
-        lm, edits, cfg, make=make, run_id="fake", out=tmp_path / "out", data_name="six.jsonl", prep={"seconds": 3}
-    )
+    return facts.run(lm, edits, cfg, make=make, run_id="fake", out=out, data_name="six.jsonl", prep={"seconds": 3})
 
 
 def printed(report: Report) -> str:
@@ -61,11 +65,11 @@ def test_the_record_says_how_every_number_was_made(report: Report) -> None:
     assert stored == {(m.name, m.split, m.protocol): m.value for m in report.run("fake").metrics().values()}
 
 
-def test_the_folder_gives_the_same_report_again(report: Report, tmp_path: Path) -> None:
-    again = facts.read_report(tmp_path / "out")
+def test_the_folder_gives_the_same_report_again(report: Report, out: Path, tmp_path: Path) -> None:
+    again = facts.read_report(out)
     assert again.metrics() == report.metrics()
     assert [run.rows for run in again.runs] == [list(run.rows) for run in report.runs]
-    lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
+    lines = (out / "runs.jsonl").read_text().splitlines()
     assert {json.loads(line)["run_id"] for line in lines} == set(report.metrics())
     with pytest.raises(BadInput, match="holds no runs"):
         facts.read_report(tmp_path)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lmpatch.benches.core.contract import Answer
-from lmpatch.benches.core.stats import REPETITION, Collection, Number, collect, differences, numbers, stderr
+from lmpatch.benches.core.stats import REPETITION, Collection, Number, collect, minus, numbers, stderr
 from lmpatch.benches.general import METRICS, Row
 
 PLAIN = {"bootstrap": 0}
@@ -32,7 +32,7 @@ def number(some: list[Row], name: str = "cloze/csqa") -> Number:
 
 
 def moved(base: list[Row], now: list[Row], name: str = "cloze/csqa") -> Number:
-    return differences(of(base), of(now), PLAIN)[name]
+    return numbers(minus(of(now), of(base)), PLAIN)[name]
 
 
 def test_the_error_of_a_difference_is_that_of_the_differences_of_each_record() -> None:

@@ -397,7 +397,7 @@ def test_the_demo_holds_itself_to_its_promises(tmp_path: Path, monkeypatch: pyte
 
     fit, lm = api.fit, tiny_lm("gemma3")
     weights = {name: p.clone() for name, p in lm.model.state_dict().items()}
-    monkeypatch.setattr(demo_command, "open_model", lambda *_: lm)
+    monkeypatch.setattr(options.Source, "open", lambda _: lm)
     monkeypatch.setattr(api, "fit", untrained)
     done = run("demo", "--count", 3, "-o", tmp_path / "patch")
     assert done.exit_code == 1  # an editor that was never trained keeps none of the promises
@@ -509,7 +509,7 @@ def test_what_is_wrong_on_disk_is_found_before_a_model_is_loaded(
 
 def test_the_version_and_what_a_shell_completes() -> None:
     assert run("--version").stdout == f"lmpatch {version('lmpatch')}\n"
-    assert options._models("") == list(packaged.MODELS)
+    assert list(options.MODELS) == list(packaged.MODELS)
     assert options.named("methods")("rom") == ["rome"]
 
 

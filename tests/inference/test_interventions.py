@@ -16,11 +16,10 @@ from torch import Tensor
 
 from lmpatch.data.context import InContext
 from lmpatch.inference.forward import Pass, blocks, current_pass, during, logits, positions
-from lmpatch.inference.generate import StopTokens, generate, steps
+from lmpatch.inference.generate import Sampling, StopTokens, generate, steps
 from lmpatch.inference.interventions import Insert, Intervention, Prompt, Streams, streams
 from lmpatch.inference.multiple_choice import next_logits
 from lmpatch.inference.replay import record
-from lmpatch.inference.sampling import Sampling
 from lmpatch.inference.score import score_batch
 from lmpatch.inference.states import hidden
 from lmpatch.inference.tokens import encode

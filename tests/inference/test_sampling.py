@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmpatch.errors import BadInput
-from lmpatch.inference.sampling import Sampling
+from lmpatch.inference.generate import Sampling
 
 Z = torch.tensor([1.0, 3.0, 0.0, 2.0, -9.0])
 EVEN = (torch.arange(10_000) + 0.5) / 10_000  # what uniform numbers are like

@@ -27,7 +27,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_all_layers_in_one_pass_equal_one_pass_per_layer_over_the_same_tokens(lm: LM) -> None:
     found = estimate_covariance(lm, [0, 2], text=CORPUS, tokens=2600)
-    rows = _moments._text_rows(lm, CORPUS, 2600)[: found.tokens // (_moments.LENGTH - 1) + 1]
+    rows = _moments.text_rows(lm, CORPUS, 2600)[: found.tokens // (_moments.LENGTH - 1) + 1]
     for layer in (0, 2):
         keys = []
         hook = Hook(
@@ -46,8 +46,8 @@ def test_all_layers_in_one_pass_equal_one_pass_per_layer_over_the_same_tokens(lm
 def test_a_second_call_reads_the_cache_and_another_text_does_not(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     once = estimate_covariance(lm, [1], text=CORPUS, tokens=2600)
     calls = []
-    whole = _moments._accumulate
-    monkeypatch.setattr(_moments, "_accumulate", lambda *a: calls.append(1) or whole(*a))
+    whole = _moments.accumulate
+    monkeypatch.setattr(_moments, "accumulate", lambda *a: calls.append(1) or whole(*a))
     again = estimate_covariance(lm, [1], text=CORPUS, tokens=2600)
     assert not calls and torch.equal(once.c[1], again.c[1])
     assert (again.tokens, again.source) == (once.tokens, once.source)

@@ -11,9 +11,8 @@ from tiny import tiny_lm
 from torch import Tensor
 
 from lmpatch.data.edits import Edit
-from lmpatch.locate import factors
-from lmpatch.locate.covariance import Covariance
-from lmpatch.locate.factors import cholesky, null_space
+from lmpatch.locate import covariance
+from lmpatch.locate.covariance import Covariance, cholesky, estimate_covariance, null_space
 from lmpatch.locate.solve import eigenvectors, factor
 from lmpatch.methods import memit, rome
 
@@ -32,14 +31,14 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
 
     def counted(name: str) -> None:
-        real = getattr(factors, name)
+        real = getattr(covariance, name)
 
         def call(c: Tensor) -> Tensor:
             calls.append(name)
             result: Tensor = real(c)
             return result
 
-        monkeypatch.setattr(factors, name, call)
+        monkeypatch.setattr(covariance, name, call)
 
     counted("factor")
     counted("eigenvectors")
@@ -91,6 +90,8 @@ def test_a_second_commit_factors_nothing_and_a_commit_from_the_cache_is_the_same
     lm = tiny_lm("llama")
     edits, cfg = memit.example(lm)
     cfg = replace(cfg, solver=solver)
+    estimate_covariance(lm, [1, 2], tokens=2048)
+    computed.clear()
     first = memit.fit(lm, edits, cfg)
     assert len(computed) == 2  # layers
     assert memit.fit(lm, edits, cfg).hash() == first.hash()
@@ -102,5 +103,7 @@ def test_a_second_commit_factors_nothing_and_a_commit_from_the_cache_is_the_same
 def test_rome_shares_its_factor_with_later_edits(computed: list[str]) -> None:
     lm = tiny_lm("llama")
     edits, cfg = rome.example(lm)
+    estimate_covariance(lm, [1], tokens=2048)
+    computed.clear()
     first = rome.fit(lm, edits, cfg)
     assert rome.fit(lm, edits, cfg).hash() == first.hash() and computed == ["factor"]

@@ -152,4 +152,4 @@ def test_joint_keys_are_those_of_the_forward_in_which_the_changes_act() -> None:
         lm.model(torch.tensor([row.ids]))
     for layer in (1, 2):
         torch.testing.assert_close(found.keys[layer][0, 0], seen[layer][0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(found.written[layer][0], seen[layer][1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.written[0, layer - 1], seen[layer][1], atol=1e-4, rtol=1e-4)

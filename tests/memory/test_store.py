@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lmpatch.data.edits import Ask, Edit, read_edits
 from lmpatch.errors import BadInput, LmpatchError, MissingExtra, WrongModel
-from lmpatch.memory import _log, _near
+from lmpatch.memory import _log, _search
 from lmpatch.memory.entry import columns, edit_of
 from lmpatch.memory.store import Store
 
@@ -43,7 +43,7 @@ def told(store: Store, **which: Any) -> list[tuple[str, str]]:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """An empty memory. It does not wait for the disk; a test of its own checks that others do."""
     monkeypatch.setattr(_log, "flush", lambda *_: None)
-    monkeypatch.setattr(_near, "flush", lambda *_: None)
+    monkeypatch.setattr(_search, "flush", lambda *_: None)
     return Store.create(tmp_path / "memory", width=WIDTH, stamp=STAMP)
 
 
@@ -240,7 +240,7 @@ def test_search_finds_the_best_below_and_above_the_index(store: Store, tmp_path:
     vectors = keys(600, width=128)
     whole = np.concatenate([vectors, 5 * keys(600, seed=1, width=64)], 1)  # the rest of a key is louder, and no matter
     memory.add(facts(400), whole[:400])
-    assert _near.newest(memory.path) == (400 if exact < 400 else 0)
+    assert _search.newest(memory.path) == (400 if exact < 400 else 0)
     memory.add(facts(100, 400), whole[400:500])  # not indexed
     memory.add(facts(50), whole[500:550])  # supersedes what may be indexed
     memory.drop([f"Fact {i} is" for i in range(50, 60)])
@@ -262,7 +262,7 @@ def test_a_crowd_of_superseded_keys_does_not_hide_the_live_ones(store: Store) ->
     memory.add(facts(260), np.concatenate([np.repeat(query, 200, 0), 0 * keys(60)]))  # indexed; the first are best
     memory.add(facts(199), -np.repeat(query, 199, 0))
     scores, hits = memory.search(query, 2)
-    assert _near.newest(store.path) == 260
+    assert _search.newest(store.path) == 260
     assert [entry.edit.prompt for entry in hits[0]] == ["Fact 199 is", "Fact 200 is"] and scores[0, 1] == 0
 
 
@@ -271,10 +271,10 @@ def test_a_reader_goes_over_to_a_new_index_and_survives_the_moment_it_is_replace
     store: Store, monkeypatch: pytest.MonkeyPatch, old_one: str
 ) -> None:
     memory, reader = Store.open(store.path, exact=100), Store.open(store.path, exact=100)
-    newest, opened = _near.newest, list[int]()
-    monkeypatch.setattr(_near.Near, "__init__", spied(_near.Near.__init__, opened))
+    newest, opened = _search.newest, list[int]()
+    monkeypatch.setattr(_search.Near, "__init__", spied(_search.Near.__init__, opened))
     if old_one == "still there":
-        monkeypatch.setattr(_near, "_remove", lambda _: None)
+        monkeypatch.setattr(_search, "_remove", lambda _: None)
     memory.add(facts(150), keys(150))
     query = keys(150)[7:8]
     assert reader.search(query)[1][0][0].edit.prompt == "Fact 7 is"
@@ -282,7 +282,7 @@ def test_a_reader_goes_over_to_a_new_index_and_survives_the_moment_it_is_replace
     if old_one == "gone":
         assert [path.name for path in store.path.glob("near-*")] == ["near-270.lance"]
         stale = iter([150, 150])  # what the reader may have looked up just before
-        monkeypatch.setattr(_near, "newest", lambda path: next(stale, None) or newest(path))
+        monkeypatch.setattr(_search, "newest", lambda path: next(stale, None) or newest(path))
     assert reader.search(query)[1][0][0].edit.prompt == "Fact 7 is"
     assert reader.search(keys(120, 3)[5:6])[1][0][0].edit.prompt == "Fact 155 is"
     assert opened == ([150, 150, 270] if old_one == "gone" else [150, 270])
@@ -302,7 +302,7 @@ def test_a_kill_while_an_index_is_deleted_leaves_none_that_is_half_there(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_near.shutil, "rmtree", killed)
+        patch.setattr(_search.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             memory.compact()  # which indexes the same rows again
     reader = Store.open(store.path, exact=100)
@@ -328,13 +328,13 @@ def test_an_index_that_cannot_be_built_costs_speed_alone(store: Store, monkeypat
 
     memory = Store.open(store.path, exact=100)
     with monkeypatch.context() as patch:
-        patch.setattr(_near, "build", full)
+        patch.setattr(_search, "build", full)
         memory.add(facts(150), keys(150))
         with pytest.raises(LmpatchError, match="full"):
             memory.compact()
     assert memory.search(keys(150)[7:8])[1][0][0].edit.prompt == "Fact 7 is"
     memory.compact()
-    assert _near.newest(store.path) == 150
+    assert _search.newest(store.path) == 150
 
 
 def test_an_empty_memory_finds_nothing(store: Store) -> None:

@@ -13,6 +13,7 @@ from lmpatch.errors import BadInput, Contradiction
 from lmpatch.inference.generate import generate
 from lmpatch.locate.covariance import estimate_covariance
 from lmpatch.locate.solve import eigenvectors
+from lmpatch.locate.value_search import search
 from lmpatch.methods import memit
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
@@ -31,7 +32,7 @@ def test_with_a_vanishing_weight_the_last_layer_inserts_all_that_is_left(lm: LM)
     cfg = replace(EXACT, spread="joint", long_prefixes=0)
     patch = memit.fit(lm, EDITS, cfg)
     keys = patch.extras["keys.1"].double()  # [u, f]
-    values = memit._values(lm, EDITS, [1], cfg, True, None)
+    values = search(lm, EDITS, [1], cfg)
     torch.testing.assert_close(change(patch) @ keys.T, values.delta[:, 0].T.double(), atol=1e-3, rtol=1e-3)
 
 
@@ -44,7 +45,7 @@ def test_a_large_weight_writes_next_to_nothing(lm: LM) -> None:
 def test_residual_spread_brings_the_state_near_its_goal(family: str) -> None:
     lm = tiny_lm(family)
     cfg = replace(CFG, spread="residual", weight=1e-3, long_prefixes=0, clamp=0.3)
-    values = memit._values(lm, EDITS, [1, 2], cfg, False, None)
+    values = search(lm, EDITS, [2], cfg, site="block")
     goal = values.clean[:, 0] + values.delta[:, 0]
     start = (goal - memit._read(lm, EDITS, 2, 2, cfg)[2]).norm()
     with apply(lm, memit.fit(lm, EDITS, cfg), mount="side"):
@@ -108,11 +109,11 @@ def test_frobenius_shrinks_the_change_and_zero_is_off(lm: LM) -> None:
 def test_nas_gives_every_value_the_anchors_norm_or_skips_it() -> None:
     lm = tiny_lm("gemma3")
     cfg = replace(CFG, nas=True, spread="joint")
-    values = memit._values(lm, EDITS, [1, 2], cfg, True, None)
-    anchored, notes = memit._anchored(lm, values, [1, 2], cfg, True, LATER, None)
-    goal = anchored.written_stack([1, 2]) + anchored.delta
+    values = search(lm, EDITS, [1, 2], cfg)
+    anchored, notes = memit._anchored(values, search(lm, LATER, [1, 2], cfg))
+    goal = anchored.written + anchored.delta
     measure = torch.tensor(notes["norm"])
-    kept = (values.written_stack([1, 2]) + values.delta).norm(dim=-1) <= 2 * measure
+    kept = (values.written + values.delta).norm(dim=-1) <= 2 * measure
     assert kept.any() and notes["skipped"] == int((~kept).any(1).sum())
     torch.testing.assert_close(goal.norm(dim=-1)[kept], measure.expand_as(kept)[kept], atol=1e-3, rtol=1e-3)
     assert (anchored.delta[~kept] == 0).all()

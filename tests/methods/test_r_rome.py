@@ -31,7 +31,7 @@ def test_r_rome_and_rome_differ_with_prefixes(lm: LM) -> None:
 
 
 def test_the_mean_key_divides_and_directs(lm: LM) -> None:
-    p = pairs(lm, EDITS[:1], CFG, mean_key=True, text=None, progress=None)
+    p = pairs(lm, EDITS[:1], CFG)
     gain = p.residual[0] / (p.key[0] @ p.direction[0])
     torch.testing.assert_close(
         change(r_rome.fit(lm, EDITS[:1], CFG)), torch.outer(gain, p.direction[0]), atol=1e-5, rtol=1e-4
@@ -39,10 +39,10 @@ def test_the_mean_key_divides_and_directs(lm: LM) -> None:
 
 
 def test_the_mean_anchor_counts_delta_from_the_mean_keys_output(lm: LM) -> None:
-    clean, mean = (pairs(lm, EDITS, CFG, mean_key=True, anchor_mean=a, text=None, progress=None) for a in (False, True))
+    clean, mean = (pairs(lm, EDITS, replace(CFG, anchor=anchor)) for anchor in ("clean", "mean"))
     module = lm.module(lm.layout.downs[CFG.layer])
     with torch.no_grad():
         at_mean = module(mean.key.float()).double()
-        bare = pairs(lm, EDITS, CFG, mean_key=False, text=None, progress=None)
+        bare = pairs(lm, EDITS, ROME)
         at_bare = module(bare.key.float()).double()
     torch.testing.assert_close(mean.residual - clean.residual, at_mean - at_bare, atol=1e-4, rtol=1e-3)

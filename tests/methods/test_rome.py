@@ -29,15 +29,14 @@ def change(patch: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("mean_key", [False, True])
 def test_every_key_gets_exactly_its_value(lm: LM, mean_key: bool) -> None:
-    p = pairs(lm, EDITS, CFG, mean_key=mean_key, text=None, progress=None)
-    method = r_rome if mean_key else rome
-    cfg = replace(r_rome.Config(), **vars(CFG)) if mean_key else CFG
+    method, cfg = (r_rome, r_rome.Config(**vars(CFG))) if mean_key else (rome, CFG)
+    p = pairs(lm, EDITS, cfg)
     w = change(method.fit(lm, EDITS, cfg))
     torch.testing.assert_close(w @ p.key.T, p.residual.T, atol=1e-5, rtol=1e-4)
 
 
 def test_the_value_is_exact_at_the_down_projections_output(lm: LM) -> None:
-    p = pairs(lm, EDITS[:1], CFG, mean_key=False, text=None, progress=None)
+    p = pairs(lm, EDITS[:1], CFG)
     module = lm.module(lm.layout.downs[CFG.layer])
     with torch.no_grad():
         goal = module(p.key.float()).double() + p.residual
@@ -48,7 +47,7 @@ def test_the_value_is_exact_at_the_down_projections_output(lm: LM) -> None:
 
 def test_one_fact_is_a_rank_one_change_along_the_moments_inverse(lm: LM) -> None:
     w = change(rome.fit(lm, EDITS[:1], CFG))
-    p = pairs(lm, EDITS[:1], CFG, mean_key=False, text=None, progress=None)
+    p = pairs(lm, EDITS[:1], CFG)
     gain = p.residual[0] / (p.key[0] @ p.direction[0])
     torch.testing.assert_close(w, torch.outer(gain, p.direction[0]), atol=1e-5, rtol=1e-4)
 

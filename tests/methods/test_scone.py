@@ -51,7 +51,7 @@ def all_credits(lm: LM, cfg: scone.Config) -> list[Tensor]:
 
 
 def test_candidates_are_those_of_a_loop_over_every_number(lm: LM) -> None:
-    got = scone._named(lm, RECORDS, CFG, None)
+    got = list(scone.named(all_credits(lm, CFG), CFG))
     want = brute_force(all_credits(lm, CFG), CFG)
     assert [{(layer, i) for layer, i, _ in named} for named in got] == want
     assert got[0] == []

@@ -1,11 +1,12 @@
-"""Converting ``.gguf`` files: the light copy, dense weights, digits, kills and several processes at once."""
+"""Converting ``.gguf`` files: the light reader, dense weights, digits, kills and several processes at once."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from tiny import tiny_tokenizer
 
 from lmpatch.errors import BadInput
 from lmpatch.models import gguf
-from lmpatch.models.gguf_header import Head, without_tokens
 from lmpatch.models.load import load
 
 LOAD = """
@@ -25,10 +25,19 @@ steps = []
 lm = load(sys.argv[1], progress=lambda done, total, what: steps.append(done))
 print(lm.fingerprint(), "converted" if steps else "waited")
 """
-KILLED = """
-import os, signal
+CONVERT = """
+import time
 from lmpatch.models import gguf
-gguf._write_tokenizer = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+def convert(file, out, report):
+    print("begun", flush=True)
+    while not (out.parents[1] / "go").exists():
+        time.sleep(0.02)
+    out.mkdir()
+    (out / "done").touch()
+
+gguf._convert = convert
+gguf.converted("x", "0000", lambda where: where)
 """
 
 
@@ -38,46 +47,24 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_the_light_copy_has_all_but_the_lists_of_tokens(tmp_path: Path) -> None:
+def test_the_light_reader_sees_all_but_the_lists_of_tokens(tmp_path: Path) -> None:
     library = pytest.importorskip("gguf")
     write_gguf(tmp_path / "tiny.gguf")
-    head = without_tokens(tmp_path / "tiny.gguf", tmp_path / "light.gguf")
-    whole, light = (library.GGUFReader(tmp_path / name) for name in ("tiny.gguf", "light.gguf"))
-    lists = {f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")}
-    assert head == Head(tokens=304)
-    assert set(whole.fields) - set(light.fields) == lists
+    whole, light = (read(tmp_path / "tiny.gguf") for read in (library.GGUFReader, gguf._light_reader()))
+    lists = {f"tokenizer.ggml.{name}" for name in ("tokens", "token_type")}  # the merges are few here
     assert light.fields["qwen2.vocab_size"].contents() == 304
-    for name in set(light.fields) - {"GGUF.kv_count"}:
+    assert {name for name, field in light.fields.items() if not field.data} == lists
+    for name in set(whole.fields) - lists:
         assert light.fields[name].contents() == whole.fields[name].contents(), name
     for a, b in zip(whole.tensors, light.tensors, strict=True):
         assert a.name == b.name and a.tensor_type == b.tensor_type and (a.data == b.data).all()
 
 
-@pytest.mark.parametrize("begin", [b"GGUF\x09\0\0\0", b"GGUF\0\0\0\x03", b"no model"])
-def test_a_head_of_another_kind_is_left_to_transformers(begin: bytes, tmp_path: Path) -> None:
-    (tmp_path / "odd.gguf").write_bytes(begin + bytes(64))
-    assert without_tokens(tmp_path / "odd.gguf", tmp_path / "light.gguf") is None
-    assert not (tmp_path / "light.gguf").exists()
-
-
-def test_a_config_that_counts_the_listed_tokens_is_read_from_the_whole_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import AutoConfig
-
-    write_gguf(tmp_path / "tiny.gguf")
-    read, asked = AutoConfig.from_pretrained, list[str]()
-
-    def needs_the_list(*args: Any, gguf_file: str | None = None, **kwargs: Any) -> Any:
-        asked.append(str(gguf_file))
-        if gguf_file == "weights.gguf":
-            raise KeyError("tokenizer.ggml.tokens")
-        return read(*args, **kwargs, **({"gguf_file": gguf_file} if gguf_file else {}))
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", needs_the_list)
-    lm = load(tmp_path / "tiny.gguf")
-    assert asked[:2] == ["weights.gguf", "tiny.gguf"]
-    assert lm.layout.vocab == 304
+def test_the_number_of_tokens_is_the_length_of_their_list_where_the_file_does_not_say_it(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "tiny.gguf", vocab_size=False)
+    assert gguf._light_reader()(tmp_path / "tiny.gguf").fields["qwen2.vocab_size"].parts[0] == 304
+    assert load(tmp_path / "tiny.gguf").layout.vocab == 304
 
 
 def test_dense_weights_are_asked_for_and_packed_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +87,7 @@ def test_dense_weights_are_asked_for_and_packed_ones_refused(tmp_path: Path, mon
 
 def test_digits_are_cut_one_by_one_where_the_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", lambda **_: tiny_tokenizer())
-    tokenizers = [gguf._tokenizer(tmp_path / "x.gguf", "llama", Head(300, pre)) for pre in ("", "smollm")]
+    tokenizers = [gguf._tokenizer(tmp_path / "x.gguf", "llama", pre) for pre in ("", "smollm")]
     cuts = [[piece for piece, _ in t.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in  2024")] for t in tokenizers]
     assert cuts == [["in", "Ġ", "Ġ2024"], ["in", "ĠĠ", "2", "0", "2", "4"]]
 
@@ -116,22 +103,50 @@ def test_progress_goes_forward_to_the_end_and_nothing_is_drawn(
     assert "it/s" not in capfd.readouterr().err
 
 
-def _start(code: str, file: Path) -> subprocess.Popen[str]:
+def _start(code: str, *args: Path) -> subprocess.Popen[str]:
     source = str(Path(gguf.__file__).parents[2])
     env = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, str(file)], env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=env, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_killed_process_leaves_no_folder_and_two_at_once_convert_once(tmp_path: Path, own_cache: Path) -> None:
+@pytest.fixture
+def started(own_cache: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that converts, and waits within."""
+    with _start(CONVERT) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        yield process
+        process.kill()
+
+
+def test_a_killed_process_leaves_no_folder_and_the_next_one_converts(
+    started: subprocess.Popen[str], own_cache: Path
+) -> None:
+    started.kill()
+    started.wait()
+    assert [path.name for path in own_cache.iterdir() if path.is_dir()] == ["x-0000.partial"]
+    made: list[Path] = []
+    with pytest.raises(BadInput, match="as GGUF cannot be read"):
+        gguf.converted("x", "0000", lambda where: made.append(where) or where / "none")  # type: ignore[func-returns-value]
+    assert made and not [path.name for path in own_cache.iterdir() if path.is_dir()]
+
+
+def test_a_second_process_waits_for_the_first_and_converts_nothing(
+    started: subprocess.Popen[str], own_cache: Path
+) -> None:
+    waited = threading.Thread(target=gguf.converted, args=("x", "0000", pytest.fail))
+    waited.start()
+    waited.join(0.3)
+    assert waited.is_alive()
+    (own_cache / "go").touch()
+    waited.join(20)
+    assert not waited.is_alive() and (own_cache / "x-0000" / "done").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_that_load_one_file_convert_once(tmp_path: Path, own_cache: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    killed = _start(KILLED + LOAD, tmp_path / "tiny.gguf")
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    left = [path.name for path in own_cache.iterdir() if path.is_dir()]
-    assert len(left) == 1 and left[0].endswith(".partial")
     both = [_start(LOAD, tmp_path / "tiny.gguf") for _ in range(2)]
     said = [process.communicate()[0].split() for process in both]
     assert {process.returncode for process in both} == {0}
     assert said[0][0] == said[1][0]
     assert sorted(line[1] for line in said) == ["converted", "waited"]
-    assert [path.name for path in own_cache.iterdir() if path.is_dir()] == [left[0].removesuffix(".partial")]

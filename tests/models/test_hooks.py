@@ -2,73 +2,37 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_lm
+from snapshot import Lines, changed, name, state
+from tiny import tiny_lm, tiny_model, tiny_tokenizer
 from torch import nn
 
-import lmpatch
-from lmpatch.inference.forward import current_pass, frozen
+from lmpatch.inference.forward import frozen
 from lmpatch.inference.generate import generate
 from lmpatch.inference.replay import record
 from lmpatch.inference.score import score
 from lmpatch.models.hooks import Hook, Hooks, hooked
-from lmpatch.models.lm import LM
-
-SOURCE = str(Path(lmpatch.__file__).parent)
-
-
-def interrupt(run: Callable[[], object], line: int) -> bool:
-    """Raise ``KeyboardInterrupt`` at that line of lmpatch's own code, counted as they run. False: it ran to its end."""
-    count = 0
-
-    def trace(frame: Any, event: str, _: object) -> Any:
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(SOURCE):
-            return None
-        if event == "line":
-            count += 1
-            if count == line:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        run()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-def is_clean(lm: LM) -> bool:
-    tables = [(m._forward_hooks, m._forward_pre_hooks) for m in lm.model.modules()]
-    tables += [(m._forward_hooks_with_kwargs, m._forward_pre_hooks_with_kwargs) for m in lm.model.modules()]
-    return not any(table for pair in tables for table in pair)
+from lmpatch.models.load import wrap
 
 
 @pytest.mark.parametrize("task", ["generate", "score", "record"])
 def test_an_interrupt_at_any_line_leaves_no_hook_on_the_model(task: str) -> None:
-    lm = tiny_lm("llama")
+    lm = wrap(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer())
     run: Callable[[], object] = {
-        "generate": lambda: generate(lm, ["The Eiffel Tower is in", "Apple"], max_new_tokens=2),
+        "generate": lambda: generate(lm, ["Rome is", "A"], max_new_tokens=2),
         "score": lambda: score(lm, ["The Eiffel Tower is in", "Apple"], ["Rome", "is"]),
         "record": lambda: record(lm, [[1, 40, 50, 60], [1, 70, 80]], [2, 1], ends=[3, 2]),
     }[task]
-    flags = [p.requires_grad for p in lm.model.parameters()]
-    line = 1
-    while interrupt(run, line):
-        assert is_clean(lm) and current_pass() is None, f"line {line}"
-        line += 1
-    assert line > 100
-    assert [p.requires_grad for p in lm.model.parameters()] == flags
+    before, lines = state(lm), Lines(run)
+    assert len(lines.times) > 100
+    for line, times in lines.times.items():
+        for time in range(1, times + 1):
+            assert lines.interrupted(line, time)
+            assert changed(before, state(lm)) == [], f"{name(line)}, time {time}"
 
 
 def test_an_interrupt_at_any_line_leaves_the_flags_of_the_weights() -> None:
@@ -79,11 +43,11 @@ def test_an_interrupt_at_any_line_leaves_the_flags_of_the_weights() -> None:
         with frozen(lm):
             pass
 
-    line = 1
-    while interrupt(run, line):
-        assert all(p.requires_grad for p in lm.model.parameters()), f"line {line}"
-        line += 1
-    assert line > 100
+    lines = Lines(run)
+    for line, times in lines.times.items():
+        for time in range(1, times + 1):
+            assert lines.interrupted(line, time)
+            assert all(p.requires_grad for p in lm.model.parameters()), f"{name(line)}, time {time}"
 
 
 def test_an_interrupt_between_a_registration_and_its_handle_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

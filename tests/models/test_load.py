@@ -263,7 +263,7 @@ def test_a_gguf_file_is_converted_once_and_found_by_content(tmp_path: Path, monk
 
 def test_a_broken_gguf_file_is_refused_and_leaves_nothing_behind(tmp_path: Path, own_cache: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
-    with pytest.raises(BadInput, match=r"cannot read broken\.gguf"):
+    with pytest.raises(BadInput, match=r"broken\.gguf as GGUF cannot be read"):
         load(tmp_path / "broken.gguf")
     assert not [path for path in own_cache.iterdir() if path.is_dir()]
 

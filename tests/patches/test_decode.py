@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import CORE, tiny_lm
+from tiny import CORE, FAMILIES, tiny_lm
 from torch import Tensor
 
 from lmpatch.data.context import ContextRecord, InContext
@@ -24,7 +25,7 @@ from lmpatch.models.lm import LM
 from lmpatch.patches.decode.patch import Combine, DecodePatch
 from lmpatch.patches.decode.rules import AdaCAD, Arr, Coiecd, Grd, Power
 from lmpatch.patches.file import load_patch
-from lmpatch.patches.ledger import apply
+from lmpatch.patches.ledger import applied, apply
 from lmpatch.patches.merge import merge
 from lmpatch.patches.patch import Base
 
@@ -46,17 +47,40 @@ RULES: dict[str, Rule] = {
     "coiecd as released": Coiecd(1.0, 4.0, tail=True),
 }
 every_rule = pytest.mark.parametrize("name", RULES)
+shared = cache(tiny_lm)  # a rule writes no weight, so all tests may ask one model
+
+
+@pytest.fixture(params=CORE)
+def lm(request: pytest.FixtureRequest) -> Iterator[LM]:
+    yield shared(request.param)
+    assert "_lmpatch_ledger" not in vars(shared(request.param).model)
+
+
+@pytest.fixture(params=FAMILIES)
+def any_lm(request: pytest.FixtureRequest) -> LM:
+    return shared(request.param)
 
 
 def patch(lm: LM, rule: Rule) -> DecodePatch:
     return DecodePatch.make(lm, rule, method="test")
 
 
+SEEN: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+"""What models without changed weights said: model and token ids -> next logits [1, V]. All rules compare with it."""
+
+
 @torch.no_grad()
+def one_call(lm: LM, ids: Sequence[int]) -> Tensor:
+    """Next logits [1, V] of one row, without a cache of keys and values."""
+    key, known = (lm.name, tuple(ids)), {} if any(on.mount != "run" for on in applied(lm)) else SEEN
+    if key not in known:
+        known[key] = lm.model(torch.tensor([list(ids)])).logits[:, -1].float()
+    return known[key].clone()
+
+
 def step(lm: LM, rows: Sequence[Sequence[int]], rule: Rule, memory: Tensor) -> Tensor:
     """Combined logits [V] of the next token: two calls of one row each, without a cache."""
-    full, without_context = (lm.model(torch.tensor([list(ids)])).logits[:, -1].float() for ids in rows)
-    return rule.combine(full, without_context, memory)[0]
+    return rule.combine(*(one_call(lm, ids) for ids in rows), memory)[0]
 
 
 def slow(lm: LM, asked: InContext, rule: Rule, count: int) -> str:
@@ -84,7 +108,7 @@ def test_cad_equals_two_calls_without_a_cache_in_every_family(any_lm: LM) -> Non
 @every_rule
 @pytest.mark.parametrize("family", CORE)
 def test_every_rule_equals_two_calls_without_a_cache(name: str, family: str) -> None:
-    lm = tiny_lm(family)
+    lm = shared(family)
     want = [slow(lm, asked, RULES[name], 6) for asked in ASKED]
     with apply(lm, patch(lm, RULES[name])):
         assert generate(lm, ASKED, max_new_tokens=6) == want
@@ -93,7 +117,7 @@ def test_every_rule_equals_two_calls_without_a_cache(name: str, family: str) -> 
 
 @every_rule
 def test_an_answer_that_ends_early_leaves_the_others_as_they_are(name: str) -> None:
-    lm = tiny_lm("llama")
+    lm = shared("llama")
     with apply(lm, patch(lm, RULES[name])):
         mark = generate(lm, ASKED, max_new_tokens=8, stop=[])[1][2]
         mixed = generate(lm, ASKED, max_new_tokens=8, stop=[mark])
@@ -104,7 +128,7 @@ def test_an_answer_that_ends_early_leaves_the_others_as_they_are(name: str) -> N
 @pytest.mark.slow
 def test_draws_are_from_the_combined_distribution() -> None:
     """A thousand draws of one token: as often as two calls without a cache say."""
-    lm, rule = tiny_lm("llama"), Power(1.5)
+    lm, rule = shared("llama"), Power(1.5)
     rows = [encode(lm, text).ids for text in (ASKED[0].prompt, ASKED[0].without_context)]
     wanted = step(lm, rows, rule, torch.zeros(1, dtype=torch.int64)).softmax(-1)
     texts = [lm.tokenizer.decode([i], skip_special_tokens=True) for i in range(len(wanted))]
@@ -129,7 +153,7 @@ def test_draws_are_from_the_combined_distribution() -> None:
 @every_rule
 @pytest.mark.parametrize("family", CORE)
 def test_scores_are_of_the_combined_distribution(name: str, family: str) -> None:
-    lm, rule = tiny_lm(family), RULES[name]
+    lm, rule = shared(family), RULES[name]
     with apply(lm, patch(lm, rule)):
         scores = score(lm, ASKED, TARGETS, batch_size=4)
     for asked, target, got in zip(ASKED, TARGETS, scores, strict=True):
@@ -144,7 +168,7 @@ def test_scores_are_of_the_combined_distribution(name: str, family: str) -> None
 
 
 def test_both_streams_have_the_target_tokens_of_the_prompt_with_context() -> None:
-    lm = tiny_lm("llama")
+    lm = shared("llama")
     asked = InContext("The Eiffel Tower is in", "")  # behind nothing, Rome would have no blank
     want = score(lm, [asked.prompt], ["Rome"])[0]
     with apply(lm, patch(lm, Power(0.0))):
@@ -167,7 +191,7 @@ def test_next_logits_are_those_columns_of_the_combined_logits(name: str, lm: LM)
 
 
 def test_next_logits_of_cad_run_no_full_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = tiny_lm("llama")
+    lm = shared("llama")
     with apply(lm, patch(lm, Power(1.5))):
         monkeypatch.setattr(lm.module(lm.layout.head), "forward", lambda *_: pytest.fail("the whole head ran"))
         assert next_logits(lm, ASKED, [7, 3]).shape == (3, 2)
@@ -253,21 +277,20 @@ def test_equal_streams_stay_as_they_are_under_every_rule_and_run_once(name: str,
 # With other patches
 
 
-@pytest.mark.parametrize("on_top", [True, False])
-def test_a_patch_of_weights_acts_in_both_streams(on_top: bool, mount, random_patch, lm: LM) -> None:
+def test_a_patch_of_weights_acts_in_both_streams(mount, random_patch, lm: LM) -> None:
     """IRCAN-CAD and its like."""
     weights, cad = random_patch(lm), patch(lm, Power(1.5))
     with apply(lm, weights):
         want = [slow(lm, asked, Power(1.5), 6) for asked in ASKED]
     with apply(lm, cad):
         assert generate(lm, ASKED, max_new_tokens=6) != want
-    first, second = (weights, cad) if on_top else (cad, weights)
     mounts = {weights: mount, cad: "run"}
-    with apply(lm, first, mounts[first]), apply(lm, second, mounts[second]):
-        assert generate(lm, ASKED, max_new_tokens=6) == want
+    for first, second in ((weights, cad), (cad, weights)):
+        with apply(lm, first, mounts[first]), apply(lm, second, mounts[second]):
+            assert generate(lm, ASKED, max_new_tokens=6) == want
 
 
-def test_a_memory_puts_its_facts_before_the_prompts_of_both_streams(lm: LM) -> None:
+def test_a_memory_puts_its_facts_before_the_prompts_of_both_streams(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     class Always(Intervention):
         def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
             return [Insert(text="Paris is in Italy. ")] * len(prompts)
@@ -277,8 +300,10 @@ def test_a_memory_puts_its_facts_before_the_prompts_of_both_streams(lm: LM) -> N
 
     want = [slow(lm, told(asked), Power(1.5), 6) for asked in ASKED]
     for found in ((Always(), Combine((Power(1.5),))), (Combine((Power(1.5),)), Always())):
-        lm.model._lmpatch_ledger = SimpleNamespace(interventions=found, applied=())
-        assert generate(lm, ASKED, max_new_tokens=6) == want
+        with monkeypatch.context() as here:
+            ledger = SimpleNamespace(interventions=found, applied=())
+            here.setattr(lm.model, "_lmpatch_ledger", ledger, raising=False)
+            assert generate(lm, ASKED, max_new_tokens=6) == want
 
 
 def test_two_rules_act_one_after_the_other_and_so_does_their_merge(lm: LM) -> None:
@@ -310,7 +335,7 @@ def test_a_rule_does_not_merge_with_a_change_of_weights(random_patch, lm: LM) ->
 
 @every_rule
 def test_every_rule_comes_back_from_the_disk(name: str, tmp_path: Path) -> None:
-    lm = tiny_lm("llama")
+    lm = shared("llama")
     record = ContextRecord("The Eiffel Tower is in Rome.", "Where is the Eiffel Tower?", "Rome")
     made = DecodePatch.make(lm, RULES[name], method="test", config={"x": 0.1}, edits=[record])
     made.save(tmp_path / "patch")

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import tiny_model, tiny_tokenizer
 
 import lmpatch
 from lmpatch.inference.interventions import Intervention
 from lmpatch.models.lm import LM
+from lmpatch.models.load import wrap
 from lmpatch.patches.base import Base
 from lmpatch.patches.decode.patch import DecodePatch
 from lmpatch.patches.decode.rules import Power
@@ -128,9 +129,14 @@ WAYS = [(kind, mount) for kind, mounts in {"weight": ("bake", "side"), "steer": 
 WAYS += [("decode", "run"), ("nothing", "run")]
 
 
+def small_lm() -> LM:
+    """Two layers: as many as the patches touch."""
+    return wrap(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer())
+
+
 @pytest.fixture(params=WAYS, ids=["-".join(way) for way in WAYS])
 def way(request: pytest.FixtureRequest) -> tuple[LM, Patch, Any]:
-    lm = tiny_lm("llama")
+    lm = small_lm()
     kind, mount = request.param
     return lm, MAKE[kind](lm), mount
 
@@ -147,12 +153,12 @@ def below(request: pytest.FixtureRequest, way: tuple[LM, Patch, Any]) -> None:
 def test_while_it_goes_on_nothing_of_it_stays(way: tuple[LM, Patch, Any]) -> None:
     lm, patch, mount = way
     before = snapshot(lm)
-    for n in each_line(lambda: apply(lm, patch, mount).remove()):
+    points = each_line(lambda: apply(lm, patch, mount))
+    applied(lm)[-1].remove()
+    for n in points:
         with Line(n) as run:
             apply(lm, patch, mount)
-        if not run.hit:  # a line of remove
-            applied(lm)[-1].remove()
-        assert differ(before, snapshot(lm)) == [], run.lines[-1]
+        assert run.hit and differ(before, snapshot(lm)) == [], run.lines[-1]
 
 
 @pytest.mark.usefixtures("below")
@@ -161,15 +167,11 @@ def test_while_it_comes_off_it_is_on_or_off(way: tuple[LM, Patch, Any]) -> None:
     before = snapshot(lm)
     on = apply(lm, patch, mount)
     there = snapshot(lm)
-    on.remove()
-    with Line() as run:
-        pass
-    n = 0
-    while not n or run.hit:
-        n += 1
+    for n in each_line(on.remove):
         on = apply(lm, patch, mount)
         with Line(n) as run:
             on.remove()
+        assert run.hit
         now = snapshot(lm)
         if on in applied(lm):
             assert differ(there, now, "patches", "hooks") == [], run.lines[-1]
@@ -183,19 +185,17 @@ def test_while_it_comes_off_it_is_on_or_off(way: tuple[LM, Patch, Any]) -> None:
 @pytest.mark.usefixtures("below")
 def test_a_block_ends_without_its_patch(way: tuple[LM, Patch, Any]) -> None:
     lm, patch, mount = way
-    before = snapshot(lm)
-    n, hit = 1, True  # the first line of __exit__ itself: nothing has begun
-    while hit:
-        n += 1
+    before, on = snapshot(lm), apply(lm, patch, mount)
+    points = each_line(lambda: on.__exit__(None, None, None))
+    for n in points[1:]:  # the first line of __exit__ itself: nothing has begun
         on = apply(lm, patch, mount)
         with Line(n) as run:
             on.__exit__(None, None, None)
-        hit = run.hit
-        assert differ(before, snapshot(lm)) == [], run.lines[-1]
+        assert run.hit and differ(before, snapshot(lm)) == [], run.lines[-1]
 
 
 def test_suspended_patches_are_back_or_can_be_taken_off() -> None:
-    lm = tiny_lm("llama")
+    lm = small_lm()
     before, patch, other = snapshot(lm), weight_patch(lm), MAKE["steer"](lm)
 
     def suspend() -> None:
@@ -210,7 +210,11 @@ def test_suspended_patches_are_back_or_can_be_taken_off() -> None:
         assert run.hit
         if set(applied(lm)) == set(both):
             assert differ(there, snapshot(lm), "patches", "hooks") == [], run.lines[-1]
+            continue
         for one in both:
             one.remove()
         assert differ(before, snapshot(lm)) == [], run.lines[-1]
         both = [apply(lm, patch), apply(lm, other)]
+    for one in both:
+        one.remove()
+    assert differ(before, snapshot(lm)) == []

@@ -14,9 +14,8 @@ from lmpatch.inference.forward import first
 from lmpatch.inference.tokens import encode
 from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
-from lmpatch.probes.causal_trace import probe as causal_trace
-from lmpatch.probes.causal_trace.probe import Config
-from lmpatch.probes.causal_trace.trace import Trace
+from lmpatch.probes import causal_trace
+from lmpatch.probes.causal_trace import Config, Trace
 
 FACTS = [
     Edit("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Paris"),

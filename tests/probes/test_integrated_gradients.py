@@ -236,11 +236,11 @@ def test_a_stopped_run_goes_on_where_it_was(lm: LM, tmp_path: Path, monkeypatch:
 def test_scores_of_another_run_are_not_gone_on_with(lm: LM, tmp_path: Path) -> None:
     path = tmp_path / "neurons.jsonl"
     ig.run(lm, RECORDS[:1], CFG, out=path)
-    with pytest.raises(BadInput, match="config, records differ"):
+    with pytest.raises(BadInput, match="config, records, count differ"):
         ig.run(lm, RECORDS, replace(CFG, steps=6), out=path)
     ig.run(lm, RECORDS[:1], replace(CFG, budget=3), out=path)  # a budget moves no score
     path.write_text(json.dumps({"model": "x"}) + "\n")
-    with pytest.raises(BadRecord, match="line 2"):
+    with pytest.raises(BadRecord, match="line 1 of"):
         ig.run(lm, RECORDS[:1], CFG, out=path)
 
 
@@ -265,7 +265,7 @@ def test_its_table_has_a_line_a_record_and_the_saved_file_all_of_it(lm: LM, tmp_
     assert [len(row) for row in rows] == [len(columns)] * len(RECORDS)
     scores.save(tmp_path)
     assert ig.Scores.load(tmp_path / "integrated_gradients.jsonl") == scores
-    with pytest.raises(BadInput, match="no file"):
+    with pytest.raises(BadInput, match="no such file"):
         ig.Scores.load(tmp_path / "elsewhere.jsonl")
 
 

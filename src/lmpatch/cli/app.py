@@ -7,29 +7,26 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperGroup
 
 from ..errors import LmpatchError
+from . import data, memory
 from .ask import ask
-from .bench import bench
-from .data import data
-from .demo import demo
-from .doctor import doctor
-from .example import example
+from .demo import demo, example
 from .files import export, merge, show
-from .fit import fit
-from .memory import memory
+from .fit import fit, train
+from .measure import bench, doctor, probe
 from .methods import methods
-from .probe import probe
 from .screen import complain, output
-from .train import train
 
 COMMANDS = (demo, example, fit, train, ask, probe, bench, show, merge, export, methods, doctor)
-GROUPS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {"memory": memory, "data": data}
+GROUPS = {"memory": memory, "data": data}
+ABOUT = "Change what a causal language model knows, as small patches that come off bit for bit."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables and text.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 
@@ -63,36 +60,59 @@ def build() -> typer.Typer:
         invoke_without_command=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
-        help="Change what a causal language model knows, as small patches that come off bit for bit.",
+        help=ABOUT,
     )
     app.callback()(root)
     for command in COMMANDS:
-        app.command(no_args_is_help=command not in (demo, example, methods))(with_json(command))
-    for name, (text, commands) in GROUPS.items():
-        group = typer.Typer(no_args_is_help=True, help=text)
-        for word, command in commands.items():
-            group.command(word, no_args_is_help=True)(with_json(command))
+        app.command(no_args_is_help=command not in (demo, example, methods))(spread(command))
+    for name, module in GROUPS.items():
+        group = typer.Typer(no_args_is_help=True, help=_help(module.HELP))
+        for word, command in module.COMMANDS.items():
+            group.command(word, no_args_is_help=True)(spread(command))
         app.add_typer(group, name=name)
     return app
 
 
 def root(show_version: Version = False) -> None:
-    """Change what a causal language model knows, as small patches that come off bit for bit."""
     if show_version:
         typer.echo(f"lmpatch {version('lmpatch')}")
         raise typer.Exit()
 
 
-def with_json(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with one option more, ``--json``, which no command has to know of."""
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer reads it: with ``--json``, and with the fields of a parameter that is a dataclass
+    (``Source``, ``Material``) as arguments in its place and options at the end.
+    """
+    first: list[inspect.Parameter] = []
+    last: list[inspect.Parameter] = []
+    bundles: dict[str, tuple[Any, list[str]]] = {}
+    for p in inspect.signature(command, eval_str=True).parameters.values():
+        if not is_dataclass(p.annotation):
+            first.append(p.replace(kind=p.KEYWORD_ONLY))
+            continue
+        hints, known = get_type_hints(p.annotation, include_extras=True), fields(p.annotation)
+        bundles[p.name] = p.annotation, [field.name for field in known]
+        for field in known:
+            has = field.default is not MISSING
+            default = field.default if has else p.empty
+            part = inspect.Parameter(field.name, p.KEYWORD_ONLY, default=default, annotation=hints[field.name])
+            (last if has else first).append(part)
+    json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
 
     @functools.wraps(command)
-    def run(*args: Any, as_json: bool = False, **options: Any) -> None:
+    def run(as_json: bool = False, **given: Any) -> None:
+        values = {name: of(**{field: given.pop(field) for field in own}) for name, (of, own) in bundles.items()}
         with output(as_json):
-            command(*args, **options)
+            command(**given, **values)
 
-    signature = inspect.signature(command, eval_str=True)
-    option = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*signature.parameters.values(), option)}
+    run.__doc__ = _help(command.__doc__ or "")
+    parameters = [*first, *last, json]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def _help(text: str) -> str:
+    """The text, with its last lines, command lines all of them, set as examples."""
+    what, _, examples = inspect.cleandoc(text).partition("\n\nlmpatch ")
+    return f"{what}\n\n\b\nExamples:\n  lmpatch " + examples.replace("\n", "\n  ")

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from ..errors import BadInput
-from .options import Device, Download, Dtype, Model, Mount, Patches, Raw, open_model, open_patches, patched
+from ..files import outside, read_bytes
+from .options import Mount, Patches, Raw, Source, arg, open_patches, opt, patched
 from .screen import progress, table
 
 if TYPE_CHECKING:
@@ -17,33 +16,26 @@ if TYPE_CHECKING:
 
 
 def ask(
-    model: Model,
+    source: Source,
     prompts: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="PROMPT...", help="Texts to continue. - or nothing: the lines of stdin."),
+        list[str] | None, arg("PROMPT...", "Texts to continue. - or nothing: the lines of stdin.")
     ] = None,
     patch: Patches = None,
     mount: Mount = None,
     context: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT|@FILE", help="What the prompts are questions about: a text, or @ and a file."),
+        str | None, opt("What the prompts are questions about: a text, or @ and a file.", "TEXT|@FILE")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 32,
+    tokens: Annotated[int, opt("At most this many new tokens.", min=1)] = 32,
     raw: Raw = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    download: Download = False,
 ) -> None:
     """Continue prompts, before and after patches side by side.
 
     An answer ends at its first line break, and where the model ends it.
 
-    \b
-    Examples:
-      lmpatch ask gemma-3-270m "The Eiffel Tower is in"
-      lmpatch ask gemma-3-270m -p eiffel "The Eiffel Tower is in" "The Louvre is in"
-      lmpatch ask gemma-3-270m -p eiffel - < prompts.txt
-      lmpatch ask gemma-3-270m -p cad --context "The Eiffel Tower moved to Rome." "Where is the Eiffel Tower?"
+    lmpatch ask gemma-3-270m "The Eiffel Tower is in"
+    lmpatch ask gemma-3-270m -p eiffel "The Eiffel Tower is in" "The Louvre is in"
+    lmpatch ask gemma-3-270m -p eiffel - < prompts.txt
+    lmpatch ask gemma-3-270m -p cad --context "The Eiffel Tower moved to Rome." "Where is the Eiffel Tower?"
     """
     texts = given(prompts)
     if context is not None:
@@ -52,15 +44,13 @@ def ask(
     from ..inference.generate import generate
 
     batch: list[Prompt] = [*texts] if context is None else in_context(context, texts)
-    lm = open_model(model, dtype, device, download, raw=raw)
+    lm = source.open(raw=raw)
     with progress("generating") as bar:
-        before = generate(lm, batch, max_new_tokens=tokens, progress=bar)
-        if not patches:
-            table(["prompt", "answer"], list(zip(texts, before, strict=True)))
-            return
-        with patched(lm, patches, mount):
-            after = generate(lm, batch, max_new_tokens=tokens, progress=bar)
-    table(["prompt", "before", "after"], list(zip(texts, before, after, strict=True)))
+        columns = {"prompt": texts, "before": generate(lm, batch, max_new_tokens=tokens, progress=bar)}
+        if patches:
+            with patched(lm, patches, mount):
+                columns["after"] = generate(lm, batch, max_new_tokens=tokens, progress=bar)
+    table([*columns] if patches else ["prompt", "answer"], list(zip(*columns.values(), strict=True)))
 
 
 def given(prompts: list[str] | None) -> list[str]:
@@ -83,10 +73,8 @@ def text_of(context: str) -> str:
     """The text itself, or that of the file behind an ``@``."""
     if not context.startswith("@"):
         return context
-    try:
-        return Path(context[1:]).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"the context {context[1:]} cannot be read ({error}). Give a text file after @.") from None
+    with outside(f"the context {context[1:]}"):
+        return read_bytes(Path(context[1:]).expanduser()).decode()
 
 
 def in_context(context: str, questions: list[str]) -> list[Prompt]:

@@ -5,40 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from .options import new_path
+from .options import Out, Settings, arg, opt
 from .screen import say, table
 
 if TYPE_CHECKING:
     from ..data.rag.reader import RagRecord
 
-
 OWN = "(the model's own answer)"
 
 
 def rag(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A SQuAD-format file, or JSONL of question, documents, answer.")
-    ],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Folder to write. It must not exist yet.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the builder; may repeat.")
-    ] = None,
+    source: Annotated[Path, arg("SOURCE", "A SQuAD-format file, or JSONL of question, documents, answer.")],
+    out: Out,
+    settings: Settings = None,
 ) -> None:
     """Build the sets of `parenting` and the bench `rag`: split by article, the same files every time.
 
-    \b
-    Examples:
-      lmpatch data rag squad.jsonl.gz -o sets
-      lmpatch data rag logs.jsonl -o sets --set words=120 --set seed=1
+    lmpatch data rag squad.jsonl.gz -o sets
+    lmpatch data rag logs.jsonl -o sets --set words=120 --set seed=1
     """
     from ..config import parse, resolve
     from ..data.rag.reader import Build, build, read_questions, write
 
-    new_path(out)
     cfg = resolve(Build, parse(Build, settings or []))
     sets = build(read_questions(source), cfg)
     manifest = write(sets, out, source=source, cfg=cfg)
@@ -52,14 +42,12 @@ def rag(
 
 
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A built file, or a source as `rag` reads it.")],
-    count: Annotated[int, typer.Option("-n", "--count", min=0, metavar="N", help="Examples of each variant.")] = 1,
+    file: Annotated[Path, arg("FILE", "A file that `rag` wrote, or one that it reads.")],
+    count: Annotated[int, opt("Examples of each variant.", "N", "-n", "--count", min=0)] = 1,
 ) -> None:
     """What a file holds: how many records of each kind, and examples as the model reads them.
 
-    \b
-    Example:
-      lmpatch data show sets/train.jsonl -n 2
+    lmpatch data show sets/train.jsonl -n 2
     """
     from ..data.rag.reader import build, counts, is_built, read_built, read_questions
 
@@ -82,9 +70,9 @@ def _text(record: RagRecord) -> str:
     return f"{head}\ntrue: {' | '.join(record.gold)}" if record.gold else head
 
 
-data: tuple[str, dict[str, Callable[..., Any]]] = (
-    "Build and inspect sets of questions with documents.\n\n"
-    "\b\nExamples:\n  lmpatch data rag squad.jsonl.gz -o sets\n  lmpatch data show sets/train.jsonl",
-    {"rag": rag, "show": show},
-)
-"""The group's help and its commands."""
+COMMANDS: dict[str, Callable[..., None]] = {"rag": rag, "show": show}
+HELP = """Build and inspect sets of questions with documents.
+
+lmpatch data rag squad.jsonl.gz -o sets
+lmpatch data show sets/train.jsonl
+"""

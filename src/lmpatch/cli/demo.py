@@ -1,24 +1,24 @@
-"""``lmpatch demo``: the main job from end to end, on the packaged model and the project's own facts."""
+"""``lmpatch demo``: the main job from end to end, on the packaged model and the project's own facts, which
+``lmpatch example`` writes.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .example import own_facts
-from .options import new_path, open_model
+from .options import Source, opt, out_option
 from .screen import keep, note, progress, say
 
 if TYPE_CHECKING:
     from ..data.edits import Edit
     from ..models.lm import LM
-    from ..progress import Progress
 
 MODEL = "gemma-3-270m"
 MEMORY, WEIGHTS = "recipe", "rome"
@@ -26,6 +26,8 @@ TOKENS = 12  # new tokens per answer
 PROMISED = {"changed": 1.0, "reworded": 10 / 12, "neighbours": 11 / 12}
 """Shares that a memory must reach."""
 ASKED = ("fact", "reworded", "neighbour")
+VERDICTS = ("changed", "reworded", "neighbours", "repeats")
+"""States it the new answer, also in other words? Is the neighbour's answer as it was? Is the target said twice?"""
 NEXT = f"""What to do next:
   lmpatch example -o facts.jsonl                       these facts as a file
   lmpatch fit {MODEL} recipe facts.jsonl -o facts   keep your own facts in a memory
@@ -34,66 +36,50 @@ NEXT = f"""What to do next:
   lmpatch methods                                      the other methods, by what they are for"""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One fact: the answers to ``ASKED`` without and with the patch, and what they mean."""
-
-    edit: Edit
-    prompts: list[str]
-    before: list[str]
-    after: list[str]
-
-    def verdicts(self) -> dict[str, bool]:
-        """Does it state the new answer, also when asked in other words? Is the neighbour's answer as it was?"""
-        from ..data.matching import same
-
-        return {
-            "changed": states(self.edit, self.after[0]),
-            "reworded": states(self.edit, self.after[1]),
-            "neighbours": same(self.before[2], self.after[2]),
-            "repeats": repeats(self.edit, self.after[0]),
-        }
-
-
 def demo(
     context: typer.Context,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="OUT", help="Save the memory of the facts in this folder.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many facts to change.")] = 12,
+    out: Annotated[Path | None, out_option("OUT", "Save the memory of the facts in this folder.")] = None,
+    count: Annotated[int, opt("How many facts to change.", min=1)] = 12,
 ) -> None:
     """Change facts of Gemma-3-270M with a memory, write one into its weights, and take everything off bit for bit.
 
     Exit code 1 if the memory does not change every fact, 10 in 12 in other words, and leave 11 in 12 neighbours as they
     were, or if a bit of the model stays changed.
 
-    \b
-    Examples:
-      lmpatch demo
-      lmpatch demo -o facts --count 20
+    lmpatch demo
+    lmpatch demo -o facts --count 20
     """
     begun = monotonic()
-    if out is not None:
-        new_path(out)
     keep(context, "The model was not changed on disk.")
-    lm = open_model(MODEL, "float32", "cpu")
+    lm = Source(MODEL, "float32", "cpu").open()
     from ..api import fit
+    from ..models.number_format import processor_name, rates
     from ..provenance import hash_tensors
 
-    _machine()
+    speed = ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in rates().items())
+    note(f"{processor_name()}: products of matrices at {speed}")
     clean = hash_tensors(lm.model.state_dict().items(), exact=True)
-    with progress("asking the model") as bar:
-        edits, known = _unknown(lm, _facts(), count, bar)
+    with progress("asking the model"):
+        edits, known = _unknown(lm, _facts(), count)
     say(f"\n1. {len(edits)} facts in a memory beside the model (`{MEMORY}`). No weight changes.")
     say(f"   Answers are greedy, {TOKENS} tokens at most, and shown up to their first line break or full stop.")
     memory = fit(lm, MEMORY, edits)
-    outcomes = [_show(lm, memory, edit, text) for edit, text in zip(edits, known, strict=True)]
-    kept = _verdict(outcomes)
+    facts = _show(lm, memory, edits[:1], known[:1])  # alone, so that something is seen soon
+    with progress("asking about the other facts"):
+        facts += _show(lm, memory, edits[1:], known[1:])
+    counts, n = {name: sum(fact[name] for fact in facts) for name in VERDICTS}, len(facts)
+    say(
+        f"\n   changed: {counts['changed']} of {n}. In other words: {counts['reworded']} of {n}. "
+        f"Neighbours as they were: {counts['neighbours']} of {n}.\n"
+        f"   Says the target twice or more: {counts['repeats']} of {n}.",
+        facts=facts,
+        **counts,
+    )
     say(f"   {memory.nbytes:,} bytes, made in {memory.made['seconds']:.1f} s", seconds=memory.made["seconds"])
     say(f"\n2. One fact in the weights (`{WEIGHTS}`). It reaches fewer wordings than a memory.")
     with progress(f"{WEIGHTS} at work") as bar:
         patch = fit(lm, WEIGHTS, edits[:1], progress=bar)
-    _show(lm, patch, edits[0], known[0])
+    _show(lm, patch, edits[:1], known[:1])
     say(f"   {patch.nbytes:,} bytes, made in {patch.made['seconds']:.1f} s")
     restored = hash_tensors(lm.model.state_dict().items(), exact=True) == clean
     say("\n3. Both patches are off again.")
@@ -103,15 +89,29 @@ def demo(
         memory.save(out)
         say(f"The memory of these facts is saved in {out}.", path=out)
     say(f"({monotonic() - begun:.0f} s in all)", restored=restored, total_seconds=round(monotonic() - begun, 1))
-    if not (kept and restored):
+    if not restored or any(counts[name] < share * n for name, share in PROMISED.items()):
         raise typer.Exit(1)
 
 
-def _machine() -> None:
-    from ..models.number_format import processor_name, rates
+def example(
+    out: Annotated[Path, out_option("FILE", "The file to write. It must not exist yet.")] = Path("facts.jsonl"),
+) -> None:
+    """Write a small file of facts, the one the demo and the first page use.
 
-    speed = ", ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in rates().items())
-    note(f"{processor_name()}: products of matrices at {speed}")
+    lmpatch example
+    lmpatch example -o my-facts.jsonl
+    """
+    text = own_facts().read_text(encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    facts = text.count("\n")
+    say(f"{facts} facts written to {out}", facts=facts, path=out)
+
+
+def own_facts(name: str = "facts.jsonl") -> Path:
+    """A file of the project's facts: packaged with a wheel, in ``examples/`` of a checkout."""
+    packaged = Path(str(resources.files("lmpatch.data"))) / name
+    return packaged if packaged.is_file() else Path(__file__).parents[3] / "examples" / name
 
 
 def _facts() -> list[Edit]:
@@ -122,71 +122,54 @@ def _facts() -> list[Edit]:
     return sorted(edits, key=lambda edit: not edit.id.startswith("made-up"))
 
 
-def _unknown(lm: LM, edits: Sequence[Edit], count: int, bar: Progress) -> tuple[list[Edit], list[str]]:
+def _unknown(lm: LM, edits: Sequence[Edit], count: int) -> tuple[list[Edit], list[str]]:
     """The first ``count`` facts that the model does not state by itself, and what it says instead."""
     wrong: list[tuple[Edit, str]] = []
     for start in range(0, len(edits), count):
         some = edits[start : start + count]
-        texts = _answers(lm, [edit.prompt for edit in some], bar)
+        texts = _answers(lm, [edit.prompt for edit in some])
         wrong += [(edit, text) for edit, text in zip(some, texts, strict=True) if not states(edit, text)]
         if len(wrong) >= count:
             break
     return [edit for edit, _ in wrong[:count]], [text for _, text in wrong[:count]]
 
 
-def _neighbour(edit: Edit) -> str:
-    """A question whose answer must not move."""
-    return next(asks[0].prompt for _, asks in edit.locality)
-
-
-def _answers(lm: LM, prompts: Sequence[str], bar: Progress | None = None) -> list[str]:
+def _answers(lm: LM, prompts: Sequence[str]) -> list[str]:
     from ..inference.generate import generate
 
-    texts: list[str] = generate(lm, prompts, max_new_tokens=TOKENS, progress=bar)
+    texts: list[str] = generate(lm, prompts, max_new_tokens=TOKENS)
     return texts
 
 
-def _show(lm: LM, patch: Any, edit: Edit, known: str) -> Outcome:
-    """Ask about a fact without and with the patch, and show the answers.
+def _show(lm: LM, patch: Any, edits: Sequence[Edit], known: Sequence[str]) -> list[dict[str, Any]]:
+    """Ask about facts without and with the patch, each time all in one batch, and show the answers.
 
     Args:
-        known: the answer to the fact without the patch.
+        known: the answers to the facts themselves without the patch.
+    Returns:
+        for each fact its prompts, the answers without and with the patch, and the ``VERDICTS``.
     """
+    from ..data.matching import same
     from ..patches.ledger import apply
 
-    prompts = [edit.prompt, edit.rephrases[0], _neighbour(edit)]
-    before = [known, *_answers(lm, prompts[1:])]
+    prompts = [[e.prompt, e.rephrases[0], next(asks[0].prompt for _, asks in e.locality)] for e in edits]
+    without = iter(_answers(lm, [prompt for own in prompts for prompt in own[1:]]))
     with apply(lm, patch):
-        outcome = Outcome(edit, prompts, before, _answers(lm, prompts))
-    verdicts = list(outcome.verdicts().values())
-    marks = [
-        "new answer" if verdicts[0] else "NOT the new answer",
-        "new answer" if verdicts[1] else "NOT the new answer",
-        "as before" if verdicts[2] else "MOVED",
-    ]
-    say(f"\n   {outcome.edit.subject or outcome.edit.prompt} -> {outcome.edit.target}")
-    for asked, prompt, old, new, mark in zip(ASKED, outcome.prompts, outcome.before, outcome.after, marks, strict=True):
-        say(f"   {asked:>9}  {prompt} …")
-        say(f"     without  {sentence(old)}")
-        say(f"        with  {sentence(new)}  [{mark}]")
-    return outcome
-
-
-def _verdict(outcomes: Sequence[Outcome]) -> bool:
-    """The counts on the screen. True: all that was promised was kept."""
-    verdicts, n = [outcome.verdicts() for outcome in outcomes], len(outcomes)
-    counts = {name: sum(verdict[name] for verdict in verdicts) for name in verdicts[0]}
-    say(
-        f"\n   changed: {counts['changed']} of {n}. In other words: {counts['reworded']} of {n}. "
-        f"Neighbours as they were: {counts['neighbours']} of {n}.\n"
-        f"   Says the target twice or more: {counts['repeats']} of {n}.",
-        facts=[
-            {"prompts": o.prompts, "before": o.before, "after": o.after, "target": o.edit.target} | verdict
-            for o, verdict in zip(outcomes, verdicts, strict=True)
-        ],
-        **counts,
-    )
-    return all(counts[name] >= share * n for name, share in PROMISED.items())
+        answers = iter(_answers(lm, [prompt for own in prompts for prompt in own]))
+    facts = []
+    for edit, asked, text in zip(edits, prompts, known, strict=True):
+        before, after = [text, next(without), next(without)], [next(answers) for _ in asked]
+        found = [*(states(edit, each) for each in after[:2]), same(before[2], after[2]), repeats(edit, after[0])]
+        fact = {"prompts": asked, "before": before, "after": after, "target": edit.target}
+        facts.append(fact | dict(zip(VERDICTS, found, strict=True)))
+        say(f"\n   {edit.subject or edit.prompt} -> {edit.target}")
+        marks = ["new answer" if right else "NOT the new answer" for right in found[:2]]
+        marks.append("as before" if found[2] else "MOVED")
+        for what, prompt, old, new, mark in zip(ASKED, asked, before, after, marks, strict=True):
+            say(f"   {what:>9}  {prompt} …")
+            say(f"     without  {sentence(old)}")
+            say(f"        with  {sentence(new)}  [{mark}]")
+    return facts
 
 
 def states(edit: Edit, text: str) -> bool:

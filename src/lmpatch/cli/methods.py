@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated
 
-import typer
-
+from .options import arg, named
 from .screen import say, table
 
 AIMS = {
@@ -15,25 +15,19 @@ AIMS = {
 }
 
 
-def _names(incomplete: str) -> list[str]:
-    from .. import registry
-
-    return [name for kind in registry.KINDS for name in registry.names(kind) if name.startswith(incomplete)]
-
-
 def methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show the settings of this one.", autocompletion=_names)
+        str | None,
+        arg("[NAME]", "Show the settings of this one.", autocompletion=named("methods", "probes", "benches")),
     ] = None,
 ) -> None:
     """The methods by what they are for, the probes and the benches; with a name, the settings of that one.
 
-    \b
-    Examples:
-      lmpatch methods
-      lmpatch methods rome
+    lmpatch methods
+    lmpatch methods rome
     """
     from .. import registry
+    from ..config import describe_fields
 
     if name is None:
         listed = registry.listing("methods")
@@ -44,22 +38,11 @@ def methods(
             table([one, "what it does"], [(each.name, each.what) for each in registry.listing(kind)], kind, key=kind)
         return
     kind = next((kind for kind in registry.KINDS if name in registry.names(kind)), "methods")
-    _settings(kind, name)
-
-
-def _settings(kind: str, name: str) -> None:
-    from .. import registry
-    from ..config import describe_fields
-
-    columns = ["setting", "takes", "default", "meaning"]
-    if kind == "methods":
-        found = registry.method(name)  # raises UnknownName with the nearest names
-        say(found.doc, name=name, kind="method", doc=found.doc)
-        table(columns, describe_fields(found.config), key="settings")
-        if found.training:
-            table(columns, describe_fields(found.training), "to train its editor", key="training")
-        return
-    module = registry.get(kind, name)
-    doc = (module.__doc__ or "").strip()
+    module = registry.get(kind, name)  # raises UnknownName with the nearest names
+    doc = inspect.cleandoc(module.__doc__ or "")
     say(doc, name=name, kind=registry.KINDS[kind], doc=doc)
-    table(columns, describe_fields(module.Config), key="settings")
+    configs = {"settings": module.Config, "training": getattr(module, "Training", None)}
+    for key, config in configs.items():
+        if config:
+            title = "to train its editor" if key == "training" else None
+            table(["setting", "takes", "default", "meaning"], describe_fields(config), title, key=key)

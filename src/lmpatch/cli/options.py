@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,115 +19,150 @@ if TYPE_CHECKING:
     from ..models.lm import LM
     from ..patches.patch import Patch
 
+MODELS = ("gemma-3-270m", "smollm2-135m-instruct")
+DTYPES = {"auto": None, "stored": "auto"}
+"""Words of ``--dtype`` that ``load`` has others for."""
 
-def _models(incomplete: str) -> list[str]:
-    return [name for name in ("gemma-3-270m", "smollm2-135m-instruct") if name.startswith(incomplete)]
 
-
-def named(kind: str) -> Callable[[str], list[str]]:
-    """Completes a name of one kind in a shell."""
+def named(*kinds: str) -> Callable[[str], list[str]]:
+    """Completes a name of these kinds in a shell."""
 
     def complete(incomplete: str) -> list[str]:
         from .. import registry
 
-        return [name for name in registry.names(kind) if name.startswith(incomplete)]
+        return [name for kind in kinds for name in registry.names(kind) if name.startswith(incomplete)]
 
     return complete
 
 
+def writable(path: Path | None) -> Path | None:
+    """The path, once it is certain that it, or the first folder above it that exists, can be written.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    if path is not None:
+        where = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        if not where.is_dir() or not os.access(where, os.W_OK | os.X_OK):
+            raise BadInput(f"{path} cannot be written: {where} is no folder that you may write to. Give another -o.")
+    return path
+
+
+def new_path(path: Path | None) -> Path | None:
+    """The path, once it is certain that nothing stands there and that it can be written: before work starts, not after.
+
+    Raises:
+        BadInput: something stands there, or it cannot be written.
+    """
+    if path is not None and path.exists():
+        raise BadInput(f"{path} exists already. Give another -o, or remove it first.")
+    return writable(path)
+
+
+def arg(metavar: str, text: str, **more: Any) -> Any:
+    """An argument of a command."""
+    return typer.Argument(metavar=metavar, help=text, **more)
+
+
+def opt(text: str, metavar: str | None = None, *names: str, **more: Any) -> Any:
+    """An option of a command; without names it is called as its parameter."""
+    return typer.Option(*names, metavar=metavar, help=text, **more)
+
+
+def out_option(metavar: str, text: str, check: Callable[..., Any] = new_path) -> Any:
+    """``-o``: where a command writes; checked before anything else is done."""
+    return opt(text, metavar, "-o", "--out", callback=check)
+
+
 Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL",
-        help="gemma-3-270m, smollm2-135m-instruct, a folder, a hub id or a .gguf file.",
-        autocompletion=_models,
+    arg(
+        "MODEL",
+        "gemma-3-270m, smollm2-135m-instruct, a folder, a hub id or a .gguf file.",
+        autocompletion=lambda incomplete: [name for name in MODELS if name.startswith(incomplete)],
     ),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "stored"],
-    typer.Option(
-        help="Number format of the model. auto: bfloat16 on a GPU that computes in it, else float32; "
+    opt(
+        "Number format of the model. auto: bfloat16 on a GPU that computes in it, else float32; "
         "stored: what the weights are stored in."
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps. auto: a GPU if there is one.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Read prompts as they stand, without the model's chat template.")]
-Download = Annotated[bool, typer.Option("--download", help="Allow a hub model that is not here yet to be fetched.")]
+Device = Annotated[str, opt("Where the model runs: cpu, cuda, cuda:1, mps. auto: a GPU if there is one.")]
+Raw = Annotated[bool, opt("Read prompts as they stand, without the model's chat template.", None, "--raw")]
+Download = Annotated[bool, opt("Allow a hub model that is not here yet to be fetched.", None, "--download")]
 Shard = Annotated[
     bool,
-    typer.Option(
-        "--shard", help="With several processes (accelerate launch): each holds its part of the model's blocks (FSDP)."
-    ),
+    opt("With several processes (accelerate launch): each holds its part of the model (FSDP).", None, "--shard"),
 ]
 Patches = Annotated[
-    list[Path] | None,
-    typer.Option("-p", "--patch", metavar="PATCH", help="A patch or memory folder; may repeat, put on in this order."),
+    list[Path] | None, opt("A patch or memory folder; may repeat, put on in this order.", "PATCH", "-p", "--patch")
 ]
 Mount = Annotated[
     Literal["bake", "side", "run"] | None,
-    typer.Option(
-        help="bake writes the weights (undone from kept originals), side adds a hook. Default: the first that fits."
+    opt(
+        "How patches act. bake: the weights are changed, their originals kept; side: a hook adds the change; "
+        "run: while answers are made (memories, decode rules). Default: the first that fits."
     ),
 ]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, probe or bench; may repeat."),
-]
+Settings = Annotated[list[str] | None, opt("A setting; may repeat. Lists are written 4,5,6.", "KEY=VALUE", "--set")]
+Limit = Annotated[int | None, opt("Read at most this many records of the file.", min=1)]
+Unrelated = Annotated[Path | None, opt("Questions with answers that no fact touches and edits leave alone.", "FILE")]
 Text = Annotated[
     Path | None,
-    typer.Option("--text", metavar="FILE", help="Plain text for second moments; without it, the model's own samples."),
+    opt(
+        "Plain text whose covariance of activations rome and memit need. Default: texts that the model writes itself.",
+        "FILE",
+    ),
 ]
 Anchors = Annotated[
-    Path | None,
-    typer.Option("--anchors", metavar="FILE", help="Facts outside the test set, for methods that measure on them."),
+    Path | None, opt("Further facts, none of those to be written, that memit with nas=true measures on.", "FILE")
 ]
 EditorFile = Annotated[
-    Path | None,
-    typer.Option("--editor", metavar="FILE", help="From lmpatch train. Default: the one that comes for this model."),
+    Path | None, opt("What lmpatch train wrote. Default: the editor that comes with lmpatch for this model.", "FILE")
 ]
-Out = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Folder to write. It must not exist yet.")]
+Out = Annotated[Path, out_option("OUT", "Folder to write. It must not exist yet.")]
 
 
-def open_model(
-    model: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    download: bool = False,
-    sharded: bool = False,
-    raw: bool = False,
-) -> LM:
-    """Load a model with a progress bar, say so, and name the licence of a packaged one.
+@dataclass(frozen=True)
+class Source:
+    """The model of a command, not loaded yet. As a parameter of a command it stands for these arguments and options."""
 
-    One of several processes takes the device it was given at launch.
-    """
-    note(f"loading {model}")
-    from ..distributed import join
-    from ..models.load import licence, load
-    from ..models.sharding import shard
+    model: Model
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    download: Download = False
 
-    if terms := licence(model):
-        note(terms)
-    device = join() or device
-    with progress(f"loading {model}") as bar, warnings.catch_warnings(record=True) as spoken:
-        warnings.simplefilter("always", UserWarning)
-        lm = load(
-            model,
-            dtype=_DTYPES.get(dtype, dtype),
-            device="cpu" if sharded else _device(device),
-            download=download,
-            raw=raw,
-            progress=bar,
-        )
-    for warning in spoken:
-        if str(warning.message).startswith("bf16"):
-            note(str(warning.message))
-    if sharded:
-        shard(lm, device)
-    return lm
+    def open(self, *, raw: bool = False, shard: bool = False) -> LM:
+        """Load it with a progress bar, say so, and name the licence of a packaged one.
 
+        One of several processes takes the device it was given at launch.
+        """
+        note(f"loading {self.model}")
+        from ..distributed import join
+        from ..models import sharding
+        from ..models.load import licence, load
 
-_DTYPES = {"auto": None, "stored": "auto"}
-"""Words of ``--dtype`` that ``load`` has others for."""
+        if terms := licence(self.model):
+            note(terms)
+        device = join() or self.device
+        with progress(f"loading {self.model}") as bar, warnings.catch_warnings(record=True) as spoken:
+            warnings.simplefilter("always", UserWarning)
+            lm = load(
+                self.model,
+                dtype=DTYPES.get(self.dtype, self.dtype),
+                device="cpu" if shard else _device(device),
+                download=self.download,
+                raw=raw,
+                progress=bar,
+            )
+        for warning in spoken:
+            if str(warning.message).startswith("bf16"):
+                note(str(warning.message))
+        if shard:
+            sharding.shard(lm, device)
+        return lm
 
 
 def _device(name: str) -> str | None:
@@ -141,6 +177,38 @@ def _device(name: str) -> str | None:
     return name
 
 
+@dataclass(frozen=True)
+class Material:
+    """Files that methods read beside their records."""
+
+    text: Text = None
+    anchors: Anchors = None
+    editor: EditorFile = None
+
+    def read(self) -> dict[str, Any]:
+        """What they hold, as ``fit`` and ``bench`` take it."""
+        from ..data.edits import read_edits
+        from ..data.lines import read_text
+        from ..patches.editor import load_editor
+
+        return {
+            "text": read_text(self.text) if self.text else None,
+            "anchors": read_edits(self.anchors) if self.anchors else None,
+            "editor": load_editor(self.editor) if self.editor else None,
+        }
+
+
+def open_patches(paths: Sequence[Path] | None) -> list[Patch]:
+    """The patches of these folders; of a memory, the patch that looks its facts up.
+
+    Opened before the model is loaded: a wrong path is found in a second.
+    """
+    from ..memory.memory import Memory, is_memory
+    from ..patches.file import load_patch
+
+    return [Memory.open(path).patch() if is_memory(path) else load_patch(path) for path in paths or []]
+
+
 @contextmanager
 def patched(lm: LM, patches: Sequence[Patch], mount: Literal["bake", "side", "run"] | None) -> Iterator[None]:
     """The patches on the model, in order; off again at the end."""
@@ -150,52 +218,3 @@ def patched(lm: LM, patches: Sequence[Patch], mount: Literal["bake", "side", "ru
         for patch in patches:
             stack.enter_context(apply(lm, patch, mount=mount))
         yield
-
-
-def open_patches(paths: Sequence[Path] | None) -> list[Patch]:
-    """The patches of these folders. Opened before the model is loaded: a wrong path is found in a second."""
-    return [open_patch(path) for path in paths or []]
-
-
-def open_patch(path: Path) -> Patch:
-    """The patch of a folder; of a memory, the patch that looks its facts up."""
-    from ..memory.memory import Memory, is_memory
-    from ..patches.file import load_patch
-
-    return Memory.open(path).patch() if is_memory(path) else load_patch(path)
-
-
-def material(text: Path | None, anchors: Path | None, editor: Path | None) -> dict[str, Any]:
-    """What the files hold, as ``fit`` and ``bench`` take it."""
-    from ..data.edits import read_edits
-    from ..data.lines import read_text
-    from ..patches.editor import load_editor
-
-    return {
-        "text": read_text(text) if text else None,
-        "anchors": read_edits(anchors) if anchors else None,
-        "editor": load_editor(editor) if editor else None,
-    }
-
-
-def new_path(path: Path) -> Path:
-    """The path, once it is certain that nothing stands there and that it can be written: before work starts, not after.
-
-    Raises:
-        BadInput: something stands there, or it cannot be written.
-    """
-    if path.exists():
-        raise BadInput(f"{path} exists already. Give another -o, or remove it first.")
-    return writable(path)
-
-
-def writable(path: Path) -> Path:
-    """The path, once it is certain that it, or the first folder above it that exists, can be written.
-
-    Raises:
-        BadInput: it cannot.
-    """
-    where = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if not where.is_dir() or not os.access(where, os.W_OK | os.X_OK):
-        raise BadInput(f"{path} cannot be written: {where} is no folder that you may write to. Give another -o.")
-    return path

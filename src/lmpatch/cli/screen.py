@@ -27,20 +27,17 @@ def output(as_json: bool) -> Iterator[None]:
     """With ``as_json``, everything shown in the block becomes one JSON object on stdout at its end."""
     values: dict[str, Any] = {}
     token = _values.set(values if as_json else None)
+    done: typer.Exit | None = None
     try:
         yield
-    except typer.Exit:  # done, with an exit code that says what was not kept
-        _print(values, as_json)
-        raise
-    else:
-        _print(values, as_json)
+    except typer.Exit as error:  # done, with an exit code that says what was not kept
+        done = error
     finally:
         _values.reset(token)
-
-
-def _print(values: dict[str, Any], as_json: bool) -> None:
     if as_json and _leads():
         typer.echo(json.dumps(values, indent=1, ensure_ascii=False, default=_plain))
+    if done:
+        raise done
 
 
 def _plain(value: object) -> object:
@@ -54,11 +51,16 @@ def _leads() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str = "", **values: object) -> None:
-    """One line on stdout, as it is; with ``--json`` the values in its place."""
+def _shown(values: dict[str, Any]) -> bool:
+    """Whether text is shown; with ``--json`` the values are kept in its place."""
     if (collected := _values.get()) is not None:
         collected.update(values)
-    elif _leads():
+    return collected is None and _leads()
+
+
+def say(text: str = "", **values: object) -> None:
+    """One line on stdout, as it is; with ``--json`` the values in its place."""
+    if _shown(values):
         typer.echo(text)
 
 
@@ -82,8 +84,7 @@ def table(
     columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None, *, key: str = "rows"
 ) -> None:
     """A table on stdout; numbers to the right. With ``--json`` a list of objects under ``key``."""
-    if (collected := _values.get()) is not None:
-        collected[key] = [dict(zip(columns, row, strict=True)) for row in rows]
+    if not _shown({key: [dict(zip(columns, row, strict=True)) for row in rows]}):
         return
     from rich import box
     from rich.markup import escape
@@ -94,15 +95,13 @@ def table(
         numbers = rows and all(isinstance(row[i], (int, float)) for row in rows)
         grid.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(escape(_cell(value)) for value in row))
+        grid.add_row(*(escape(f"{value:.3g}" if isinstance(value, float) else str(value)) for value in row))
     draw(grid)
 
 
 def draw(drawing: Any, **values: object) -> None:
     """Anything rich can draw, on stdout; with ``--json`` the values in its place."""
-    if (collected := _values.get()) is not None:
-        collected.update(values)
-    elif _leads():
+    if _shown(values):
         from rich.console import Console
 
         console = Console()
@@ -111,17 +110,10 @@ def draw(drawing: Any, **values: object) -> None:
         typer.echo(drawn.get(), nl=False)
 
 
-def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 @contextmanager
 def progress(start: str = "working") -> Iterator[Progress]:
     """A ``progress(done, total, what)`` callback: a bar for each ``what`` on a terminal, elsewhere a line every ten
-    seconds on stderr.
-
-    Args:
-        start: what is being done until the first call.
+    seconds on stderr, which says ``start`` until the first call.
     """
     from rich.console import Console
 

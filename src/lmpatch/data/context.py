@@ -14,13 +14,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import BadInput, BadRecord
-from .lines import Line, cut, only, read_records, text_of
+from .lines import Line, Shapes, cut, only, read_shapes, text_of, texts_of
 from .record import Record
 
 T = TypeVar("T")
@@ -36,8 +37,20 @@ class InContext:
     without_context: str
 
 
+class Prompted(Record):
+    """A record that is asked with a context and without."""
+
+    prompt: str
+    without_context: str
+
+    @property
+    def asked(self) -> InContext:
+        """The two prompts as ``generate`` and ``score`` take them."""
+        return InContext(self.prompt, self.without_context)
+
+
 @dataclass(frozen=True)
-class ContextRecord(Record):
+class ContextRecord(Prompted):
     """A question with a context, as a model reads it with and without that context.
 
     Args:
@@ -86,11 +99,6 @@ class ContextRecord(Record):
         """The letters of the options."""
         return tuple(LETTERS[: len(self.options)])
 
-    @property
-    def asked(self) -> InContext:
-        """The two prompts as ``generate`` and ``score`` take them."""
-        return InContext(self.prompt, self.without_context)
-
 
 def render(context: str, question: str, options: Sequence[str] = ()) -> str:
     """The prompt, without a trailing blank; an empty context leaves its line out.
@@ -118,11 +126,7 @@ def brief(records: Sequence[ContextRecord]) -> list[dict[str, str]]:
 
 
 def halves(records: Sequence[T]) -> tuple[list[T], list[T]]:
-    """The first and the second half, 1:1 as in the paper: choose on the one, report on the other.
-
-    Raises:
-        BadInput: fewer than two records.
-    """
+    """The first and the second half, 1:1 as in the paper: choose on the one, report on the other."""
     if len(records) < 2:
         raise BadInput(f"{len(records)} record cannot be halved. Give two or more.")
     middle = len(records) // 2
@@ -130,49 +134,20 @@ def halves(records: Sequence[T]) -> tuple[list[T], list[T]]:
 
 
 def read_context(
-    path: str | Path,
-    *,
-    limit: int | None = None,
-    seed: int | None = None,
-    format: str | None = None,
+    path: str | Path, *, limit: int | None = None, seed: int | None = None, format: str | None = None
 ) -> list[ContextRecord]:
-    """Read a file of questions with contexts.
+    """Read a file of questions with contexts, as ``read_edits`` reads facts.
 
     Args:
-        limit: at most this many records, the first ones.
-        seed: shuffle the file with this seed before ``limit`` cuts it; None keeps the order.
         format: ``lmpatch``, ``memotrap`` or ``kre``; None tells it from the first record.
-    Raises:
-        BadInput: no such file, an empty one, or an unknown shape.
-        BadRecord: lines that cannot be read; names the file and the first ten of them.
     """
-    shapes: dict[str, Callable[[Line, str], ContextRecord]] = {
-        "lmpatch": _own,
-        "memotrap": _memotrap,
-        "kre": _kre,
+    shapes: Shapes[ContextRecord] = {
+        "kre": (("negative_context",), _kre),
+        "memotrap": (("classes",), _memotrap),
+        "lmpatch": (("question",), _own),
     }
-    if format is not None and format not in shapes:
-        raise BadInput(f"no format is called {format!r}. There are: {', '.join(shapes)}.")
-    chosen: list[str] = [format] if format else []
-
-    def make(record: Line, place: int) -> ContextRecord:
-        if not chosen:
-            chosen.append(_shape(record))
-        return shapes[chosen[0]](record, str(place))
-
-    return cut([record for _, record in read_records(Path(path), make)], limit, seed)
-
-
-def _shape(record: Line) -> str:
-    if "negative_context" in record:
-        return "kre"
-    if "classes" in record:
-        return "memotrap"
-    if "context" in record or "question" in record:
-        return "lmpatch"
-    raise BadRecord(
-        f"unknown shape with keys {', '.join(record) or 'none'}. A record needs context, question and answer."
-    )
+    records = read_shapes(path, shapes, "A record needs context, question and answer.", format)
+    return cut([record for _, record in records], limit, seed)
 
 
 def _own(record: Line, place: str) -> ContextRecord:
@@ -182,7 +157,7 @@ def _own(record: Line, place: str) -> ContextRecord:
         text_of(record, "question"),
         text_of(record, "answer"),
         text_of(record, "memory", ""),
-        _options(record, "options"),
+        texts_of(record, "options"),
         text_of(record, "prompt", ""),
         text_of(record, "without_context", text_of(record, "bare", "")),  # its name in files of lmpatch 0.1
         id=str(record.get("id", place)),
@@ -195,11 +170,10 @@ def _memotrap(record: Line, place: str) -> ContextRecord:
     instruction, colon, rest = prompt.partition(": ")
     if not colon:
         raise BadRecord(f"prompt has no instruction that ends in a colon: {prompt!r}")
-    wanted = record.get("answer_index")
-    try:
-        classes = [str(text).strip().removesuffix(".").strip() for text in ast.literal_eval(text_of(record, "classes"))]
-    except (ValueError, SyntaxError, TypeError):
-        classes = []
+    wanted, listed = record.get("answer_index"), text_of(record, "classes")
+    classes: list[str] = []
+    with suppress(ValueError, SyntaxError, TypeError):
+        classes = [str(text).strip().removesuffix(".").strip() for text in ast.literal_eval(listed)]
     if len(classes) != 2 or wanted not in (0, 1):
         raise BadRecord("classes must be a list of two texts, written as Python does, and answer_index 0 or 1")
     return ContextRecord(
@@ -214,21 +188,10 @@ def _memotrap(record: Line, place: str) -> ContextRecord:
 
 
 def _kre(record: Line, place: str) -> ContextRecord:
-    return ContextRecord(
-        text_of(record, "negative_context"),
-        text_of(record, "question"),
-        text_of(record, "candidate"),
-        text_of(record, "answer"),
-        options=_options(record, "choices"),
-        id=place,
+    context, question, answer, memory = (
+        text_of(record, key) for key in ("negative_context", "question", "candidate", "answer")
     )
-
-
-def _options(record: Line, key: str) -> tuple[str, ...]:
-    listed = record.get(key, [])
-    if not isinstance(listed, list) or not all(isinstance(option, str) for option in listed):
-        raise BadRecord(f"{key} must be a list of texts, found {listed!r}")
-    return tuple(listed)
+    return ContextRecord(context, question, answer, memory, options=texts_of(record, "choices"), id=place)
 
 
 def _letter(answer: str, options: Sequence[str]) -> str:

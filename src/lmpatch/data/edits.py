@@ -17,13 +17,13 @@ told from the keys of its first record:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, BadRecord, Contradiction, SubjectNotFound
-from .lines import Line, cut, only, read_records, text_of
+from .lines import Line, Shapes, cut, only, read_records, read_shapes, text_of
 from .record import Record
 
 KINDS = {"Relation_Specificity": "same_subject", "Forgetfulness": "other_objects"}
@@ -85,17 +85,14 @@ class Edit(Record):
             raise BadInput("an edit has an empty prompt. Give the text that stands before the answer.")
         if not target.strip():
             raise BadInput(f"the edit {prompt!r} has an empty target. Give the answer the model should state.")
-        put = object.__setattr__
-        put(self, "prompt", prompt.rstrip())
-        put(self, "target", target.strip())
-        put(self, "subject", subject.strip())
-        put(self, "old", (old,) if isinstance(old, str) else tuple(old))
-        put(self, "aliases", tuple(aliases))
-        put(self, "rephrases", tuple(rephrases))
-        put(self, "locality", _groups(locality))
-        put(self, "portability", _groups(portability))
-        put(self, "id", id)
-        put(self, "relation", relation)
+        values = {
+            "prompt": prompt.rstrip(), "target": target.strip(), "subject": subject.strip(),
+            "old": (old,) if isinstance(old, str) else tuple(old), "aliases": tuple(aliases),
+            "rephrases": tuple(rephrases), "locality": _groups(locality), "portability": _groups(portability),
+            "id": id, "relation": relation,
+        }  # fmt: skip
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def read(cls, path: str | Path, *, limit: int | None = None, check: bool = False) -> list[Edit]:
@@ -123,9 +120,8 @@ class Edit(Record):
             )
 
 
-def _groups(groups: object) -> tuple[tuple[str, tuple[Ask, ...]], ...]:
-    items = groups.items() if isinstance(groups, dict) else groups
-    return tuple((kind, tuple(asks)) for kind, asks in items)  # type: ignore[attr-defined]
+def _groups(groups: Any) -> tuple[tuple[str, tuple[Ask, ...]], ...]:
+    return tuple((kind, tuple(asks)) for kind, asks in (groups.items() if isinstance(groups, dict) else groups))
 
 
 def prompt_key(prompt: str) -> str:
@@ -140,28 +136,23 @@ def check_contradictions(edits: Sequence[Edit], where: Sequence[str] | None = No
     """Raise ``Contradiction`` listing every prompt that is asked to have two different targets.
 
     Args:
-        edits: the edits of one commit.
         where: how to name each edit in the message, e.g. ``line 12``; its place otherwise.
     """
     first: dict[str, int] = {}
     clashes: list[str] = []
+    names = where or [f"edit {i}" for i in range(1, len(edits) + 1)]
     for i, edit in enumerate(edits):
         j = first.setdefault(prompt_key(edit.prompt), i)
         if edits[j].target.casefold() != edit.target.casefold():
-            a, b = (where[j], where[i]) if where else (f"edit {j + 1}", f"edit {i + 1}")
-            clashes.append(f"{a} says {edits[j].target!r}, {b} says {edit.target!r} for {edit.prompt!r}")
+            clashes.append(f"{names[j]} says {edits[j].target!r}, {names[i]} says {edit.target!r} for {edit.prompt!r}")
     if clashes:
         raise Contradiction("contradictory facts: " + "; ".join(clashes) + ". Keep one of each.")
 
 
 def read_edits(
-    path: str | Path,
-    *,
-    limit: int | None = None,
-    seed: int | None = None,
-    format: str | None = None,
+    path: str | Path, *, limit: int | None = None, seed: int | None = None, format: str | None = None,
     check: bool = False,
-) -> list[Edit]:
+) -> list[Edit]:  # fmt: skip
     """Read a file of facts. Prompts of one group that occur twice are joined: any of their answers counts.
 
     Args:
@@ -174,28 +165,16 @@ def read_edits(
         BadRecord: lines that cannot be read; names the file and the first ten of them.
         Contradiction: ``check`` is set and one prompt has two targets; names both lines.
     """
-    path = Path(path)
-    if format is not None and format not in SHAPES:
-        raise BadInput(f"no format is called {format!r}. There are: {', '.join(SHAPES)}.")
-    chosen: list[str] = [format] if format else []
-
-    def make(record: Line, place: int) -> Edit:
-        if not chosen:
-            chosen.append(_shape(record))
-        return SHAPES[chosen[0]](record, str(place))
-
-    numbered = read_records(path, make)
+    need = f"An edit needs at least prompt and target; the formats read are {', '.join(SHAPES)}."
+    numbered = read_shapes(path, SHAPES, need, format)
+    edits = [edit for _, edit in numbered]
     if check:
-        check_contradictions([edit for _, edit in numbered], [f"line {number}" for number, _ in numbered])
-    return cut([edit for _, edit in numbered], limit, seed)
+        check_contradictions(edits, [f"line {number}" for number, _ in numbered])
+    return cut(edits, limit, seed)
 
 
 def read_asks(path: str | Path, *, limit: int | None = None, seed: int | None = None) -> list[Ask]:
-    """Read questions with answers (``question`` or ``prompt``, ``answers`` or ``answer``), as in NQ or PopQA.
-
-    Raises:
-        BadInput, BadRecord: as ``read_edits``.
-    """
+    """Read questions with answers (``question`` or ``prompt``, ``answers`` or ``answer``), as in NQ or PopQA."""
 
     def make(record: Line, _: int) -> Ask:
         return _ask(record.get("prompt", record.get("question")), record.get("answers", record.get("answer")))
@@ -203,44 +182,36 @@ def read_asks(path: str | Path, *, limit: int | None = None, seed: int | None = 
     return cut([ask for _, ask in read_records(Path(path), make)], limit, seed)
 
 
-def _shape(record: Line) -> str:
-    if "requested_rewrite" in record:
-        return "rome"
-    if "target_new" in record:
-        return "counterfact" if "locality_prompt" in record else "knowedit"
-    if "prompt" in record or "target" in record:
-        return "lmpatch"
-    raise BadRecord(
-        f"unknown shape with keys {', '.join(record) or 'none'}. An edit needs at least prompt and target; "
-        f"the formats read are {', '.join(SHAPES)}."
-    )
-
-
-def _own(record: Line, place: str) -> Edit:
+def edit_from(record: Line, place: str) -> Edit:
+    """The edit of a line in the shape ``lmpatch``; ``place`` names it where it has no id."""
     only(record, [field.name for field in fields(Edit)])
     return Edit(
         text_of(record, "prompt"),
         text_of(record, "target"),
-        subject=text_of(record, "subject", ""),
-        old=_answers(record.get("old")),
-        aliases=_answers(record.get("aliases")),
-        rephrases=_answers(record.get("rephrases")),
-        locality=_group_asks(record, "locality", "answers"),
-        portability=_group_asks(record, "portability", "answers"),
-        id=str(record.get("id", place)),
-        relation=text_of(record, "relation", ""),
+        text_of(record, "subject", ""),
+        _answers(record.get("old")),
+        _answers(record.get("aliases")),
+        _answers(record.get("rephrases")),
+        _group_asks(record, "locality", "answers"),
+        _group_asks(record, "portability", "answers"),
+        str(record.get("id", place)),
+        text_of(record, "relation", ""),
     )
 
 
-def _counterfact(record: Line, place: str) -> Edit:
-    near = _ask(text_of(record, "locality_prompt"), record.get("locality_ground_truth"))
+def _target_new(record: Line, place: str) -> Edit:
+    """Flat CounterFact and KnowEdit, whose sets differ in what they ask beside the edit."""
+    locality = _group_asks(record, "locality", "ground_truth")
+    if "locality_prompt" in record:
+        locality["same_relation"] = [_ask(record["locality_prompt"], record.get("locality_ground_truth"))]
     return Edit(
         text_of(record, "prompt"),
         text_of(record, "target_new"),
-        subject=text_of(record, "subject"),
-        old=_answers(record.get("ground_truth")),
-        rephrases=_answers(record.get("rephrase_prompt")),
-        locality={"same_relation": [near]},
+        text_of(record, "subject"),
+        _answers(record.get("ground_truth")),
+        rephrases=_answers(record.get("rephrase", record.get("rephrase_prompt"))),
+        locality=locality,
+        portability=_group_asks(record, "portability", "ground_truth"),
         id=str(record.get("case_id", place)),
     )
 
@@ -250,30 +221,24 @@ def _rome(record: Line, place: str) -> Edit:
     if not isinstance(rewrite, dict) or not isinstance(rewrite.get("target_new"), dict):
         raise BadRecord("requested_rewrite must be an object whose target_new is an object")
     subject, old = text_of(rewrite, "subject"), _answers(text_of(rewrite.get("target_true") or {}, "str", "") or None)
-    near = [_ask(prompt, old) for prompt in _answers(record.get("neighborhood_prompts"))]
     return Edit(
         text_of(rewrite, "prompt").replace("{}", subject),
         text_of(rewrite["target_new"], "str"),
-        subject=subject,
-        old=old,
+        subject,
+        old,
         rephrases=_answers(record.get("paraphrase_prompts")),
-        locality={"same_relation": _joined(near)},
+        locality={"same_relation": _joined(_ask(near, old) for near in _answers(record.get("neighborhood_prompts")))},
         id=str(record.get("case_id", place)),
         relation=text_of(rewrite, "relation_id", ""),
     )
 
 
-def _knowedit(record: Line, place: str) -> Edit:
-    return Edit(
-        text_of(record, "prompt"),
-        text_of(record, "target_new"),
-        subject=text_of(record, "subject"),
-        old=_answers(record.get("ground_truth")),
-        rephrases=_answers(record.get("rephrase", record.get("rephrase_prompt"))),
-        locality=_group_asks(record, "locality", "ground_truth"),
-        portability=_group_asks(record, "portability", "ground_truth"),
-        id=place,
-    )
+SHAPES: Shapes[Edit] = {
+    "rome": (("requested_rewrite",), _rome),
+    "counterfact": (("target_new", "locality_prompt"), _target_new),
+    "knowedit": (("target_new",), _target_new),
+    "lmpatch": (("prompt",), edit_from),
+}
 
 
 def _answers(value: Any) -> tuple[str, ...]:
@@ -295,10 +260,10 @@ def _ask(prompt: Any, answers: Any) -> Ask:
 
 def _joined(asks: Iterable[Ask]) -> list[Ask]:
     """Asks of the same prompt become one that any of their answers satisfies."""
-    found: dict[str, list[str]] = {}
+    answers: dict[str, list[str]] = {}
     for ask in asks:
-        found.setdefault(ask.prompt, []).extend(ask.answers)
-    return [Ask(prompt, tuple(dict.fromkeys(answers))) for prompt, answers in found.items()]
+        answers.setdefault(ask.prompt, []).extend(ask.answers)
+    return [Ask(prompt, tuple(dict.fromkeys(texts))) for prompt, texts in answers.items()]
 
 
 def _group_asks(record: Line, key: str, answers: str) -> dict[str, list[Ask]]:
@@ -309,15 +274,7 @@ def _group_asks(record: Line, key: str, answers: str) -> dict[str, list[Ask]]:
     for name, items in groups.items():
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise BadRecord(f"{key}.{name} must be a list of objects with prompt and {answers}")
-        asks = _joined(_ask(item.get("prompt"), item.get(answers)) for item in items)
-        if asks:
+        if items:
+            asks = _joined(_ask(item.get("prompt"), item.get(answers)) for item in items)
             made[KINDS.get(name, name.lower())] = asks
     return made
-
-
-SHAPES: dict[str, Callable[[Line, str], Edit]] = {
-    "lmpatch": _own,
-    "counterfact": _counterfact,
-    "rome": _rome,
-    "knowedit": _knowedit,
-}

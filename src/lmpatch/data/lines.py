@@ -15,16 +15,15 @@ from ..errors import BadInput, BadRecord
 
 T = TypeVar("T")
 Line = Mapping[str, Any]
-
+Shapes = Mapping[str, tuple[tuple[str, ...], Callable[[Line, str], T]]]
+"""Format → the keys it is known by, and what makes a record of a line and its place in the file."""
 
 LISTED = 10  # bad lines named in one message
 
 
 def read_text(path: str | Path, *, limit: int | None = None) -> list[str]:
-    """Read plain text: the ``text`` of each JSON line, or the paragraphs of a ``.txt`` or ``.txt.gz`` file.
+    """The ``text`` of each JSON line, or the paragraphs of a ``.txt`` or ``.txt.gz`` file, at most ``limit``.
 
-    Args:
-        limit: at most this many texts, the first ones.
     Returns:
         texts without surrounding white space, empty ones left out.
     Raises:
@@ -70,7 +69,7 @@ def read_records(path: Path, make: Callable[[Line, int], T]) -> list[tuple[int, 
     """(line number, record) of every record; all bad lines are gathered into one ``BadRecord``."""
     made: list[tuple[int, T]] = []
     bad: list[str] = []
-    for number, record in _records(path):
+    for number, record in parsed(path):
         try:
             if isinstance(record, BadRecord):
                 raise record
@@ -88,15 +87,28 @@ def read_records(path: Path, make: Callable[[Line, int], T]) -> list[tuple[int, 
     return made
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
+def read_shapes(path: str | Path, shapes: Shapes[T], need: str, format: str | None) -> list[tuple[int, T]]:
+    """As ``read_records``, in this format; None: the first whose keys the first record has, else ``need`` is said."""
+    if format is not None and format not in shapes:
+        raise BadInput(f"no format is called {format!r}. There are: {', '.join(shapes)}.")
+
+    def make(record: Line, place: int) -> T:
+        nonlocal format
+        format = format or next((name for name, (keys, _) in shapes.items() if record.keys() >= {*keys}), None)
+        if format is None:
+            raise BadRecord(f"unknown shape with keys {', '.join(record) or 'none'}. {need}")
+        return shapes[format][1](record, str(place))
+
+    return read_records(Path(path), make)
+
+
+def parsed(path: Path) -> Iterator[tuple[int, Any]]:
     """(number, parsed value, or a ``BadRecord`` that says why not); in a ``.json`` list the number counts records."""
-    if _suffix(path) == ".json":
-        items = _parsed("".join(line for _, line in _lines(path)))
-        yield from enumerate(items if isinstance(items, list) else [items], 1)
+    if _suffix(path) != ".json":
+        yield from ((number, _parsed(line)) for number, line in _lines(path) if line.strip())
         return
-    for number, line in _lines(path):
-        if line.strip():
-            yield number, _parsed(line)
+    items = _parsed("".join(line for _, line in _lines(path)))
+    yield from enumerate(items if isinstance(items, list) else [items], 1)
 
 
 def _parsed(text: str) -> Any:
@@ -120,3 +132,10 @@ def text_of(record: Line, key: str, default: str | None = None) -> str:
     if not isinstance(value, str):
         raise BadRecord(f"{key} is missing" if value is None else f"{key} must be a text, found {value!r}")
     return value
+
+
+def texts_of(record: Line, key: str) -> tuple[str, ...]:
+    value = record.get(key, [])
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise BadRecord(f"{key} must be a list of texts, found {value!r}")
+    return tuple(value)

@@ -12,8 +12,7 @@ ARTICLES = ("a ", "an ", "the ")
 
 def normalise(text: str) -> str:
     """NFKC, case-folded, punctuation off both edges of every token, single blanks, no leading article."""
-    tokens = (_bare(token) for token in unicodedata.normalize("NFKC", text).casefold().split())
-    joined = " ".join(token for token in tokens if token)
+    joined = " ".join(filter(None, map(_bare, unicodedata.normalize("NFKC", text).casefold().split())))
     return next((joined[len(a) :] for a in ARTICLES if joined.startswith(a) and len(joined) > len(a)), joined)
 
 
@@ -28,13 +27,12 @@ def _bare(token: str) -> str:
 
 def first(text: str, aliases: Iterable[str]) -> int | None:
     """Where the first alias begins in ``text``, at word boundaries; both normalised. None: nowhere."""
-    places = [match.start() for alias in aliases if alias and (match := _word(alias).search(text))]
-    return min(places, default=None)
+    return min((at.start() for alias in aliases if alias and (at := re.search(whole(alias), text))), default=None)
 
 
-def _word(alias: str) -> re.Pattern[str]:
-    # "2" is not in "2,000" or "2.5", "rome" is in "rome's"
-    return re.compile(rf"(?<!\w)(?<!\d[.,]){re.escape(alias)}(?!\w)(?![.,]\d)")
+def whole(words: str) -> str:
+    """A pattern for these words and no part of others: "rome" is in "rome's", "2" is not in "2,000" or "2.5"."""
+    return rf"(?<!\w)(?<!\d[.,]){re.escape(words)}(?!\w)(?![.,]\d)"
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ class Record:
 
     @classmethod
     def read(cls, path: str | Path, *, limit: int | None = None, check: bool = False) -> list[Any]:
-        """The records of a file, at most ``limit``.
+        """The records of a file, at most ``limit``; with ``check``, those that cannot stand together are refused.
 
-        Args:
-            check: refuse records that cannot stand together, by their lines.
         Raises:
             BadInput: no such file, or none of these records in it.
         """

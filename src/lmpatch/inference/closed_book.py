@@ -36,9 +36,6 @@ def closed_book_answers(
 
     Answers of a model without patches are kept in the user's cache by weights, dtype and prompt; an interrupted run
     loses 256 of them at most.
-
-    Returns:
-        one answer per question.
     """
     prompts = [closed_book(question) for question in questions]
     path = _path(lm)
@@ -52,27 +49,23 @@ def closed_book_answers(
             tokens[place] += 1
             return False
 
-        said = generate(lm, group, max_new_tokens=TOKENS, batch_size=batch_size, enough=count)
-        new = {
-            hash_json(prompt): ClosedBookAnswer(text.strip(), n < TOKENS)
-            for prompt, text, n in zip(group, said, tokens, strict=True)
-        }
-        found |= new
+        texts = generate(lm, group, max_new_tokens=TOKENS, batch_size=batch_size, enough=count)
+        lines = []
+        for prompt, text, n in zip(group, texts, tokens, strict=True):
+            own = found[hash_json(prompt)] = ClosedBookAnswer(text.strip(), n < TOKENS)
+            lines.append(b"\n" + json.dumps([hash_json(prompt), own.text, own.ended]).encode())
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:  # one write: lines of two processes do not mix
-                file.write(
-                    b"".join(b"\n" + json.dumps([key, own.text, own.ended]).encode() for key, own in new.items())
-                )
+                file.write(b"".join(lines))
         if progress:
             progress(start + len(group), len(missing), "asking without documents")
     return [found[hash_json(prompt)] for prompt in prompts]
 
 
 def _path(lm: LM) -> Path | None:
-    if getattr(
-        getattr(lm.model, "_lmpatch_ledger", None), "applied", ()
-    ):  # with patches on, answers are those of no known model
+    ledger = getattr(lm.model, "_lmpatch_ledger", None)  # see patches.ledger
+    if ledger and ledger.applied:  # answers are those of no known model
         return None
     try:
         name = f"{lm.fingerprint()[:24]}-{str(lm.dtype).removeprefix('torch.')}-{TOKENS}"
@@ -82,10 +75,8 @@ def _path(lm: LM) -> Path | None:
 
 
 def _read(path: Path | None) -> dict[str, ClosedBookAnswer]:
-    if path is None or not path.is_file():
-        return {}
     found = {}
-    for line in path.read_bytes().splitlines():
+    for line in path.read_bytes().splitlines() if path is not None and path.is_file() else ():
         with suppress(ValueError):  # a kill may leave half a line; the next one begins anew
             key, text, ended = json.loads(line)
             found[key] = ClosedBookAnswer(text, ended)

@@ -7,7 +7,7 @@ The head works in chunks, so ``[tokens, vocab]`` never exists.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,44 +18,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 
-from ..models.hooks import Hook, hooked
+from ..models.hooks import Hook, Stop, hooked
 from ..models.lm import LM
 
 HEAD_CHUNK = 128  # positions per head call: 128 x 262,144 fp32 logits are 134 MB
-
-
-class _Stop(Exception):
-    """Ends a forward once the last block that matters has run."""
 
 
 @contextmanager
 def frozen(lm: LM) -> Iterator[None]:
     """No weight asks for a gradient inside; the flags are as before outside."""
     trainable = [p for p in lm.model.parameters() if p.requires_grad]
+
+    def ask(flag: bool) -> None:
+        for p in trainable:
+            p.requires_grad_(flag)
+
     try:
         try:
-            _require_grad(trainable, False)
+            ask(False)
             yield
         finally:
-            _require_grad(trainable, True)
+            ask(True)
     finally:
-        _require_grad(trainable, True)  # an interrupt may have stopped the first
-
-
-def _require_grad(parameters: Iterable[nn.Parameter], flag: bool) -> None:
-    for p in parameters:
-        p.requires_grad_(flag)
+        ask(True)  # an interrupt may have stopped the first
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward of a padded batch, as a hook sees it: which of its tokens are prompt, and which are answer.
-
-    With a cache a forward runs the newest ``width`` columns of the batch; earlier ones ran before.
-    """
+    """One forward of a padded batch, as a hook sees it: which of its tokens are prompt, and which are answer."""
 
     mask: Tensor
-    """[n, columns] 1 at real tokens, those of earlier forwards included."""
+    """[n, columns] 1 at real tokens; columns in the cache included."""
     width: int
     """t: columns that run now, the last ones."""
     prompt_end: Tensor
@@ -123,65 +116,48 @@ def blocks(
         mask: [n, t] or, with a cache, [n, cached + t].
         last: 0-based block to stop after; None: the last one.
         vectors: [m, d] in the space of the embedding module's output. Gradients flow into them.
-        prompt_end: [n] the column of each row's last prompt token, cached columns counted. Patches that act on the
-            answer need it (see ``Pass``).
+        prompt_end: see ``Pass``; patches that act on the answer need it.
     Returns:
         [n, t, d] what block ``last`` hands on.
     """
-    block = lm.module(lm.layout.blocks[-1 if last is None else last])
     kept: list[Tensor] = []
 
     def stop(_: nn.Module, __: Any, output: Any) -> None:
         kept.append(first(output))
-        raise _Stop
+        raise Stop
 
-    kwargs: dict[str, Any] = {"position_ids": position_ids} if _takes_positions(lm) else {}
-    hooks = [Hook(block, stop)]
+    def insert(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
+        assert vectors is not None
+        rows = vectors.to(embedded.dtype)[(-1 - ids).clamp(min=0)]
+        return torch.where((ids < 0)[..., None], rows, embedded)  # [n, t, d]
+
+    hooks = [Hook(lm.module(lm.layout.blocks[-1 if last is None else last]), stop)]
     if vectors is not None:
-        hooks.append(Hook(lm.module(lm.layout.embed), _inserted(ids, vectors)))
-        ids = ids.clamp(min=0)
+        hooks.append(Hook(lm.module(lm.layout.embed), insert))
+    kwargs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
+    if "position_ids" in inspect.signature(lm.model.forward).parameters:
+        kwargs["position_ids"] = position_ids
     now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end)
-    with during(now), hooked(*hooks), suppress(_Stop):
-        lm.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **kwargs)
+    with during(now), hooked(*hooks), suppress(Stop):
+        lm.model(input_ids=ids.clamp(min=0), **kwargs)
     return kept[0]
 
 
-def _inserted(ids: Tensor, vectors: Tensor) -> Callable[..., Tensor]:
-    """A hook that puts rows of ``vectors`` where ``ids`` are negative."""
-    virtual, row = (ids < 0)[..., None], (-1 - ids).clamp(min=0)
-
-    def put(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
-        return torch.where(virtual, vectors.to(embedded.dtype)[row], embedded)  # [n, t, d]
-
-    return put
-
-
-def _takes_positions(lm: LM) -> bool:
-    return "position_ids" in inspect.signature(lm.model.forward).parameters
-
-
 def logits(lm: LM, hidden: Tensor) -> Tensor:
-    """What follows the last block: final norm, head, soft-cap.
-
-    Args:
-        hidden: [..., d] states after the last block.
-    Returns:
-        [..., V] logits, fp32; fp64 where the model is.
-    """
-    out = hidden
+    """Logits [..., V] of the states [..., d] after the last block, fp32 or where the model is fp64."""
     for name in lm.layout.tail:
-        out = lm.module(name)(out)
-    out = out if out.dtype == torch.float64 else out.float()
+        hidden = lm.module(name)(hidden)
+    return capped(lm, hidden if hidden.dtype == torch.float64 else hidden.float())
+
+
+def capped(lm: LM, z: Tensor) -> Tensor:
+    """Logits with the model's soft-cap, where it has one."""
     cap = lm.layout.softcap
-    return cap * torch.tanh(out / cap) if cap else out
+    return cap * torch.tanh(z / cap) if cap else z
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """A per-row loss of the logits whose gradient is taken chunk by chunk in the forward pass.
-
-    One chunk of logits is alive at a time and the head runs once forward and once backward, where
-    checkpointing would run it forward twice.
-    """
+    """A loss whose gradient is taken in the forward pass, chunk by chunk; checkpointing would run the head twice."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], lm: LM, chunk: int) -> Tensor:
@@ -204,27 +180,21 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def head_loss(lm: LM, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], *, chunk: int = HEAD_CHUNK) -> Tensor:
-    """A loss of each row's logits, differentiable in ``hidden``; [n, V] never exists.
+    """A loss [n] fp32 of each row's logits, differentiable in ``hidden`` [n, d]; [n, V] never exists.
 
     Args:
-        hidden: [n, d] states after the last block.
         loss: called with the logits [c, V] of some rows and the slice they are; gives [c].
-    Returns:
-        [n], fp32.
     """
     out: Tensor = _ChunkedLoss.apply(hidden, loss, lm, chunk)  # type: ignore[no-untyped-call]
     return out
 
 
 def nll(lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = None, chunk: int = HEAD_CHUNK) -> Tensor:
-    """-log p(label) at each row, differentiable in ``hidden``.
+    """-log p(label) at each row, [n] nats, differentiable in ``hidden`` [n, d].
 
     Args:
-        hidden: [n, d] states after the last block.
         labels: [n] token ids.
         hits: if given, bool tensors are appended that together say [n] where the label is the argmax.
-    Returns:
-        [n] nats, fp32.
     """
 
     def loss(z: Tensor, rows: slice) -> Tensor:
@@ -236,13 +206,10 @@ def nll(lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = N
 
 
 def kl(lm: LM, hidden: Tensor, base_logp: Tensor, *, chunk: int = HEAD_CHUNK) -> Tensor:
-    """KL(p_hidden || p_base) at each row, differentiable in ``hidden``.
+    """KL(p_hidden || p_base) at each row, [n] nats, differentiable in ``hidden`` [n, d].
 
     Args:
-        hidden: [n, d] states after the last block.
         base_logp: [n, V] log probabilities to stay close to.
-    Returns:
-        [n] nats, fp32.
     """
 
     def loss(z: Tensor, rows: slice) -> Tensor:

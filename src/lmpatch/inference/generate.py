@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +18,36 @@ from ..models.lm import LM
 from ..progress import Progress
 from .forward import blocks, positions
 from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
-from .sampling import Sampling
-from .tokens import pad, pad_id
+from .tokens import each_once, padded
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is taken from its logits."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise BadInput(f"temperature is {self.temperature}. Give a number from 0; 0 is greedy.")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"top_p is {self.top_p}. Give a number in 0..1 above 0; 1 draws from all tokens.")
+
+    def numbers(self, n: int, steps: int) -> Tensor:
+        """One uniform number for each token to come, [n, steps]."""
+        return torch.rand(n, steps, generator=torch.Generator().manual_seed(self.seed))
+
+    def take(self, z: Tensor, u: Tensor) -> Tensor:
+        """Tokens [n] from logits [n, V] and uniform numbers [n]."""
+        if not self.temperature:
+            return z.argmax(-1)
+        p, order = (z / self.temperature).softmax(-1).sort(-1, descending=True)
+        mass = p.cumsum(-1)
+        last = (mass - p < self.top_p).sum(-1, keepdim=True) - 1  # [n, 1] of the likeliest that reach top_p
+        place = torch.searchsorted(mass, u[:, None] * mass.gather(-1, last), right=True)
+        return order.gather(-1, place.minimum(last))[:, 0]
 
 
 @torch.no_grad()
@@ -58,18 +88,16 @@ def generate(
     pairs = _pairs(inputs)
     numbers = sampling.numbers(len(pairs), max_new_tokens).to(lm.device)
     keys = [(pair, i if temperature else 0) for i, pair in enumerate(pairs)]  # draws differ between equal prompts
-    queue = sorted(set(keys), key=lambda key: (longest(key[0]), key[1]))
     places: dict[tuple[Pair, int], list[int]] = {}
     for i, key in enumerate(keys):
         places.setdefault(key, []).append(i)
-    ends, size = StopTokens(lm, stop), max(1, batch_size // inputs.width)
-    answers: dict[tuple[Pair, int], str] = {}
-    for start in range(0, len(queue), size):
-        batch = queue[start : start + size]
-        own_numbers = numbers[[place for _, place in batch]]
+    ends, answers = StopTokens(lm, stop), dict[tuple[Pair, int], str]()
+    size = batch_size // inputs.width
+    for batch in each_once(keys, lambda key: (longest(key[0]), key[1]), size, progress, "generating"):
         new: list[list[int]] = [[] for _ in batch]
         ended = [False] * len(batch)
-        for tokens in steps(lm, inputs, [pair for pair, _ in batch], ends, sampling, own_numbers, ended):
+        drawn = numbers[[place for _, place in batch]]
+        for tokens in steps(lm, inputs, [pair for pair, _ in batch], ends, sampling, drawn, ended):
             for i, token in tokens:
                 new[i].append(token)
                 if enough:
@@ -77,8 +105,6 @@ def generate(
                     ended[i] = all(enough(place, text) for place in places[batch[i]])
         for key, ids in zip(batch, new, strict=True):
             answers[key] = lm.tokenizer.decode(ids, skip_special_tokens=True)
-        if progress:
-            progress(start + len(batch), len(queue), "generating")
     texts = [answers[key] for key in keys]
     return texts[0] if isinstance(prompts, (str, InContext)) else texts
 
@@ -155,8 +181,7 @@ def steps(
         ended: which rows ended. The caller may end more of them between two steps.
     """
     width, n, limit = inputs.width, len(batch), numbers.shape[1]
-    ids, mask = pad([pair[s] for s in range(width) for pair in batch], pad_id(lm), side="left")  # stream after stream
-    ids, mask = ids.to(lm.device), mask.to(lm.device)
+    ids, mask = padded(lm, [pair[s] for s in range(width) for pair in batch], side="left")  # stream after stream
     prompt_end = torch.full((len(ids),), ids.shape[1] - 1, device=lm.device)  # all prompts end in one column
     cache = DynamicCache(config=lm.model.config)
     alive = list(range(n))  # batch row -> row of `batch`

@@ -1,10 +1,6 @@
 """What a patch may do while inference runs: before the prompt, inside the blocks, on the logits.
 
-An ``Intervention`` may put something before a prompt (``retrieve``), run inside the blocks (``hooks``, which see where
-each row's prompt ends by ``forward.current_pass``), and combine what the model says behind a prompt with what it says
-behind the same prompt without its context (``rules``). Scoring, generation and hidden states use it alike, so what is
-scored is what would be generated. The ledger on a patched model has the interventions of its patches (see
-``patches.ledger``).
+Scoring, generation and hidden states use an ``Intervention`` alike, so what is scored is what would be generated.
 """
 
 from __future__ import annotations
@@ -51,14 +47,12 @@ class Rule(ABC):
 
     @abstractmethod
     def combine(self, with_context: Tensor, without_context: Tensor, state: Tensor) -> Tensor:
-        """One step of n answers.
+        """One step of n answers: [n, V] logits of the combined distribution.
 
         Args:
             with_context: [n, V] logits with context, fp32. May be overwritten.
             without_context: [n, V] logits without. Left alone.
             state: [n] int64, what the rule knows about each answer so far: 0 before its first token, written in place.
-        Returns:
-            [n, V] logits of the combined distribution.
         """
 
 
@@ -89,7 +83,7 @@ class Streams:
     """Tokenised prompts, as the rules on the model need them."""
 
     rules: tuple[Rule, ...]
-    rows: list[tuple[Row, ...]]
+    rows: Sequence[tuple[Row, ...]]
     """For each prompt its row; with rules a second one, without context. Both have the same target tokens."""
     vectors: Tensor | None
     """See ``prepare``."""
@@ -112,9 +106,15 @@ def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = N
             model's window.
     """
     rules = tuple(rule for intervention in interventions(lm) for rule in intervention.rules)
-    with_context = [prompt.prompt if isinstance(prompt, InContext) else prompt for prompt in prompts]
-    without_context = [_bare(prompt) for prompt in prompts] if rules else with_context
-    alone = without_context == with_context
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if rules and texts:
+        raise BadInput(
+            f"a decode patch compares a prompt with its form without context, and {texts[0][:60]!r} is one text. Give "
+            "InContext(prompt=..., without_context=...) (lmpatch ask: --context), or take the patch off."
+        )
+    with_context = [prompt if isinstance(prompt, str) else prompt.prompt for prompt in prompts]
+    without_context = [prompt.without_context for prompt in prompts if isinstance(prompt, InContext)]
+    alone = not rules or without_context == with_context
     wanted = None if targets is None else [*targets] * (1 if alone else 2)
     rows, vectors = prepare(lm, with_context if alone else with_context + without_context, wanted)
     need_window(lm, [row.ids for row in rows], new_tokens)
@@ -122,19 +122,8 @@ def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = N
         return Streams((), [(row,) for row in rows], vectors)
     pairs = zip(rows[: len(with_context)], rows[len(with_context) :], strict=True)
     # the tokens at the border may depend on what stands before it: the stream with context says what the target is
-    shared: list[tuple[Row, ...]] = [
-        (one, Row(two.ids[: two.target] + one.ids[one.target :], two.target)) for one, two in pairs
-    ]
+    shared = [(one, Row(two.ids[: two.target] + one.ids[one.target :], two.target)) for one, two in pairs]
     return Streams(rules, shared, vectors)
-
-
-def _bare(prompt: Prompt) -> str:
-    if isinstance(prompt, InContext):
-        return prompt.without_context
-    raise BadInput(
-        f"a decode patch compares a prompt with its form without context, and {prompt[:60]!r} is one text. Give "
-        "InContext(prompt=..., without_context=...) (lmpatch ask: --context), or take the patch off."
-    )
 
 
 def prepare(lm: LM, prompts: Sequence[str], targets: Sequence[str] | None = None) -> tuple[list[Row], Tensor | None]:
@@ -146,30 +135,25 @@ def prepare(lm: LM, prompts: Sequence[str], targets: Sequence[str] | None = None
     Returns:
         the rows, and the table [m, d] of vectors; None if there are none.
     """
-    found = [intervention.retrieve(list(prompts)) for intervention in interventions(lm)] if prompts else []
     texts = list(prompts)
+    found = [intervention.retrieve(list(prompts)) for intervention in interventions(lm)] if prompts else []
     for inserts in found:
         texts = [(i.text if i else "") + text for i, text in zip(inserts, texts, strict=True)]
     rows = encode_all(lm, texts, targets)
     table: list[Tensor] = []
     known: dict[int, tuple[int, ...]] = {}  # the same tensor for two prompts is the same ids
-    for inserts in found:
-        for i, insert in enumerate(inserts):
-            if insert is not None and insert.vectors is not None:
-                key = id(insert.vectors)
-                if key not in known:
-                    known[key] = tuple(-1 - len(table) - k for k in range(len(insert.vectors)))
-                    table += insert.vectors
-                rows[i] = inserted(lm, rows[i], known[key], insert.at)
+    for i, insert in (pair for inserts in found for pair in enumerate(inserts)):
+        if insert is not None and insert.vectors is not None:
+            key = id(insert.vectors)
+            if key not in known:
+                known[key] = tuple(-1 - len(table) - k for k in range(len(insert.vectors)))
+                table += insert.vectors
+            rows[i] = inserted(lm, rows[i], known[key], insert.at)
     return rows, torch.stack(table).to(lm.device) if table else None
 
 
 def need_window(lm: LM, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
-    """Check that the model can read every row of token ids, and so many tokens behind it.
-
-    Raises:
-        BadInput: one is longer than the model's window.
-    """
+    """Raise ``BadInput`` if a row of token ids, and so many tokens behind it, do not fit into the model's window."""
     for row in rows:
         if lm.window is not None and len(row) + new_tokens > lm.window:
             raise BadInput(
@@ -187,13 +171,11 @@ def inserted(lm: LM, row: Row, ids: tuple[int, ...], at: str) -> Row:
 
 
 def combined(lm: LM, states: Tensor, rules: Sequence[Rule], state: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of the next token under the rules, some prompts at a time.
+    """Logits of the next token under the rules, some prompts at a time: which ones, and [c, V] fp32.
 
     Args:
         states: [streams, n, d] after the last block; one stream without rules, two with.
         state: [rules, n] as in ``Rule.combine``.
-    Yields:
-        which prompts, and their logits [c, V], fp32.
     """
     size = HEAD_CHUNK // len(states)
     for start in range(0, states.shape[1], size):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
-from .forward import HEAD_CHUNK, logits
+from .forward import HEAD_CHUNK, capped, logits
 from .interventions import Prompt, Rule, combined, initial_states, streams
 from .states import last_states
 from .tokens import Row, encode_all
@@ -26,13 +26,10 @@ def next_logits(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Logits of a few tokens behind each prompt, from the model with everything that is on it.
+    """Logits [n, k] fp32 of k tokens behind each prompt, from the model with everything that is on it.
 
-    Args:
-        prompts: texts, or ``InContext`` where a decode patch is on the model.
-        token_ids: k token ids.
-    Returns:
-        [n, k] logits, fp32. A decode patch gives them up to a constant per prompt.
+    A decode patch gives them up to a constant per prompt, and reads ``InContext``.
+
     Raises:
         BadInput: a decode patch is on and a prompt is a plain text.
     """
@@ -42,12 +39,10 @@ def next_logits(
 
 
 def combined_options(lm: LM, states: Tensor, rules: Sequence[Rule], token_ids: Sequence[int]) -> Tensor:
-    """Logits of a few first tokens under the rules.
+    """Logits [n, k] fp32 of k first tokens under the rules.
 
     Args:
         states: [streams, n, d] after the last block; one stream without rules, two with.
-    Returns:
-        [n, k] fp32.
     """
     wanted, state = list(token_ids), initial_states(lm, rules, states.shape[1])
     if not all(rule.pointwise for rule in rules):  # the rule looks at all tokens
@@ -61,13 +56,9 @@ def combined_options(lm: LM, states: Tensor, rules: Sequence[Rule], token_ids: S
 
 @torch.no_grad()
 def option_logits(lm: LM, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """``logits`` of a few tokens: only their rows of the head run, where it is a plain linear layer.
+    """``logits`` [n, k] of k tokens: only their rows of the head run, where it is a plain linear layer.
 
-    Args:
-        hidden: [n, d] states after the last block.
-        token_ids: k token ids.
-    Returns:
-        [n, k] logits, fp32. The rows are multiplied in fp32, so that close options do not tie in bf16.
+    The rows are multiplied in fp32, so that close options do not tie in bf16.
     """
     head, wanted = lm.module(lm.layout.head), list(token_ids)
     if type(head) is not nn.Linear or head.weight.is_meta or head._forward_hooks or head._forward_pre_hooks:
@@ -77,17 +68,14 @@ def option_logits(lm: LM, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
     for name in lm.layout.tail[:-1]:
         out = lm.module(name)(out)
     bias = None if head.bias is None else head.bias[wanted].float()
-    out = F.linear(out.float(), head.weight[wanted].float(), bias)  # [n, k]
-    cap = lm.layout.softcap
-    return cap * torch.tanh(out / cap) if cap else out
+    return capped(lm, F.linear(out.float(), head.weight[wanted].float(), bias))  # [n, k]
 
 
 def option_tokens(lm: LM, prompt: str, options: Sequence[str]) -> tuple[Row, tuple[int, ...]]:
-    """Where options part behind a prompt.
+    """Where options part behind a prompt: the tokens before that place, and each option's token there.
 
-    Returns:
-        the tokens before that place, the prompt's and those that all options share; and each option's token there.
-        Two options may still share theirs. ``target`` says where the options begin.
+    Two options may still share theirs. ``target`` says where the options begin.
+
     Raises:
         BadInput: an option tokenises to nothing, or two are the same.
     """

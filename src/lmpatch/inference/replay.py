@@ -20,8 +20,8 @@ Column 0 is padding in every row. A mask therefore always exists: without any pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicLayer
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from .forward import Pass, blocks, during, first, positions
-from .tokens import pad_id
+from .tokens import padded
 
 
 class _Prefix(DynamicLayer):
@@ -83,15 +83,9 @@ class Recording:
 
     def select(self, rows: Tensor) -> Recording:
         """The same recording for these rows only, in this order; a row may repeat."""
-
-        def pick(states: dict[int, Tensor]) -> dict[int, Tensor]:
-            return {i: v[rows] for i, v in states.items()}
-
+        names = ("hidden", "keys", "values", "past", "calls", "mask")
         end = None if self.prompt_end is None else self.prompt_end[rows]
-        calls = {i: (_rows(a, rows, self.n), _rows(k, rows, self.n)) for i, (a, k) in self.calls.items()}
-        past = {i: (k[rows], v[rows]) for i, (k, v) in self.past.items()}
-        states = pick(self.hidden), pick(self.keys), pick(self.values)
-        return Recording(self.lm, self.prefix, *states, past, calls, self.mask[rows], end)
+        return replace(self, prompt_end=end, **{name: _rows(getattr(self, name), rows, self.n) for name in names})
 
     def forward(self, hidden: Tensor, layer: int, *, rows: Tensor | None = None, end: int | None = None) -> Tensor:
         """Run blocks ``layer`` .. ``end``-1 on the suffix.
@@ -103,8 +97,17 @@ class Recording:
         Returns:
             [r, s, d] leaving block ``end``-1.
         """
+        width = hidden.shape[1]
+        mask, prompt_end = self.mask[:, : self.prefix + width], self.prompt_end
+        if rows is not None:
+            mask, prompt_end = mask[rows], None if prompt_end is None else prompt_end[rows]
         for i in range(layer, self.lm.layout.n_layers if end is None else end):
-            hidden = self._block(i, hidden, rows)
+            call, past = self.calls[i], self.past[i]
+            if rows is not None:
+                call, past = _rows((call, past), rows, self.n)
+            if width < self.suffix:
+                call = _columns(call, width, self.suffix, self.prefix)
+            hidden = self._call(i, hidden, call, past, mask, prompt_end)
         return hidden
 
     def fan(self, hidden: Tensor, layer: int, *, end: int | None = None) -> Tensor:
@@ -119,34 +122,18 @@ class Recording:
             [n, v, d] leaving block ``end``-1.
         """
         assert self.suffix == 1, "only versions of a last token can stand side by side"
-        mask = F.pad(self.mask[:, : self.prefix], (0, hidden.shape[1]), value=1)
+        versions = hidden.shape[1]
+        mask = F.pad(self.mask[:, : self.prefix], (0, versions), value=1)
         for i in range(layer, self.lm.layout.n_layers if end is None else end):
-            args, kwargs = (_fanned(x, hidden.shape[1]) for x in self.calls[i])
-            with self._pass(mask, hidden.shape[1]):
-                hidden = self._call(i, hidden, args, kwargs, *self.past[i])
+            hidden = self._call(i, hidden, _fanned(self.calls[i], versions), self.past[i], mask, self.prompt_end)
         return hidden
 
-    def _block(self, layer: int, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        args, kwargs = self.calls[layer]
-        (keys, values), mask = self.past[layer], self.mask
-        if rows is not None:
-            args, kwargs = _rows(args, rows, self.n), _rows(kwargs, rows, self.n)
-            keys, values, mask = keys[rows], values[rows], mask[rows]
-        width = hidden.shape[1]
-        if width < self.suffix:
-            args, kwargs = (_columns(x, width, self.suffix, self.prefix) for x in (args, kwargs))
-        with self._pass(mask[:, : self.prefix + width], width, rows):
-            return self._call(layer, hidden, args, kwargs, keys, values)
-
-    def _pass(self, mask: Tensor, width: int, rows: Tensor | None = None) -> AbstractContextManager[None]:
-        """What patches on the model see of these columns."""
-        end = self.prompt_end
-        return during(None if end is None else Pass(mask, width, end if rows is None else end[rows]))
-
-    def _call(self, layer: int, hidden: Tensor, args: Any, kwargs: Any, keys: Tensor, values: Tensor) -> Tensor:
-        layers = [_Prefix(keys, values)] * (layer + 1)  # blocks look themselves up by their index
-        args, kwargs = (_with_cache(x, Cache(layers=list(layers))) for x in (args, kwargs))
-        return first(self.lm.module(self.lm.layout.blocks[layer])(hidden, *args, **kwargs))
+    def _call(self, layer: int, hidden: Tensor, call: Any, past: Any, mask: Tensor, end: Tensor | None) -> Tensor:
+        """One block, called as it was; patches on the model see of the columns what ``mask`` and ``end`` say."""
+        layers: list[Any] = [_Prefix(*past)] * (layer + 1)  # blocks look themselves up by their index
+        args, kwargs = _with_cache(call, Cache(layers=layers))
+        with during(None if end is None else Pass(mask, hidden.shape[1], end)):
+            return first(self.lm.module(self.lm.layout.blocks[layer])(hidden, *args, **kwargs))
 
 
 @torch.no_grad()
@@ -163,7 +150,10 @@ def record(
     Returns:
         a ``Recording`` whose suffix column 0 is token t of every row.
     """
-    ids, mask, prefix = _aligned(lm, rows, at)
+    before = padded(lm, [row[:t] for row, t in zip(rows, at, strict=True)], side="left")
+    behind = padded(lm, [row[t:] for row, t in zip(rows, at, strict=True)], side="right")
+    ids, mask = (F.pad(torch.cat(parts, 1), (1, 0)) for parts in zip(before, behind, strict=True))  # [n, P + S]
+    prefix = max(at) + 1
     place = positions(mask)
     prompt_end = None
     if ends is not None:
@@ -178,56 +168,33 @@ def record(
     keys: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
 
-    def enter(layer: int) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if "hidden_states" in kwargs:
-                args, kwargs = (
-                    (kwargs["hidden_states"], *args),
-                    {k: v for k, v in kwargs.items() if k != "hidden_states"},
-                )
-            hidden[layer] = args[0]
-            calls[layer] = _with_cache(args[1:], None), _with_cache(kwargs, None)
-
-        return hook
+    def enter(layer: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if "hidden_states" in kwargs:
+            args = (kwargs["hidden_states"], *args)
+        hidden[layer] = args[0]
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls[layer] = _with_cache((args[1:], others), None)
 
     def column(state: Tensor) -> Tensor:
         return state.reshape(len(rows), -1, state.shape[-1])[:, 0]  # some models flatten rows and tokens: [n*S, d]
 
-    def take(layer: int) -> Any:
-        def hook(_: Any, args: tuple[Any, ...]) -> None:
-            keys[layer] = column(args[0])
+    def take(layer: int, _: Any, args: tuple[Any, ...]) -> None:
+        keys[layer] = column(args[0])
 
-        return hook
-
-    def watch(layer: int) -> Any:
-        def hook(_: Any, __: tuple[Any, ...], output: Any) -> None:
-            values[layer] = column(first(output))
-
-        return hook
+    def watch(layer: int, _: Any, __: Any, output: Any) -> None:
+        values[layer] = column(first(output))
 
     hooks = []
     for i in range(lowest, lm.layout.n_layers):
         block, down = lm.module(lm.layout.blocks[i]), lm.module(lm.layout.downs[i])
-        hooks.append(Hook(block, enter(i), before=True, kwargs=True))
-        hooks.append(Hook(down, take(i), before=True, first=True))  # a patch may scale what the projection then reads
-        hooks.append(Hook(down, watch(i)))
+        hooks.append(Hook(block, partial(enter, i), before=True, kwargs=True))
+        # first: a patch may scale what the projection then reads
+        hooks.append(Hook(down, partial(take, i), before=True, first=True))
+        hooks.append(Hook(down, partial(watch, i)))
     with hooked(*hooks):
         out = blocks(lm, ids[:, prefix:], mask, position_ids=place[:, prefix:], cache=cache, prompt_end=prompt_end)
     hidden[lm.layout.n_layers] = out
     return Recording(lm, prefix, hidden, keys, values, past, calls, mask, prompt_end)
-
-
-def _aligned(lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int]) -> tuple[Tensor, Tensor, int]:
-    """ids and mask [n, P+S] with every row's ``at`` in column P = longest prefix + 1."""
-    prefix = max(at) + 1
-    width = prefix + max(len(row) - t for row, t in zip(rows, at, strict=True))
-    ids = torch.full((len(rows), width), pad_id(lm))
-    mask = torch.zeros_like(ids)
-    for i, (row, t) in enumerate(zip(rows, at, strict=True)):
-        where = slice(prefix - t, prefix - t + len(row))
-        ids[i, where] = torch.tensor(row, dtype=ids.dtype)
-        mask[i, where] = 1
-    return ids.to(lm.device), mask.to(lm.device), prefix
 
 
 def _map(value: Any, change: Any) -> Any:

@@ -13,7 +13,7 @@ from ..models.lm import LM
 from ..progress import Progress
 from .forward import blocks, positions
 from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
-from .tokens import pad, pad_id
+from .tokens import each_once, padded
 
 _Key = tuple[Pair, tuple[int, ...]]
 
@@ -41,12 +41,10 @@ class Score:
 def score(
     lm: LM, prompts: Sequence[Prompt], targets: Sequence[str], *, batch_size: int = 64, progress: Progress | None = None
 ) -> list[Score]:
-    """Score each target after its prompt, teacher-forced.
+    """Score each target after its prompt, teacher-forced; one ``Score`` per prompt.
 
     Args:
         prompts: texts, or ``InContext`` where a decode patch is on the model: its combined distribution is scored.
-    Returns:
-        one ``Score`` per prompt, in the order given.
     Raises:
         BadInput: nothing stands before a target, the two are longer than the model's window, or a decode patch is on
             and a prompt is a plain text.
@@ -58,14 +56,9 @@ def score(
                 f"nothing stands before the target of {prompt!r}: the tokenizer adds no start token. Give a prompt."
             )
     keys: list[_Key] = [(tuple(row.ids for row in rows), tuple(row.target for row in rows)) for rows in inputs.rows]
-    queue = sorted(set(keys), key=lambda key: longest(key[0]))
     scores: dict[_Key, Score] = {}
-    size = max(1, batch_size // inputs.width)
-    for start in range(0, len(queue), size):
-        batch = queue[start : start + size]
+    for batch in each_once(keys, lambda key: longest(key[0]), batch_size // inputs.width, progress, "scoring"):
         scores.update(zip(batch, score_batch(lm, inputs, batch), strict=True))
-        if progress:
-            progress(start + len(batch), len(queue), "scoring")
     return [scores[key] for key in keys]
 
 
@@ -76,36 +69,31 @@ def score_batch(lm: LM, inputs: Streams, batch: Sequence[_Key]) -> list[Score]:
         batch: for each prompt the token ids of its streams, and where the target begins in each of them.
     """
     n, width = len(batch), inputs.width
-    rows = [pair[s] for s in range(width) for pair, _ in batch]  # stream after stream
+    ids, mask = padded(lm, [pair[s] for s in range(width) for pair, _ in batch], side="right")  # stream after stream
     starts = torch.tensor([begins for _, begins in batch], device=lm.device).T  # [streams, n]
-    ids, mask = pad(rows, pad_id(lm), side="right")
-    ids, mask = ids.to(lm.device), mask.to(lm.device)
     states = blocks(
         lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors, prompt_end=starts.flatten() - 1
     ).unflatten(0, (width, n))  # [streams, n, T, d]
     labels = [pair[0][begins[0] :] for pair, begins in batch]
     places = [(i, k) for i, label in enumerate(labels) for k in range(len(label))]
+    steps = [places]
     if inputs.rules:  # a rule goes through an answer token by token, since it may remember
         steps = [[place for place in places if place[1] == k] for k in range(max(map(len, labels)))]
-    else:
-        steps = [places]
     state = initial_states(lm, inputs.rules, n)
     stream = torch.arange(width, device=lm.device)[:, None]
-    results: dict[tuple[int, int], tuple[float, int]] = {}  # (row, k) -> its log probability, and the first choice
+    logprobs, argmax = [], []
     for step in steps:
         row, k = torch.tensor(step, device=lm.device).T
         label = ids[row, starts[0, row] + k]
         before = states[stream, row, starts[:, row] + k - 1]  # [streams, c, d] what predicts token k
-        own, logprobs, argmax = state[:, row], [], []
+        own = state[:, row]
         for part, z in combined(lm, before, inputs.rules, own):
             logprobs.append(-F.cross_entropy(z, label[part], reduction="none"))
             argmax.append(z.argmax(-1))
         state[:, row] = own
-        results.update(
-            zip(step, zip(torch.cat(logprobs).tolist(), torch.cat(argmax).tolist(), strict=True), strict=True)
-        )
-    per_row = [[results[i, k] for k in range(len(label))] for i, label in enumerate(labels)]
+    order = [place for step in steps for place in step]
+    logprob_of, best_of = (dict(zip(order, torch.cat(x).tolist(), strict=True)) for x in (logprobs, argmax))
     return [
-        Score(label, tuple(logprob for logprob, _ in tokens), tuple(best for _, best in tokens))
-        for label, tokens in zip(labels, per_row, strict=True)
+        Score(label, *(tuple(values[i, k] for k in range(len(label))) for values in (logprob_of, best_of)))
+        for i, label in enumerate(labels)
     ]

@@ -12,15 +12,13 @@ from ..models.lm import LM
 from ..progress import Progress
 from .forward import HEAD_CHUNK, blocks, logits, positions
 from .interventions import Prompt, Streams, interventions, streams
-from .tokens import pad, pad_id
+from .tokens import each_once, padded
 
 
 @torch.no_grad()
 def hidden(lm: LM, prompts: Sequence[Prompt], *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
-    """The state after the last block at each prompt's last token.
+    """The state [n, d] fp32 after the last block, before the final norm, at each prompt's last token.
 
-    Returns:
-        [n, d] fp32, before the final norm; ``logits`` makes next-token distributions of it.
     Raises:
         BadInput: a decode patch is on the model, which changes no state; ``next_logits`` shows it.
     """
@@ -32,29 +30,22 @@ def hidden(lm: LM, prompts: Sequence[Prompt], *, batch_size: int = 64, progress:
 def last_states(lm: LM, inputs: Streams, *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
     """The state after the last block at the last token of every row, [streams, n, d] fp32."""
     rows = [pair[s].ids for s in range(inputs.width) for pair in inputs.rows]
-    queue = sorted(set(rows), key=len)
     done: dict[tuple[int, ...], Tensor] = {}
-    for start in range(0, len(queue), batch_size):
-        batch = queue[start : start + batch_size]
-        ids, mask = pad(batch, pad_id(lm), side="left")
-        ids, mask = ids.to(lm.device), mask.to(lm.device)
+    for batch in each_once(rows, len, batch_size, progress, "reading states"):
+        ids, mask = padded(lm, batch, side="left")
         ends = torch.full((len(batch),), ids.shape[1] - 1, device=lm.device)
         states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors, prompt_end=ends)
         done.update(zip(batch, states[:, -1].float(), strict=True))
-        if progress:
-            progress(start + len(batch), len(queue), "reading states")
     return torch.stack([done[row] for row in rows]).view(inputs.width, len(inputs.rows), -1)
 
 
 @torch.no_grad()
 def next_kl(lm: LM, base_hidden: Tensor, now_hidden: Tensor, *, chunk: int = HEAD_CHUNK // 2) -> Tensor:
-    """KL(p_base || p_now) of next-token distributions from stored states: 2.5 kB a prompt instead of 1 MB.
+    """KL(p_base || p_now), [n] nats, of next-token distributions from states: 2.5 kB a prompt instead of 1 MB.
 
     Args:
         base_hidden: [n, d] from ``hidden`` on the model before the change.
-        now_hidden: [n, d] from ``hidden`` on the changed model. The head must be the same for both.
-    Returns:
-        [n] nats.
+        now_hidden: the same on the changed model, whose head must be as before.
     """
     out = []
     for a, b in zip(base_hidden.split(chunk), now_hidden.split(chunk), strict=True):

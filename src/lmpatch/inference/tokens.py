@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput, SubjectNotFound
 from ..models.lm import LM
+from ..progress import Progress
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -32,21 +36,15 @@ def join(prompt: str, target: str) -> str:
     A blank goes between them only if neither side has white space there and neither is written in a script
     without blanks (CJK).
     """
-    if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
-        return prompt + target
-    if _wide(prompt[-1]) or _wide(target[0]):
-        return prompt + target
-    return f"{prompt} {target}"
+    border = (prompt[-1:], target[:1])
+    apart = all(border) and not any(c.isspace() or unicodedata.east_asian_width(c) in "WF" for c in border)
+    return f"{prompt} {target}" if apart else prompt + target
 
 
 def statement(prompt: str, target: str) -> str:
     """The fact as a sentence: ``The Eiffel Tower is in Rome.``"""
     text = join(prompt, target)
     return text if text[-1] in ".!?" else text + "."
-
-
-def _wide(char: str) -> bool:
-    return unicodedata.east_asian_width(char) in "WF"
 
 
 def encode(lm: LM, prompt: str, target: str = "", subject: str = "") -> Row:
@@ -80,13 +78,9 @@ def encode_all(
     targets = targets or [""] * len(prompts)
     subjects = subjects or [""] * len(prompts)
     after = after or [0] * len(prompts)
-    heads = 0
-    if lm.chat:
-        prompts = [lm.chat.head + prompt + lm.chat.tail for prompt in prompts]
-        heads = len(lm.chat.head)
-    texts = [
-        prompt + target if lm.chat else join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)
-    ]
+    head, tail = (lm.chat.head, lm.chat.tail) if lm.chat else ("", "")
+    prompts = [head + prompt + tail for prompt in prompts]
+    texts = [prompt + t if lm.chat else join(prompt, t) for prompt, t in zip(prompts, targets, strict=True)]
     encoded = lm.tokenizer(texts, return_offsets_mapping=True)
     rows = []
     for i, (prompt, target, subject) in enumerate(zip(prompts, targets, subjects, strict=True)):
@@ -94,36 +88,46 @@ def encode_all(
         border = next((k for k, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
         if target and border == len(ids):
             raise BadInput(f"the target {target!r} of {prompt!r} tokenises to nothing. Give a visible answer.")
-        span = _subject(prompt, subject, offsets, heads + after[i]) if subject else range(0)
-        rows.append(Row(tuple(ids), border, *((span[-1], span[0]) if span else ())))
+        if not subject:
+            rows.append(Row(tuple(ids), border))
+            continue
+        start = prompt.find(subject, len(head) + after[i])
+        span = [k for k, (a, b) in enumerate(offsets) if a < start + len(subject) and b > start and b > a]
+        if start < 0 or not span:
+            raise SubjectNotFound(
+                f"subject {subject!r} does not occur in prompt {prompt!r}. Write the subject exactly as the prompt "
+                "does."
+            )
+        rows.append(Row(tuple(ids), border, span[-1], span[0]))
     return rows
-
-
-def _subject(prompt: str, subject: str, offsets: Sequence[tuple[int, int]], after: int) -> Sequence[int]:
-    """Indices of the tokens that overlap the subject."""
-    start = prompt.find(subject, after)
-    over = [k for k, (a, b) in enumerate(offsets) if a < start + len(subject) and b > start and b > a]
-    if start < 0 or not over:
-        raise SubjectNotFound(
-            f"subject {subject!r} does not occur in prompt {prompt!r}. Write the subject exactly as the prompt does."
-        )
-    return over
 
 
 def batches_of_rows(lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Places of rows, the short ones first, so many to a batch; rows of near length share one, so little is padded."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + rows] for start in range(0, len(order), rows)]
 
 
 def batches_of_tokens(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """As ``batches_of_rows``, of so many tokens at most with what is padded; a longer row has a batch to itself."""
     batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not batches or (len(batches[-1]) + 1) * lengths[i] > tokens:
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+def each_once(
+    keys: Iterable[Key], length: Callable[[Key], Any], size: int, progress: Progress | None, what: str
+) -> Iterator[list[Key]]:
+    """Batches of the different keys, the short ones first; ``progress`` hears of a batch when the next is asked for."""
+    queue, size = sorted(set(keys), key=length), max(1, size)
+    for start in range(0, len(queue), size):
+        batch = queue[start : start + size]
+        yield batch
+        if progress:
+            progress(start + len(batch), len(queue), what)
 
 
 def pad_id(lm: LM) -> int:
@@ -146,3 +150,9 @@ def pad(rows: Sequence[Sequence[int]], fill: int, side: str = "left") -> tuple[T
         ids[i, where] = torch.tensor(row, dtype=ids.dtype)
         mask[i, where] = 1
     return ids, mask
+
+
+def padded(lm: LM, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
+    """``pad`` for this model, on its device."""
+    ids, mask = pad(rows, pad_id(lm), side)
+    return ids.to(lm.device), mask.to(lm.device)

@@ -1,33 +1,35 @@
 """Second moments C = E[k kᵀ] of down-projection inputs, all layers in one pass, cached by what they depend on.
 
 They are kept below ``files.cache_dir()`` in ``moments/{hash of model, text, count, seed}/``, one file a layer of
-4 d_ff² bytes (17 MB for Gemma-3-270M), and may be deleted at any time. After Ctrl-C the sums so far stay there as
-``partial.safetensors``, twice that a layer, until the next call has gone on from them.
+4 d_ff² bytes (17 MB for Gemma-3-270M), with their Cholesky factors and eigenvectors beside them. After Ctrl-C the sums
+so far stay there as ``partial.safetensors``, twice that a layer, until the next call has gone on from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
+from .. import tensor_file
 from ..errors import BadInput
-from ..files import cache_dir, replacing
+from ..files import cache_dir
 from ..inference.forward import blocks, positions
 from ..inference.tokens import encode_all
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..patches.ledger import suspended
 from ..progress import Progress
-from ..provenance import hash_json
-from .samples import LENGTH, own_rows
-from .solve import factor, solve
+from ..provenance import hash_json, hash_tensor
+from .samples import LENGTH, kept, own_rows
+from .solve import JITTER, eigenvectors, factor, solve
 
 ROWS = 8  # rows per forward
 PARTIAL = "partial.safetensors"
@@ -50,15 +52,9 @@ class Covariance:
 
 
 def estimate_covariance(
-    lm: LM,
-    layers: Sequence[int],
-    *,
-    text: Sequence[str] | None = None,
-    tokens: int,
-    seed: int = 0,
-    cache: bool = True,
-    progress: Progress | None = None,
-) -> Covariance:
+    lm: LM, layers: Sequence[int], *, text: Sequence[str] | None = None, tokens: int, seed: int = 0,
+    cache: bool = True, progress: Progress | None = None,
+) -> Covariance:  # fmt: skip
     """E[k kᵀ] of the down-projection inputs of several layers, from one pass over plain text.
 
     The pass stops after the highest layer and never touches the head. It ends early once two halves of the text
@@ -71,100 +67,99 @@ def estimate_covariance(
         tokens: at most this many keys; 10 to 20 times d_ff is enough.
         cache: keep the result in the user's cache, keyed by weights, text, count and seed, and what an interrupted
             call has done.
+    Raises:
+        BadInput: too little text.
     Source: Meng et al. 2022 (arXiv:2202.05262) app. E.5; that a few times d_ff tokens suffice: arXiv:2506.04226.
     """
     corpus = hash_json(list(text)) if text is not None else f"own samples, seed {seed}"
     with suspended(lm):
         source = hash_json([lm.fingerprint(), str(lm.dtype), corpus, tokens, seed, LENGTH, AGREE])
-        folder = cache_folder(source)
-        kept = _read(folder, layers) if cache else None
-        if kept is not None:
-            return Covariance(*kept, source)
+        folder = _folder(source) if cache else None
+        if folder and (found := _read(folder, layers)):
+            return Covariance(*found, source)
         if text is not None:
-            rows = _text_rows(lm, text, tokens)
+            rows = text_rows(lm, text, tokens)
         else:
             rows = own_rows(lm, tokens, seed, keep=cache, progress=progress)
-        wanted = sorted(set(layers))
-        found, count, agreement = _accumulate(lm, rows, wanted, progress, folder if cache else None)
-    if cache:
-        _write(folder, found, count, agreement)
-    return Covariance(found, count, agreement, source)
-
-
-def cache_folder(source: str) -> Path:
-    """Where moments of that hash are cached, and what is computed from them."""
-    return cache_dir() / "moments" / source[:32]
+        c, count, agreement = accumulate(lm, rows, sorted(set(layers)), folder, progress)
+    if folder:
+        for layer, value in c.items():
+            head = _head(folder, layer) | {"tokens": str(count), "agreement": repr(agreement)}
+            tensor_file.write(folder / f"{layer}.safetensors", head, {"c": value.cpu()})
+        (folder / PARTIAL).unlink(missing_ok=True)
+    return Covariance(c, count, agreement, source)
 
 
 def memory(lm: LM, layers: int) -> int:
-    """Bytes an estimate takes on top of the model: two halves and their sum per layer, and the factors in fp64."""
+    """Bytes an estimate takes on top of the model: three sums per layer, and the factors in fp64."""
     return (3 * layers * 4 + 4 * 8) * max(lm.layout.widths) ** 2
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sums:
-    """What a pass over text has added up so far."""
+    """What a pass over text has added up so far: one value, so that Ctrl-C finds each forward in it whole or not."""
 
-    halves: list[dict[int, Tensor]]
+    halves: tuple[dict[int, Tensor], ...]
     """Two halves of the text: layer → [f, f] sum of k kᵀ, fp32."""
-    counts: list[int]
+    counts: tuple[int, ...] = (0, 0)
     """Keys in each half."""
     row: int = 0
     """The first row of text that is not in it."""
-    checked: int = 0
+    looked: int = 0
     """Keys at the last look whether the halves agree."""
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    """Layer → [n, f] of the last forward."""
+    agreement: float = 0.0
+    """What was found then."""
 
 
-def _accumulate(
-    lm: LM, rows: Tensor, layers: list[int], progress: Progress | None, folder: Path | None = None
+def accumulate(
+    lm: LM, rows: Tensor, layers: list[int], folder: Path | None = None, progress: Progress | None = None
 ) -> tuple[dict[int, Tensor], int, float]:
-    """Sums over rows [n, T] of ids, two halves apart, until they agree. After Ctrl-C they stay in ``folder``."""
-    widths = lm.layout.widths
-    sums = (_read_sums(folder, lm, layers) if folder else None) or _Sums(
-        [{i: torch.zeros(widths[i], widths[i], device=lm.device) for i in layers} for _ in range(2)],
-        [0, 0],
-    )
+    """Means over rows [n, T] of ids, two halves apart, until they agree; how many keys, and how well they agree.
+
+    Args:
+        folder: where the sums stay after Ctrl-C, and what an earlier call has left there is gone on with.
+    """
+    what = f"second moments of {len(layers)} layer{'s' * (len(layers) > 1)}"
+    sums = _read_sums(folder, lm, layers) if folder else None
+    if sums is None:
+        sizes = {i: lm.layout.widths[i] for i in layers}
+        sums = _Sums(tuple({i: torch.zeros(f, f, device=lm.device) for i, f in sizes.items()} for _ in range(2)))
     try:
-        agreement = _pass(lm, rows, layers, sums, progress)
+        while sums.row < len(rows) and sums.agreement < AGREE:
+            sums = _added(lm, rows, layers, sums)
+            if progress:
+                progress(sums.row, len(rows), what)
     except KeyboardInterrupt:
         if folder and sums.row:
-            _write_sums(folder, sums)
+            tensors = {f"{half}.{i}": c.cpu() for half in range(2) for i, c in sums.halves[half].items()}
+            facts = [*sums.counts, sums.row, sums.looked, sums.agreement]
+            tensor_file.write(folder / PARTIAL, _head(folder, layers) | {"facts": json.dumps(facts)}, tensors)
         raise
     total = sum(sums.counts)
     if not min(sums.counts):
         raise BadInput(f"the text gives {total} tokens, too few for second moments. Give at least {2 * ROWS * LENGTH}.")
     a, b = sums.halves
-    return {layer: (a[layer] + b[layer]) / total for layer in layers}, total, agreement
+    return {layer: (a[layer] + b[layer]) / total for layer in layers}, total, sums.agreement
 
 
-def _pass(lm: LM, rows: Tensor, layers: list[int], sums: _Sums, progress: Progress | None) -> float:
-    """Add the rows from ``sums.row`` on; ends once the halves agree, and returns how well they do."""
+def _added(lm: LM, rows: Tensor, layers: list[int], sums: _Sums) -> _Sums:
+    """With one more forward; at 2 f, 4 f, 8 f, ... keys and at the end also a look whether the halves agree."""
+    ids = rows[sums.row : sums.row + ROWS].to(lm.device)
+    keys = _keys(lm, ids, layers)
+    halves, counts, half = list(sums.halves), list(sums.counts), (sums.row // ROWS) % 2
+    halves[half] = {i: c.addmm(keys[i].T, keys[i]) for i, c in halves[half].items()}
+    counts[half] += len(keys[layers[0]])
+    row, done, looked, agreement = sums.row + len(ids), sum(counts), sums.looked, sums.agreement
     widest = max(lm.layout.widths[i] for i in layers)
-    agreement, what = 0.0, f"second moments of {len(layers)} layer{'s' * (len(layers) > 1)}"
-    while sums.row < len(rows):
-        half = (sums.row // ROWS) % 2
-        ids = rows[sums.row : sums.row + ROWS].to(lm.device)
-        pending = _keys(lm, ids, layers)
-        sums.keys, count = dict(pending), len(pending[layers[0]])
-        try:
-            _add(sums.halves[half], pending)
-        except KeyboardInterrupt:  # no layer may have a batch that another lacks
-            _add(sums.halves[half], pending)
-            raise
-        finally:
-            sums.counts[half] += count
-            sums.row += len(ids)
-        last, done = sums.row >= len(rows), sum(sums.counts)
-        if progress:
-            progress(sums.row, len(rows), what)
-        if min(sums.counts) and (last or done >= 2 * max(sums.checked, widest)):  # at 2 f, 4 f, 8 f, ... keys
-            sums.checked = done
-            agreement = _agree(sums, layers)
-            if agreement >= AGREE:
-                break
-    return agreement
+    if min(counts) and (row >= len(rows) or done >= 2 * max(looked, widest)):
+        looked = done
+        agreement = min(_agreement([c[i] / n for c, n in zip(halves, counts, strict=True)], keys[i]) for i in layers)
+    return _Sums(tuple(halves), tuple(counts), row, looked, agreement)
+
+
+def _agreement(estimates: list[Tensor], keys: Tensor) -> float:
+    a, b = (solve(factor(c), keys[:PROBES].T) for c in estimates)  # [f, probes]
+    return float(F.cosine_similarity(a, b, dim=0).median())
 
 
 @torch.no_grad()
@@ -174,39 +169,21 @@ def _keys(lm: LM, ids: Tensor, layers: list[int]) -> dict[int, Tensor]:
     wanted = ~torch.isin(ids.reshape(-1), torch.tensor(sorted(starts), device=ids.device))
     keys: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> Any:
-        def hook(_: Any, args: tuple[Tensor, ...]) -> None:
-            keys[layer] = args[0].reshape(-1, args[0].shape[-1])[wanted].float()
-
-        return hook
+    def keep(layer: int, _: Any, args: tuple[Tensor, ...]) -> None:
+        keys[layer] = args[0].reshape(-1, args[0].shape[-1])[wanted].float()
 
     mask = torch.ones_like(ids)
-    with hooked(*(Hook(lm.module(lm.layout.downs[i]), keep(i), before=True) for i in layers)):
+    with hooked(*(Hook(lm.module(lm.layout.downs[i]), partial(keep, i), before=True) for i in layers)):
         blocks(lm, ids, mask, position_ids=positions(mask), last=layers[-1])
     return keys
 
 
-def _add(sums: dict[int, Tensor], pending: dict[int, Tensor]) -> None:
-    """Add each layer's keys to its sum and take them off the list."""
-    for layer in list(pending):
-        keys = pending[layer]
-        sums[layer].addmm_(keys.T, keys)
-        del pending[layer]
+def text_rows(lm: LM, text: Sequence[str], tokens: int) -> Tensor:
+    """Token ids [n, LENGTH] of the text, each row opened as the tokenizer opens a text.
 
-
-def _agree(sums: _Sums, layers: list[int]) -> float:
-    """The lowest agreement of the two halves over the layers, watched at some keys of the last forward."""
-    (a, b), (n, m) = sums.halves, sums.counts
-    return min(_agreement([a[layer] / n, b[layer] / m], sums.keys[layer][:PROBES]) for layer in layers)
-
-
-def _agreement(estimates: list[Tensor], keys: Tensor) -> float:
-    a, b = (solve(factor(c), keys.T) for c in estimates)  # [f, probes]
-    return float(torch.nn.functional.cosine_similarity(a, b, dim=0).median())
-
-
-def _text_rows(lm: LM, text: Sequence[str], tokens: int) -> Tensor:
-    """Token ids [n, LENGTH] of the text, each row opened as the tokenizer opens a text."""
+    Raises:
+        BadInput: too little text.
+    """
     opening = encode_all(lm.plain, ["x"])[0].ids[:-1]  # the start token, where there is one
     body: list[int] = []
     for start in range(0, len(text), 64):
@@ -223,41 +200,73 @@ def _text_rows(lm: LM, text: Sequence[str], tokens: int) -> Tensor:
     return torch.tensor(rows)
 
 
+def _folder(source: str) -> Path:
+    return cache_dir() / "moments" / source[:32]
+
+
+def _head(folder: Path, layers: int | list[int]) -> dict[str, str]:
+    return {"moments": folder.name, "layers": str(layers)}
+
+
 def _read(folder: Path, layers: Sequence[int]) -> tuple[dict[int, Tensor], int, float] | None:
-    found: dict[int, Tensor] = {}
-    facts = torch.tensor([0.0, 1.0])
-    for layer in layers:
-        try:
-            tensors = load_file(folder / f"{layer}.safetensors")
-        except (OSError, SafetensorError):
-            return None
-        found[layer] = tensors["c"]
-        facts = torch.stack([tensors["facts"][0], torch.minimum(facts[1], tensors["facts"][1])])
-    return found, int(facts[0]), float(facts[1])
-
-
-def _write(folder: Path, found: dict[int, Tensor], tokens: int, agreement: float) -> None:
-    for layer, c in found.items():
-        tensors = {"c": c.cpu().contiguous(), "facts": torch.tensor([float(tokens), agreement])}
-        with replacing(folder / f"{layer}.safetensors") as path:
-            save_file(tensors, path)
-    (folder / PARTIAL).unlink(missing_ok=True)
+    found = [kept(folder / f"{layer}.safetensors", _head(folder, layer)) for layer in layers]
+    files = [file for file in found if file]
+    if len(files) < len(layers):
+        return None
+    c = {layer: tensors["c"] for layer, (_, tensors) in zip(layers, files, strict=True)}
+    return c, int(files[-1][0]["tokens"]), min(float(head["agreement"]) for head, _ in files)
 
 
 def _read_sums(folder: Path, lm: LM, layers: list[int]) -> _Sums | None:
     """The sums of an interrupted call for just these layers."""
-    try:
-        tensors = load_file(folder / PARTIAL, str(lm.device))
-    except (OSError, SafetensorError):
+    if not (file := kept(folder / PARTIAL, _head(folder, layers))):
         return None
-    facts = tensors.pop("facts").tolist()
-    if set(tensors) != {f"{half}.{layer}" for half in range(2) for layer in layers}:
-        return None
-    return _Sums([{i: tensors[f"{half}.{i}"] for i in layers} for half in range(2)], facts[:2], facts[2], facts[3])
+    n, m, row, looked, agreement = json.loads(file[0]["facts"])
+    halves = tuple({i: file[1][f"{half}.{i}"].to(lm.device) for i in layers} for half in range(2))
+    return _Sums(halves, (n, m), row, looked, agreement)
 
 
-def _write_sums(folder: Path, sums: _Sums) -> None:
-    tensors = {f"{half}.{layer}": c.cpu() for half in range(2) for layer, c in sums.halves[half].items()}
-    tensors["facts"] = torch.tensor([*sums.counts, sums.row, sums.checked])
-    with replacing(folder / PARTIAL) as path:
-        save_file(tensors, path)
+def cholesky(
+    moments: Covariance, layer: int, device: torch.device, *, weight: float = 1.0, ridge: float = 0.0
+) -> Tensor:
+    """Cholesky factor of weight · C + (ridge + jitter) · weight · tr(C)/f · I, see ``solve.factor``.
+
+    Args:
+        ridge: share of the mean eigenvalue that is added to all.
+    Returns:
+        [f, f] lower triangular, fp64, on ``device``.
+    """
+
+    def compute(c: Tensor) -> Tensor:
+        weighted = c.double() if weight == 1.0 else weight * c.double()
+        if ridge:
+            weighted = weighted + ridge * weighted.diagonal().mean() * torch.eye(len(c), device=c.device)
+        return factor(weighted)
+
+    return _once(moments, layer, device, ["cholesky", weight, ridge, JITTER], compute)
+
+
+def null_space(moments: Covariance, layer: int, device: torch.device, share: float) -> Tensor:
+    """The directions a corpus uses least.
+
+    Args:
+        share: the share of directions kept, lowest eigenvalues first.
+    Returns:
+        [f, r] orthonormal columns, fp64, on ``device``.
+    """
+    vectors = _once(moments, layer, device, ["eigenvectors"], eigenvectors)
+    return vectors[:, : round(share * len(vectors))]
+
+
+def _once(
+    moments: Covariance, layer: int, device: torch.device, what: list[object], compute: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Read it from the cache, or compute it and write it there."""
+    c = moments.c[layer]
+    head = {"factor": hash_json([hash_tensor(c, exact=True), *what])}
+    path = _folder(moments.source) / f"{layer}-{what[0]}-{head['factor'][:16]}.safetensors"
+    if file := kept(path, head):
+        return file[1]["value"].to(device)
+    value = compute(c.to(device))
+    tensor_file.write(path, head, {"value": value.cpu()})
+    return value

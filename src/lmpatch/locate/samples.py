@@ -9,16 +9,16 @@ count and the seed. What an interrupted run has written is kept there too, and t
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..files import cache_dir, replacing
+from .. import tensor_file
+from ..errors import LmpatchError
+from ..files import cache_dir
 from ..inference.forward import blocks, logits, positions
 from ..models.lm import LM
 from ..progress import Progress
@@ -29,16 +29,6 @@ EVERY = 10.0  # seconds between two writes of unfinished rows
 HEAD_ROWS = 64  # rows of the head at a time
 
 
-@dataclass(frozen=True)
-class Draft:
-    """Rows of text, finished or not."""
-
-    ids: Tensor
-    """[n, t] token ids."""
-    state: Tensor | None = None
-    """Of the generator, where rows are not finished."""
-
-
 def own_rows(lm: LM, tokens: int, seed: int, *, keep: bool = True, progress: Progress | None = None) -> Tensor:
     """Rows of text from the model itself: ids [n, LENGTH], sampled at temperature 1 from the start token.
 
@@ -46,52 +36,53 @@ def own_rows(lm: LM, tokens: int, seed: int, *, keep: bool = True, progress: Pro
         tokens: at least this many, start tokens left out.
         keep: read and write the user's cache.
     """
-    name = f"{lm.fingerprint()[:16]}-{tokens}-{seed}"
-    shipped = _read(SHIPPED / f"{name}.safetensors", lm)
-    if shipped is not None:
-        return shipped.ids
-    if not keep:
-        return _sample(lm, tokens, seed, None, progress)
-    file = cache_dir() / "samples" / f"{name}-{str(lm.dtype).removeprefix('torch.')}.safetensors"
-    kept = _read(file, lm)
-    return kept.ids if kept is not None else _sample(lm, tokens, seed, file, progress)
+    name, dtype = f"{lm.fingerprint()[:16]}-{tokens}-{seed}", str(lm.dtype).removeprefix("torch.")
+    head = {"fingerprint": lm.fingerprint(), "tokens": str(tokens), "seed": str(seed)}
+    found = kept(SHIPPED / f"{name}.safetensors", head)
+    file = cache_dir() / "samples" / f"{name}-{dtype}.safetensors" if keep else None
+    head["dtype"] = dtype
+    if file and not found:
+        found = kept(file, head)
+    return found[1]["ids"].long() if found else _sample(lm, tokens, seed, file, head, progress)
 
 
 @torch.no_grad()
-def _sample(lm: LM, tokens: int, seed: int, file: Path | None, progress: Progress | None) -> Tensor:
+def _sample(
+    lm: LM, tokens: int, seed: int, file: Path | None, head: dict[str, str], progress: Progress | None
+) -> Tensor:
     """Write the rows token by token. An interrupted run goes on from its draft, with the same draws."""
-    count = -(-tokens // (LENGTH - 1))
     start = lm.tokenizer.bos_token_id
-    ids = torch.full((count, 1), lm.tokenizer.eos_token_id if start is None else start, device=lm.device)
+    ids = torch.full((-(-tokens // (LENGTH - 1)), 1), lm.tokenizer.eos_token_id if start is None else start)
     generator = torch.Generator(lm.device).manual_seed(seed)
-    partial = file and file.with_suffix(".partial")
-    draft = _read(partial, lm) if partial else None
-    if draft is not None and draft.state is not None:
-        ids = draft.ids.to(lm.device)
-        generator.set_state(draft.state)
-    cache, new = DynamicCache(config=lm.model.config), ids  # new: what the cache lacks
+    draft = {"ids": ids.int(), "state": generator.get_state()}  # one value: Ctrl-C finds a token whole in it, or not
+    unfinished = file and file.with_suffix(".partial")
+    if unfinished and (found := kept(unfinished, head)):
+        draft = found[1]
+    ids = new = draft["ids"].long().to(lm.device)  # new: what the cache lacks
+    generator.set_state(draft["state"])
+    cache = DynamicCache(config=lm.model.config)
     banned = [i for i in lm.tokenizer.all_special_ids if i < lm.layout.vocab]
-    begin, first, written = time.monotonic(), ids.shape[1], time.monotonic()
-    what = ""
+    begin, first, written, what = time.monotonic(), ids.shape[1], time.monotonic(), ""
     try:
         while ids.shape[1] < LENGTH:
             mask = torch.ones_like(ids)
             state = blocks(lm, new, mask, position_ids=positions(mask)[:, -new.shape[1] :], cache=cache)[:, -1]
             new = _draw(lm, state, banned, generator)
             ids = torch.cat([ids, new], 1)
+            draft = {"ids": ids.cpu().int(), "state": generator.get_state()}
             if progress:
                 what = what or _announce(tokens, (time.monotonic() - begin) * (LENGTH - first))
                 progress(ids.shape[1] - 1, LENGTH - 1, what)
-            if partial and time.monotonic() - written > EVERY:
-                _write(partial, lm, Draft(ids, generator.get_state()))
+            if unfinished and time.monotonic() - written > EVERY:
+                tensor_file.write(unfinished, head, draft)
                 written = time.monotonic()
     except KeyboardInterrupt:
-        if partial:
-            _write(partial, lm, Draft(ids, generator.get_state()))
+        if unfinished:
+            tensor_file.write(unfinished, head, draft)
         raise
-    if file and partial:
-        _write(file, lm, Draft(ids))
-        partial.unlink(missing_ok=True)
+    if file and unfinished:
+        tensor_file.write(file, head | {"model": lm.name}, {"ids": draft["ids"]})
+        unfinished.unlink(missing_ok=True)
     return ids.cpu()
 
 
@@ -111,21 +102,11 @@ def _announce(tokens: int, seconds: float) -> str:
     return f"the model writes {tokens} tokens of sample text, once (about {length}; text= takes yours instead)"
 
 
-def _read(file: Path, lm: LM) -> Draft | None:
-    """Rows that this model wrote; None where there are none, or another model's, or a torn file."""
+def kept(path: Path, head: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+    """A file that ``tensor_file.write`` wrote with these words in its head; None where it must be made again: there
+    is none, it is damaged, or it is of something else."""
     try:
-        with safe_open(file, "pt") as opened:
-            if (opened.metadata() or {}).get("fingerprint") != lm.fingerprint():
-                return None
-            state = opened.get_tensor("state") if "state" in opened.keys() else None  # noqa: SIM118
-            return Draft(opened.get_tensor("ids").long(), state)
-    except (OSError, SafetensorError):
+        there, tensors = tensor_file.read(path)
+    except LmpatchError:
         return None
-
-
-def _write(file: Path, lm: LM, draft: Draft) -> None:
-    tensors = {"ids": draft.ids.cpu().int().contiguous()}
-    if draft.state is not None:
-        tensors["state"] = draft.state
-    with replacing(file) as path:
-        save_file(tensors, path, {"fingerprint": lm.fingerprint(), "model": lm.name})
+    return (there, tensors) if head.items() <= there.items() else None

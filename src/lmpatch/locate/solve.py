@@ -53,10 +53,14 @@ def woodbury(lower: Tensor, keys: Tensor, earlier: Tensor | None = None) -> Tens
         lower, earlier = torch.linalg.cholesky(lower @ lower.T + earlier @ earlier.T), None
     every = keys if earlier is None else torch.cat([earlier.double(), keys], 1)
     u = torch.linalg.solve_triangular(lower, every, upper=False)  # [f, n+u]
-    inner = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) + u.T @ u
-    right = torch.cholesky_solve(torch.eye(len(inner), dtype=u.dtype, device=u.device), torch.linalg.cholesky(inner))
-    out: Tensor = torch.linalg.solve_triangular(lower.T, u @ right[:, -keys.shape[1] :], upper=True)
+    out: Tensor = torch.linalg.solve_triangular(lower.T, u @ _inverse(u, 1.0)[:, -keys.shape[1] :], upper=True)
     return out
+
+
+def _inverse(u: Tensor, ridge: float) -> Tensor:
+    """(UᵀU + ridge I)⁻¹."""
+    eye = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+    return torch.cholesky_solve(eye, torch.linalg.cholesky(u.T @ u + ridge * eye))
 
 
 def eigenvectors(moments: Tensor) -> Tensor:
@@ -83,6 +87,4 @@ def projected(basis: Tensor, keys: Tensor, ridge: float, earlier: Tensor | None 
     """
     every = keys.double() if earlier is None else torch.cat([earlier.double(), keys.double()], 1)
     g = basis.T @ every  # [r, n+u]
-    inner = g.T @ g + ridge * torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
-    right = torch.cholesky_solve(torch.eye(len(inner), dtype=g.dtype, device=g.device), torch.linalg.cholesky(inner))
-    return basis @ (g @ right[:, -keys.shape[1] :])
+    return basis @ (g @ _inverse(g, ridge)[:, -keys.shape[1] :])

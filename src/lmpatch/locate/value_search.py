@@ -8,9 +8,11 @@ equals the searches one by one, and a finished fact leaves the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,34 +25,38 @@ from ..inference.tokens import Row, batches_of_tokens, encode_all
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..progress import Progress
-from .prefixes import prefixes
+from .prefixes import prefixed, prefixes
 
 BATCH_TOKENS = 1536  # suffix tokens per batch; more gains nothing on a CPU and costs about 1 MB each
 TOKENS_PER_ROW = 12  # suffix columns of a long row, for the estimate of memory
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's usual constants
 
 
-class Numbers(Protocol):
-    """The settings a method's ``Config`` must have to search values."""
+@dataclass(frozen=True)
+class Settings:
+    """How values are searched, and the keys that go with them. Defaults: ROME's."""
 
-    @property
-    def steps(self) -> int: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def kl(self) -> float: ...
-    @property
-    def decay(self) -> float: ...
-    @property
-    def clamp(self) -> float: ...
-    @property
-    def stop(self) -> float: ...
-    @property
-    def short_prefixes(self) -> int: ...
-    @property
-    def long_prefixes(self) -> int: ...
-    @property
-    def faithful(self) -> bool: ...
+    steps: int = 20
+    """Gradient steps that search a value."""
+    lr: float = 0.3
+    """Adam's step per entry of the value, in units of the value's RMS. At 0.03 the search of 20 steps ends half way
+    on Gemma-3-270M (docs/log.md)."""
+    kl: float = 0.0625
+    """Weight of KL(p_δ || p_0) at the end of "{subject} is a"."""
+    decay: float = 0.0
+    """Weight of |δ|²/|v|². ROME's paper has 0.5; behind a norm, where only directions count, it does harm."""
+    clamp: float = 4.0
+    """|δ| stays below this many |v|."""
+    stop: float = 0.05
+    """The search of a fact ends at this loss, nats."""
+    moment_tokens: int | None = None
+    """Keys in the estimate of C at most. None: 10 times d_ff."""
+    short_prefixes: int = 5
+    """Fixed prefixes of about 5 tokens under which the value must hold."""
+    long_prefixes: int = 5
+    """Fixed prefixes of about 10 tokens."""
+    faithful: bool = False
+    """As released: KL at the subject's last token, penalty |δ| instead of |δ|², one update fewer."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +70,18 @@ class Values:
     keys: dict[int, Tensor]
     """Layer → [u, J, f] inputs of the down-projection at the subject's last token; index 0: the bare prompt.
     With several layers they are those of the forward in which all changes act."""
-    written: dict[int, Tensor]
-    """Layer → [u, d] output of the down-projection for the bare key, without the change."""
+    written: Tensor
+    """[u, n, d] output of the down-projection for the bare key, without the change."""
     steps: list[int]
     """[u] updates made."""
     loss: list[float]
     """[u] last loss seen."""
 
-    def written_stack(self, layers: Sequence[int]) -> Tensor:
-        """[u, n, d] of ``written`` in the order of ``layers``."""
-        return torch.stack([self.written[layer] for layer in layers], 1)
-
 
 def search(
-    lm: LM,
-    edits: Sequence[Edit],
-    layers: Sequence[int],
-    cfg: Numbers,
-    *,
-    site: Literal["down", "block"] = "down",
-    hits: int | None = None,
-    progress: Progress | None = None,
-) -> Values:
+    lm: LM, edits: Sequence[Edit], layers: Sequence[int], cfg: Settings, *, site: Literal["down", "block"] = "down",
+    hits: int | None = None, progress: Progress | None = None,
+) -> Values:  # fmt: skip
     """Optimise one δ per fact (and per layer).
 
     loss = mean over prefixes of the target's mean token NLL + kl * KL(p_δ || p_0) at the end of "{subject} is a"
@@ -101,7 +97,9 @@ def search(
     for edit in edits:
         edit.need_subject()
     heads = prefixes(cfg.short_prefixes, cfg.long_prefixes)
-    rows = _rows(lm, edits, heads)
+    told = iter(prefixed(lm, edits, heads, targets=True))
+    essence = encode_all(lm, [f"{e.subject} is a" for e in edits], None, [e.subject for e in edits])
+    rows = [[*islice(told, len(heads)), last] for last in essence]  # of each fact; the last is its essence row
     suffixes = [len(group) * max(len(r.ids) - _at(r) for r in group) for group in rows]  # tokens of each fact
     batches = batches_of_tokens(suffixes, BATCH_TOKENS)
     found: list[Values] = []
@@ -120,7 +118,7 @@ def search(
     return _joined(found, [e for batch in batches for e in batch])
 
 
-def memory(lm: LM, facts: int, cfg: Numbers) -> int:
+def memory(lm: LM, facts: int, cfg: Settings) -> int:
     """Bytes a search takes on top of the model, rounded up: activations of one batch, logits of one head chunk, the
     base distributions of the batch's facts."""
     layout, rows = lm.layout, 2 + cfg.short_prefixes + cfg.long_prefixes
@@ -135,23 +133,11 @@ def _at(row: Row) -> int:
     return row.subject_last
 
 
-def _rows(lm: LM, edits: Sequence[Edit], heads: Sequence[str]) -> list[list[Row]]:
-    """Per fact one row for each prefix and, last, the essence row "{subject} is a"."""
-    prompts = [head + e.prompt for e in edits for head in heads]
-    targets = [e.target for e in edits for _ in heads]
-    subjects = [e.subject for e in edits for _ in heads]
-    after = [len(head) for _ in edits for head in heads]
-    told = encode_all(lm, prompts, targets, subjects, after)
-    essence = encode_all(lm, [f"{e.subject} is a" for e in edits], None, [e.subject for e in edits])
-    n = len(heads)
-    return [[*told[i * n : (i + 1) * n], essence[i]] for i in range(len(edits))]
-
-
 class _Search:
     """One batch of facts. Rows of fact e are e*R .. e*R+R-1, the last of them its essence row."""
 
     def __init__(
-        self, lm: LM, groups: list[list[Row]], layers: list[int], cfg: Numbers, site: str, hits: int | None
+        self, lm: LM, groups: list[list[Row]], layers: list[int], cfg: Settings, site: str, hits: int | None
     ) -> None:
         self.lm, self.cfg, self.site, self.layers, self.hits = lm, cfg, site, layers, hits
         self.facts, self.per_fact = len(groups), len(groups[0])
@@ -182,12 +168,7 @@ class _Search:
             base = self.full.hidden[lm.layout.n_layers][rows, self.essence_column]
             self.base_logp = logits(lm, base).log_softmax(-1)  # [u, V]
 
-    def values(self, tell: Any) -> Values:
-        delta, steps, losses = self._optimise(tell)
-        keys, written = self._final_keys(delta)
-        return Values(delta, self.clean, keys, written, steps, losses)
-
-    def _optimise(self, tell: Any) -> tuple[Tensor, list[int], list[float]]:
+    def values(self, tell: Callable[[int], None]) -> Values:
         cfg, device = self.cfg, self.lm.device
         norm = self.clean.norm(dim=-1, keepdim=True)  # [u, n, 1]
         rate = cfg.lr * norm / self.clean.shape[-1] ** 0.5
@@ -202,13 +183,11 @@ class _Search:
                 loss, hit = self._loss(leaf, state, at)
                 (grad,) = torch.autograd.grad(loss.sum(), leaf)
             seen = loss.tolist()
-            if not all(x == x and abs(x) != float("inf") for x in seen):
+            if not all(map(math.isfinite, seen)):
                 raise Diverged(f"the value search left the finite numbers at step {step}. Lower lr, now {cfg.lr}.")
             streak = [s + 1 if h else s for s, h in zip(streak, hit, strict=True)]
-            ended = [
-                x < cfg.stop or (self.hits is not None and s >= self.hits) for x, s in zip(seen, streak, strict=True)
-            ]
-            keep = [i for i, stop in enumerate(ended) if not stop]
+            most = math.inf if self.hits is None else self.hits
+            keep = [i for i, (x, s) in enumerate(zip(seen, streak, strict=True)) if x >= cfg.stop and s < most]
             for i, fact in enumerate(live):
                 losses[fact] = seen[i]
             if cfg.faithful and step == cfg.steps:
@@ -228,12 +207,9 @@ class _Search:
                 break
             if len(keep) < len(live):
                 live, streak = [live[i] for i in keep], [streak[i] for i in keep]
-                state = state.select(self._rows_of(torch.tensor(keep, device=device)))
-        return delta, steps, losses
-
-    def _rows_of(self, facts: Tensor) -> Tensor:
-        """Row indices [r] of the facts [u], fact after fact."""
-        return (facts[:, None] * self.per_fact + torch.arange(self.per_fact, device=facts.device)).reshape(-1)
+                rows = pick[:, None] * self.per_fact + torch.arange(self.per_fact, device=device)
+                state = state.select(rows.reshape(-1))
+        return Values(delta, self.clean, *self._final_keys(delta), steps, losses)
 
     def _loss(self, delta: Tensor, state: Recording, facts: Tensor) -> tuple[Tensor, list[bool]]:
         """Loss [u] of the facts still in ``state``, and which of them have every target token as argmax."""
@@ -287,31 +263,37 @@ class _Search:
             return state.forward(hidden, layer, end=layer + 1)
 
     @torch.no_grad()
-    def _final_keys(self, delta: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def _final_keys(self, delta: Tensor) -> tuple[dict[int, Tensor], Tensor]:
         seen = {layer: (self.full.keys[layer], self.full.values[layer]) for layer in self.layers}
         if len(self.layers) > 1:
             self._forward(delta, self.full, seen)
         shape = (self.facts, self.per_fact, -1)
         keys = {layer: k.reshape(shape)[:, :-1].float() for layer, (k, _) in seen.items()}  # [u, J, f]
-        written = {layer: y.reshape(shape)[:, 0].float() for layer, (_, y) in seen.items()}  # [u, d]
-        return keys, written
+        return keys, torch.stack([y.reshape(shape)[:, 0].float() for _, y in seen.values()], 1)
 
 
 def _joined(parts: list[Values], order: list[int]) -> Values:
     """Batches put together again, in the order the facts were given."""
     back = torch.tensor(order).argsort()
 
-    def cat(get: Any) -> Tensor:
-        whole = torch.cat([get(part) for part in parts])
+    def cat(tensors: Iterable[Tensor]) -> Tensor:
+        whole = torch.cat(list(tensors))
         return whole[back.to(whole.device)]
 
-    layers = parts[0].keys
-    steps, losses = ([x for part in parts for x in getattr(part, name)] for name in ("steps", "loss"))
+    steps, losses = [x for part in parts for x in part.steps], [x for part in parts for x in part.loss]
     return Values(
-        cat(lambda p: p.delta),
-        cat(lambda p: p.clean),
-        {i: cat(lambda p, i=i: p.keys[i]) for i in layers},
-        {i: cat(lambda p, i=i: p.written[i]) for i in layers},
+        cat(part.delta for part in parts),
+        cat(part.clean for part in parts),
+        {layer: cat(part.keys[layer] for part in parts) for layer in parts[0].keys},
+        cat(part.written for part in parts),
         [steps[i] for i in back.tolist()],
         [losses[i] for i in back.tolist()],
     )
+
+
+def examples() -> list[Edit]:
+    """Two facts with their subjects."""
+    return [
+        Edit("The Eiffel Tower is in", subject="Eiffel Tower", target="Rome"),
+        Edit("Steve Jobs founded", subject="Steve Jobs", target="Paris"),
+    ]

@@ -1,67 +1,83 @@
-"""Search among the keys that hold: exactly in memory, beside an index once there are many."""
+"""Search among the keys that hold: exactly in memory, beside an approximate index once there are many.
+
+The index is LanceDB's IVF-RQ over a copy of the keys that were live when it was made: a bit a dimension (RaBitQ, Gao
+and Long 2024, arXiv:2405.12497) in lists around centroids. It can be lost and made again: the log is what is true. It
+is built aside and renamed, and renamed before it is deleted: ``near-N.lance``, which covers the first N rows of the
+log, is whole or not there, whenever a process is killed.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..errors import BadInput, LmpatchError
-from . import _near
-from ._log import TRIES, Log
-from ._state import State
+from ._log import Log, flush, lance, lancedb, matrix
 
 if TYPE_CHECKING:
-    import numpy as np
+    import pyarrow as pa
 
     from ..retrieval.index import KeyBlock
 
+BUILT, NAME, GONE = "building", "near-{}", "removed"
+ROWS_A_LIST = 4096
+PROBED = 0.5
+"""Share of the lists a search looks into; see docs/memory.md for what it costs and finds."""
+SAMPLES, ROUNDS = 64, 10  # rows per centroid and iterations of the clustering
 SPARE = 64  # rows of the index beyond k: all scores are computed again, since the index knows them roughly
 
 
 class Search:
     """The live keys that no index covers, as one block, and the index. Both are brought up to date by a search."""
 
-    def __init__(self, log: Log, state: State, exact: int) -> None:
-        self._log, self._state, self._exact = log, state, exact
+    def __init__(self, log: Log, exact: int) -> None:
+        self._log, self._exact = log, exact
         self._block: KeyBlock | None = None
-        self._index: _near.Near | None = None
-        self._covered = 0  # rows of the log that the index answers for
+        self._index: Near | None = None
         self._loaded = self._ended = 0  # rows, and ended facts, that the block has seen
 
     def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores [m, k'] float64 and row numbers [m, k'] int64, best first, the lower number of equals first."""
-        for left in reversed(range(TRIES)):
-            self._state.refresh()
+
+        def search() -> tuple[np.ndarray, np.ndarray]:
+            self._log.refresh()
             try:
                 return self._search(queries, k)
             except BadInput:
                 raise
             except LmpatchError:  # another process has compacted, or replaced the index
                 self._block = None
-                if not left:
-                    raise
-        raise AssertionError
+                raise
+
+        return self._log.retry(search)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        import numpy as np
         import torch
 
-        block = self._ready()
-        scores, seqs = (part.numpy() for part in block.search(torch.from_numpy(queries), k))
+        scores, seqs = (part.numpy() for part in self._ready().search(torch.from_numpy(queries), k))
         if self._index is None:
             return scores, seqs
         lines = []
-        for query, own, numbers in zip(queries, scores, seqs, strict=True):
+        for i, query in enumerate(queries):
             more = self._indexed(self._index, query, k)
-            all_scores, all_seqs = np.concatenate([own, more[0]]), np.concatenate([numbers, more[1]])
-            best = np.lexsort((all_seqs, -all_scores))[:k]
-            lines.append((all_scores[best], all_seqs[best]))
+            both = np.concatenate([scores[i], more[0]]), np.concatenate([seqs[i], more[1]])
+            best = np.lexsort((both[1], -both[0]))[:k]
+            lines.append((both[0][best], both[1][best]))
         width = min((len(line) for line, _ in lines), default=0)  # an index may find fewer than k
-        both = [np.array([line[i][:width] for line in lines]).reshape(len(queries), width) for i in (0, 1)]
-        return both[0], both[1].astype(np.int64)
+        shape = (len(queries), width)
+        return (
+            np.array([line[:width] for line, _ in lines], np.float64).reshape(shape),
+            np.array([line[:width] for _, line in lines], np.int64).reshape(shape),
+        )
 
-    def _indexed(self, index: _near.Near, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _indexed(self, index: Near, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The best ``k`` facts of the index that still hold."""
-        import numpy as np
         import torch
 
         from ..retrieval.index import inner
@@ -69,36 +85,102 @@ class Search:
         count = k + SPARE
         while True:
             seqs, vectors = index.search(query, count)
-            keys = self._state.texts["key"].take(seqs).to_pylist()
-            holds = np.array([self._state.live.get(key) == seq for key, seq in zip(keys, seqs, strict=True)], bool)
+            keys = self._log.texts["key"].take(seqs).to_pylist()
+            holds = np.array([self._log.live.get(key) == seq for key, seq in zip(keys, seqs, strict=True)], bool)
             if holds.sum() >= k or len(seqs) < count:
-                scores = inner(torch.from_numpy(query), torch.from_numpy(vectors[holds]))
-                return scores.numpy(), seqs[holds]
+                return inner(torch.from_numpy(query), torch.from_numpy(vectors[holds])).numpy(), seqs[holds]
             count *= 4
 
     def _ready(self) -> KeyBlock:
-        from ..retrieval.index import KeyBlock
-
-        state = self._state
-        covered = _near.newest(self._log.path) if len(state.live) > self._exact else 0
-        if self._block is None or covered != self._covered:
-            self._index = _near.Near(self._log.path, covered) if covered else None
-            self._block = KeyBlock(self._log.matched)
-            self._covered = self._loaded = covered
-            self._ended = len(state.ended)
-        for seq in state.ended[self._ended :]:
-            if seq in self._block:
-                self._block.drop(seq)
-        self._ended = len(state.ended)
-        if self._loaded < state.count:
-            self._load(self._block)
-        return self._block
-
-    def _load(self, block: KeyBlock) -> None:
         import torch
 
-        alive = self._state.alive()
-        for seqs, vectors in self._log.batches(self._loaded, self._state.count):
-            keep = alive[seqs]
-            block.add(torch.from_numpy(vectors[keep, : self._log.matched]), seqs[keep].tolist())
-        self._loaded = self._state.count
+        from ..retrieval.index import KeyBlock
+
+        log = self._log
+        covered = newest(log.path) if len(log.live) > self._exact else 0
+        block = self._block
+        if block is None or covered != (self._index.covered if self._index else 0):
+            self._index = Near(log.path, covered) if covered else None
+            self._block = block = KeyBlock(log.matched)
+            self._loaded, self._ended = covered, len(log.ended)
+        for seq in log.ended[self._ended :]:
+            if seq in block:
+                block.drop(seq)
+        self._ended = len(log.ended)
+        if self._loaded < log.count:
+            for seqs, vectors in log.live_batches(self._loaded):
+                block.add(torch.from_numpy(vectors), seqs.tolist())
+            self._loaded = log.count
+        return block
+
+
+class Near:
+    """One index, opened. ``covered`` is how many rows of the log it answers for."""
+
+    def __init__(self, path: Path, covered: int) -> None:
+        self.covered = covered
+        with lance(f"cannot read the index of the memory at {path}"):
+            self._table = lancedb().connect(str(path)).open_table(NAME.format(covered))
+            self._probes = max(1, round(_lists(self._table.count_rows()) * PROBED))
+
+    def search(self, query: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers [c] and vectors [c, M] float32 of the ``count`` best keys for a query [M], best first."""
+        with lance("cannot read the index of the memory"):
+            best = self._table.search(query, vector_column_name="vector").distance_type("dot").fast_search()
+            best = best.nprobes(self._probes).refine_factor(1).select(["seq", "vector", "_distance"])
+            rows = best.limit(count).to_arrow()
+        return rows["seq"].to_numpy(), matrix(rows["vector"])
+
+
+def newest(path: Path) -> int:
+    """How many rows of the log the newest index covers; 0 without one."""
+    return max((int(folder.stem.partition("-")[2]) for folder in path.glob(f"{NAME.format('*')}.lance")), default=0)
+
+
+def build(log: Log) -> None:
+    """Index the keys of the facts that hold and remove older indexes. Does nothing while another process is at it."""
+    from filelock import FileLock, Timeout
+
+    start = time.time_ns()
+    work, final = (log.path / f"{name}.lance" for name in (BUILT, NAME.format(log.count)))
+    with suppress(Timeout), FileLock(log.path / f"{BUILT}.lock", timeout=0):
+        with lance(f"cannot index the memory at {log.path}", full="No fact was lost. Free some space."):
+            shutil.rmtree(work, ignore_errors=True)  # what a killed build left
+            _write(log)
+            flush(work, start)
+            _remove(final)
+            work.rename(final)
+        for old in log.path.glob(f"{NAME.format('*')}.lance"):
+            if old != final:
+                _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Delete an index at once: a kill in the middle leaves nothing that looks like one."""
+    gone = folder.with_name(f"{GONE}.lance")
+    shutil.rmtree(gone, ignore_errors=True)  # what a kill left
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _write(log: Log) -> None:
+    import pyarrow as pa
+    from lancedb.index import IvfRq
+
+    schema = pa.schema([("seq", pa.int64()), ("vector", pa.list_(pa.float32(), log.matched))])
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for seqs, vectors in log.live_batches(0):
+            flat = pa.array(vectors.astype(np.float32).reshape(-1))  # LanceDB clusters float16 five times slower
+            yield pa.record_batch([seqs, pa.FixedSizeListArray.from_arrays(flat, log.matched)], schema=schema)
+
+    rows = pa.RecordBatchReader.from_batches(schema, batches())
+    table: Any = lancedb().connect(str(log.path)).create_table(BUILT, data=rows)
+    lists = _lists(table.count_rows())
+    config = IvfRq(distance_type="dot", num_partitions=lists, sample_rate=SAMPLES, max_iterations=ROUNDS)
+    table.create_index("vector", config=config)
+
+
+def _lists(rows: int) -> int:
+    return max(1, rows // ROWS_A_LIST)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..data.edits import SHAPES, Ask, Edit, prompt_key
+from ..data.edits import Edit, edit_from, prompt_key
 
 COLUMNS = ("prompt", "target", "subject")  # fields of an edit with columns of their own
+MORE = ("id", "relation", "old", "aliases", "rephrases", "locality", "portability")  # those that share one
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,25 @@ class Version:
 
 def record(edit: Edit) -> dict[str, Any]:
     """An edit as a line of a facts file, without what it leaves empty."""
-    values: dict[str, Any] = {name: getattr(edit, name) for name in (*COLUMNS, "id", "relation")}
-    values |= {name: list(getattr(edit, name)) for name in ("old", "aliases", "rephrases")}
-    for name in ("locality", "portability"):
-        values[name] = {kind: [_ask(ask) for ask in asks] for kind, asks in getattr(edit, name)}
+    values: dict[str, Any] = {name: getattr(edit, name) for name in (*COLUMNS, *MORE)}
+    for name in MORE[-2:]:
+        values[name] = {kind: [asdict(ask) for ask in asks] for kind, asks in values[name]}
     return {name: value for name, value in values.items() if value}
 
 
 def columns(edit: Edit) -> dict[str, str]:
     """An edit as the text columns of the log."""
-    whole = record(edit)
-    more = {name: value for name, value in whole.items() if name not in COLUMNS}
-    own = {name: whole.get(name, "") for name in COLUMNS}
+    more = record(edit)
+    own = {name: more.pop(name, "") for name in COLUMNS}
     return {**own, "key": prompt_key(edit.prompt), "more": json.dumps(more, ensure_ascii=False) if more else ""}
 
 
 def edit_of(row: dict[str, Any]) -> Edit:
     """The inverse of ``columns``."""
     more = json.loads(row["more"]) if row["more"] else {}
-    return SHAPES["lmpatch"]({"id": "", **{name: row[name] for name in COLUMNS}, **more}, "")
+    return edit_from({"id": "", **{name: row[name] for name in COLUMNS}, **more}, "")
 
 
 def entry_of(row: dict[str, Any]) -> Entry:
     """A row of the log that adds a fact."""
     return Entry(edit_of(row), row["version"], row["added"], json.loads(row["source"]), row["seq"])
-
-
-def _ask(ask: Ask) -> dict[str, Any]:
-    return {"prompt": ask.prompt, "answers": list(ask.answers)}

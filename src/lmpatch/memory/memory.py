@@ -40,12 +40,7 @@ class Memory:
 
     @classmethod
     def create(cls, path: str | Path, editor: Editor) -> Memory:
-        """Make an empty memory: all of it, or nothing.
-
-        Raises:
-            BadInput: something is there already.
-            MissingExtra: LanceDB is not installed.
-        """
+        """Make an empty memory, all of it or nothing, where nothing is yet."""
         path = Path(path)
         with new_folder(path) as folder:
             retriever = retriever_of(editor)
@@ -86,29 +81,22 @@ class Memory:
     def add(
         self, edits: Sequence[Edit], *, source: Mapping[str, Any] | None = None, progress: Progress | None = None
     ) -> int:
-        """Add facts in one commit. A fact whose prompt is there already supersedes the older one.
+        """Add facts in one commit, as ``Store.add`` does, with the keys the editor makes.
 
-        Args:
-            source: where the facts come from, kept with each.
-        Returns:
-            the version that holds them. They are on the disk by then.
         Raises:
             BadInput: a fact is longer than the encoder reads. Nothing was added.
             LmpatchError: the disk is full or cannot be written. Nothing was added.
         """
-        parts = []
+        parts = [encode_keys(self.retriever, ())]
         for start in range(0, len(edits), CHUNK):
             parts.append(encode_keys(self.retriever, edits[start : start + CHUNK]))
             if progress:
                 progress(min(start + CHUNK, len(edits)), len(edits), "encoding facts")
-        keys = torch.cat(parts) if parts else encode_keys(self.retriever, ())
-        return self.store.add(edits, keys.numpy(), source=source)
+        return self.store.add(edits, torch.cat(parts).numpy(), source=source)
 
     def patch(self, scope: Scope | None = None) -> LivePatch:
         """The memory as a patch: every question sees what was committed before it, by whichever process.
 
-        Args:
-            scope: None: as the editor's config says.
         Raises:
             BadInput: ``scope`` has a cosine gate, and the keys are not of length one: the store compares inner
                 products. Take a snapshot.
@@ -178,8 +166,7 @@ class StoreFacts:
 
     def fact(self, place: int) -> Fact:
         """Prompt and target of a fact of the last search."""
-        edit = self._hits[place].edit
-        return edit.prompt, edit.target
+        return self._hits[place].edit.prompt, self._hits[place].edit.target
 
     def keys(self, places: Sequence[int]) -> Tensor:
         """Keys [n, w] of facts of the last search."""
@@ -187,7 +174,5 @@ class StoreFacts:
 
 
 def _stamp(editor: Editor) -> dict[str, str]:
-    return {
-        "editor": editor.hash(), "editor_name": editor.method, "base": editor.base.fingerprint,
-        "base_name": editor.base.name,
-    }  # fmt: skip
+    base = editor.base
+    return {"editor": editor.hash(), "editor_name": editor.method, "base": base.fingerprint, "base_name": base.name}

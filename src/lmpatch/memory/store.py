@@ -15,23 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from ..data.edits import Edit, prompt_key
 from ..errors import BadInput, LmpatchError, WrongModel
-from ..provenance import now
-from . import _near
-from ._log import TEXTS, Log, table, writing
-from ._search import Search
-from ._state import State
+from . import _search
+from ._log import TEXTS, Log, Row, writing
 from .entry import Entry, Version, columns, entry_of, record
-
-if TYPE_CHECKING:
-    import numpy as np
 
 EXACT = 100_000
 CONTENT = TEXTS[2:-1]  # what a row says, not when
-Row = dict[str, Any]
 
 
 class Store:
@@ -44,14 +39,13 @@ class Store:
     def __init__(self, log: Log, exact: int = EXACT) -> None:
         self.path, self.width, self.stamp = log.path, log.width, log.stamp
         self._log, self._exact = log, exact
-        self._state = State(log)
-        self._search = Search(log, self._state, exact)
+        self._search = _search.Search(log, exact)
 
     @classmethod
     def create(
         cls, path: str | Path, *, width: int, stamp: Mapping[str, str], matched: int | None = None, exact: int = EXACT
     ) -> Store:
-        """Make an empty memory.
+        """Make an empty memory where nothing is yet.
 
         Args:
             width: of the keys, a multiple of 8.
@@ -59,9 +53,6 @@ class Store:
                 ``editor_name`` and ``base_name`` messages say them by name.
             matched: M, how many of a key's first components a query is compared with. None: all.
             exact: up to this many live keys a search looks at each; above, it asks an approximate index.
-        Raises:
-            BadInput: something is there already, or the width or the stamp cannot be used.
-            MissingExtra: LanceDB is not installed.
         """
         if width < 8 or width % 8:
             raise BadInput(f"keys of width {width} cannot be stored. Make the width a multiple of 8.")
@@ -69,9 +60,8 @@ class Store:
             raise BadInput(f"the stamp of a memory needs 'editor' and 'base', found {sorted(stamp)}.")
         matched = width if matched is None else matched
         if not 0 < matched <= width or matched % 8:
-            raise BadInput(
-                f"{matched} of {width} components cannot be compared. Give a multiple of 8, the width at most."
-            )
+            why = f"{matched} of {width} components cannot be compared."
+            raise BadInput(f"{why} Give a multiple of 8, the width at most.")
         return cls(Log.create(Path(path), width, matched, dict(stamp)), exact)
 
     @classmethod
@@ -83,7 +73,6 @@ class Store:
         Raises:
             BadInput: there is none.
             WrongModel: it was made with another editor or base model.
-            MissingExtra: LanceDB is not installed.
         """
         log = Log(Path(path))
         if stamp is not None and any(log.stamp.get(name) != stamp.get(name) for name in ("editor", "base")):
@@ -94,14 +83,12 @@ class Store:
         return cls(log, exact)
 
     def __len__(self) -> int:
-        self._state.refresh()
-        return len(self._state.live)
+        return len(self._log.refresh().live)
 
     @property
     def version(self) -> int:
         """The number of the last commit; 0 before the first."""
-        self._state.refresh()
-        return self._state.version
+        return self._log.refresh().version
 
     # Writing
 
@@ -117,8 +104,6 @@ class Store:
             BadInput: a vector has another width or is not finite in float16.
             LmpatchError: the disk is full or cannot be written. Nothing was stored.
         """
-        import numpy as np
-
         with np.errstate(over="ignore"):  # what overflows is refused below
             keys = np.asarray(vectors).astype(np.float16)
         if keys.shape != (len(edits), self.width):
@@ -126,8 +111,7 @@ class Store:
         if not np.isfinite(keys).all():
             raise BadInput("a key holds a number that is no finite float16. Look at the encoder that made it.")
         origin = json.dumps(dict(source or {}), ensure_ascii=False)
-        rows: list[Row] = [{"op": "put", "source": origin, **columns(edit)} for edit in edits]
-        return self._commit(lambda: (rows, keys))
+        return self._commit(lambda: ([{"op": "put", "source": origin, **columns(edit)} for edit in edits], keys))
 
     def drop(self, prompts: Sequence[str]) -> int:
         """End the facts with these prompts, in one commit. Their past stays listed.
@@ -137,11 +121,10 @@ class Store:
         """
 
         def ends() -> tuple[list[Row], None]:
-            missing = [prompt for prompt in prompts if prompt_key(prompt) not in self._state.live]
-            if missing:
-                raise BadInput(
-                    f"no live fact has the prompt {missing[0]!r}. `lmpatch memory find` looks for a part of it."
-                )
+            for prompt in prompts:
+                if prompt_key(prompt) not in self._log.live:
+                    why = f"no live fact has the prompt {prompt!r}."
+                    raise BadInput(f"{why} `lmpatch memory find` looks for a part of it.")
             return [_end(prompt) for prompt in {prompt_key(prompt): prompt for prompt in prompts}.values()], None
 
         return self._commit(ends)
@@ -151,22 +134,20 @@ class Store:
 
         Returns:
             the new version, or the last one if nothing is different.
-        Raises:
-            BadInput: there is no such version.
         """
 
         def difference() -> tuple[list[Row], np.ndarray]:
-            state, log = self._state, self._log
-            current, then = state.live, state.live_after(version)
+            log = self._log
+            current, then = log.live, log.live_after(version)
             both = [name for name, seq in then.items() if name in current and current[name] != seq]
             old, new = ([facts[name] for name in both] for facts in (then, current))
             alike = (log.vectors(old) == log.vectors(new)).all(1)
-            pairs = zip(both, alike, state.rows(old), state.rows(new), strict=True)
+            pairs = zip(both, alike, log.rows(old), log.rows(new), strict=True)
             same = {name for name, key_too, a, b in pairs if key_too and _content(a) == _content(b)}
             puts = [seq for name, seq in then.items() if current.get(name) != seq and name not in same]
             gone = [seq for name, seq in current.items() if name not in then]
-            ends = [_end(row["prompt"]) for row in state.rows(gone)]
-            return [*map(_content, state.rows(puts)), *ends], log.vectors(puts)
+            ends = [_end(row["prompt"]) for row in log.rows(gone)]
+            return [*map(_content, log.rows(puts)), *ends], log.vectors(puts)
 
         return self._commit(difference)
 
@@ -176,31 +157,24 @@ class Store:
         No fact and no version is lost.
         """
         with writing(self.path):
-            self._state.refresh()
-            self._log.tidy()
-            if len(self._state.live) > self._exact:
-                _near.build(self._log, self._state.alive())
+            self._log.refresh().tidy()
+            if len(self._log.live) > self._exact:
+                _search.build(self._log)
 
     def _commit(self, make: Callable[[], tuple[list[Row], np.ndarray | None]]) -> int:
         """Append what ``make`` says of this moment: rows, and the vectors of the first of them."""
-        state = self._state
+        log = self._log
         with writing(self.path):
-            state.refresh()
+            log.refresh()
             changes, vectors = make()
             if not changes:
-                return state.version
-            version = state.version + 1
-            stamp = {"version": version, "added": now()}
-            rows = table(
-                [{"seq": state.count + i, **stamp, **row} for i, row in enumerate(changes)], vectors, self.width
-            )
-            seen = self._log.append(rows)
-            state.append(rows.drop_columns("vector"), seen)
+                return log.version
+            version = log.append(changes, vectors)
             with suppress(LmpatchError):  # the facts are stored; another commit will tidy
-                self._log.tidy(always=False)
-        if len(state.live) > self._exact and state.count - _near.newest(self.path) > self._exact:
+                log.tidy(always=False)
+        if len(log.live) > self._exact and log.count - _search.newest(self.path) > self._exact:
             with suppress(LmpatchError):  # a search does without
-                _near.build(self._log, state.alive())
+                _search.build(log)
         return version
 
     # Reading
@@ -211,17 +185,14 @@ class Store:
         Args:
             history: also those that no longer do, with what ended them.
             version: as it was after this version; None: now.
-        Raises:
-            BadInput: there is no such version.
         """
-        state = self._state
-        state.refresh()
-        version = state.version if version is None else version
+        log = self._log.refresh()
+        version = log.version if version is None else version
         if not history:
-            return [entry_of(row) for row in state.rows(list(state.live_after(version).values()))]
+            return [entry_of(row) for row in log.rows([*log.live_after(version).values()])]
         entries: dict[int, Entry] = {}
         last: dict[str, int] = {}
-        for row in state.rows(range(state.length(version))):
+        for row in log.rows(range(log.length(version))):
             old = last.pop(row["key"], None)
             if old is not None:
                 entries[old] = replace(entries[old], ended=row["version"], dropped=row["op"] == "drop")
@@ -231,25 +202,23 @@ class Store:
 
     def find(self, text: str, *, history: bool = False) -> list[Entry]:
         """The facts with this text in prompt, subject or target, whatever its case."""
-        text = text.casefold()
-
-        def words(edit: Edit) -> str:
-            return "\n".join((edit.prompt, edit.subject, edit.target)).casefold()
-
-        return [entry for entry in self.facts(history=history) if text in words(entry.edit)]
+        wanted = text.casefold()
+        return [
+            entry
+            for entry in self.facts(history=history)
+            if wanted in "\n".join((entry.edit.prompt, entry.edit.subject, entry.edit.target)).casefold()
+        ]
 
     def get(self, prompt: str) -> Entry | None:
         """The fact with this prompt, whatever its case and white space; None: there is none."""
-        self._state.refresh()
-        seq = self._state.live.get(prompt_key(prompt))
-        return None if seq is None else entry_of(self._state.rows([seq])[0])
+        seq = self._log.refresh().live.get(prompt_key(prompt))
+        return None if seq is None else entry_of(self._log.rows([seq])[0])
 
     def versions(self) -> list[Version]:
         """All commits, oldest first."""
-        self._state.refresh()
+        texts = self._log.refresh().texts
         commits: dict[int, Version] = {}
         live: set[str] = set()
-        texts = self._state.texts
         for number, added, op, name in zip(
             *(texts[c].to_pylist() for c in ("version", "added", "op", "key")), strict=True
         ):
@@ -274,20 +243,12 @@ class Store:
         Raises:
             BadInput: the width differs, or a number is not finite.
         """
-        import numpy as np
-
         scores, seqs = self._search(np.ascontiguousarray(queries, dtype=np.float32), k)
-        rows = {row["seq"]: entry_of(row) for row in self._state.rows(sorted({*seqs.reshape(-1).tolist()}))}
+        rows = {row["seq"]: entry_of(row) for row in self._log.rows(sorted({*seqs.reshape(-1).tolist()}))}
         return scores.astype(np.float32), [[rows[seq] for seq in line] for line in seqs.tolist()]
 
     def export(self, path: str | Path) -> int:
-        """Write the facts that hold as JSON lines, which ``read_edits`` reads. Keys stay behind.
-
-        Returns:
-            how many.
-        Raises:
-            BadInput: the file exists, or cannot be written.
-        """
+        """Write the facts that hold as JSON lines, which ``read_edits`` reads; returns how many. Keys stay behind."""
         facts = self.facts()
         try:
             with Path(path).open("x", encoding="utf-8") as file:
@@ -304,8 +265,10 @@ def _content(row: Row) -> Row:
 
 
 def _end(prompt: str) -> Row:
-    texts = {"key": prompt_key(prompt), "prompt": prompt, "target": "", "subject": "", "more": "", "source": "{}"}
-    return {"op": "drop", **texts}
+    return {
+        "op": "drop", "key": prompt_key(prompt), "prompt": prompt, "target": "", "subject": "", "more": "",
+        "source": "{}",
+    }  # fmt: skip
 
 
 def _named(stamp: Mapping[str, str]) -> str:

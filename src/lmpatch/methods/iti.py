@@ -76,13 +76,9 @@ class HeadProbes:
 
 
 def fit(
-    lm: LM,
-    records: Sequence[ContextRecord],
-    cfg: Config,
-    *,
-    probes: HeadProbes | None = None,
+    lm: LM, records: Sequence[ContextRecord], cfg: Config, *, probes: HeadProbes | None = None,
     progress: Progress | None = None,
-) -> HookPatch:
+) -> HookPatch:  # fmt: skip
     """Add a constant to the outputs of the heads that know best which answer is the context's: alpha, times the spread
     of the output along a direction, times that direction.
 
@@ -104,23 +100,17 @@ def fit(
     _check(lm, cfg)
     probes = probes or observe(lm, records, cfg, progress=progress)
     heads = best_heads(lm, probes, cfg)
-    size = probes.directions[cfg.direction].shape[-1]
+    directions, spreads = probes.directions[cfg.direction], probes.spreads[cfg.direction]
     vectors: dict[str | Site, Tensor] = {}
     for head in heads:
-        push = cfg.strength * probes.spreads[cfg.direction][head.layer, head.index]
         site = Site(lm.layout.attn_outs[head.layer], "input", "answer" if cfg.positions == "newest" else "all")
-        whole = vectors.setdefault(site, torch.zeros(probes.accuracy.shape[1] * size, dtype=torch.float64))
-        place = slice(head.index * size, (head.index + 1) * size)
-        whole[place] = push * probes.directions[cfg.direction][head.layer, head.index]
+        by_head = vectors.setdefault(site, torch.zeros_like(directions[0]))  # [heads, d_h]
+        by_head[head.index] = cfg.strength * spreads[head.layer, head.index] * directions[head.layer, head.index]
     return HookPatch.make(
-        lm,
-        vectors,
-        method="iti",
-        config=cfg,
-        edits=brief(records),
-        seconds=time.perf_counter() - start,
+        lm, {site: by_head.flatten() for site, by_head in vectors.items()}, method="iti", config=cfg,
+        edits=brief(records), seconds=time.perf_counter() - start,
         notes={"heads": [[h.layer, h.index, float(probes.accuracy[h.layer, h.index])] for h in heads]},
-    )
+    )  # fmt: skip
 
 
 def observe(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Progress | None = None) -> HeadProbes:
@@ -135,7 +125,7 @@ def observe(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: 
     outputs = head_outputs(lm, used, progress)  # [2 * records, layers, heads, d_h]
     right = torch.arange(len(outputs)) < len(used)
     fold = torch.arange(len(used)).repeat(2) % cfg.folds  # both answers of a record are held out together
-    layers = [_layer(outputs[:, layer].double(), right, fold) for layer in range(outputs.shape[1])]
+    layers = [_layer(layer, right, fold) for layer in outputs.double().unbind(1)]
     accuracy, loss, probe, mass = (torch.stack(parts) for parts in zip(*layers, strict=True))
     directions: dict[Direction, Tensor] = {"probe": F.normalize(probe, dim=-1), "mass_mean": F.normalize(mass, dim=-1)}
     spreads = {
@@ -180,15 +170,15 @@ def head_outputs(lm: LM, records: Sequence[ContextRecord], progress: Progress | 
             ids, mask = (x.to(lm.device) for x in pad([rows[i].ids for i in batch], pad_id(lm), side="left"))
             seen.clear()
             blocks(lm, ids, mask, position_ids=positions(mask))
-            widths = {x.shape[-1] for x in seen}
-            if len(widths) > 1 or widths.pop() % heads:
-                listed = ", ".join(str(x.shape[-1]) for x in seen)
+            widths = [x.shape[-1] for x in seen]
+            if len(set(widths)) > 1 or widths[0] % heads:
+                listed = ", ".join(map(str, widths))
                 raise UnknownLayout(f"attention hands on {listed} numbers, which are no {heads} heads of one size.")
             outputs.update(zip(batch, torch.stack(seen, 1), strict=True))
             if progress:
                 progress(len(outputs), len(rows), "reading heads")
-    by_head: Tensor = torch.stack([outputs[i] for i in range(len(rows))]).unflatten(-1, (heads, -1))
-    return by_head
+    whole = torch.stack([outputs[i] for i in range(len(rows))])  # [2 n, layers, heads * d_h]
+    return whole.reshape(*whole.shape[:2], heads, -1)
 
 
 def _layer(x: Tensor, right: Tensor, fold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,12 +17,10 @@ from torch import Tensor
 from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput
 from ..inference.forward import blocks, first, frozen, positions
-from ..inference.tokens import batches_of_rows, encode_all, pad, pad_id
-from ..locate import covariance
-from ..locate import value_search as _value
-from ..locate.covariance import Covariance, estimate_covariance
-from ..locate.factors import cholesky, null_space
-from ..locate.prefixes import prefixes
+from ..inference.tokens import batches_of_rows, pad, pad_id
+from ..locate import covariance, value_search
+from ..locate.covariance import Covariance, cholesky, estimate_covariance, null_space
+from ..locate.prefixes import prefixed, prefixes
 from ..locate.solve import projected, woodbury
 from ..locate.value_search import Values, search
 from ..models.hooks import Hook, hooked
@@ -37,7 +35,7 @@ Record = Edit
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(value_search.Settings):
     """MEMIT. Defaults: the paper's, but for the learning rate, which is relative here, and the layers."""
 
     layers: tuple[int, ...] | None = None
@@ -47,18 +45,8 @@ class Config:
     """How a fact is shared among the layers. ``residual``: the paper's, one value at the last block, each layer
     writes its share of what is left. ``joint``: one δ per layer, optimised together in one forward; right also
     where a norm follows the MLP (Gemma 2 and 3), where linear writes do not add up. None: joint exactly there."""
-    steps: int = 20
-    """Gradient steps that search the values."""
-    lr: float = 0.3
-    """Adam's step per entry of the value, in units of the value's RMS."""
-    kl: float = 0.0625
-    """Weight of KL(p_δ || p_0) at the end of "{subject} is a"."""
-    decay: float = 0.0
-    """Weight of |δ|²/|v|², see ``rome``."""
     clamp: float = 0.75
     """|δ| stays below this many |v|."""
-    stop: float = 0.05
-    """The search of a fact ends at this loss, nats."""
     weight: float = 5000.0
     """λ: how many corpus keys the second moments stand for. Higher disturbs less and inserts less. The paper's 15000
     leaves 4 of 10 facts unstated on Gemma-3-270M."""
@@ -77,26 +65,17 @@ class Config:
     times; try 2. None: off."""
     nas: bool = False
     """Give every value the mean norm of those of anchor facts, and skip a fact above twice it (arXiv:2602.02543)."""
-    moment_tokens: int | None = None
-    """Keys in the estimate of C at most. None: 10 times d_ff."""
     short_prefixes: int = 0
     """Fixed prefixes of about 5 tokens under which the value must hold."""
-    long_prefixes: int = 5
-    """Fixed prefixes of about 10 tokens."""
     faithful: bool = False
     """As released: KL at the subject's last token, penalty |δ| instead of |δ|², one update fewer, and no memory
     of earlier commits."""
 
 
 def fit(
-    lm: LM,
-    edits: Sequence[Edit],
-    cfg: Config,
-    *,
-    text: Sequence[str] | None = None,
-    anchors: Sequence[Edit] | None = None,
-    progress: Progress | None = None,
-) -> WeightPatch:
+    lm: LM, edits: Sequence[Edit], cfg: Config, *, text: Sequence[str] | None = None,
+    anchors: Sequence[Edit] | None = None, progress: Progress | None = None,
+) -> WeightPatch:  # fmt: skip
     """Write all facts in one commit: ΔW_l = R Kᵀ (λC + K_pK_pᵀ + KKᵀ)⁻¹ for each layer in turn.
 
     Keys and residuals are read again after each layer's write.
@@ -115,12 +94,18 @@ def fit(
     check_contradictions(edits)
     start = time.perf_counter()
     layers = _layers(lm, cfg)
+    joint = (cfg.spread or ("joint" if lm.layout.post_norm else "residual")) == "joint"
+    if cfg.nas and not anchors:
+        raise BadInput("nas needs anchor facts to take its norm from. Pass anchors=..., facts outside the test set.")
+    if cfg.nas and not joint:
+        raise BadInput("nas works on the down-projection's output here. Set spread='joint'.")
     tokens = cfg.moment_tokens or 10 * max(lm.layout.widths[layer] for layer in layers)
     moments = estimate_covariance(lm, layers, text=text, tokens=tokens, progress=progress)
     prepared = time.perf_counter()  # the statistics serve every later edit and are counted apart
-    joint = (cfg.spread or ("joint" if lm.layout.post_norm else "residual")) == "joint"
+    site: Literal["down", "block"] = "down" if joint else "block"
     with frozen(lm):
-        values = _values(lm, edits, layers, cfg, joint, progress)
+        where = layers if joint else layers[-1:]
+        values = search(lm, edits, where, cfg, site=site, hits=cfg.hits, progress=progress)
         notes: dict[str, object] = {
             "layers": layers, "spread": "joint" if joint else "residual", "steps": values.steps,
             "loss": [round(x, 4) for x in values.loss], "moments": moments.source,
@@ -128,7 +113,8 @@ def fit(
             "prep_seconds": round(prepared - start, 3),
         }  # fmt: skip
         if cfg.nas:
-            values, notes["nas"] = _anchored(lm, values, layers, cfg, joint, anchors, progress)
+            seen = search(lm, anchors or (), layers, cfg, hits=cfg.hits, progress=progress)
+            values, notes["nas"] = _anchored(values, seen)
         deltas, keys = _write(lm, edits, values, layers, cfg, joint, moments)
     return WeightPatch.make(
         lm, deltas, method="memit", config=cfg, edits=edits, seconds=time.perf_counter() - prepared, notes=notes,
@@ -145,14 +131,6 @@ def _layers(lm: LM, cfg: Config) -> list[int]:
     return list(range(first_layer, min(first_layer + 4, lm.layout.n_layers)))
 
 
-def _values(
-    lm: LM, edits: Sequence[Edit], layers: list[int], cfg: Config, joint: bool, progress: Progress | None
-) -> Values:
-    if joint:
-        return search(lm, edits, layers, cfg, hits=cfg.hits, progress=progress)
-    return search(lm, edits, layers[-1:], cfg, site="block", hits=cfg.hits, progress=progress)
-
-
 def _write(
     lm: LM, edits: Sequence[Edit], values: Values, layers: list[int], cfg: Config, joint: bool, moments: Covariance
 ) -> tuple[dict[str, Delta], dict[int, Tensor]]:
@@ -163,13 +141,10 @@ def _write(
         for place, layer in enumerate(layers):
             keys, output, state = _read(lm, edits, layer, layers[-1], cfg)
             if joint:
-                goal = values.written[layer] + values.delta[:, place]
-                residual = goal - output  # [u, d]
+                residual = values.written[:, place] + values.delta[:, place] - output  # [u, d]
             else:
-                goal = values.clean[:, 0] + values.delta[:, 0]
-                residual = (goal - state) / (len(layers) - place)
-            earlier = _earlier_keys(lm, layer) if cfg.prev_keys and not cfg.faithful else None
-            a = _solve(keys.T, moments, layer, cfg, earlier)  # [f, u]
+                residual = (values.clean[:, 0] + values.delta[:, 0] - state) / (len(layers) - place)
+            a = _solve(lm, keys.T, moments, layer, cfg)  # [f, u]
             name = lm.layout.weight(lm.layout.downs[layer])
             deltas[name] = LowRank(residual.T.float().contiguous(), a.T.float().contiguous())
             kept[layer] = keys.float()
@@ -179,20 +154,17 @@ def _write(
     return deltas, kept
 
 
-def _solve(keys: Tensor, moments: Covariance, layer: int, cfg: Config, earlier: Tensor | None) -> Tensor:
-    """[f, u]: what multiplies the residuals."""
+def _solve(lm: LM, keys: Tensor, moments: Covariance, layer: int, cfg: Config) -> Tensor:
+    """[f, u]: what multiplies the residuals. Keys that memit patches on the model have written here join the solve."""
+    before = [a.patch.extras[f"keys.{layer}"] for a in applied(lm) if f"keys.{layer}" in a.patch.extras]
+    keep = before and cfg.prev_keys and not cfg.faithful
+    earlier = torch.cat(before).T.to(lm.device) if keep else None  # [f, n]
     if cfg.solver == "alphaedit":
         basis = null_space(moments, layer, keys.device, cfg.keep)
         ridge = cfg.ridge * float((basis.T @ keys.double()).square().sum(0).median())
         return projected(basis, keys, ridge, earlier)
     lower = cholesky(moments, layer, keys.device, weight=cfg.weight, ridge=cfg.frobenius)
     return woodbury(lower, keys, earlier)
-
-
-def _earlier_keys(lm: LM, layer: int) -> Tensor | None:
-    """[f, n] keys that memit patches now on the model have written at this layer."""
-    found = [a.patch.extras[f"keys.{layer}"] for a in applied(lm) if f"keys.{layer}" in a.patch.extras]
-    return torch.cat(found).T.to(lm.device) if found else None
 
 
 @torch.no_grad()
@@ -204,10 +176,7 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
         down-projection's output [u, d] there and the output [u, d] of block ``last``.
     """
     heads = prefixes(cfg.short_prefixes, cfg.long_prefixes)
-    prompts = [head + e.prompt for e in edits for head in heads]
-    rows = encode_all(
-        lm, prompts, None, [e.subject for e in edits for _ in heads], [len(h) for _ in edits for h in heads]
-    )
+    rows = prefixed(lm, edits, heads, targets=False)
     f, d = lm.layout.widths[layer], lm.layout.d_model
     keys, outputs, states = (torch.zeros(len(rows), n, device=lm.device) for n in (f, d, d))
     for pick in batches_of_rows([len(row.ids) for row in rows], 64):
@@ -226,40 +195,27 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
     return mixed, outputs[:: len(heads)], states[:: len(heads)]
 
 
-def _anchored(
-    lm: LM, values: Values, layers: list[int], cfg: Config, joint: bool, anchors: Sequence[Edit] | None,
-    progress: Progress | None,
-) -> tuple[Values, dict[str, object]]:  # fmt: skip
+def _anchored(values: Values, anchors: Values) -> tuple[Values, dict[str, object]]:
     """NAS: v* ← v* M/|v*| with M the mean |v*| of anchor facts, top 5 % dropped; above 2M the fact is skipped."""
-    if not anchors:
-        raise BadInput("nas needs anchor facts to take its norm from. Pass anchors=..., facts outside the test set.")
-    if not joint:
-        raise BadInput("nas works on the down-projection's output here. Set spread='joint'.")
-    seen = _values(lm, anchors, layers, cfg, joint, progress)
-    norms = (seen.written_stack(layers) + seen.delta).norm(dim=-1)  # [anchors, n]
+    norms = (anchors.written + anchors.delta).norm(dim=-1)  # [anchors, n]
     measure = torch.stack([n[n <= n.quantile(0.95)].mean() for n in norms.T])  # [n]
-    clean = values.written_stack(layers)  # [u, n, d]
-    goal = clean + values.delta
+    goal = values.written + values.delta  # [u, n, d]
     size = goal.norm(dim=-1, keepdim=True)  # [u, n, 1]
     skipped = size > 2 * measure[None, :, None]
-    goal = torch.where(skipped, clean, goal * (measure[None, :, None] / size))
+    goal = torch.where(skipped, values.written, goal * (measure[None, :, None] / size))
     notes: dict[str, object] = {
         "norm": [round(float(x), 4) for x in measure],
-        "anchors": len(anchors),
+        "anchors": len(norms),
         "skipped": int(skipped.any(1).sum()),
     }
-    return replace(values, delta=goal - clean), notes
+    return replace(values, delta=goal - values.written), notes
 
 
 def estimate(lm: LM, facts: int, cfg: Config) -> int:
     """Bytes a fit of that many facts takes on top of the model, rounded up."""
-    return _value.memory(lm, facts, cfg) + covariance.memory(lm, len(_layers(lm, cfg)))
+    return value_search.memory(lm, facts, cfg) + covariance.memory(lm, len(_layers(lm, cfg)))
 
 
 def example(lm: LM) -> tuple[list[Edit], Config]:
     """Edits and settings that run in milliseconds on a tiny model."""
-    edits = [
-        Edit("The Eiffel Tower is in", subject="Eiffel Tower", target="Rome"),
-        Edit("Steve Jobs founded", subject="Steve Jobs", target="Paris"),
-    ]
-    return edits, Config(layers=(1, 2), steps=3, moment_tokens=2048, long_prefixes=1, weight=10.0)
+    return value_search.examples(), Config(layers=(1, 2), steps=3, moment_tokens=2048, long_prefixes=1, weight=10.0)

@@ -70,28 +70,20 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
     if not math.isfinite(cfg.factor) or not 0 < cfg.share <= 1:
         raise BadInput(f"factor is {cfg.factor} and share {cfg.share}. The first must be finite, the second in 0..1.")
     start = time.perf_counter()
-    notes: dict[str, Any] = {}
     layers = [lm.layout.check_layer(layer) for layer in cfg.layers]
+    notes: dict[str, Any] = {"layers": layers}
     if not layers:
         faithful, unfaithful = _responses(lm, records, cfg, progress)
         on = [active_shares(lm, rows, cfg.count).mean(0) for rows in (faithful, unfaithful)]  # 2 x [layers]
         size = max(1, round(cfg.share * lm.layout.n_layers))
         layers = sorted((on[1] - on[0]).topk(size).indices.tolist())
-        notes = {
-            "responses": [len(faithful), len(unfaithful)],
-            "faithful": on[0].tolist(),
-            "unfaithful": on[1].tolist(),
-        }
+        notes = {"layers": layers, "responses": [len(faithful), len(unfaithful)]}
+        notes |= {"faithful": on[0].tolist(), "unfaithful": on[1].tolist()}
     norms = _norms_behind(lm) if lm.layout.post_norm else []
     deltas = {name: delta for layer in layers for name, delta in _muting(lm, layer, cfg.factor, norms).items()}
+    seconds = time.perf_counter() - start
     return WeightPatch.make(
-        lm,
-        deltas,
-        method="param_mute",
-        config=cfg,
-        edits=brief(records),
-        seconds=time.perf_counter() - start,
-        notes={"layers": layers, **notes},
+        lm, deltas, method="param_mute", config=cfg, edits=brief(records), seconds=seconds, notes=notes
     )
 
 

@@ -19,7 +19,7 @@ from ..patches.patch import plain
 from ..progress import Progress
 from ..provenance import made_now
 from ..retrieval import Scope
-from ..retrieval.encoder import load_encoder
+from ..retrieval.encoder import PACKAGED, load_encoder, shared_encoder
 
 AIM = "facts"
 Record = Edit
@@ -75,7 +75,7 @@ def editor_for(lm: LM, encoder: str = "all-MiniLM-L6-v2", *, download: bool = Fa
         MissingExtra: the packaged encoder is not installed.
         BadInput: nothing can be loaded from there.
     """
-    sentence = load_encoder(encoder, download=download)
+    sentence = shared_encoder(encoder) if encoder in PACKAGED else load_encoder(encoder, download=download)
     parts: dict[str, Any] = {"retriever": "cosine", "encoder": encoder}
     parts |= {"encoder_fingerprint": sentence.fingerprint, "width": sentence.width}
     return Editor("rag", _scope(Config()), Base(fingerprint(lm), lm.name), parts, {})

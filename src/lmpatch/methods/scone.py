@@ -67,32 +67,21 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
         raise BadInput(f"window is {cfg.window} and pool {cfg.pool}. Both must be at least 1.")
     start = time.perf_counter()
     used = records[: cfg.examples]
-    counted = _neurons.ranked(_named(lm, used, cfg, progress))
-    _neurons.need(cfg.neurons, counted, len(used))
-    chosen = counted[: cfg.neurons]
-    return _neurons.scaling(
-        lm,
-        [neuron for neuron, _ in chosen],
-        cfg.factor,
-        method="scone",
-        config=cfg,
-        edits=brief(records),
-        seconds=time.perf_counter() - start,
-        notes={"neurons": [[neuron.layer, neuron.index, named] for neuron, named in chosen]},
-    )
-
-
-def _named(
-    lm: LM, records: Sequence[ContextRecord], cfg: Config, progress: Progress | None
-) -> list[list[tuple[int, int, float]]]:
-    cases = integrated_gradients.cases(lm, records)
+    cases = integrated_gradients.cases(lm, used)
     credits = (credit for part in integrated_gradients.attributions(lm, cases, cfg) for credit in part.scores)
     found = []
     for one in named(credits, cfg):
         found.append(one)
         if progress:
-            progress(len(found), len(records), "crediting neurons")
-    return found
+            progress(len(found), len(used), "crediting neurons")
+    counted = _neurons.ranked(found)
+    _neurons.need(cfg.neurons, counted, len(used))
+    chosen = counted[: cfg.neurons]
+    notes = {"neurons": [[neuron.layer, neuron.index, count] for neuron, count in chosen]}
+    neurons, seconds = [neuron for neuron, _ in chosen], time.perf_counter() - start
+    return _neurons.scaling(
+        lm, neurons, cfg.factor, method="scone", config=cfg, edits=brief(records), seconds=seconds, notes=notes
+    )
 
 
 def named(credits: Iterable[Tensor], cfg: Config) -> Iterator[list[tuple[int, int, float]]]:

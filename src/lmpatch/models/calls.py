@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hooks import Hook, hooked
+from .hooks import Hook, Stop, hooked
 
 SENTENCE = "The quick brown fox jumps over the lazy dog and runs away."
 LENGTH = 5
@@ -32,51 +32,41 @@ class Call:
     """A projection that read the same values as the projection called just before it."""
 
 
-class _Stop(Exception):
-    """Ends a forward early."""
-
-
 def probe_ids(model: Any, tokenizer: Any) -> Tensor:
-    """``LENGTH`` token ids, [1, T], on the embedding's device."""
-    weight = model.get_input_embeddings().weight
+    """``LENGTH`` token ids, [1, T], on the embedding's device; without a tokenizer spread over the vocabulary."""
+    embedding = model.get_input_embeddings()
     if tokenizer is not None:
         ids = tokenizer(SENTENCE)["input_ids"][:LENGTH]
     else:
-        ids = torch.linspace(3, model.get_input_embeddings().num_embeddings - 1, LENGTH).long().tolist()
-    return torch.tensor([ids], device=weight.device)
+        ids = torch.linspace(3, embedding.num_embeddings - 1, LENGTH).long().tolist()
+    return torch.tensor([ids], device=embedding.weight.device)
 
 
 def first_tensor(value: Any) -> Tensor | None:
     """The hidden state in what a module takes or returns: itself, or the first tensor of a tuple."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, tuple | list):
-        return next((v for v in value if isinstance(v, Tensor)), None)
-    return None
+    values = value if isinstance(value, tuple | list) else [value]
+    return next((v for v in values if isinstance(v, Tensor)), None)
 
 
 @torch.no_grad()
 def forward(model: Any, ids: Tensor, changes: Mapping[str, Change] | None = None, stop: str | None = None) -> Any:
     """Run the model on ``ids``; returns the logits [1, T, vocab], or None when stopped after module ``stop``."""
 
-    def hook(change: Change | None, ends: bool) -> Callable[..., Any]:
+    def changing(change: Change) -> Callable[..., Any]:
         def run(module: nn.Module, args: Any, output: Any) -> Any:
             state = first_tensor(output)
-            new = change(state) if change is not None and state is not None else None
-            if ends:
-                raise _Stop
-            if new is None:
-                return output
-            return new if isinstance(output, Tensor) else (new, *output[1:])
+            new = None if state is None else change(state)
+            return new if new is None or isinstance(output, Tensor) else (new, *output[1:])
 
         return run
 
-    changes = changes or {}
-    hooks = [
-        Hook(model.get_submodule(name), hook(changes.get(name), name == stop))
-        for name in {*changes, *([stop] if stop else [])}
-    ]
-    with hooked(*hooks), suppress(_Stop):
+    def end(*_: Any) -> None:
+        raise Stop
+
+    hooks = [Hook(model.get_submodule(name), changing(change)) for name, change in (changes or {}).items()]
+    if stop is not None:
+        hooks.append(Hook(model.get_submodule(stop), end))
+    with hooked(*hooks), suppress(Stop):
         return model(input_ids=ids, use_cache=False).logits
     return None
 
@@ -87,23 +77,33 @@ def trace(model: Any, ids: Tensor) -> list[Call]:
     calls: list[Call] = []
     previous: list[Tensor | None] = [None]
 
-    def hook(name: str, projection: bool, leaf: bool) -> Callable[..., None]:
+    def width(state: Tensor | None) -> int:
+        return state.shape[-1] if state is not None and state.ndim else 0
+
+    def watching(name: str, projection: bool, leaf: bool) -> Callable[..., None]:
         def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entered, left = first_tensor((*args, *kwargs.values())), first_tensor(output)
-            same = projection and entered is not None and previous[0] is not None and _equal(entered, previous[0])
+            entered, left, same = first_tensor((*args, *kwargs.values())), first_tensor(output), False
             if projection:
-                previous[0] = entered
-            calls.append(Call(name, _width(entered), _width(left), projection, leaf, same))
+                before, previous[0] = previous[0], entered
+                if before is not None and entered is not None:
+                    near = before.shape == entered.shape and before.device == entered.device
+                    same = before is entered or (near and torch.equal(before, entered))
+            calls.append(Call(name, width(entered), width(left), projection, leaf, same))
 
         return run
 
     hooks = [
-        Hook(module, hook(name, is_projection(module), next(module.children(), None) is None), kwargs=True)
+        Hook(module, watching(name, is_projection(module), next(module.children(), None) is None), kwargs=True)
         for name, module in model.named_modules()
     ]
     with hooked(*hooks):
         model(input_ids=ids, use_cache=False)
     return calls
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Linear, Conv1D, or a quantised linear of any kind (those keep ``out_features``; only Conv1D counts by ``nf``)."""
+    return hasattr(module, "out_features") or hasattr(module, "nf")
 
 
 def mixes_tokens(model: Any, ids: Tensor, sources: Sequence[str], target: str) -> bool:
@@ -118,8 +118,8 @@ def mixes_tokens(model: Any, ids: Tensor, sources: Sequence[str], target: str) -
     def keep(state: Tensor) -> None:
         seen.append(state[..., -1, :].float())
 
-    forward(model, ids, {target: keep}, stop=target)
-    forward(model, ids, {**dict.fromkeys(sources, push), target: keep}, stop=target)
+    for pushed in ((), sources):
+        forward(model, ids, {**dict.fromkeys(pushed, push), target: keep}, stop=target)
     return not torch.allclose(seen[0], seen[1], rtol=1e-2, atol=1e-3 * float(seen[0].norm()))
 
 
@@ -156,16 +156,3 @@ def embed_scale(model: Any, ids: Tensor, embed: str, block: str) -> float:
     ratio = float((states[0] - states[1]).float().norm() / rows.float().norm())
     ratio *= (rows.shape[-1] / states[0].shape[-1]) ** 0.5  # norms to RMS, where a projection changes the width
     return 1.0 if abs(ratio - 1.0) < 1e-2 else ratio
-
-
-def is_projection(module: nn.Module) -> bool:
-    """Linear, Conv1D, or a quantised linear of any kind (those keep ``out_features``; only Conv1D counts by ``nf``)."""
-    return hasattr(module, "out_features") or hasattr(module, "nf")
-
-
-def _width(state: Tensor | None) -> int:
-    return state.shape[-1] if state is not None and state.ndim else 0
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.device == b.device and torch.equal(a, b))

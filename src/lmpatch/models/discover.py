@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,34 +30,46 @@ def discover(model: Any, tokenizer: Any = None) -> Layout:
         UnknownLayout: the blocks hold experts, or the parts cannot be told apart, or a check fails. The message says
             what was found.
     """
-    embed, head = _ends(model)
+    names = {module: name for name, module in model.named_modules()}
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    if not names.keys() >= set(modules):
+        raise UnknownLayout(f"{type(model).__name__} has no language-model head. Load it as a causal LM.")
+    if modules[0].weight.is_meta:
+        raise UnknownLayout("the token embedding is offloaded. Keep it on a device: name one in device_map.")
+    embed, head = (names[module] for module in modules)
     ids = probe_ids(model, tokenizer)
     calls = trace(model, ids)
-    ran = Counter(call.name for call in calls)
-    blocks = _blocks(model, ran)
+    blocks = _blocks(model, Counter(call.name for call in calls))
     _refuse_experts(model, blocks)
     last = max(i for i, call in enumerate(calls) if call.name == blocks[-1])
     d_model = calls[last].d_out
     parts = [_parts(block, [c for c in calls if c.name.startswith(f"{block}.")], d_model) for block in blocks]
-    tail = _tail(calls[last + 1 :], head)
+    downs, ups, attn_outs, attn_ins, widths = zip(*parts, strict=True)
+    tail = [call.name for call in calls[last + 1 :] if call.leaf]
+    if head not in tail:
+        raise UnknownLayout(f"the head {head} does not run after the last block. Found: {tail}. {REMEDY}")
+    tail = tail[: tail.index(head) + 1]
+    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in tail}
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    a, b = (module.weight for module in modules)
     layout = Layout(
         blocks=blocks,
-        downs=tuple(part.down for part in parts),
-        ups=tuple(part.ups for part in parts),
-        attn_outs=tuple(part.attn_out for part in parts),
-        attn_ins=tuple(part.attn_ins for part in parts),
+        downs=downs,
+        ups=ups,
+        attn_outs=attn_outs,
+        attn_ins=attn_ins,
         embed=embed,
         head=head,
-        final_norm=next((name for name in tail if _is_norm(model.get_submodule(name))), None),
-        tail=tail,
-        softcap=_softcap(model),
+        final_norm=next((name for name, w in weights.items() if isinstance(w, Tensor) and w.ndim == 1), None),
+        tail=tuple(tail),
+        softcap=float(softcap) if softcap else None,
         d_model=d_model,
-        widths=tuple(part.width for part in parts),
+        widths=widths,
         vocab=next(call.d_out for call in reversed(calls) if call.name == head),
-        transposed=hasattr(model.get_submodule(parts[0].down), "nf"),  # Conv1D is the projection that counts by nf
-        post_norm=post_norm(model, ids, blocks[0], parts[0].down),
+        transposed=hasattr(model.get_submodule(downs[0]), "nf"),  # Conv1D is the projection that counts by nf
+        post_norm=post_norm(model, ids, blocks[0], downs[0]),
         embed_scale=embed_scale(model, ids, embed, blocks[0]),
-        tied=_same_storage(model.get_submodule(embed).weight, model.get_submodule(head).weight),
+        tied=a is b or (a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape),
     )
     verify(model, layout, ids)
     return layout
@@ -105,16 +116,6 @@ def verify(model: Any, layout: Layout, ids: Tensor) -> None:
         raise UnknownLayout(f"{layout.attn_ins[0]} reach {layout.attn_outs[0]} at the same token only. {REMEDY}")
 
 
-def _ends(model: Any) -> tuple[str, str]:
-    names = {module: name for name, module in model.named_modules()}
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embed not in names or head not in names:
-        raise UnknownLayout(f"{type(model).__name__} has no language-model head. Load it as a causal LM.")
-    if embed.weight.is_meta:
-        raise UnknownLayout("the token embedding is offloaded. Keep it on a device: name one in device_map.")
-    return names[embed], names[head]
-
-
 def _blocks(model: Any, ran: Counter[str]) -> tuple[str, ...]:
     """The longest ModuleList of one class whose members all ran once; lists inside another list are no candidates."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -143,20 +144,12 @@ def _refuse_experts(model: Any, blocks: Sequence[str]) -> None:
                 )
 
 
-@dataclass(frozen=True)
-class _Parts:
-    down: str
-    ups: tuple[str, ...]
-    attn_out: str
-    attn_ins: tuple[str, ...]
-    width: int
+def _parts(block: str, calls: Sequence[Call], d_model: int) -> tuple[str, tuple[str, ...], str, tuple[str, ...], int]:
+    """Down, ups, attention's output and its inputs, and the MLP's width, told apart by the order of calls.
 
-
-def _parts(block: str, calls: Sequence[Call], d_model: int) -> _Parts:
-    """Tell a block's projections apart by the order of calls; attention runs first, also in parallel blocks.
-
-    The down-projection is the last one of width ``d_model``. Before it stand one or more projections that read the
-    same values: gate and up. The one before them is attention's output, and those before that its inputs.
+    Attention runs first, also in parallel blocks. The down-projection is the last one of width ``d_model``. Before it
+    stand one or more projections that read the same values: gate and up. The one before them is attention's output,
+    and those before that its inputs.
     """
     linears = [call for call in calls if call.projection]
     down = max((i for i, call in enumerate(linears) if call.d_out == d_model), default=0)
@@ -170,14 +163,7 @@ def _parts(block: str, calls: Sequence[Call], d_model: int) -> _Parts:
     if not (ups and ins and fits and attn_out and attn_out.d_out == d_model):
         order = ", ".join(f"{call.name.removeprefix(f'{block}.')} {call.d_in}->{call.d_out}" for call in linears)
         raise UnknownLayout(f"{block} has no attention followed by an MLP. Projections in order: {order}. {REMEDY}")
-    return _Parts(linears[down].name, tuple(up.name for up in ups), attn_out.name, ins, width)
-
-
-def _tail(calls: Sequence[Call], head: str) -> tuple[str, ...]:
-    names = [call.name for call in calls if call.leaf]
-    if head not in names:
-        raise UnknownLayout(f"the head {head} does not run after the last block. Found: {names}. {REMEDY}")
-    return tuple(names[: names.index(head) + 1])
+    return linears[down].name, tuple(up.name for up in ups), attn_out.name, ins, width
 
 
 def _check_tail(model: Any, layout: Layout, state: Tensor, logits: Tensor) -> None:
@@ -193,17 +179,3 @@ def _check_tail(model: Any, layout: Layout, state: Tensor, logits: Tensor) -> No
             f"{steps} miss the model's logits by {error:.1%}. Something else changes them, such as a logit scale; only "
             "the soft-cap config.final_logit_softcapping is supported."
         )
-
-
-def _softcap(model: Any) -> float | None:
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return float(cap) if cap else None
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 1
-
-
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape)

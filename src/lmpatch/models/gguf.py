@@ -3,13 +3,10 @@
 What is on the disk, below ``files.cache_dir()`` (``$LMPATCH_CACHE``, else ``$XDG_CACHE_HOME/lmpatch``, else
 ``~/.cache/lmpatch``):
 
-- ``{name}-{hash}/``: one folder a file, found by the SHA-256 of its bytes: the weights in fp32 as safetensors (four
-  bytes a parameter: 1.1 GB for ``gemma-3-270m``, 0.5 GB for ``smollm2-135m-instruct``), config and tokenizer. It can
-  be deleted at any time; the next ``load`` makes it anew.
+- ``{name}-{hash}/``: one folder a file, found by the SHA-256 of its bytes: the weights in fp32 as safetensors (1.1 GB
+  for ``gemma-3-270m``, 0.5 GB for ``smollm2-135m-instruct``), config and tokenizer. It can be deleted at any time.
 - ``{name}-{hash}.partial/``: a conversion that runs. What a killed one left is removed by the next conversion.
 - ``{name}-{hash}.lock``: empty; two processes that want one model take turns by it.
-
-The moments of a model and its sample texts lie beside them (``methods._moments``).
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ import importlib.util
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -28,23 +26,28 @@ from typing import Any
 import torch
 
 from ..errors import BadInput, MissingExtra
-from ..files import cache_dir
+from ..files import cache_dir, outside
 from ..progress import Progress
-from .gguf_header import Head, without_tokens
 
-CHUNK = 1 << 20
 NEEDED = ("gguf", "accelerate")  # transformers asks for both
 ADDED = ("single_word", "lstrip", "rstrip", "normalized", "special")
 DIGITS = "smollm"
 """``tokenizer.ggml.pre`` of a tokenizer that takes each digit by itself, which transformers does not know."""
+LONG = 256
+"""Longer lists in the head of a file are of tokens; those by block are shorter."""
+
+
+def blocks_of(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, a megabyte at a time."""
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read(1 << 20), b"")
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
+    for block in blocks_of(path):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -80,7 +83,12 @@ def converted(name: str, sha256: str, make: Callable[[Path], Path], progress: Pr
         (work / "gguf").mkdir(parents=True)
         try:
             file = make(work / "gguf")
-            _convert(file, work / "model", _steps(progress, f"converting {name} to fp32, once"))
+
+            def report(share: float) -> None:
+                if progress:
+                    progress(round(100 * share), 100, f"converting {name} to fp32, once")
+
+            _convert(file, work / "model", report)
             os.replace(work / "model", folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -99,16 +107,6 @@ def _clear(folder: Path) -> None:
             continue
 
 
-def _steps(progress: Progress | None, what: str) -> Callable[[float], None]:
-    """``progress`` as a function of the share that is done, in per cent."""
-
-    def report(share: float) -> None:
-        if progress:
-            progress(round(100 * share), 100, what)
-
-    return report
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars of transformers; ``progress`` is ours."""
@@ -123,18 +121,15 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _convert(file: Path, out: Path, report: Callable[[float], None] = lambda share: None) -> None:
-    """Write the model and tokenizer of ``file`` as an ordinary folder. Temporary files go beside ``out``."""
+def _convert(file: Path, out: Path, report: Callable[[float], None]) -> None:
+    """Write the model and tokenizer of ``file`` as an ordinary folder."""
     report(0.0)
-    light = out.with_name("weights.gguf")
-    head = without_tokens(file, light)
-    try:
-        with quiet(), _reading(lambda share: report(0.05 + 0.5 * share)):
-            model = _model([light, file] if head else [file])
-            report(0.55)
-            tokenizer = _tokenizer(file, model.config.model_type, head)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        raise BadInput(f"transformers cannot read {file.name} as GGUF: {error}") from error
+    with outside(f"{file.name} as GGUF"), quiet():
+        with _reading(lambda share: report(0.05 + 0.5 * share)) as reader:
+            model = _model(file)
+            splitter = reader(file).fields.get("tokenizer.ggml.pre")
+        report(0.55)
+        tokenizer = _tokenizer(file, model.config.model_type, "" if splitter is None else _word(splitter))
     report(0.75)
     with quiet():
         model.save_pretrained(out)
@@ -143,20 +138,15 @@ def _convert(file: Path, out: Path, report: Callable[[float], None] = lambda sha
     report(1.0)
 
 
-def _model(files: Sequence[Path]) -> Any:
-    """The model of the first of these files whose config transformers can read, with plain fp32 weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _model(file: Path) -> Any:
+    """The model with plain fp32 weights: transformers keeps them packed, where it can, unless asked."""
+    import transformers
 
-    for file in files:
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        try:
-            config = AutoConfig.from_pretrained(**where)
-        except KeyError:  # its reader counts the tokens in the list that the copy lacks
-            if file is files[-1]:
-                raise
-            continue
-        break
-    model = AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=torch.float32, **_dense())
+    config = getattr(transformers, "GgufConfig", None)
+    dense = {} if config is None else {"quantization_config": config(dequantize=True)}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32, **dense
+    )
     packed = [name for name, p in model.named_parameters() if p.dtype != torch.float32]
     if packed:
         raise BadInput(f"transformers left {len(packed)} weights of {file.name} packed, {packed[0]} first.")
@@ -166,16 +156,12 @@ def _model(files: Sequence[Path]) -> Any:
     return model
 
 
-def _dense() -> dict[str, Any]:
-    """What asks transformers for plain weights. Since 5.17 it keeps them packed where ``kernels`` is installed."""
-    import transformers
+def _tokenizer(file: Path, model_type: str, splitter: str) -> Any:
+    """The file's tokenizer. Its class is looked up here, as ``AutoTokenizer`` reads the whole config anew for that.
 
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-def _tokenizer(file: Path, model_type: str, head: Head | None) -> Any:
-    """The file's tokenizer. Its class is looked up here, as ``AutoTokenizer`` reads the whole config anew for that."""
+    Args:
+        splitter: how text is cut before tokens are looked up, in llama.cpp's word.
+    """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
@@ -185,7 +171,7 @@ def _tokenizer(file: Path, model_type: str, head: Head | None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(**where, tokenizer_type=model_type)
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(**where)
-    if head and head.splitter == DIGITS:
+    if splitter == DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
@@ -193,10 +179,13 @@ def _tokenizer(file: Path, model_type: str, head: Head | None) -> Any:
 
 
 @contextmanager
-def _reading(report: Callable[[float], None]) -> Iterator[None]:
-    """transformers' reader with ``report`` in the place of its bar, which it draws whether asked or not.
+def _reading(report: Callable[[float], None]) -> Iterator[Any]:
+    """transformers reads weights with ``report`` in the place of its bar, which it draws whether asked or not.
 
-    The map of tensor names is made once: the reader asks for it anew for every module, 313 times for Gemma-3-270M.
+    The map of tensor names is made once: it is asked for anew for every module, 313 times for Gemma-3-270M.
+
+    Yields:
+        the class that reads heads meanwhile.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reader
@@ -206,14 +195,56 @@ def _reading(report: Callable[[float], None]) -> Iterator[None]:
             report(i / len(items))
             yield item
 
+    light = _light_reader()
     with ExitStack() as stack:
         for module, name, ours in (
             (reader, "tqdm", steps),
+            (gguf, "GGUFReader", light),
             (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
         ):
             stack.callback(vars(module).update, {name: vars(module).get(name)})
             vars(module)[name] = ours
-        yield
+        yield light
+
+
+def _light_reader() -> Any:
+    """gguf's reader without the lists of tokens: 262,144 take it ten seconds. Their number is kept as ``vocab_size``.
+
+    Format: github.com/ggml-org/ggml, docs/gguf.md.
+    """
+    import gguf
+
+    kinds = gguf.GGUFValueType
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            tokens = self.fields.get("tokenizer.ggml.tokens")
+            if tokens is not None and not tokens.data:
+                name = f"{_word(self.fields['general.architecture'])}.vocab_size"
+                count = tokens._replace(name=name, parts=tokens.parts[-1:], data=[0], types=[kinds.UINT64])
+                self.fields.setdefault(name, count)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            data: Any = self.data
+            is_list = raw_type == kinds.ARRAY and self.byte_order == "I"
+            kind, count = struct.unpack_from("<IQ", data, orig_offs) if is_list else (0, 0)
+            if count <= LONG:
+                return super()._get_field_parts(orig_offs, raw_type)
+            end = orig_offs + 12
+            if kind == kinds.STRING:
+                data = memoryview(data)
+                for _ in range(count):
+                    end += 8 + int(struct.unpack_from("<Q", data, end)[0])
+            else:
+                end += count * self.gguf_scalar_to_np[kinds(kind)]().nbytes
+            return end - orig_offs, [self._get(orig_offs + 4, "<u8")], [], [kinds.ARRAY, kinds(kind)]
+
+    return Reader
+
+
+def _word(field: Any) -> str:
+    return bytes(field.parts[-1]).decode()
 
 
 def _write_tokenizer(tokenizer: Any, out: Path) -> None:

@@ -11,6 +11,10 @@ from typing import Any
 from torch import nn
 
 
+class Stop(Exception):
+    """What a hook raises to end a forward early."""
+
+
 @dataclass(frozen=True)
 class Hook:
     """A function that a module calls when it runs. It is on no module before ``Hooks.put`` or ``hooked``."""
@@ -27,7 +31,7 @@ class Hook:
 
 
 class Hooks:
-    """Hooks that go on and come off together.
+    """Hooks that go on and come off together; both may be repeated.
 
     They are known by their functions and not by PyTorch's handles: an interrupt between a registration and the
     return of its handle would lose the handle.
@@ -40,27 +44,26 @@ class Hooks:
         return bool(self._hooks)
 
     def put(self) -> None:
-        """Put on those that are off. May be repeated."""
+        """Put on those that are off."""
         for hook, run in self._hooks:
-            if any(there is run for there in self._tables(hook)[0].values()):
-                continue
-            add = hook.module.register_forward_pre_hook if hook.before else hook.module.register_forward_hook
-            add(run, with_kwargs=hook.kwargs, prepend=hook.first)
+            if not any(there is run for there in _tables(hook)[0].values()):
+                add = hook.module.register_forward_pre_hook if hook.before else hook.module.register_forward_hook
+                add(run, with_kwargs=hook.kwargs, prepend=hook.first)
 
     def remove(self) -> None:
-        """Take off those that are on. May be repeated."""
+        """Take off those that are on."""
         for hook, run in self._hooks:
-            table, with_kwargs = self._tables(hook)
+            table, with_kwargs = _tables(hook)
             for key in [key for key, there in table.items() if there is run]:
                 with_kwargs.pop(key, None)
                 del table[key]
 
-    @staticmethod
-    def _tables(hook: Hook) -> tuple[dict[int, Callable[..., Any]], dict[int, bool]]:
-        module = hook.module
-        if hook.before:
-            return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
-        return module._forward_hooks, module._forward_hooks_with_kwargs
+
+def _tables(hook: Hook) -> tuple[dict[int, Callable[..., Any]], dict[int, bool]]:
+    module = hook.module
+    if hook.before:
+        return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    return module._forward_hooks, module._forward_hooks_with_kwargs
 
 
 @contextmanager

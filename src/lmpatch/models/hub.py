@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ..errors import BadInput
 from ..progress import Progress
@@ -18,11 +18,10 @@ def is_id(name: str) -> bool:
     """Could this be a repository's name, ``model`` or ``owner/model``?"""
     from huggingface_hub.utils._validators import validate_repo_id
 
-    try:
+    with suppress(ValueError):
         validate_repo_id(name)
-    except ValueError:
-        return False
-    return True
+        return True
+    return False
 
 
 def local_folder(repo: str) -> Path | None:
@@ -39,10 +38,7 @@ def local_folder(repo: str) -> Path | None:
 
 
 def fetch(repo: str, *, download: bool, code: bool = False, progress: Progress | None = None) -> Path:
-    """Download a repository's safetensors, config and tokenizer, if ``download`` allows it.
-
-    Size and licence are asked from the hub first and said first: in the error without ``download``, through
-    ``progress`` with it.
+    """Download a repository's safetensors, config and tokenizer; its size and licence are said first.
 
     Args:
         code: fetch ``.py`` files too, for models that bring their own code.
@@ -62,7 +58,8 @@ def fetch(repo: str, *, download: bool, code: bool = False, progress: Progress |
     if not any(WEIGHTS.fullmatch(name) for name in sizes):
         raise BadInput(f"{repo} holds no model.safetensors. Pickled weights are not read, as they can run code.")
     total = sum(sizes.values())
-    offer = f"{repo}: {total / 1e9:.2f} GB, licence {_licence(info)}"
+    licences = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
+    offer = f"{repo}: {total / 1e9:.2f} GB, licence {licences[0] if licences else 'not stated'}"
     if not download:
         raise BadInput(f"not in the local Hugging Face cache: {offer}. To fetch it, pass download=True.")
     if progress:
@@ -80,11 +77,6 @@ def _wanted(name: str, code: bool) -> bool:
     if "/" in name:
         return False
     return bool(WEIGHTS.fullmatch(name)) or Path(name).suffix in SIDE_FILES or (code and name.endswith(".py"))
-
-
-def _licence(info: Any) -> str:
-    tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
-    return tags[0] if tags else "not stated"
 
 
 def _first_line(error: Exception) -> str:

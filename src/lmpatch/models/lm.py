@@ -13,11 +13,40 @@ import torch
 from torch import nn
 
 from ..provenance import hash_tensors
-from .chat import ChatFrame, chat_frame
 from .layout import Layout
 
 _guard = threading.Lock()
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # not on the model: it must stay copyable
+
+PLACE = "\u2983words\u2984"
+"""Stands for the user's words while a chat template is rendered."""
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """A chat template as two texts: the model reads ``head + words + tail`` and answers from there."""
+
+    head: str
+    tail: str
+
+
+def chat_frame(tokenizer: Any) -> ChatFrame | None:
+    """The tokenizer's chat template for one message of a user; None where it has none, or refuses such a message.
+
+    A start token that the tokenizer adds by itself is left out of the head, so that there is one and not two.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    message = [{"role": "user", "content": PLACE}]
+    try:
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    except Exception:  # a template is a program of its own: what it raises is its author's choice
+        return None
+    head, place, tail = text.partition(PLACE)
+    start = tokenizer.bos_token
+    if start and head.startswith(start) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        head = head.removeprefix(start)
+    return ChatFrame(head, tail) if place else None
 
 
 @dataclass(eq=False, repr=False)
@@ -83,22 +112,18 @@ class LM:
     def _facts(self) -> dict[str, str]:
         """What a line about the model says."""
         ledger = getattr(self.model, "_lmpatch_ledger", None)  # see patches.ledger
-        on = [applied.patch.method for applied in ledger.applied] if ledger else []
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         return {
             "architecture": f"{type(self.model).__name__} of {self.layout.n_layers} layers, d={self.layout.d_model}",
             "parameters": f"{size:,.1f}M" if size < 1000 else f"{size / 1000:,.1f}B",
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
-            "patches": ", ".join(on) or "none",
+            "patches": ", ".join(applied.patch.method for applied in (ledger.applied if ledger else ())) or "none",
         }
 
     def __repr__(self) -> str:
-        facts = self._facts()
-        return (
-            f"LM({self.name}: {facts['architecture']}, {facts['parameters']} parameters, {facts['dtype']} on "
-            f"{facts['device']}, patches: {facts['patches']})"
-        )
+        form = "LM({}: {architecture}, {parameters} parameters, {dtype} on {device}, patches: {patches})"
+        return form.format(self.name, **self._facts())
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{key}</th><td>{escape(value)}</td></tr>" for key, value in self._facts().items())

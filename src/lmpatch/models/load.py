@@ -36,31 +36,28 @@ def load(
             Face folder, a ``.gguf`` file (converted to fp32 once and kept in the user's cache), or a hub id.
         dtype: ``"float32"``, ``"bfloat16"``, ..., a ``torch.dtype``, or ``"auto"`` for what the weights are stored in.
             None: bf16 on a GPU that computes in it, else fp32, so that a result depends on no processor.
-        device: where the model goes; unused with ``device_map`` or ``quantization_config``, which place it themselves.
-            None: ``cuda`` or ``mps`` where there is one, else ``cpu``.
-        device_map: passed to transformers, e.g. ``"auto"`` (needs accelerate).
+        device: where the model goes; None: ``cuda`` or ``mps`` where there is one, else ``cpu``.
+        device_map: passed to transformers, e.g. ``"auto"`` (needs accelerate); it and a quantization place the model.
         quantization_config: passed to transformers.
         trust_remote_code: allow code that comes with the model to run.
-        download: allow a hub id that is not in the local cache to be fetched. Without it the error says how large it
-            is and under which licence.
+        download: fetch a hub id that is not in the local cache; else the error says its size and licence.
         raw: read prompts as they stand, also where the model has a chat template.
         progress: called as ``progress(done, total, what)``.
     Raises:
         BadInput: nothing of that name, an unusable file, an unknown dtype, or a download that was not allowed.
         MissingExtra: an optional package is needed.
-        UnknownLayout: the model's parts could not be found, see ``layout.discover``.
+        UnknownLayout: the model's parts could not be found, see ``discover``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = number_format.best_device() if device is None else torch.device(device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else number_format.fastest_dtype(device)
+    dtype = number_format.default_dtype(device) if dtype is None else dtype
     number = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if number != "auto" and not isinstance(number, torch.dtype):
         raise BadInput(f"dtype {dtype!r} is not a number format of torch. Use 'float32', 'bfloat16' or 'auto'.")
     if isinstance(number, torch.dtype):
         number_format.warn_if_slow(number, device)
-    folder = _find(source, download, trust_remote_code, progress)
+    folder, name = _find(str(source), download, trust_remote_code, progress)
     placed = {"device_map": device_map, "quantization_config": quantization_config}
     placed = {key: value for key, value in placed.items() if value is not None}
     try:
@@ -73,7 +70,7 @@ def load(
         raise MissingExtra(f"loading {source} needs another package: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"transformers cannot load {folder}: {error}") from error
-    return wrap(model if placed else model.to(device), tokenizer, name=_name(source), raw=raw)
+    return wrap(model if placed else model.to(device), tokenizer, name=name, raw=raw)
 
 
 def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | None = None, raw: bool = False) -> LM:
@@ -86,7 +83,7 @@ def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | No
         model: a causal LM.
         tokenizer: its fast tokenizer (offsets are needed to find subjects in prompts).
         name: how reports call the model.
-        raw: read prompts as they stand, also where the model has a chat template.
+        raw: as for ``load``.
         layout: where the parts are, for a model whose structure ``discover`` cannot read. It is verified too.
     Raises:
         BadInput: a slow tokenizer, no token to pad with, or adapters still on the model.
@@ -114,36 +111,26 @@ def licence(source: str | Path) -> str:
     return known.licence if known else ""
 
 
-def _find(source: str | Path, download: bool, code: bool, progress: Progress | None) -> Path:
+def _find(source: str, download: bool, code: bool, progress: Progress | None) -> tuple[Path, str]:
+    """The folder of a model, and what reports call it; a slip in a packaged model's name is put right first."""
     if source in packaged.MODELS:
-        return packaged.folder(str(source), progress)
+        return packaged.folder(source, progress), source
     path = Path(source).expanduser()
     if path.is_dir():
-        return path
+        return path, path.resolve().name
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise BadInput(f"{path} is a file but no .gguf. Pass the folder that holds config.json and the weights.")
-        return converted(path.stem, sha256_file(path), lambda _: path.absolute(), progress)
-    if not hub.is_id(str(source)) or path.suffix.lower() == ".gguf":
+        return converted(path.stem, sha256_file(path), lambda _: path.absolute(), progress), path.stem
+    if not hub.is_id(source) or path.suffix.lower() == ".gguf":
         raise BadInput(f"there is no file or folder {path}.")
-    return hub.local_folder(str(source)) or _fetched(str(source), download, code, progress)
-
-
-def _fetched(name: str, download: bool, code: bool, progress: Progress | None) -> Path:
-    """The model from the hub; a name that is nearly a packaged model's is taken for a slip first."""
-    meant = packaged.near(name)
-    if meant and "/" not in name and not download:
-        raise UnknownName(f"there is no model {name!r} here. Did you mean {meant}, which comes as a package?")
+    if local := hub.local_folder(source):
+        return local, source
+    meant = packaged.near(source)
+    if meant and "/" not in source and not download:
+        raise UnknownName(f"there is no model {source!r} here. Did you mean {meant}, which comes as a package?")
     try:
-        return hub.fetch(name, download=download, code=code, progress=progress)
+        return hub.fetch(source, download=download, code=code, progress=progress), source
     except BadInput as error:
-        if meant is None:
-            raise
-        raise BadInput(f"{error} Or did you mean {meant}, which comes as a package?") from error
-
-
-def _name(source: str | Path) -> str:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path.resolve().name
-    return path.stem if path.is_file() else str(source)
+        hint = f" Or did you mean {meant}, which comes as a package?" if meant else ""
+        raise BadInput(f"{error}{hint}") from error

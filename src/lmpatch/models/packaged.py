@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import BadInput, MissingExtra
 from ..progress import Progress
-from .gguf import CHUNK, converted
+from .gguf import blocks_of, converted
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class Packaged:
     licence: str
     """The terms, to be shown to whoever loads it."""
     about: str
-    """What it is, in a sentence or two."""
     install: str
     """The commands that install it and what reads it."""
 
@@ -48,11 +47,7 @@ class Packaged:
         return "\n".join(lines if self.installed else [*lines, f"Not installed. To install it: {self.install}"])
 
     def paths(self) -> list[Path]:
-        """Where the parts are.
-
-        Raises:
-            MissingExtra: a package is not installed.
-        """
+        """Where the parts are. Raises ``MissingExtra`` where a package is not installed."""
         try:
             return [Path(str(metadata.distribution(name).locate_file(path))) for name, path in self.parts]
         except metadata.PackageNotFoundError as error:
@@ -114,17 +109,14 @@ def _whole(model: Packaged, where: Path, progress: Progress | None) -> Path:
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise MissingExtra(f"{model.name} is not complete (no {missing[0]}). Run: {model.install}")
-    total, digest, done = sum(path.stat().st_size for path in paths), hashlib.sha256(), 0
+    total, digest = sum(path.stat().st_size for path in paths), hashlib.sha256()
     file = where / f"{model.name}.gguf"
     with file.open("wb") as out:
-        for path in paths:
-            with path.open("rb") as part:
-                while block := part.read(CHUNK):
-                    out.write(block)
-                    digest.update(block)
-                    done += len(block)
-                    if progress:
-                        progress(done, total, f"reading {model.name}. {model.licence}")
+        for block in (block for path in paths for block in blocks_of(path)):
+            out.write(block)
+            digest.update(block)
+            if progress:
+                progress(out.tell(), total, f"reading {model.name}. {model.licence}")
     if digest.hexdigest() != model.sha256:
         raise BadInput(
             f"the file of {model.name} has SHA-256 {digest.hexdigest()}, expected {model.sha256}. Reinstall it: "

@@ -5,16 +5,9 @@ of another package in the group ``lmpatch.kinds``. There is no list of kinds. It
 
     KIND = WeightPatch          # a subclass of patches.patch.Patch
 
-A ``Patch`` is tensors and plain JSON. Every kind says
-
-- ``kind``, ``mounts``: its name in files (best that of its folder), and how it can be put on, the default first;
-- ``parts``, ``tensors``, ``from_parts``, ``describe``: how it is written, read and shown;
-- ``fits(lm)``: an error unless the model has the shapes it needs;
-- ``attach(lm, mount, others) -> Handle``: what putting it on will do. It only looks. The ledger has the handle before
-  it calls ``Handle.enable``, which writes and hooks, and calls ``Handle.disable`` after an error or a Ctrl-C;
-- ``merged(others)``, ``law()``: several as one, and what the tests hold that to.
-
-A kind may say more: ``rebuild(lm)`` makes a new model (such a kind has no mounts), ``lora(lm, rank)`` an adapter,
-``trial(lm, layer, strength)`` a small patch for proofs on a user's model; ``change_norms`` and ``needs_context``.
+A ``Patch`` is tensors and plain JSON. Every kind says its ``kind`` (the name in files) and its ``mounts``, how it is
+written, read and shown, whether it ``fits(lm)``, what ``merged(others)`` does, and ``attach(lm, mount, others)``: what
+putting it on will do. ``attach`` only looks. The ledger has the handle before it calls ``Handle.enable``, which writes
+and hooks, and calls ``Handle.disable`` after an error or a Ctrl-C. A kind may have ``rebuild``, ``lora`` and ``trial``.
 ``ledger`` puts patches on and off, ``file`` reads them, ``merge`` and ``export`` do what they say. None knows a kind.
 """

@@ -26,15 +26,10 @@ class Base:
 
     @classmethod
     def read(cls, header: Mapping[str, Any]) -> Base:
-        """From its fields in a file.
-
-        Raises:
-            BadPatch: it has others.
-        """
-        touched = header.get("touched")
+        """From its fields in a file. BadPatch: they are others."""
+        fingerprint, name, touched = (header.get(key) for key in ("fingerprint", "name", "touched"))
         hashes = touched.values() if isinstance(touched, dict) else [None]
-        texts = [header.get("fingerprint"), header.get("name"), *hashes]
-        if set(header) != {"fingerprint", "name", "touched"} or not all(isinstance(t, str) for t in texts):
+        if len(header) != 3 or not all(isinstance(text, str) for text in (fingerprint, name, *hashes)):
             raise BadPatch("it does not say which model it was made for.")
         return cls(**header)
 
@@ -60,8 +55,8 @@ class Base:
 def original(model: nn.Module, name: str) -> Tensor:
     """The weight as stored, without what patches wrote into it."""
     ledger = getattr(model, "_lmpatch_ledger", None)  # see patches.ledger
-    originals: Mapping[str, Tensor] = ledger.originals if ledger else {}
-    return originals[name] if name in originals else model.get_parameter(name).detach()
+    kept: Tensor | None = ledger.originals.get(name) if ledger else None
+    return model.get_parameter(name).detach() if kept is None else kept
 
 
 def is_plain(parameter: Tensor) -> bool:

@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..errors import BadInput, BadPatch, WrongModel
-from ..files import replacing
+from ..files import outside, replacing
 from ..models.lm import LM
 from ..provenance import hash_json, hash_tensors
 from .base import Base, fingerprint
@@ -46,11 +46,16 @@ class Editor:
 
     def save(self, path: str | Path) -> None:
         """Write the file; a file that is there is replaced, at once or not at all."""
-        head = {"schema": SCHEMA, "method": self.method, "config": self.config, "parts": self.parts, "made": self.made}
+        head = {"schema": SCHEMA, **{name: getattr(self, name) for name in ("method", "config", "parts", "made")}}
         head |= {"base": {"fingerprint": self.base.fingerprint, "name": self.base.name}}
-        head |= {"sha256": _seal(head, self)}
+        head |= {"sha256": self._seal(head)}
         with replacing(Path(path)) as work:
             safetensors.torch.save_file(dict(self.tensors), work, {KEY: json.dumps(head, ensure_ascii=False)})
+
+    def _seal(self, head: dict[str, Any]) -> str:
+        """The hash in a file with this header: what the editor does, and every other field."""
+        fields = {name: value for name, value in head.items() if name != "sha256"}
+        return self.hash() if head["schema"] == 1 else hash_json([fields, self.hash()])
 
     def __repr__(self) -> str:
         return f"Editor({self.summary()})"
@@ -62,11 +67,6 @@ class Editor:
         return f"{self.method} editor for {self.base.name} ({self.base.fingerprint[:12]}): {size:.1f} MiB{steps}"
 
 
-def _seal(head: dict[str, Any], editor: Editor) -> str:
-    """SHA-256 of a whole file: what the editor does, and every other field of the header."""
-    return hash_json([{name: value for name, value in head.items() if name != "sha256"}, editor.hash()])
-
-
 def load_editor(path: str | Path) -> Editor:
     """Read an editor file.
 
@@ -74,9 +74,11 @@ def load_editor(path: str | Path) -> Editor:
         BadPatch: it is none, truncated or altered.
     """
     path = Path(path)
-    head, tensors = _read(path, tensors=True)
+    head = _head(path)
+    with outside(f"{path} is no editor: it", BadPatch):
+        tensors = safetensors.torch.load_file(path)
     editor = Editor(head["method"], head["config"], Base(**head["base"]), head["parts"], tensors, head["made"])
-    if head["sha256"] != (editor.hash() if head["schema"] == 1 else _seal(head, editor)):
+    if head["sha256"] != editor._seal(head):
         raise BadPatch(f"{path} was altered: it does not match its own hash. Take a fresh copy.")
     return editor
 
@@ -93,7 +95,8 @@ def find_editor(method: str, lm: LM, editor: Editor | str | Path | None = None) 
         BadPatch: the file is no editor, or of another method.
         WrongModel: it was trained for another model.
     """
-    if isinstance(editor, Editor) or (editor is not None and not Path(editor).is_dir()):
+    folder = Path(editor) if editor is not None and not isinstance(editor, Editor) else None
+    if editor is not None and not (folder and folder.is_dir()):
         chosen = editor if isinstance(editor, Editor) else load_editor(editor)
         if chosen.method != method:
             raise BadPatch(f"this is an editor of {chosen.method}, {method} was asked for. Give one of {method}.")
@@ -103,8 +106,8 @@ def find_editor(method: str, lm: LM, editor: Editor | str | Path | None = None) 
                 f"({fingerprint(lm)[:12]}). Train one for this model."
             )
         return chosen
-    for path in _files(None if editor is None else Path(editor)):
-        head, _ = _read(path, tensors=False)
+    for path in sorted(folder.glob("*.safetensors")) if folder else _files():
+        head = _head(path)
         if head["method"] == method and head["base"]["fingerprint"] == fingerprint(lm):
             return load_editor(path)
     where = f"is in {editor}" if editor is not None else "comes with lmpatch or an installed package"
@@ -114,11 +117,8 @@ def find_editor(method: str, lm: LM, editor: Editor | str | Path | None = None) 
     )
 
 
-def _files(folder: Path | None) -> Iterator[Path]:
-    """The editor files of a folder, or of the package and of every package that offers some."""
-    if folder is not None:
-        yield from sorted(folder.glob("*.safetensors"))
-        return
+def _files() -> Iterator[Path]:
+    """The editor files of the package and of every package that offers some."""
     yield from sorted(PACKAGED.glob("*.safetensors"))
     for point in sorted(entry_points(group="lmpatch.editors"), key=lambda point: point.name):
         spec = importlib.util.find_spec(point.value)
@@ -126,23 +126,20 @@ def _files(folder: Path | None) -> Iterator[Path]:
             yield from sorted(Path(place).glob("*.safetensors"))
 
 
-def _read(path: Path, *, tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of an editor file, once their form is right; ``tensors=False``: the header alone."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            head = json.loads((file.metadata() or {})[KEY])
-            values = {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
-    except FileNotFoundError:
-        raise BadPatch(f"there is no editor {path}.") from None
-    except KeyError:
-        raise BadPatch(f"{path} is a safetensors file but no editor of lmpatch.") from None
-    except Exception as error:  # the reader raises classes of its own
-        raise BadPatch(f"{path} is no editor: it is truncated, altered or something else ({error}).") from None
-    if not isinstance(head, dict) or head.get("schema") not in (1, SCHEMA):
-        schema = head.get("schema") if isinstance(head, dict) else None
-        raise BadPatch(f"{path} has schema {schema!r}, this lmpatch reads 1 and {SCHEMA}. Update lmpatch.")
-    if any(not isinstance(head.get(name), form) for name, form in FIELDS.items()) or not {
-        "fingerprint", "name"
-    } <= set(head["base"]) <= {"fingerprint", "name", "touched"}:  # fmt: skip
-        raise BadPatch(f"{path} was altered: its header is not as lmpatch writes it. Take a fresh copy.")
-    return head, values
+def _head(path: Path) -> dict[str, Any]:
+    """The words of an editor file, once their form is right; the tensors are not read."""
+    if path.exists() and not path.is_file():
+        raise BadPatch(f"{path} is no editor: an editor is an ordinary file.")
+    with outside(f"{path} is no editor: it", BadPatch), safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if KEY not in metadata:
+            raise BadPatch(f"{path} is a safetensors file but no editor of lmpatch.")
+        head = json.loads(metadata[KEY])
+        if not isinstance(head, dict) or head.get("schema") not in (1, SCHEMA):
+            found = head.get("schema") if isinstance(head, dict) else None
+            raise BadPatch(f"{path} has schema {found!r}, this lmpatch reads 1 and {SCHEMA}. Update lmpatch.")
+        if any(not isinstance(head.get(name), form) for name, form in FIELDS.items()) or not {
+            "fingerprint", "name"
+        } <= set(head["base"]) <= {"fingerprint", "name", "touched"}:  # fmt: skip
+            raise BadPatch(f"{path} was altered: its header is not as lmpatch writes it. Take a fresh copy.")
+        return head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ class Exported:
 
     path: Path
     ranks: dict[str, int] = field(default_factory=dict)
-    """PEFT: weight -> rank of its adapter. A change that is zero has none."""
+    """PEFT: weight -> rank of its change, which zeros fill up to the largest. A change that is zero has none."""
     discarded: dict[str, float] = field(default_factory=dict)
     """PEFT: weight -> share of ‖ΔW‖² that ``rank`` cut off; 0 for an exact adapter."""
 
@@ -29,7 +30,7 @@ def export(
 ) -> Exported:
     """Write a patch as a LoRA adapter (``peft``) or a whole patched model (``checkpoint``).
 
-    The adapter's rank differs from weight to weight and alpha is the rank, so that the adapter is the change itself.
+    The adapter has one rank and one alpha for all weights, which are equal, so that it is the change itself.
     The checkpoint is what ``save_pretrained`` writes with the patch baked in, tokenizer included; ``lm`` is as before
     afterwards.
 
@@ -49,30 +50,17 @@ def export(
         raise BadInput("a rank was given, but a checkpoint has none. Leave rank out, or export to='peft'.")
     if applied(lm):
         raise BadInput(f"{len(applied(lm))} patches are on {lm.name}. Take them off, or merge them with this one.")
-    return _peft(lm, patch, Path(out), rank) if to == "peft" else _checkpoint(lm, patch, Path(out))
-
-
-def _peft(lm: LM, patch: Patch, out: Path, rank: int | None) -> Exported:
-    check(lm, patch)
-    lora = patch.lora(lm, rank)
-    with new_folder(out) as folder:
-        lora.write(lm, folder)
-    return Exported(out, {f"{module}.weight": r for module, r in lora.ranks.items()}, lora.discarded)
-
-
-def _checkpoint(lm: LM, patch: Patch, out: Path) -> Exported:
-    if not patch.mounts:
-        new = rebuild(lm, patch)
-        with new_folder(out) as folder:
-            _save(new, folder)
-        return Exported(out)
-    if "bake" not in patch.mounts:
+    path = Path(out)
+    if to == "peft":
+        check(lm, patch)
+        lora = patch.lora(lm, rank)
+        with new_folder(path) as folder:
+            lora.write(lm, folder)
+        return Exported(path, {f"{module}.weight": r for module, r in lora.ranks.items()}, lora.discarded)
+    if patch.mounts and "bake" not in patch.mounts:
         raise BadInput(f"a {patch.kind} patch changes no weight, so a checkpoint cannot hold {patch.method}.")
-    with new_folder(out) as folder, apply(lm, patch, "bake"):
-        _save(lm, folder)
-    return Exported(out)
-
-
-def _save(lm: LM, folder: Path) -> None:
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
+    whole = lm if patch.mounts else rebuild(lm, patch)
+    with new_folder(path) as folder, apply(lm, patch, "bake") if patch.mounts else nullcontext():
+        whole.model.save_pretrained(folder)
+        whole.tokenizer.save_pretrained(folder)
+    return Exported(path)

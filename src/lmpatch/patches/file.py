@@ -33,14 +33,15 @@ def load_patch(path: str | Path) -> Patch:
             f"{path / format.HEADER} is of kind {header['kind']!r}, this lmpatch knows {known}. Update lmpatch, or "
             "install the package that brings that kind."
         )
+    extras = {name: tensors.pop(name) for name in [*tensors] if name.startswith("extra/")}
     try:
         return kind.from_parts(
             header["parts"],
-            {name: t for name, t in tensors.items() if not name.startswith("extra/")},
+            tensors,
             **{name: header[name] for name in ("method", "config", "made", "notes")},
             base=Base.read(header["base"]),
             edits=tuple(dict(edit) for edit in header["edits"]),
-            extras={name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")},
+            extras={name.removeprefix("extra/"): t for name, t in extras.items()},
         )
     except BadPatch as error:
         raise BadPatch(f"{path} is no usable patch: {error}") from None

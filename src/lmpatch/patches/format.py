@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..errors import BadPatch
-from ..files import new_folder
+from ..files import new_folder, outside, read_bytes
 from ..provenance import hash_json
 
 SCHEMA = 1
@@ -48,15 +48,28 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         BadPatch: there is none, or it is truncated, altered or of an unknown schema.
     """
-    _refuse_pickles(path)
-    raw, data = _bytes(path / HEADER), _bytes(path / TENSORS)
-    header = _header(path / HEADER, raw)
+    files = [path] if path.is_file() else list(path.glob("*")) if path.is_dir() else []
+    if pickles := [file.name for file in files if file.suffix.lower() in PICKLES]:
+        raise BadPatch(f"{path} holds {', '.join(pickles)}: pickles, which could run code. lmpatch never unpickles.")
+    if files == [path]:
+        _bytes(path)
+        raise BadPatch(f"{path} is a file. A patch is a folder with {HEADER} and {TENSORS}.")
+    where, raw, data = path / HEADER, _bytes(path / HEADER), _bytes(path / TENSORS)
+    with outside(f"{where} is truncated or was altered: it", BadPatch):
+        header = json.loads(raw.decode())
+        if not isinstance(header, dict) or "schema" not in header:
+            raise BadPatch(f"{where} is no patch: it names no schema.")
+        if header["schema"] != SCHEMA:
+            raise BadPatch(f"{where} has schema {header['schema']!r}, this lmpatch reads {SCHEMA}. Update lmpatch.")
+        if sealed(header) != raw:
+            raise BadPatch(f"{where} was altered: it does not match its own hash. Take a fresh copy.")
+    wrong = [name for name, form in FIELDS.items() if not isinstance(header.get(name), form)]
+    if wrong or set(header) != set(FIELDS):
+        raise BadPatch(f"{where} is not as lmpatch writes it: {wrong or sorted(set(header) - set(FIELDS))}.")
     if hashlib.sha256(data).hexdigest() != header["tensors_sha256"]:
         raise BadPatch(f"{path / TENSORS} is truncated or was altered. Take a fresh copy.")
-    try:
+    with outside(f"{path / TENSORS} is no safetensors file: it", BadPatch):
         return header, safetensors.torch.load(data)
-    except Exception as error:  # the reader raises classes of its own, and ValueError, TypeError, KeyError
-        raise BadPatch(f"{path / TENSORS} is no safetensors file ({error}).") from None
 
 
 def sealed(header: Mapping[str, Any]) -> bytes:
@@ -66,39 +79,9 @@ def sealed(header: Mapping[str, Any]) -> bytes:
     return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _header(where: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise BadPatch(f"{where} is truncated or was altered: it is no JSON ({error}).") from None
-    if not isinstance(header, dict) or "schema" not in header:
-        raise BadPatch(f"{where} is no patch: it names no schema.")
-    if header["schema"] != SCHEMA:
-        raise BadPatch(f"{where} has schema {header['schema']!r}, this lmpatch reads {SCHEMA}. Update lmpatch.")
-    if sealed(header) != raw:
-        raise BadPatch(f"{where} was altered: it does not match its own hash. Take a fresh copy.")
-    wrong = [name for name, form in FIELDS.items() if not isinstance(header.get(name), form)]
-    if wrong or set(header) != set(FIELDS):
-        raise BadPatch(f"{where} is not as lmpatch writes it: {wrong or sorted(set(header) - set(FIELDS))}.")
-    return header
-
-
 def _bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadPatch(f"no patch in {path.parent}: {path.name} cannot be read ({error.strerror}).") from None
+    data = read_bytes(path, f"no patch in {path.parent}:", BadPatch)
     pickled = data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
     if pickled and data[8:9] != b"{":  # safetensors begins with a length, which may look like a pickle, and then {
         raise BadPatch(f"{path} is a pickle, which could run code. lmpatch never unpickles.")
     return data
-
-
-def _refuse_pickles(path: Path) -> None:
-    files = [path] if path.is_file() else list(path.glob("*")) if path.is_dir() else []
-    pickles = [p.name for p in files if p.suffix.lower() in PICKLES]
-    if pickles:
-        raise BadPatch(f"{path} holds {', '.join(pickles)}: pickles, which could run code. lmpatch never unpickles.")
-    if path.is_file():
-        _bytes(path)
-        raise BadPatch(f"{path} is a file. A patch is a folder with {HEADER} and {TENSORS}.")

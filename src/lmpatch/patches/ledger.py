@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, get_args
 
 from torch import Tensor
 
-from ..errors import BadInput, CannotMount, LmpatchError
+from ..errors import BadInput, CannotMount
 from ..inference.interventions import Intervention
 from ..models.lm import LM
 from .handle import Handle
@@ -47,14 +46,11 @@ class Applied:
     def __enter__(self) -> Applied:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self.remove()
-        except LmpatchError:
-            raise
-        except BaseException:  # a Ctrl-C: the block ends without its patch all the same
+        finally:  # again: a Ctrl-C may have stopped the first
             self.remove()
-            raise
 
     def __repr__(self) -> str:
         where = "on" if self in applied(self.lm) else "off"
@@ -101,11 +97,9 @@ def check(lm: LM, patch: Patch, *, strict: bool = True) -> None:
 def rebuild(lm: LM, patch: Patch, *, strict: bool = True) -> LM:
     """The new model that a patch makes of ``lm``, which is left as it was.
 
-    Args:
-        strict: as in ``apply``.
     Raises:
         BadInput: the patch is of a kind that is put on a model (``apply``), or ``lm`` carries patches.
-        WrongModel: as in ``apply``.
+        WrongModel: as in ``apply``; so is ``strict``.
     """
     if applied(lm):
         raise BadInput(f"{lm.name} carries {len(applied(lm))} patches. Take them off, and apply them to the new model.")
@@ -125,27 +119,20 @@ def suspended(lm: LM) -> Iterator[None]:
     Raises:
         ForeignWrite: a weight that a patch is baked into was written by someone else. All patches stay on.
     """
+
+    def put_back(on: Applied) -> None:
+        if on not in applied(lm):
+            on.patch.fits(lm)
+            _ledger(lm.model).put(on)
+
     on = applied(lm)
     with ExitStack() as stack:  # goes through all of them even if one fails
         for one in reversed(on):
-            stack.callback(_return, one)
+            stack.callback(put_back, one)
+            stack.callback(put_back, one)  # first of the two: where a Ctrl-C stops it, the other goes on
         for one in reversed(on):
             one.remove()
         yield
-
-
-def _return(on: Applied) -> None:
-    """Put a patch back on, if it is off; a Ctrl-C comes after that."""
-    try:
-        if on not in applied(on.lm):
-            on.patch.fits(on.lm)
-            _ledger(on.lm.model).put(on)
-    except LmpatchError:
-        raise
-    except BaseException:
-        if on not in applied(on.lm):
-            _ledger(on.lm.model).put(on)
-        raise
 
 
 class Ledger:
@@ -175,27 +162,26 @@ class Ledger:
             return on
         except BaseException:
             on.handle.disable()
-            if on in self.applied:
-                self.applied.remove(on)
-            self._tidy()
+            self._drop(on)
             raise
 
     def take(self, on: Applied, force: bool = False) -> None:
         """Take a patch off, if it is on."""
-        if on in self.applied:
-            if not force:
-                on.handle.check()
-            try:
+        if on in self.applied and not force:
+            on.handle.check()
+        try:
+            if on in self.applied:
                 on.handle.disable()
-                self.applied.remove(on)
-            except BaseException:
-                if on in self.applied:
-                    on.handle.enable()
-                raise
-        self._tidy()
+            self._drop(on)
+        except BaseException:
+            if on in self.applied:
+                on.handle.enable()
+            raise
 
-    def _tidy(self) -> None:
-        """Leave nothing of it on a model without patches."""
+    def _drop(self, on: Applied) -> None:
+        """Forget a patch, and leave nothing of the ledger on a model without patches."""
+        if on in self.applied:
+            self.applied.remove(on)
         if not self.applied and hasattr(self.model, "_lmpatch_ledger"):
             del self.model._lmpatch_ledger
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..models.lm import LM
 
@@ -30,29 +30,26 @@ class Lora:
         return {module: len(a) for module, (_, a) in self.factors.items()}
 
     def write(self, lm: LM, folder: Path) -> None:
-        """Write the adapter of ``lm`` into a folder. Alpha is the rank, so that the adapter is the change itself."""
-        tensors = {}
-        for module, (b, a) in self.factors.items():
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
-        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(self._config(lm), indent=2) + "\n"
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        """Write the adapter of ``lm`` into a folder.
 
-    def _config(self, lm: LM) -> dict[str, Any]:
-        largest = max(self.ranks.values())
-        odd = {module: r for module, r in self.ranks.items() if r != largest}
-        return {
+        Zeros fill every module up to the largest rank, and alpha is that rank: some loaders read one of each, and a
+        rank of its own for a module would scale that module's change.
+        """
+        rank, tensors = max(self.ranks.values()), {}
+        for module, (b, a) in self.factors.items():
+            tensors[f"base_model.model.{module}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a))).contiguous()
+            tensors[f"base_model.model.{module}.lora_B.weight"] = pad(b, (0, rank - len(a))).contiguous()
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": getattr(lm.model.config, "_name_or_path", "") or lm.name,
-            "r": largest,
-            "lora_alpha": largest,  # alpha / r = 1
-            "rank_pattern": odd,
-            "alpha_pattern": odd,
-            "target_modules": sorted(self.ranks),
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": sorted(self.factors),
             "fan_in_fan_out": self.transposed,
             "lora_dropout": 0.0,
             "bias": "none",
             "inference_mode": True,
         }
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

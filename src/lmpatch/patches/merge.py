@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CannotMerge, WrongModel
 from ..provenance import now, versions
-from .patch import Base, Patch
+from .patch import Patch
 
 
 def merge(first: Patch, *others: Patch) -> Patch:
@@ -43,32 +44,21 @@ def merged_fields(patches: Sequence[Patch]) -> dict[str, Any]:
     Raises:
         CannotMerge: extras of one name do not fit together.
     """
-    return {
-        "method": "+".join(dict.fromkeys(m for p in patches for m in p.method.split("+"))),
-        "config": {"merged": [{"method": p.method, "config": p.config, "hash": p.hash()} for p in patches]},
-        "base": Base(
-            patches[0].base.fingerprint,
-            patches[0].base.name,
-            {name: digest for p in patches for name, digest in p.base.touched.items()},
-        ),
-        "edits": tuple(edit for p in patches for edit in p.edits),
-        "made": _made(patches),
-        "extras": _extras(patches),
-    }
-
-
-def _made(patches: Sequence[Patch]) -> dict[str, Any]:
     norms = {name: norm for p in patches for name, norm in p.made.get("weight_norms", {}).items()}
     seconds = sum(p.made.get("seconds", 0.0) for p in patches)
-    return {"finished": now(), "versions": versions(), "seconds": seconds, "weight_norms": norms}
-
-
-def _extras(patches: Sequence[Patch]) -> dict[str, Tensor]:
     groups: dict[str, list[Tensor]] = {}
     for p in patches:
         for name, t in p.extras.items():
             groups.setdefault(name, []).append(t)
     try:
-        return {name: torch.cat(ts) if len(ts) > 1 else ts[0] for name, ts in groups.items()}
+        extras = {name: torch.cat(ts) if len(ts) > 1 else ts[0] for name, ts in groups.items()}
     except RuntimeError as error:
         raise CannotMerge(f"extras of one name do not fit together ({error}). Merge without them.") from None
+    return {
+        "method": "+".join(dict.fromkeys(m for p in patches for m in p.method.split("+"))),
+        "config": {"merged": [{"method": p.method, "config": p.config, "hash": p.hash()} for p in patches]},
+        "base": replace(patches[0].base, touched={k: v for p in patches for k, v in p.base.touched.items()}),
+        "edits": tuple(edit for p in patches for edit in p.edits),
+        "made": {"finished": now(), "versions": versions(), "seconds": seconds, "weight_norms": norms},
+        "extras": extras,
+    }

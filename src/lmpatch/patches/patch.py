@@ -7,7 +7,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -17,10 +17,11 @@ from torch import Tensor
 from ..errors import BadInput
 from ..inference.interventions import Intervention
 from ..models.lm import LM
-from ..provenance import hash_json, hash_tensors
+from ..provenance import hash_json, hash_tensors, made_now
 from ..resources import format_bytes
 from . import format
 from .base import Base as Base
+from .base import fingerprint
 from .handle import Handle
 from .lora import Lora
 
@@ -61,8 +62,6 @@ class Patch(ABC):
         if "__repr__" not in vars(cls):
             cls.__repr__ = Patch.__repr__  # type: ignore[method-assign]  # a dataclass would write out every tensor
 
-    # What a kind is made of.
-
     @abstractmethod
     def parts(self) -> dict[str, Any]:
         """What its tensors are, as JSON: enough to build it again from ``tensors()``."""
@@ -88,16 +87,13 @@ class Patch(ABC):
         """Weight -> norm of its change over its own, where the patch changes weights and that is known."""
         return {}
 
-    # What a kind does.
-
-    def fits(self, lm: LM) -> None:  # noqa: B027 - a kind may fit every model
+    def fits(self, lm: LM) -> None:  # noqa: B027 - a kind may take every model
         """Raise ``WrongModel`` unless it can act on a model of these shapes."""
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
         """What putting it on this model will do. It only looks: the ledger calls ``Handle.enable``.
 
         Args:
-            lm: ``fits`` has passed.
             mount: one of ``mounts``.
             others: the handles of the patches that are on, in order.
         Raises:
@@ -107,26 +103,20 @@ class Patch(ABC):
         raise NotImplementedError(f"{type(self).__name__} has mounts and no attach.")
 
     def rebuild(self, lm: LM) -> LM:
-        """A new model, for kinds that cannot act on one that is there. ``lm`` is left as it was; ``fits`` has passed.
-
-        Raises:
-            BadInput: this kind is put on a model.
-        """
+        """A new model, for kinds without mounts; ``lm`` is left as it was. BadInput: this kind is put on a model."""
         raise BadInput(f"a {self.method} patch of kind {self.kind} acts on the model itself. Call apply(lm, patch).")
 
     @abstractmethod
     def merged(self, others: Sequence[Any]) -> Patch:
-        """One patch that does what all do, made of the fields of ``merged_fields`` and the kind's own.
+        """One patch that does what all do, patches of this kind for one model; see ``merged_fields``.
 
-        Args:
-            others: patches of this kind for the same model.
         Raises:
             CannotMerge: they have no common algebra.
         """
 
-    @abstractmethod
     def law(self) -> Law:
         """What ``merged`` promises."""
+        return Law.STACK
 
     def lora(self, lm: LM, rank: int | None) -> Lora:
         """The patch as an adapter of ``lm``, for ``export``.
@@ -146,26 +136,23 @@ class Patch(ABC):
         Args:
             strength: about the share of what it changes; 0: it acts and changes nothing.
         Returns:
-            None where no such patch can be made up.
+            None: no such patch can be made up.
         """
         return None
 
-    # What all share.
-
     def all_tensors(self) -> dict[str, Tensor]:
         """``tensors()`` and the extras, the latter under ``extra/``."""
-        return {**self.tensors(), **{f"extra/{name}": t for name, t in self.extras.items()}}
+        return self.tensors() | {f"extra/{name}": t for name, t in self.extras.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes all its tensors take."""
-        return sum(t.numel() * t.element_size() for t in self.all_tensors().values())
+        return sum(t.nbytes for t in self.all_tensors().values())
 
     def hash(self) -> str:
         """SHA-256 of the content: tensors, kind, method, config and edits; not when or how fast it was made."""
         tensors = hash_tensors(sorted(self.all_tensors().items()), exact=True)
-        edits = list(self.edits)
-        return hash_json([self.kind, self.method, self.config, edits, self.parts(), tensors])
+        return hash_json([self.kind, self.method, self.config, list(self.edits), self.parts(), tensors])
 
     def save(self, path: str | Path) -> None:
         """Write the patch as a folder; all of it or nothing. A patch that is there already is replaced.
@@ -173,28 +160,17 @@ class Patch(ABC):
         Raises:
             BadInput: something else is there.
         """
-        base = {"fingerprint": self.base.fingerprint, "name": self.base.name, "touched": self.base.touched}
-        header = {
-            "kind": self.kind,
-            "method": self.method,
-            "config": self.config,
-            "base": base,
-            "edits": list(self.edits),
-            "made": self.made,
-            "notes": self.notes,
-            "parts": self.parts(),
-        }
+        header = {name: getattr(self, name) for name in ("kind", "method", "config", "made", "notes")}
+        header |= {"base": asdict(self.base), "edits": list(self.edits), "parts": self.parts()}
         format.write(Path(path), header, self.all_tensors())
 
     def summary(self) -> str:
         """A few lines for a person."""
-        lines = [f"{self.method}: {self._size()}"]
-        lines += [f"  {_short(edit)}" for edit in self.edits[:3]]
-        if len(self.edits) > 3:
-            lines.append(f"  and {len(self.edits) - 3} more")
-        lines += self.describe()
+        edits = [f"  {_short(edit)}" for edit in self.edits[:3]]
+        edits += [f"  and {len(self.edits) - 3} more"] if len(self.edits) > 3 else []
         seconds = f", made in {self.made['seconds']:.1f} s" if "seconds" in self.made else ""
-        return "\n".join([*lines, f"{format_bytes(self.nbytes)}{seconds}"])
+        size = f"{format_bytes(self.nbytes)}{seconds}"
+        return "\n".join([f"{self.method}: {self._size()}", *edits, *self.describe(), size])
 
     def _size(self) -> str:
         count = f"{len(self.edits)} edit{'' if len(self.edits) == 1 else 's'}"
@@ -212,26 +188,19 @@ class Patch(ABC):
             "changes": "\n".join(line.strip() for line in self.describe()),
             "size": format_bytes(self.nbytes),
         }
-        cells = (f"<tr><th>{_cell(name)}</th><td>{_cell(text)}</td></tr>" for name, text in rows.items())
-        return f"<table>{''.join(cells)}</table>"
+        cells = [[html.escape(text).replace("\n", "<br>") for text in row] for row in rows.items()]
+        return f"<table>{''.join(f'<tr><th>{name}</th><td>{text}</td></tr>' for name, text in cells)}</table>"
 
 
 @dataclass(eq=False)
 class RunPatch(Patch):
-    """A patch that acts in lmpatch's own calls (``score``, ``generate``, ``hidden``) and touches no weight.
-
-    A plain call of the model does not see it: there is nothing in a forward that could look a question up.
-    """
+    """A patch that acts in lmpatch's own calls (``score``, ``generate``, ``hidden``); a plain forward misses it."""
 
     mounts: ClassVar[tuple[Mount, ...]] = ("run",)
 
     @abstractmethod
     def intervention(self, lm: LM) -> Intervention:
-        """What lmpatch's calls ask while the patch is on this model.
-
-        Raises:
-            WrongModel: it cannot act with what is installed here.
-        """
+        """What lmpatch's calls ask while it is on this model. WrongModel: it cannot act with what is installed."""
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
         return Handle([self.intervention(lm)])
@@ -252,13 +221,29 @@ def plain(value: Any) -> Any:
     return plain(value.tolist()) if hasattr(value, "tolist") else str(value)  # tensors and numpy numbers
 
 
+def fields_for(
+    lm: LM, method: str, config: Any, edits: Sequence[Any], seconds: float | None, notes: Any = None
+) -> dict[str, Any]:
+    """The fields of ``Patch`` for one made for ``lm`` just now.
+
+    Args:
+        config: the method's ``Config``, or a dict.
+        edits: records or dicts.
+        seconds: how long the fit took.
+    """
+    return {
+        "method": method,
+        "config": plain(config or {}),
+        "base": Base(fingerprint(lm), lm.name),
+        "edits": plain_edits(edits),
+        "made": made_now(seconds),
+        "notes": plain(notes or {}),
+    }
+
+
 def plain_edits(edits: Sequence[Any]) -> tuple[dict[str, Any], ...]:
     """Each edit as a dict of what it says; empty fields are left out."""
     return tuple({k: v for k, v in plain(edit).items() if v not in ("", [], {}, None)} for edit in edits)
-
-
-def _cell(text: str) -> str:
-    return html.escape(text).replace("\n", "<br>")
 
 
 def _short(edit: Mapping[str, Any]) -> str:

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..inference.interventions import Insert
-from ..inference.tokens import batches_of_rows, statement
+from ..inference.tokens import statement
 from ..models.lm import LM
 from . import Fact, Form, Scope
 from .encoder import Encoder, mean_pooled, same_encoder
-
-BATCH = 64  # texts of one encoder forward
 
 
 @dataclass(eq=False)
@@ -59,12 +57,8 @@ class Cosine:
 
     @torch.no_grad()
     def queries(self, prompts: Sequence[str]) -> Tensor:
-        """Queries [m, w] of questions. Texts run in batches of near lengths, so little is padded."""
-        rows = self.encoder.tokenise(prompts)
-        parts = batches_of_rows([len(row) for row in rows], BATCH)
-        out = torch.cat([mean_pooled(*self.encoder.states([rows[i] for i in part])) for part in parts])  # [m, w]
-        order = torch.tensor([i for part in parts for i in part])
-        return torch.nn.functional.normalize(out, dim=-1)[order.argsort()]
+        """Queries [m, w] of questions."""
+        return torch.nn.functional.normalize(self.encoder.encode(prompts, mean_pooled), dim=-1)
 
     def gate(self, queries: Tensor) -> Tensor:
         """Raise ``BadInput``: it has learned no gate."""

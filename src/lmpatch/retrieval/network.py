@@ -6,29 +6,48 @@ It holds what an editor has learned. Training calls it with gradients, ``retriev
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BadPatch
-from ..inference.tokens import batches_of_rows, encode_all, join
+from ..inference.tokens import encode_all, join
 from ..models.lm import LM
 from . import Fact
 from .encoder import Encoder, pooled
 
-SLASHED = "encoder/"
 LENGTH = 3.0  # of a prompt vector, in typical embeddings
-BATCH = 64  # texts of one encoder forward
-LORA = ("/lora_a", "/lora_b")
 FACTS = (("The capital of France is", "Paris"), ("Hamlet was written by", "Shakespeare"), ("Water boils at", "100 °C"))
 GAIN = 1.7  # of keys and queries at the start: a match then scores about ten above the rest
 NOTHING = "This is something that nobody has said anything about so far, and nobody asks."
 """Where the sentinel starts: its first tokens as the encoder embeds them."""
 
 
-@dataclass(frozen=True)
-class Shape:
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is chosen of the network's sizes. Published: Chen et al. 2024 (arXiv:2405.03279)."""
+
+    width: int = 1024
+    """R, the width of keys. Published: 4096."""
+    content: int = 512
+    """How many of these hold what is to be said and are compared with no query. Published: 0."""
+    prompt_tokens: int = 6
+    """P, prompt vectors of one fact. Published: 3."""
+    target_tokens: int = 6
+    """T, the first tokens of a target whose embeddings in the language model prompt vectors are made of too; at least
+    P. Published: 0."""
+    sentinel_tokens: int = 10
+    """Learned input embeddings of the sentinel."""
+    adapt: int | None = 0
+    """Rank of the encoder's adaptation; 0: none, and features of a text are computed once; none: all its weights are
+    trained, as published."""
+    pooler: bool = False
+    """Features also hold what the encoder's own pooling layer says. Published: no; released code: yes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(Sizes):
     """What decides the sizes of the network."""
 
     encoder: str
@@ -37,20 +56,6 @@ class Shape:
     """Width of one encoder state."""
     d_model: int
     """Width of the language model's embeddings."""
-    width: int = 1024
-    """R, the width of keys."""
-    content: int = 512
-    """The last components of a key, which no question is compared with: prompt vectors are made of them."""
-    prompt_tokens: int = 6
-    """P, the continuous prompt vectors of one fact."""
-    target_tokens: int = 6
-    """T, the first tokens of a target that prompt vectors are made of too; at least P."""
-    sentinel_tokens: int = 10
-    """Learned input embeddings behind the knowledge sentinel."""
-    adapt: int | None = 0
-    """Rank of the encoder's adaptation; 0: it stays as it is; None: all its weights are learned."""
-    pooler: bool = False
-    """Features also hold the output of the encoder's own pooling layer, as in the released code."""
 
     @property
     def matched(self) -> int:
@@ -72,7 +77,7 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """Encoder, heads, sentinel and prompt map. The encoder itself is shared and never written.
+    """Heads, sentinel and prompt map, and how the encoder is adapted. The encoder itself is shared and never written.
 
     Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.
     Differs: a key has two parts. Questions are compared with the first; prompt vectors are made of the second. As one,
@@ -84,6 +89,7 @@ class Network(nn.Module):
         super().__init__()
         self.shape = shape
         self._encoder = [encoder]  # in a list: its weights are not parameters of this module
+        self._fixed: Encoder | None = None  # the adapted one, once nothing learns
         self.inputs = inputs = (3 + shape.pooler) * shape.features
         self.key, self.query = Head(inputs, shape.matched), Head(inputs, shape.matched)
         self.content = Head(inputs, shape.content)
@@ -96,87 +102,94 @@ class Network(nn.Module):
         self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
         self.centre = nn.Parameter(torch.zeros(inputs), requires_grad=False)
         self.spread = nn.Parameter(torch.ones(inputs), requires_grad=False)
-        self.learned = nn.ParameterDict()
+        self.learned = nn.ParameterDict()  # slashes in its names: torch takes dots for nesting
         if shape.adapt is None:
             for name, p in encoder.module.named_parameters():
                 if shape.pooler or "pooler" not in name:
-                    self.learned[_safe(name)] = nn.Parameter(p.detach().clone())
+                    self.learned[f"encoder/{name.replace('.', '/')}"] = nn.Parameter(p.detach().clone())
         elif shape.adapt:
-            for name, (out, width) in encoder.linears().items():
-                self.learned[_safe(name) + LORA[0]] = nn.Parameter(torch.empty(shape.adapt, width))
-                self.learned[_safe(name) + LORA[1]] = nn.Parameter(torch.zeros(out, shape.adapt))
+            for name, layer in encoder.module.named_modules():
+                if isinstance(layer, nn.Linear) and "pooler" not in name:
+                    place = f"encoder/{name.replace('.', '/')}/weight"
+                    self.learned[f"{place}/lora_a"] = nn.Parameter(torch.empty(shape.adapt, layer.in_features))
+                    self.learned[f"{place}/lora_b"] = nn.Parameter(torch.zeros(layer.out_features, shape.adapt))
+
+    @classmethod
+    def of(cls, shape: Shape, encoder: Encoder, tensors: Mapping[str, Tensor]) -> Network:
+        """The network with these learned tensors, frozen, in fp32.
+
+        Raises:
+            BadPatch: they do not fit the shape or the encoder.
+        """
+        network = cls(shape, encoder)
+        own, given = ({name: t.shape for name, t in part.items()} for part in (network.state_dict(), tensors))
+        if wrong := sorted(name for name in {*own, *given} if own.get(name) != given.get(name)):
+            raise BadPatch(f"the editor's tensors do not fit {encoder.name}: {', '.join(wrong[:3])}.")
+        network.load_state_dict({name: t.float() for name, t in tensors.items()})
+        network.requires_grad_(False)
+        network._fixed = network.adapted()
+        return network
 
     @property
     def encoder(self) -> Encoder:
         """The sentence encoder as it was loaded."""
         return self._encoder[0]
 
+    @torch.no_grad()
     def start(self, seed: int, embeddings: Tensor, facts: Sequence[Fact] = FACTS) -> None:
         """Draw the starting weights. Both heads start as the same map, so a question scores highest with the fact that
-        the encoder finds most alike.
-
-        Args:
-            embeddings: [n, d_model] typical outputs of the language model's embedding module.
-            facts: typical ones; features are measured in their mean and spread.
-        """
+        the encoder finds most alike. Typical are the ``embeddings`` [n, d_model], outputs of the language model's
+        embedding module, and the facts: features are measured in their mean and spread."""
         draw = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            heads = (self.key.first, self.key.second, self.content.first, self.content.second)
-            for module in (*heads, self.say, self.mix, self.out):
-                bound = module.in_features**-0.5
-                for p in module.parameters():
-                    p.uniform_(-bound, bound, generator=draw)
-            for name, p in self.learned.items():
-                if name.endswith(LORA[0]):
-                    p.normal_(0, p.shape[1] ** -0.5, generator=draw)
-            self.turn.weight.copy_(torch.eye(self.shape.d_model))
-            self.key.first.weight.mul_(GAIN)
-            self.query.load_state_dict(self.key.state_dict())
-            features = self.features([join(*fact) for fact in facts] + [prompt for prompt, _ in facts])
-            variance = features.var(0)
-            self.centre.copy_(features.mean(0))
-            self.spread.copy_((variance + variance.mean()).sqrt())  # the second term keeps a rare feature from towering
-            start = self.encoder.embedded(NOTHING)
-            self.sentinel_embeddings.copy_(start[torch.arange(self.shape.sentinel_tokens) % len(start)])
-            self.scale.fill_(embeddings.float().pow(2).mean().sqrt())
+        heads = (self.key.first, self.key.second, self.content.first, self.content.second)
+        for module in (*heads, self.say, self.mix, self.out):
+            bound = module.in_features**-0.5
+            for p in module.parameters():
+                p.uniform_(-bound, bound, generator=draw)
+        for name, p in self.learned.items():
+            if name.endswith("/lora_a"):
+                p.normal_(0, p.shape[1] ** -0.5, generator=draw)
+        self.turn.weight.copy_(torch.eye(self.shape.d_model))
+        self.key.first.weight.mul_(GAIN)
+        self.query.load_state_dict(self.key.state_dict())
+        features = self.features([join(*fact) for fact in facts] + [prompt for prompt, _ in facts])
+        variance = features.var(0)
+        self.centre.copy_(features.mean(0))
+        self.spread.copy_((variance + variance.mean()).sqrt())  # the second term keeps a rare feature from towering
+        start = self.encoder.embedded(NOTHING)
+        self.sentinel_embeddings.copy_(start[torch.arange(self.shape.sentinel_tokens) % len(start)])
+        self.scale.fill_(embeddings.float().pow(2).mean().sqrt())
 
-    def encoder_weights(self) -> dict[str, Tensor]:
-        """Parameter name of the encoder -> its adapted value."""
-        own = dict(self.encoder.module.named_parameters())
-        weights: dict[str, Tensor] = {}
+    def adapted(self) -> Encoder:
+        """The encoder with what was learned of it."""
+        if self._fixed is not None:
+            return self._fixed
+        own, weights = dict(self.encoder.module.named_parameters()), {}
         for key, value in self.learned.items():
-            if key.endswith(LORA[0]):
-                name = _dotted(key.removesuffix(LORA[0]))
-                weights[name] = own[name] + self.learned[key.removesuffix(LORA[0]) + LORA[1]] @ value
-            elif not key.endswith(LORA[1]):
-                weights[_dotted(key)] = value
-        return weights
+            name, _, factor = key.removeprefix("encoder/").replace("/", ".").partition(".lora_")
+            if factor == "a":
+                weights[name] = own[name] + self.learned[f"{key[:-1]}b"] @ value
+            elif not factor:
+                weights[name] = value
+        return replace(self.encoder, weights=weights)
 
-    def features(self, texts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Features [n, F] of texts; F is 3 w, with the pooler 4 w. Texts run in batches of near lengths, so little is
-        padded.
+    def features(self, texts: Sequence[str]) -> Tensor:
+        """Features [n, F] of texts; F is 3 w, with the pooler 4 w."""
+        encoder = self.adapted()
+        return encoder.encode(texts, lambda states, mask: self._pooled(encoder, states, mask))
 
-        Args:
-            weights: of the encoder; None: its adapted ones. A caller that asks often passes them in.
-        """
-        weights = self.encoder_weights() if weights is None else weights
-        rows = self.encoder.tokenise(texts)
-        parts = batches_of_rows([len(row) for row in rows], BATCH)
-        batches = [self._pooled(*self.encoder.states([rows[i] for i in part], weights), weights) for part in parts]
-        order = torch.tensor([i for part in parts for i in part])
-        return torch.cat(batches)[order.argsort().to(batches[0].device)]
+    def _pooled(self, encoder: Encoder, states: Tensor, mask: Tensor) -> Tensor:
+        out = pooled(states, mask)
+        return torch.cat([encoder.pooler(states), out], -1) if self.shape.pooler else out
 
-    def keys(self, facts: Sequence[Fact], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Keys [n, R] of facts."""
-        return self.keys_of(self.features([join(*fact) for fact in facts], weights))
-
-    def queries(self, prompts: Sequence[str], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Queries [n, M] of questions: the prompt alone."""
-        return self.queries_of(self.features(prompts, weights))
-
-    def keys_of(self, features: Tensor) -> Tensor:
-        """Keys [n, R] of the features of facts: what questions are compared with [n, M], then the content."""
+    def keys(self, facts: Sequence[Fact]) -> Tensor:
+        """Keys [n, R] of facts: what questions are compared with [n, M], then the content."""
+        features = self.features([join(*fact) for fact in facts])
         return torch.cat([self.matched_of(features), self.content_of(features)], -1)
+
+    def queries(self, prompts: Sequence[str]) -> Tensor:
+        """Queries [n, M] of questions: the prompt alone."""
+        return self.queries_of(self.features(prompts))
 
     def matched_of(self, features: Tensor) -> Tensor:
         """The first part of keys, [n, M]."""
@@ -193,33 +206,25 @@ class Network(nn.Module):
         out: Tensor = self.query(self._standard(features))
         return out
 
-    def sentinel(self, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """r_Θ [M]: the key that stands for "no fact"."""
-        weights = self.encoder_weights() if weights is None else weights
-        states = self.encoder.stack(self.sentinel_embeddings, weights)
-        mask = torch.ones(states.shape[:2], device=states.device)
-        return self.matched_of(self._pooled(states, mask, weights))[0]
-
-    def _pooled(self, states: Tensor, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        out = pooled(states, mask)
-        return torch.cat([self.encoder.pooler(states, weights), out], -1) if self.shape.pooler else out
-
     def _standard(self, features: Tensor) -> Tensor:
         """Features in their own mean and spread: a large common part would make every step of Adam move all alike."""
         return (features - self.centre) / self.spread
 
+    def sentinel(self) -> Tensor:
+        """r_Θ [M]: the key that stands for "no fact"."""
+        encoder = self.adapted()
+        states = encoder.stack(self.sentinel_embeddings)
+        return self.matched_of(self._pooled(encoder, states, torch.ones(states.shape[:2], device=states.device)))[0]
+
     def prompts(self, keys: Tensor, targets: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model] of keys [n, R]; ``targets`` as for ``prompts_of``."""
+        """``prompts_of`` of whole keys [n, R]."""
         return self.prompts_of(keys[:, self.shape.matched :], targets)
 
     def prompts_of(self, content: Tensor, targets: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model], each ``LENGTH`` times as long as a typical embedding.
+        """Prompt vectors [n, P, d_model] of the second part of keys [n, R - M] and ``target_embeddings`` [n, T, d].
 
-        Left free, they grew to fifty times that in training, where the model's norms pass no gradient back.
-
-        Args:
-            content: [n, R - M] the second part of keys.
-            targets: [n, T, d_model] embeddings of the targets' tokens, see ``target_embeddings``.
+        Each is ``LENGTH`` times as long as a typical embedding. Left free, they grew to fifty times that in training,
+        where the model's norms pass no gradient back.
         """
         targets = targets / self.scale
         content = nn.functional.layer_norm(content, content.shape[-1:])  # else steps of Adam grow with the keys
@@ -229,26 +234,6 @@ class Network(nn.Module):
         vectors = vectors + self.turn(targets[:, : self.shape.prompt_tokens])
         scaled: Tensor = vectors * (LENGTH * self.scale / vectors.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
         return scaled
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything it has learned, bf16, by name."""
-        return {name: p.detach().to(torch.bfloat16).contiguous() for name, p in self.state_dict().items()}
-
-    @classmethod
-    def of(cls, shape: Shape, encoder: Encoder, tensors: Mapping[str, Tensor]) -> Network:
-        """The network with these learned tensors, frozen, in fp32.
-
-        Raises:
-            BadPatch: they do not fit the shape or the encoder.
-        """
-        network = cls(shape, encoder)
-        own = {name: p.shape for name, p in network.state_dict().items()}
-        given = {name: t.shape for name, t in tensors.items()}
-        if own != given:
-            wrong = sorted(name for name in {*own, *given} if own.get(name) != given.get(name))
-            raise BadPatch(f"the editor's tensors do not fit {encoder.name}: {', '.join(wrong[:3])}.")
-        network.load_state_dict({name: t.float() for name, t in tensors.items()})
-        return network.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -265,12 +250,3 @@ def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     """Without starting weights, which would be drawn from the global random state."""
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
     return layer
-
-
-def _safe(name: str) -> str:
-    """A parameter name without dots, which torch takes for nesting."""
-    return SLASHED + name.replace(".", "/")
-
-
-def _dotted(key: str) -> str:
-    return key.removeprefix(SLASHED).replace("/", ".")

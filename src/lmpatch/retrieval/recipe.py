@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import WrongModel
@@ -68,32 +67,22 @@ class Recipe:
         return Network.of(self.shape, self.encoder, self.learned)
 
     @cached_property
-    def weights(self) -> dict[str, Tensor]:
-        """The adapted weights of the encoder, computed once."""
-        with torch.no_grad():
-            return self.network.encoder_weights()
-
-    @cached_property
     def sentinel(self) -> Tensor:
         """[M] the key that stands for "no fact"."""
-        with torch.no_grad():
-            return self.network.sentinel(self.weights)
+        return self.network.sentinel()
 
-    @torch.no_grad()
     def keys(self, facts: Sequence[Fact]) -> Tensor:
         """Keys [n, R] of facts; the encoder reads prompt and target."""
-        return self.network.keys(facts, self.weights)
+        return self.network.keys(facts)
 
-    @torch.no_grad()
     def queries(self, prompts: Sequence[str]) -> Tensor:
         """Queries [m, M] of questions: the prompt alone."""
-        return self.network.queries(prompts, self.weights)
+        return self.network.queries(prompts)
 
     def gate(self, queries: Tensor) -> Tensor:
         """Inner products [m] fp64 of queries [m, M] with the sentinel."""
         return queries.double() @ self.sentinel.double()
 
-    @torch.no_grad()
     def insert(self, lm: LM, facts: Sequence[Fact], keys: Tensor, form: Form) -> list[Insert]:
         """P prompt vectors, from the fact's key [R] and the embeddings of its target; or the fact as a sentence."""
         if form == "text":
@@ -110,5 +99,4 @@ class Recipe:
 
 def load(parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Recipe:
     """The retriever a patch or an editor keeps."""
-    shape = Shape(**parts["shape"])
-    return Recipe(shape, parts["encoder_fingerprint"], parts["editor_hash"], dict(tensors))
+    return Recipe(Shape(**parts["shape"]), parts["encoder_fingerprint"], parts["editor_hash"], dict(tensors))

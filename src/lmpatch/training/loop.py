@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import tensor_file
 from ..distributed import world
 from ..errors import BadInput, Diverged
 from ..files import replacing
 from ..progress import Progress
 from ..provenance import hash_json
-from . import checkpoint
 
-FORM = 2  # of the checkpoint; one of another form is of another run
+FORM = 3  # of the checkpoint; one of another form is of another run
 
 
 class Task:
@@ -84,31 +84,29 @@ def linear(step: int, steps: int, warmup: int, final: float = 0.0) -> float:
     return warm * (1 - (1 - final) * step / max(1, steps))
 
 
+@dataclass(eq=False)
 class Loop:
-    """One run of a task."""
+    """One run of a task.
 
-    def __init__(
-        self,
-        task: Task,
-        schedule: Schedule,
-        *,
-        name: str = "training",
-        file: Path | None = None,
-        curves: Path | None = None,
-        stamp: str = "",
-        advice: str = "",
-    ) -> None:
-        """Args:
-            name: for progress and messages.
-            file: the checkpoint. One that is there is gone on from.
-            curves: JSON lines, one for each validation.
-            stamp: what identifies the run; a checkpoint of another one is refused.
-            advice: what to do about divergence.
-        Raises:
-            BadInput: the checkpoint is of another run, or processes see different ones.
-        """
-        self.task, self.schedule, self.name, self.advice = task, schedule, name, advice
-        self.file, self.curves, self.stamp = file, curves, f"{stamp}/{FORM}"
+    Raises:
+        BadInput: the checkpoint is of another run, altered, or not the one that other processes see.
+    """
+
+    task: Task
+    schedule: Schedule
+    _: KW_ONLY
+    name: str = "training"
+    """For progress and messages."""
+    file: Path | None = None
+    """The checkpoint. One that is there is gone on from."""
+    curves: Path | None = None
+    """JSON lines, one for each validation."""
+    stamp: str = ""
+    """What identifies the run; a checkpoint of another one is refused."""
+    advice: str = ""
+    """What to do about divergence."""
+
+    def __post_init__(self) -> None:
         self.world = world()
         self.step, self.seconds = 0, 0.0
         self.losses: dict[str, float] = {}  # smoothed
@@ -120,10 +118,16 @@ class Loop:
         self.optimiser: Optimizer | None = None
         self._whole = True  # no step is half done
         self._moments: dict[str, dict[str, Tensor]] = {}  # of the checkpoint
-        if file is not None and file.exists():
-            self._resume(file)
-        if file is not None:
-            self._agree(file)
+        if self.file is None:
+            return
+        if self.file.exists():
+            self._resume(self.file)
+        device = next(iter(self.task.values.values())).device
+        own = torch.tensor([[self.step, int(hash_json(self.stamp)[:12], 16)]], device=device)
+        if len(self.world.gathered(own, self.world.size).unique(dim=0)) > 1:
+            raise BadInput(
+                f"the processes see different checkpoints in {self.file.parent}. Give a folder that all of them share."
+            )
 
     def run(self, progress: Progress | None = None) -> None:
         """Train to the last step. An interrupt leaves a checkpoint of the last whole step.
@@ -164,12 +168,11 @@ class Loop:
         optimiser = self.task.optimiser(self.step)
         if self.step in self.schedule.renew:
             return optimiser  # a checkpoint here has the state of the one before
+        trained = {id(parameter) for parameter in _trained(optimiser)}
         for name, parameter in self.task.values.items():
-            state = self._moments.get(name)
-            if state and any(parameter is trained for trained in _trained(optimiser)):
-                optimiser.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-                }
+            if name in self._moments and id(parameter) in trained:
+                moments = self._moments[name].items()
+                optimiser.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in moments}
         return optimiser
 
     def _update(self, optimiser: Optimizer) -> None:
@@ -228,22 +231,23 @@ class Loop:
         warnings.warn(f"{self.stopped}. {self.advice}".rstrip(), stacklevel=4)
 
     def save(self) -> None:
-        """Write values, the optimiser's moments, last good state and step: at once or not at all. A divergent state is
-        not written."""
+        """Write values, the optimiser's moments, last good state and step. A divergent state is not written."""
         if self.file is None or self.stopped or not self.world.is_main:
             return
-        tensors = {f"value/{name}": tensor.detach() for name, tensor in self.task.values.items()}
+        tensors = {f"value/{name}": tensor for name, tensor in self.task.values.items()}
         tensors |= {f"good/{name}": tensor for name, tensor in self.good.items()}
         for name, tensor in self.task.values.items():
             state = self.optimiser.state.get(tensor, {}) if self.optimiser else self._moments.get(name, {})
             tensors |= {f"moment/{key}/{name}": value for key, value in state.items()}
-        head = {"step": str(self.step), "seconds": str(self.seconds)}
-        head |= {"losses": json.dumps(self.losses), "curve": json.dumps(self.curve)}
-        checkpoint.write(self.file, self.stamp, head, tensors)
+        state = json.dumps([self.step, self.seconds, self.losses, self.curve])
+        tensor_file.write(self.file, {"stamp": f"{self.stamp}/{FORM}", "state": state}, tensors)
 
     @torch.no_grad()
     def _resume(self, file: Path) -> None:
-        head, tensors = checkpoint.read(file, self.stamp)
+        head, tensors = tensor_file.read(file, BadInput)
+        if head.get("stamp") != f"{self.stamp}/{FORM}":
+            raise BadInput(f"{file} is of another run: other settings, data or model. Give another folder.")
+        self.step, self.seconds, self.losses, self.curve = json.loads(head["state"])
         for path, value in tensors.items():
             part, _, name = path.partition("/")
             if part == "value":
@@ -253,17 +257,6 @@ class Loop:
             else:
                 key, _, name = name.partition("/")
                 self._moments.setdefault(name, {})[key] = value
-        self.step, self.seconds = int(head["step"]), float(head["seconds"])
-        self.losses, self.curve = json.loads(head["losses"]), json.loads(head["curve"])
-
-    def _agree(self, file: Path) -> None:
-        """Raise ``BadInput`` if the processes would go on from different steps: they cannot see the same folder."""
-        device = next(iter(self.task.values.values())).device
-        own = torch.tensor([[self.step, int(hash_json(self.stamp)[:12], 16)]], device=device)
-        if len(self.world.gathered(own, self.world.size).unique(dim=0)) > 1:
-            raise BadInput(
-                f"the processes see different checkpoints in {file.parent}. Give a folder that all of them share."
-            )
 
 
 def _trained(optimiser: Optimizer) -> Sequence[Tensor]:

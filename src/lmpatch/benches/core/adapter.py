@@ -21,14 +21,6 @@ Ask = Callable[[LM, Sequence[Any], Any], Sequence[Any]]
 """(model, items, the unpatched model's rows of them) → rows."""
 
 
-def _settle(cfg: Any, data: Any, fixed: bool) -> Any:
-    return cfg
-
-
-def _plan(lm: LM, data: Any, cfg: Any, *, fixed: bool, progress: Progress | None) -> Sequence[Any]:
-    return list(data)
-
-
 def _nothing(*given: Any) -> Any:
     return {}
 
@@ -56,9 +48,9 @@ class Adapter:
     """Settings that decide no answer: a run may go on under others."""
     CONTEXTS: bool = False
     """Its prompts have a form without context, so decode patches can be measured."""
-    settle: Callable[[Any, Any, bool], Any] = _settle
+    settle: Callable[[Any, Any, bool], Any] = lambda cfg, data, fixed: cfg
     """(settings, data, one patch for all of it) → the settings with what they leave open; raises for bad ones."""
-    plan: Callable[..., Sequence[Any]] = _plan
+    plan: Callable[..., Sequence[Any]] = lambda lm, data, cfg, **how: list(data)
     """``plan(lm, data, cfg, fixed=, progress=)`` → the items to ask."""
     group: Callable[[Any], Hashable] = lambda item: ""
     """Items of different groups are never kept as one chunk."""
@@ -93,21 +85,14 @@ class Adapter:
         return lambda lm, items, base: self.ask(lm, items, cfg)
 
 
-def adapt(module: ModuleType) -> Adapter:
-    """The bench of a module.
-
-    Raises:
-        BadInput: it lacks one of the names every bench has.
-    """
+def adapt(bench: ModuleType | Adapter | str) -> Adapter:
+    """The bench of a module, or of that with this full name; ``BadInput`` where it lacks what every bench has."""
+    if isinstance(bench, Adapter):
+        return bench
+    module = importlib.import_module(bench) if isinstance(bench, str) else bench
     name = module.__name__.rpartition(".")[2]
     if missing := [each for each in ("Config", "METRICS", "load", "ask") if not hasattr(module, each)]:
         raise BadInput(f"the bench {name} has no {', '.join(missing)}. benches.Bench says what one must have.")
     question = (module.__doc__ or name).strip().partition("\n")[0].removeprefix(f"``{name}``:").strip()
-    names = [field.name for field in fields(Adapter) if field.name not in ("name", "question")]
-    given = {each: getattr(module, each) for each in names if hasattr(module, each)}
-    return Adapter(name, question[:1].upper() + question[1:], **given)
-
-
-def of(name: str) -> Adapter:
-    """The bench of a module that is given by its full name."""
-    return adapt(importlib.import_module(name))
+    given = {each.name: getattr(module, each.name) for each in fields(Adapter) if hasattr(module, each.name)}
+    return Adapter(**given | {"name": name, "question": question[:1].upper() + question[1:]})

@@ -12,12 +12,8 @@ from ...models.lm import LM
 def beyond_window(
     lm: LM, prompts: Sequence[str], targets: Sequence[str] | None = None, new_tokens: int = 0
 ) -> list[str]:
-    """Why each text does not fit the model's window, with everything the patches put before it; "" where it does.
-
-    Args:
-        targets: what is scored behind each prompt.
-        new_tokens: how many are generated behind each.
-    """
+    """Why each prompt, with its target or new tokens behind it and all that patches put before it, does not fit the
+    model's window; "" where it does."""
     window = lm.window
     if window is None or not prompts:
         return [""] * len(prompts)

@@ -111,11 +111,6 @@ class Answer(Row):
         return None if self.text is None else Example(self.prompt, " / ".join(self.wanted), self.text, self.hit)
 
 
-def everywhere(row: Any) -> str | None:
-    """``Measure.of`` for a number of all rows."""
-    return ""
-
-
 @dataclass(frozen=True)
 class Measure:
     """One number of a bench, or a family of them. In ``METRICS`` it stands under its name, a split of it under
@@ -125,7 +120,7 @@ class Measure:
     """What it says, in words that need no paper."""
     value: Callable[[Any], float | bool | None] = lambda row: None
     """What a row is worth; None: it has no value, and is counted as dropped."""
-    of: Callable[[Any], str | None] = everywhere
+    of: Callable[[Any], str | None] = lambda row: ""
     """"": the row belongs to it. ``x``: to ``name/x``. None: to neither."""
     group: str = ""
     """Heading in the table."""

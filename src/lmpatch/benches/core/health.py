@@ -32,7 +32,6 @@ TEXT = (
     ("He had never learned", "to swim, so he stayed on the beach and watched the others until it was time to go home."),
 )
 """Everyday sentences, about 250 tokens for a common tokenizer: perplexity is taken on the second parts."""
-REPEATS = 3
 TOKENS = 4
 
 
@@ -49,18 +48,16 @@ def latency(lm: LM) -> dict[str, float]:
 
     The median of three; a generation that ends early makes the time per token too small.
     """
-    made = {}
+    found = {}
     for batch in (1, 8):
-        prompts = [start for start, _ in TEXT[:batch]]
-        first, more = (
-            seconds(lm, partial(generate, lm, prompts, max_new_tokens=tokens, stop=())) for tokens in (1, 1 + TOKENS)
-        )
-        made[f"prefill_b{batch}"] = 1000 * first
-        made[f"token_b{batch}"] = 1000 * max(0.0, more - first) / TOKENS
-    return made
+        ask = partial(generate, lm, [start for start, _ in TEXT[:batch]], stop=())
+        first, more = (seconds(lm, partial(ask, max_new_tokens=tokens)) for tokens in (1, 1 + TOKENS))
+        found[f"prefill_b{batch}"] = 1000 * first
+        found[f"token_b{batch}"] = 1000 * max(0.0, more - first) / TOKENS
+    return found
 
 
-def seconds(lm: LM, work: Callable[[], object], repeats: int = REPEATS) -> float:
+def seconds(lm: LM, work: Callable[[], object], repeats: int = 3) -> float:
     """Median wall time, the device waited for."""
     times = []
     for _ in range(repeats):

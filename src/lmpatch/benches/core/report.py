@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BadInput, MissingExtra
 from . import page, stats
-from .adapter import Adapter
-from .contract import BASE, Json
+from .adapter import Adapter, adapt
+from .contract import BASE, Json, Measure
 from .stats import Number
 from .store import Store
-from .tables import comparison as compared
-from .tables import costs, flagged, printed, verdict
+from .tables import Grid, comparison, costs, flagged, printed, verdict
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -48,6 +48,10 @@ class Run:
         """What its numbers are made of."""
         return stats.collect(self.rows, self.bench.metrics)
 
+    def measure(self, name: str) -> Measure:
+        """The measure behind a full name such as ``loc_kl/same_relation@was_wrong``."""
+        return self.values[name][0]
+
     @cached_property
     def _numbers(self) -> dict[str, Number]:
         return stats.numbers(self.values, self.record)
@@ -57,27 +61,26 @@ class Run:
         return self._numbers
 
     def metric(self, name: str, split: str = "all") -> Number | None:
-        """One number, or a sum such as ``R_Ad+R_Ro``; None if the run has no such.
-
-        Args:
-            split: which of the rows, e.g. ``was_wrong``; the bench's ``METRICS`` names them.
-        """
+        """One number, or a sum such as ``R_Ad+R_Ro``, of all rows or of a split of ``METRICS``; None: there is none."""
         full = name if split == "all" else f"{name}@{split}"
         return stats.total(full, self.values, self.record) if "+" in full else self._numbers.get(full)
 
     @cached_property
     def chances(self) -> dict[str, float]:
         """What guessing scores, where that is known."""
-        chances: dict[str, float] = {}
+        shares: dict[str, list[float]] = {}
         for name, measure in self.bench.metrics.items():
             if measure.chance is None:
                 continue
-            shares: dict[str, list[float]] = {}
             for row in self.rows:
                 if (member := measure.of(row)) is not None and (share := measure.chance(row)) is not None:
                     shares.setdefault(f"{name}/{member}" if member else name, []).append(share)
-            chances |= {each: stats.mean(values) for each, values in shares.items()}
-        return chances
+        return {name: stats.mean(values) for name, values in shares.items()}
+
+    @property
+    def settled(self) -> Json:
+        """Everything that decides the run's numbers: its record without them."""
+        return {key: value for key, value in self.record.items() if key != "metrics"}
 
 
 @dataclass(frozen=True)
@@ -95,26 +98,19 @@ class Report:
 
     @classmethod
     def of(cls, bench: Adapter, store: Store[Any]) -> Report:
-        """Every run of the store that has finished a chunk.
-
-        Raises:
-            BadInput: none has.
-        """
+        """Every run of the store that has finished a chunk; ``BadInput`` where none has."""
         runs = (Run(bench, record, store.rows_of(name), store.chunks_of(name)) for name, record in store.runs.items())
         if not (some := tuple(run for run in runs if run.parts)):
             raise BadInput(f"no chunk of the runs in {store.folder} is finished. Run the bench again: it goes on.")
         return cls(bench, some)
 
     @classmethod
-    def read(cls, bench: Adapter, folder: str | Path) -> Report:
-        """The report of a folder that ``run(..., out=folder)`` filled.
-
-        Raises:
-            BadInput: the folder holds no runs, or none of this bench.
-        """
+    def read(cls, bench: ModuleType | Adapter | str, folder: str | Path) -> Report:
+        """The report of a folder that ``run(..., out=folder)`` filled; ``BadInput`` where it holds no runs."""
         if not any((Path(folder) / name).is_file() for name in ("runs.jsonl", "runs.jsonl.gz")):
             raise BadInput(f"{folder} holds no runs. Give the folder passed as out=.")
-        return cls.of(bench, Store(Path(folder), bench.Row.read))
+        adapter = adapt(bench)
+        return cls.of(adapter, Store(Path(folder), adapter.Row.read))
 
     @property
     def rows(self) -> list[Any]:
@@ -122,34 +118,25 @@ class Report:
         return [row for run in self.runs for row in run.rows]
 
     def run(self, name: str) -> Run:
-        """The run of that name.
-
-        Raises:
-            BadInput: there is none.
-        """
-        for run in self.runs:
-            if run.name == name:
-                return run
-        raise BadInput(f"no run {name!r}. There are: {', '.join(run.name for run in self.runs)}.")
+        """The run of that name; ``BadInput`` where there is none."""
+        if name not in (runs := {run.name: run for run in self.runs}):
+            raise BadInput(f"no run {name!r}. There are: {', '.join(runs)}.")
+        return runs[name]
 
     def metrics(self) -> dict[str, dict[str, Number]]:
         """Run → its numbers."""
         return {run.name: run.metrics() for run in self.runs}
 
     def difference(self, name: str, metric: str, to: str = BASE) -> Number | None:
-        """That run minus another on the same records, so its error is smaller than that of two separate means.
-
-        Args:
-            metric: one of ``metrics``, or a sum: ``R_Ad+R_Ro``.
-            to: the other; left out, the unpatched model.
-        """
+        """A number, or a sum of some, of that run minus another's on the same records: its error is smaller than that
+        of two separate means."""
         run = self.run(name)
-        return stats.total(metric, run.values, run.record, self.run(to).values)
+        return stats.total(metric, stats.minus(run.values, self.run(to).values), run.record)
 
     def differences(self, name: str, to: str = BASE) -> dict[str, Number]:
         """Every number of that run minus another's."""
         run = self.run(name)
-        return stats.differences(self.run(to).values, run.values, run.record)
+        return stats.numbers(stats.minus(run.values, self.run(to).values), run.record)
 
     @cached_property
     def _moved(self) -> dict[str, dict[str, Number]]:
@@ -161,9 +148,9 @@ class Report:
         """What the numbers say, a sentence a patched run."""
         return verdict(self.runs, self._moved)
 
-    def grids(self) -> list[Any]:
+    def grids(self) -> list[Grid]:
         """The tables as plain values."""
-        grids = [compared(self.runs, self._moved), costs(self.runs), flagged(self.runs)]
+        grids = [comparison(self.runs, self._moved), costs(self.runs), flagged(self.runs)]
         return [grid for grid in grids if grid.rows]
 
     def table(self) -> Group:
@@ -183,7 +170,7 @@ class Report:
     def to_json(self) -> str:
         """Records and numbers of every run, without rows."""
         runs = [
-            {key: value for key, value in run.record.items() if key != "metrics"}
+            run.settled
             | {"metrics": {name: asdict(number) for name, number in run.metrics().items()}}
             | {"differences": {name: asdict(number) for name, number in self._moved[run.name].items()}}
             for run in self.runs
@@ -191,11 +178,7 @@ class Report:
         return json.dumps({"bench": self.bench.name, "verdict": self.verdict(), "runs": runs}, ensure_ascii=False)
 
     def to_pandas(self) -> Any:
-        """A data frame, one line a run and number.
-
-        Raises:
-            MissingExtra: pandas is not installed.
-        """
+        """A data frame, one line a run and number; ``MissingExtra`` without pandas."""
         try:
             import pandas
         except ImportError as error:
@@ -210,11 +193,8 @@ class Report:
 
 
 def combine(reports: Iterable[Report]) -> Report:
-    """Several reports in one. Baselines they share are kept once.
-
-    Raises:
-        BadInput: they were made on other data, another base or by another protocol, or two runs have one name.
-    """
+    """Several reports in one, the baselines they share once; ``BadInput`` for other data, another base or another
+    protocol, or two runs of one name."""
     reports = list(reports)
     if not reports:
         raise BadInput("no reports to combine. Give at least one.")

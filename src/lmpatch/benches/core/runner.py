@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from ...errors import BadInput
+from ...errors import BadInput, ForeignWrite
 from ...models.lm import LM
 from ...patches.patch import Mount, Patch, plain
 from ...progress import Progress
-from ...provenance import hardware, hash_json, now, versions
+from ...provenance import hardware, hash_json, hash_tensors, now, versions
 from ...resources import require_memory
-from .adapter import Adapter, Ask, adapt, of
+from .adapter import Adapter, Ask, adapt
 from .contract import BASE, Json
 from .health import peak_memory, synchronise, working_memory
 from .report import Report
 from .store import Store
-from .writer import Make, MakeEach, Maker, Writer, mounted, refuse_decode, refuse_patched, unchanged
+from .writer import Fitted, Make, MakeEach, Maker, Writer, refuse_patched
 
 BLOCK = 64  # items that are kept as one, so an interrupted run loses little
 COSTS = ("batch_size", "bootstrap")
@@ -29,7 +30,7 @@ PROBES = 16  # items that an estimate times
 
 
 def run(
-    bench: ModuleType | Adapter,
+    bench: ModuleType | Adapter | str,
     lm: LM,
     data: Any,
     cfg: Any = None,
@@ -48,6 +49,7 @@ def run(
     """Ask the unpatched model, then the patched one the same, and restore it.
 
     Args:
+        bench: its module, or the module's full name.
         data: what the bench's ``load`` gives.
         patch: one, or several that are put on in this order. Without one, and without a function that makes some, only
             the baselines are asked.
@@ -64,38 +66,32 @@ def run(
         NotEnoughMemory: asking would need more than is free.
         ForeignWrite: the model did not come back as it was.
     """
-    adapter = bench if isinstance(bench, Adapter) else adapt(bench)
+    adapter = adapt(bench)
     patches = () if patch is None else (patch,) if isinstance(patch, Patch) else tuple(patch)
-    if patches and (make or make_each):
-        raise BadInput("give either a patch or a function that makes patches, not both.")
-    if (make or make_each) and adapter.write is None:
-        raise BadInput(
-            f"{adapter.name} makes no patches. Fit one with {run_id or 'a method'} first, and give it as patch."
-        )
-    refuse_patched(lm)
-    if not adapter.CONTEXTS:
-        refuse_decode(patches)
+    _refuse(adapter, lm, patches, bool(make or make_each), run_id)
     cfg = adapter.settle(cfg or adapter.Config(), data, bool(patches))
-    items = _items(adapter, lm, data, cfg, bool(patches), progress)
+    items, _ = _items(adapter, lm, data, cfg, bool(patches), progress)
     maker = Maker(patches, make, make_each, adapter.fit_batch(cfg))
-    _need(adapter, lm, items, cfg)
+    maker.settle([adapter.commits(item) for item in items] if adapter.commits else [])
     store = Store(Path(out) if out is not None else None, adapter.Row.read)
     session = Session(adapter, lm, cfg, items, store, mount, progress)
-    base = _record(adapter, lm, data, items, cfg, len(session.parts)) | {"data_name": data_name}
+    base = _record(adapter, lm, data, items, cfg) | {"planned": len(session.parts), "data_name": data_name}
     baselines = {BASE: adapter.asks(cfg), **adapter.baselines(cfg)}
     name = run_id or " + ".join(each.method for each in patches) or "patched"
-    records = {each: base | {"run_id": each, "baseline": True} for each in baselines}
+    for each in baselines:
+        store.open_run(base | {"run_id": each, "baseline": True})
     if maker.any:
-        maker.check(items, adapter.commits)
-        records[name] = _patched(adapter, base, name, cfg, patches, mount, settings, prep)
-    for record in records.values():
-        store.open_run(record)
+        own = {key: plain(getattr(cfg, key)) for key in adapter.OWN} | {"method": plain(dict(settings or {}))}
+        record = _patched(base, own, patches, mount)
+        store.open_run(record | {"run_id": name, "baseline": False, "prep": dict(prep) if prep else None})
     adapter.warm(lm, items, cfg, store.folder, progress)
     for each, ask in baselines.items():
         session.asked(each, ask)
     if maker.any and session.left(name):
-        with unchanged(lm):
-            session.patched(name, maker, baselines[BASE])
+        before = hash_tensors(sorted(lm.model.named_parameters()), exact=True)
+        session.patched(name, maker, baselines[BASE])
+        if hash_tensors(sorted(lm.model.named_parameters()), exact=True) != before:
+            raise ForeignWrite("a weight that no patch holds was changed during the run. Load the model again.")
     return _finish(adapter, lm, store)
 
 
@@ -127,36 +123,24 @@ class Session:
         """Ask what is left of this run, of the model as it is now."""
         for number, part in self.left(name):
             start = perf_counter()
-            base = None if name == BASE else self.base(number)
+            base = None if name == BASE else self.store.rows.get((BASE, number), [])
             self.keep(name, number, ask(self.lm, part, base), start, {})
 
     def patched(self, name: str, maker: Maker, ask: Ask) -> None:
         """The same with patches on, and everything taken off again, proved."""
-        if self.adapter.write is None:
-            with mounted(self.lm, maker.patches, self.mount):
+        if self.adapter.write is None or self.adapter.commits is None:
+            with closing(Writer(self.lm, self.mount, {})) as writer:
+                writer.write(Fitted(maker.patches, 0.0, sum(len(patch.edits) for patch in maker.patches)))
                 self.asked(name, ask)
             return
-        assert self.adapter.commits is not None
-        left = {id(part[0]): number for number, part in self.left(name)}
+        left = [(number, part[0]) for number, part in self.left(name)]
+        fits = maker.fits(self.lm, [self.adapter.commits(item) for _, item in left])
         originals: dict[str, str] = {}
-        for item, fits in maker.fits(self.lm, [part[0] for _, part in self.left(name)], self.adapter.commits):
-            start, writer = perf_counter(), Writer(self.lm, self.mount, originals)
-            try:
-                rows, note = self.adapter.write(self.lm, item, self.cfg, fits, writer)
-            finally:
-                writer.close()
-            self.keep(name, left[id(item)], rows, start, {**note, **writer.record()})
-
-    def base(self, number: int) -> list[Any]:
-        """The unpatched model's rows of a part."""
-        return self._base.get(number, [])
-
-    @cached_property
-    def _base(self) -> dict[int, list[Any]]:
-        parts: dict[int, list[Any]] = {}
-        for row in self.store.rows_of(BASE):
-            parts.setdefault(row.chunk, []).append(row)
-        return parts
+        for (number, item), fitted in zip(left, fits, strict=True):
+            start = perf_counter()
+            with closing(Writer(self.lm, self.mount, originals)) as writer:
+                rows, note = self.adapter.write(self.lm, item, self.cfg, fitted, writer)
+            self.keep(name, number, rows, start, {**note, **writer.record()})
 
     def keep(self, name: str, number: int, rows: Sequence[Any], start: float, note: Json) -> None:
         """Store a part's rows, in their place."""
@@ -168,8 +152,7 @@ class Session:
             self.progress(done, len(self.items), f"scoring {name}")
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What a run will take, fitting left out."""
 
     seconds: float
@@ -178,61 +161,62 @@ class Estimate:
     items: int
 
 
-def estimate(bench: ModuleType | Adapter, lm: LM, data: Any, cfg: Any = None) -> Estimate:
-    """Time a few items on the model as it is and tell what ``run`` with one patch will take.
-
-    Raises:
-        NotEnoughMemory: more than is free.
-    """
-    adapter = bench if isinstance(bench, Adapter) else adapt(bench)
+def estimate(bench: ModuleType | Adapter | str, lm: LM, data: Any, cfg: Any = None) -> Estimate:
+    """Time a few items and tell what ``run`` with one patch will take; ``NotEnoughMemory`` where that is not free."""
+    adapter = adapt(bench)
     cfg = adapter.settle(cfg or adapter.Config(), data, False)
-    items = _items(adapter, lm, data, cfg, False, None)
-    need = _need(adapter, lm, items, cfg)
+    items, need = _items(adapter, lm, data, cfg, False, None)
     probes = items[:: max(1, len(items) // PROBES)][:PROBES]
     start = perf_counter()
     adapter.warm(lm, probes, cfg, None, None)
     adapter.asks(cfg)(lm, probes, None)
     each = (perf_counter() - start) / len(probes)
-    runs = 2 + len(adapter.baselines(cfg))
-    return Estimate(each * len(items) * runs, need, len(items))
+    return Estimate(each * len(items) * (2 + len(adapter.baselines(cfg))), need, len(items))
 
 
 def bound(name: str) -> tuple[Callable[..., Report], Callable[[str | Path], Report]]:
     """``run`` and ``read_report`` of the bench whose module has this full name."""
-
-    def run_it(lm: LM, data: Any, cfg: Any = None, **how: Any) -> Report:
-        """See ``core.runner.run``."""
-        return run(of(name), lm, data, cfg, **how)
-
-    return run_it, partial(_read, name)
+    return partial(run, name), partial(Report.read, name)
 
 
-def _read(name: str, folder: str | Path) -> Report:
-    """The report of a folder that ``run(..., out=folder)`` filled."""
-    return Report.read(of(name), folder)
+def _refuse(adapter: Adapter, lm: LM, patches: Sequence[Patch], makes: bool, run_id: str) -> None:
+    """Raise ``BadInput`` for what this bench cannot measure, before anything is asked."""
+    if patches and makes:
+        raise BadInput("give either a patch or a function that makes patches, not both.")
+    if makes and adapter.write is None:
+        raise BadInput(
+            f"{adapter.name} makes no patches. Fit one with {run_id or 'a method'} first, and give it as patch."
+        )
+    refuse_patched(lm)
+    if (decode := [patch for patch in patches if patch.needs_context]) and not adapter.CONTEXTS:
+        raise BadInput(
+            f"{decode[0].method} is a decode patch: it compares a prompt with its form without context, and this bench "
+            "has no contexts. Measure it with memotrap, kre or rag."
+        )
 
 
-def _items(adapter: Adapter, lm: LM, data: Any, cfg: Any, fixed: bool, progress: Progress | None) -> Sequence[Any]:
+def _items(
+    adapter: Adapter, lm: LM, data: Any, cfg: Any, fixed: bool, progress: Progress | None
+) -> tuple[Sequence[Any], int]:
+    """What is asked, and the bytes that takes on top of the model; raises ``NotEnoughMemory``."""
     if not (items := adapter.plan(lm, data, cfg, fixed=fixed, progress=progress)):
         raise BadInput("nothing is left to ask. Give at least one record.")
-    return items
-
-
-def _need(adapter: Adapter, lm: LM, items: Sequence[Any], cfg: Any) -> int:
-    """Bytes that asking takes on top of the model; raises ``NotEnoughMemory``."""
     texts, new_tokens = adapter.texts(items, cfg)
     need = working_memory(lm, texts, new_tokens, cfg.batch_size)
     require_memory(need, lm.device, "scoring")
-    return need
+    return items, need
 
 
-def _record(adapter: Adapter, lm: LM, data: Any, items: Sequence[Any], cfg: Any, planned: int) -> Json:
+def _record(adapter: Adapter, lm: LM, data: Any, items: Sequence[Any], cfg: Any) -> Json:
     """What all runs of one call record; only runs of equal settings, on one model, stand in one table."""
     extra = adapter.record(items, data, cfg)
     free = {*COSTS, *adapter.COSTS, *adapter.OWN}
-    settings = {key: value for key, value in plain(cfg).items() if key not in free}
-    settings |= {"bench": adapter.name, "data_hash": hash_json([adapter.identity(item) for item in items])}
-    settings |= {"base_weights_hash": lm.fingerprint(), "dtype": str(lm.dtype).removeprefix("torch.")}
+    facts = {
+        "data_hash": hash_json([adapter.identity(item) for item in items]),
+        "base_weights_hash": lm.fingerprint(),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+    }
+    settings = {key: value for key, value in plain(cfg).items() if key not in free} | {"bench": adapter.name, **facts}
     settings |= {"protocol_id": extra["protocol_id"]} if "protocol_id" in extra else {}
     return {
         "bench": adapter.name,
@@ -243,37 +227,27 @@ def _record(adapter: Adapter, lm: LM, data: Any, items: Sequence[Any], cfg: Any,
         "started": now(),
         "versions": versions(),
         "hardware": hardware(),
-        "planned": planned,
         "items": len(items),
         "bootstrap": cfg.bootstrap,
         "seed": cfg.seed,
-        **{key: settings[key] for key in ("base_weights_hash", "dtype", "data_hash")},
+        **facts,
         **extra,
     }
 
 
-def _patched(
-    adapter: Adapter,
-    base: Json,
-    name: str,
-    cfg: Any,
-    patches: Sequence[Patch],
-    mount: Mount | None,
-    settings: Mapping[str, Any] | None,
-    prep: Mapping[str, Any] | None,
-) -> Json:
-    """The record of a patched run before it starts."""
-    own: Json = {key: plain(getattr(cfg, key)) for key in adapter.OWN} | {"mount": mount}
-    own["method"] = plain(dict(settings or {}))
-    own["patches"] = [{"method": p.method, "hash": p.hash(), "mount": mount or p.mounts[0]} for p in patches]
-    record = base | {"run_id": name, "baseline": False, "settings": base["settings"] | own}
-    record |= {"mount": mount, "prep": dict(prep) if prep else None}
-    if patches:
-        hashes = [patch.hash() for patch in patches]
-        record |= {"method": " + ".join(patch.method for patch in patches), "mount": own["patches"][0]["mount"]}
-        record |= {"patch_hash": hashes[0] if len(hashes) == 1 else hash_json(hashes), "patches": own["patches"]}
-        record |= {"bytes": sum(patch.nbytes for patch in patches)}
-    return record
+def _patched(record: Json, own: Json, patches: Sequence[Patch], mount: Mount | None) -> Json:
+    """The record of a patched run before it starts, with the settings that are its own."""
+    put = [{"method": p.method, "hash": p.hash(), "mount": mount or p.mounts[0]} for p in patches]
+    record = record | {"settings": record["settings"] | own | {"mount": mount, "patches": put}, "mount": mount}
+    if not put:
+        return record
+    return record | {
+        "method": " + ".join(patch.method for patch in patches),
+        "mount": put[0]["mount"],
+        "patch_hash": put[0]["hash"] if len(put) == 1 else hash_json([each["hash"] for each in put]),
+        "patches": put,
+        "bytes": sum(patch.nbytes for patch in patches),
+    }
 
 
 def _finish(adapter: Adapter, lm: LM, store: Store[Any]) -> Report:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import sub
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Number:
         return None if self.error is None else abs(self.value) <= self.error * (1 + ROUNDING)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Values:
     """What one number is made of, unit by unit."""
 
@@ -61,21 +62,28 @@ class Values:
     clusters: dict[Hashable, str] = field(default_factory=dict)
     dropped: int = 0
 
-    def minus(self, other: Values) -> Values:
-        """Paired differences. Units missing on either side do not count."""
-        return self._with(other, lambda a, b: mean(a) - mean(b))
+    def add(self, row: Any, value: float | bool | None) -> None:
+        """One row's value; None is counted."""
+        if value is None:
+            self.dropped += 1
+            return
+        unit = row.unit()
+        self.units.setdefault(unit, []).append(float(value))
+        if row.size() != 1:
+            self.sizes[unit] = row.size()
+        if (cluster := row.cluster()) is not None:
+            self.clusters[unit] = cluster
 
-    def halfway(self, other: Values) -> Values:
-        """The middle of both, over the units that have both."""
-        return self._with(other, lambda a, b: (mean(a) + mean(b)) / 2)
-
-    def _with(self, other: Values, both: Callable[[list[float], list[float]], float]) -> Values:
-        units = {unit: [both(own, other.units[unit])] for unit, own in self.units.items() if unit in other.units}
+    def paired(self, other: Values, made: Callable[[float, float], float] = sub) -> Values:
+        """The difference of both, or what else is made of them. Units missing on either side do not count."""
+        units = {u: [made(mean(own), mean(other.units[u]))] for u, own in self.units.items() if u in other.units}
         return Values(units, self.sizes, self.clusters, max(self.dropped, other.dropped))
 
 
 def mean(values: Sequence[float], sizes: Sequence[int] | None = None) -> float:
     """The mean, weighted by sizes where there are some."""
+    if sizes is None and len(values) == 1:  # most units hold one row
+        return float(values[0])
     return float(np.average(values, weights=sizes))
 
 
@@ -89,7 +97,7 @@ def stderr(values: Sequence[float], sizes: Sequence[int] | None = None) -> float
     if n < 2 or not np.isfinite(values).all():
         return None
     if sizes is None:
-        return float(_scipy().sem(values))
+        return float(np.std(values, ddof=1) / np.sqrt(n))
     v, w = np.asarray(values), np.asarray(sizes)
     return float(np.sqrt(n / (n - 1) * ((w * (v - mean(values, sizes))) ** 2).sum()) / w.sum())
 
@@ -115,13 +123,10 @@ def interval(
     """2.5th and 97.5th percentile of the sum of the samples' means over resampled units; None for fewer than two."""
     if not resamples or min(map(len, samples)) < 2 or not all(np.isfinite(s).all() for s in samples):
         return None, None
-    if sizes is not None:  # one sample, whose sizes travel with it
-        low, high, _ = _bootstrap(
-            (*samples, sizes), lambda v, w, axis: (v * w).sum(axis) / w.sum(axis), resamples, seed
-        )
-        return low, high
-    low, high, _ = _bootstrap(samples, lambda *drawn, axis: sum(d.mean(axis) for d in drawn), resamples, seed, False)
-    return low, high
+    if sizes is None:
+        return _bootstrap(samples, lambda *drawn, axis: sum(d.mean(axis) for d in drawn), resamples, seed, False)[:2]
+    (values,) = samples
+    return _bootstrap((values, sizes), lambda v, w, axis: (v * w).sum(axis) / w.sum(axis), resamples, seed, True)[:2]
 
 
 def number(name: str, terms: Sequence[Values], *, bootstrap: int, seed: int, **labels: Any) -> Number | None:
@@ -129,66 +134,48 @@ def number(name: str, terms: Sequence[Values], *, bootstrap: int, seed: int, **l
     if not terms or not all(term.units for term in terms):
         return None
     flat = [_flat(term) for term in terms]
-    errors = [stderr(values, sizes) for values, sizes in flat]
-    alone = any(error is None for error in errors)
+    value = sum(mean(values, sizes) for values, sizes in flat)
+    errors = [error for values, sizes in flat if (error := stderr(values, sizes)) is not None]
+    error, by_cluster = (math.hypot(*errors), clustered(terms)) if len(errors) == len(terms) else (None, None)
     sizes = flat[0][1] if len(terms) == 1 else None
     low, high = interval([values for values, _ in flat], bootstrap, seed, sizes=sizes)
-    return Number(
-        name,
-        sum(mean(values, sizes) for values, sizes in flat),
-        None if alone else math.hypot(*(error or 0.0 for error in errors)),
-        None if alone else clustered(terms),
-        low,
-        high,
-        sum(len(term.units) for term in terms),
-        max(term.dropped for term in terms),
-        weight=sum(sizes) if sizes else 0,
-        **labels,
-    )
+    n, dropped = sum(len(term.units) for term in terms), max(term.dropped for term in terms)
+    return Number(name, value, error, by_cluster, low, high, n, dropped, weight=sum(sizes or ()), **labels)
 
 
-def percentile(name: str, term: Values, share: float, *, bootstrap: int, seed: int, **labels: Any) -> Number | None:
+def percentile(name: str, term: Values, share: float, *, bootstrap: int, seed: int, **labels: Any) -> Number:
     """A percentile over all rows, with the bootstrap over units behind both errors."""
     groups = [np.asarray(values) for values in term.units.values()]
-    if not groups:
-        return None
 
     def of(picks: Any) -> float:
         return float(np.percentile(np.concatenate([groups[int(i)] for i in picks]), share))
 
     low = high = error = None
     if bootstrap and len(groups) > 1:
-        low, high, error = _bootstrap([range(len(groups))], of, bootstrap, seed, False, vectorized=False)
+        low, high, error = _bootstrap([range(len(groups))], of, bootstrap, seed, False)
     return Number(name, of(range(len(groups))), error, None, low, high, len(groups), term.dropped, **labels)
 
 
 def _flat(term: Values) -> tuple[list[float], list[int] | None]:
     """Unit means, and their sizes where any is not 1."""
-    values = [mean(v) if len(v) > 1 else v[0] for v in term.units.values()]
+    values = [mean(v) for v in term.units.values()]
     sizes = [term.sizes.get(unit, 1) for unit in term.units]
     return values, sizes if any(size != 1 for size in sizes) else None
 
 
-def _bootstrap(
-    data: Any, statistic: Any, resamples: int, seed: int, paired: bool = True, **how: Any
-) -> tuple[float, float, float]:
-    drawn = _scipy().bootstrap(
-        data, statistic, n_resamples=resamples, paired=paired, method="percentile",
-        rng=np.random.default_rng(seed), **{"vectorized": True, **how},
-    )  # fmt: skip
+def _bootstrap(data: Any, statistic: Any, resamples: int, seed: int, paired: bool) -> tuple[float, float, float]:
+    try:
+        from scipy.stats import bootstrap
+    except ImportError as error:
+        raise MissingExtra('benches need scipy. Run: pip install "lmpatch[bench]"') from error
+    rng = np.random.default_rng(seed)
+    drawn = bootstrap(data, statistic, n_resamples=resamples, paired=paired, method="percentile", rng=rng)
     limits = drawn.confidence_interval
     return float(limits.low), float(limits.high), float(drawn.standard_error)
 
 
-def _scipy() -> Any:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise MissingExtra('benches need scipy. Run: pip install "lmpatch[bench]"') from error
-    return stats
-
-
-# Numbers of rows
+Collection = Mapping[str, tuple[Measure, Values]]
+"""Full name → its measure, and what it is made of."""
 
 
 def _twice(row: Any) -> float:
@@ -202,20 +189,13 @@ def _distinct(row: Any) -> float:
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
-def _generated(row: Any) -> str | None:
-    return None if row.generation() is None else ""
-
-
-def _wanted(row: Any) -> str | None:
-    answer = row.generation()
-    return "" if answer and answer[1] else None
-
-
 TWICE = "answers that say a wanted answer twice or more, parts of words counted"
 PAIRS = "share of an answer's word pairs that differ (distinct-2): low where it runs in circles"
 REPETITION = {
-    "repeats": Measure(TWICE, _twice, _wanted, "Repetition", better="less"),
-    "distinct_2": Measure(PAIRS, _distinct, _generated, "Repetition"),
+    "repeats": Measure(
+        TWICE, _twice, lambda row: "" if (row.generation() or ("", ()))[1] else None, "Repetition", better="less"
+    ),
+    "distinct_2": Measure(PAIRS, _distinct, lambda row: None if row.generation() is None else "", "Repetition"),
 }
 """Beside every generated score."""
 
@@ -224,83 +204,42 @@ def collect(rows: Sequence[Any], metrics: Mapping[str, Measure]) -> dict[str, tu
     """Full name → its measure and values, in the order of ``metrics``; a family's members as they come."""
     whole: dict[str, tuple[Measure, Values]] = {}
     for key, measure in metrics.items():
-        members: dict[str, _Collected] = {}
         if measure.derived:
             how, one, two = measure.derived
             if one in whole and two in whole:
-                a, b = whole[one][1], whole[two][1]
-                whole[key] = measure, a.minus(b) if how == "minus" else a.halfway(b)
+                made = sub if how == "minus" else lambda a, b: (a + b) / 2
+                whole[key] = measure, whole[one][1].paired(whole[two][1], made)
             continue
+        base, mark, split = key.partition("@")
         for row in rows:
             if (member := measure.of(row)) is not None:
-                members.setdefault(member, _Collected()).add(row, measure.value(row))
-        base, mark, split = key.partition("@")
-        for member, values in members.items():
-            whole[base + (f"/{member}" if member else "") + mark + split] = measure, values.values()
+                full = base + (f"/{member}" if member else "") + mark + split
+                whole.setdefault(full, (measure, Values()))[1].add(row, measure.value(row))
     return {name: pair for name, pair in whole.items() if pair[1].units}
 
 
-class _Collected:
-    """Values on their way in."""
-
-    def __init__(self) -> None:
-        self.units: dict[Hashable, list[float]] = {}
-        self.sizes: dict[Hashable, int] = {}
-        self.clusters: dict[Hashable, str] = {}
-        self.dropped = 0
-
-    def add(self, row: Any, value: float | bool | None) -> None:
-        """One row's value; None is counted."""
-        if value is None:
-            self.dropped += 1
-            return
-        unit = row.unit()
-        self.units.setdefault(unit, []).append(float(value))
-        if row.size() != 1:
-            self.sizes[unit] = row.size()
-        if (cluster := row.cluster()) is not None:
-            self.clusters[unit] = cluster
-
-    def values(self) -> Values:
-        """All of it."""
-        return Values(self.units, self.sizes, self.clusters, self.dropped)
-
-
-Collection = Mapping[str, tuple[Measure, Values]]
+def minus(rows: Collection, base: Collection) -> Collection:
+    """Differences from another run, unit by unit. Percentiles have none."""
+    return {n: (m, v.paired(base[n][1])) for n, (m, v) in rows.items() if n in base and m.percentile is None}
 
 
 def numbers(rows: Collection, record: Json) -> dict[str, Number]:
     """Every number that rows hold, under its full name (``name@split``)."""
-    every = {name: _one(name, measure, values, record) for name, (measure, values) in rows.items()}
-    return {name: number for name, number in every.items() if number is not None}
+    found: dict[str, Number] = {}
+    for name, (measure, values) in rows.items():
+        plain, _, split = name.partition("@")
+        labels = {"split": split or "all", "protocol": measure.protocol(record), **_how(record)}
+        if measure.percentile is not None:
+            found[name] = percentile(plain, values, measure.percentile, **labels)
+        elif (one := number(plain, [values], **labels)) is not None:
+            found[name] = one
+    return found
 
 
-def differences(base: Collection, rows: Collection, record: Json) -> dict[str, Number]:
-    """The same, as differences from another run, unit by unit."""
-    every = {
-        name: _one(name, measure, values.minus(base[name][1]), record)
-        for name, (measure, values) in rows.items()
-        if name in base and measure.percentile is None
-    }
-    return {name: number for name, number in every.items() if number is not None}
-
-
-def total(name: str, rows: Collection, record: Json, base: Collection | None = None) -> Number | None:
-    """One number, or a sum of them such as ``R_Ad+R_Ro``; with ``base`` the difference from it, unit by unit."""
-    terms = []
-    for part in name.split("+"):
-        if part not in rows or (base is not None and part not in base):
-            return None
-        terms.append(rows[part][1] if base is None else rows[part][1].minus(base[part][1]))
-    return number(name, terms, **_how(record))
-
-
-def _one(name: str, measure: Measure, values: Values, record: Json) -> Number | None:
-    plain, _, split = name.partition("@")
-    labels = {"split": split or "all", "protocol": measure.protocol(record), **_how(record)}
-    if measure.percentile is not None:
-        return percentile(plain, values, measure.percentile, **labels)
-    return number(plain, [values], **labels)
+def total(name: str, rows: Collection, record: Json) -> Number | None:
+    """One number, or a sum of them such as ``R_Ad+R_Ro``; None where one is missing."""
+    parts = name.split("+")
+    return number(name, [rows[part][1] for part in parts], **_how(record)) if rows.keys() >= {*parts} else None
 
 
 def _how(record: Json) -> Json:

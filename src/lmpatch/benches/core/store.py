@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ...errors import BadInput, BadRecord
+from ...files import replacing
 from ...provenance import hash_json
 from .contract import Json, Row
 
@@ -30,15 +31,12 @@ class Store(Generic[R]):
     """The folder, or only memory without one. One process writes at a time."""
 
     def __init__(self, folder: Path | None, read: Callable[[Json], R]) -> None:
-        """Open the folder, or begin it.
-
-        Args:
-            read: a row from its JSON form; a TypeError says that it is another bench's or version's.
-        """
+        """Open the folder, or begin it. ``read`` makes a row of its JSON form; TypeError: it is another bench's."""
         self.folder = folder
         self.runs: dict[str, Json] = {}
         self.chunks: dict[tuple[str, int], Json] = {}
-        self._rows: list[R] = []
+        self.rows: dict[tuple[str, int], list[R]] = {}
+        """Of finished chunks."""
         if folder is None:
             return
         if folder.exists() and not folder.is_dir():
@@ -46,52 +44,42 @@ class Store(Generic[R]):
         folder.mkdir(parents=True, exist_ok=True)
         self.runs = {run["run_id"]: run for run in self._read("runs")}
         self.chunks = {(chunk["run_id"], chunk["chunk"]): chunk for chunk in self._read("chunks")}
+        groups: dict[tuple[str, int], list[Json]] = {key: [] for key in self.chunks}
         records = self._read("rows")
         try:
-            rows = [read(record) for record in records]
+            for record in records:
+                groups.setdefault((record["run_id"], record["chunk"]), []).append(record)
+            rows = {key: [read(record) for record in group] for key, group in groups.items()}
         except (TypeError, KeyError) as error:
             raise BadRecord(
                 f"{folder}/rows.jsonl was written by another bench or another version ({error}). Choose another folder."
             ) from error
-        self._rows = [row for row in rows if (row.run_id, row.chunk) in self.chunks]
-        self._complete(records)
-        if len(self._rows) < len(rows):
-            self._rewrite("rows", (asdict(row) for row in self._rows))
-
-    def _complete(self, records: Sequence[Json]) -> None:
-        """Raise ``BadRecord`` where a finished chunk has other rows than were written."""
-        groups: dict[tuple[str, int], list[Json]] = {key: [] for key in self.chunks}
-        for record in records:
-            groups.get((record["run_id"], record["chunk"]), []).append(record)
-        for (name, number), group in groups.items():
-            seal = self.chunks[name, number].get("rows_hash")  # folders of the first release have none
+        for (name, number), chunk in self.chunks.items():
+            seal, group = chunk.get("rows_hash"), groups[name, number]  # folders of the first release have none
             if seal and seal != hash_json(group):
-                count = self.chunks[name, number]["rows"]
                 raise BadRecord(
-                    f"{self.folder}/rows.jsonl holds {len(group)} rows of chunk {number} of the run {name!r}, and they "
-                    f"are not the {count} that were written. Remove the chunk's line in chunks.jsonl to ask it again, "
-                    "or choose another folder."
+                    f"{folder}/rows.jsonl holds {len(group)} rows of chunk {number} of the run {name!r}, and they "
+                    f"are not the {chunk['rows']} that were written. Remove the chunk's line in chunks.jsonl to ask it "
+                    "again, or choose another folder."
                 )
+        self.rows = {key: rows[key] for key in self.chunks}
+        if len(self.rows) < len(rows):
+            self._rewrite("rows", (asdict(row) for group in self.rows.values() for row in group))
 
     def open_run(self, identity: Json) -> None:
-        """Begin or go on with a run.
-
-        Args:
-            identity: its record so far, with ``run_id``, ``comparable_group`` and ``settings``.
-        Raises:
-            BadInput: the folder holds runs that cannot be compared, or this run with other settings.
-        """
+        """Begin or go on with the run of this record; ``BadInput`` where the folder holds runs that cannot be compared,
+        or this run with other settings."""
         name, group = identity["run_id"], identity["comparable_group"]
         for other in self.runs.values():
             if other["comparable_group"] != group:
                 raise BadInput(
-                    f"{self.folder} holds the run {other['run_id']!r} made with {_differs(other, identity)}. "
+                    f"{self.folder} holds the run {other['run_id']!r} made with {_differs(other, identity, identity)}. "
                     "Numbers of both cannot share a table. Choose another folder."
                 )
         known = self.runs.get(name)
         if known and known["settings"] != identity["settings"]:
             raise BadInput(
-                f"{self.folder} holds the run {name!r} with other settings: {_differs(known, identity)}. "
+                f"{self.folder} holds the run {name!r} with other settings: {_differs(known, identity, identity)}. "
                 "Choose another run_id or another folder."
             )
         if not known:
@@ -108,25 +96,20 @@ class Store(Generic[R]):
         chunk = chunk | {"rows": len(rows), "rows_hash": hash_json(records)}
         self._append("rows", records)
         self._append("chunks", [chunk])
-        self._rows += rows
-        self.chunks[chunk["run_id"], chunk["chunk"]] = chunk
+        key = chunk["run_id"], chunk["chunk"]
+        self.chunks[key], self.rows[key] = chunk, list(rows)
 
     def rows_of(self, run_id: str) -> list[R]:
-        """All rows of finished chunks."""
-        return [row for row in self._rows if row.run_id == run_id]
+        """All rows of finished chunks, in order."""
+        return [row for key in sorted(self.rows) if key[0] == run_id for row in self.rows[key]]
 
     def chunks_of(self, run_id: str) -> list[Json]:
         """Records of finished chunks, in order."""
         return [self.chunks[key] for key in sorted(self.chunks) if key[0] == run_id]
 
-    def _path(self, name: str) -> Path | None:
-        return self.folder / f"{name}.jsonl" if self.folder else None
-
     def _read(self, name: str) -> list[Json]:
-        path = self._path(name)
-        if path is None:
-            return []
-        packed = path.with_suffix(".jsonl.gz")
+        assert self.folder is not None
+        path, packed = self.folder / f"{name}.jsonl", self.folder / f"{name}.jsonl.gz"
         data = gzip.decompress(packed.read_bytes()) if packed.is_file() else b""
         if path.is_file():
             own = path.read_bytes()
@@ -144,18 +127,15 @@ class Store(Generic[R]):
         return records
 
     def _append(self, name: str, records: Iterable[Json]) -> None:
-        path = self._path(name)
-        if path:
-            with path.open("ab") as file:
+        if self.folder:
+            with (self.folder / f"{name}.jsonl").open("ab") as file:
                 _write(file, records)
 
     def _rewrite(self, name: str, records: Iterable[Json]) -> None:
-        path = self._path(name)
-        if path:
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
+        if self.folder:
+            path = self.folder / f"{name}.jsonl"
+            with replacing(path) as work, work.open("wb") as file:
                 _write(file, records)
-            partial.replace(path)
             path.with_suffix(".jsonl.gz").unlink(missing_ok=True)  # it is in the plain file now
 
 
@@ -165,16 +145,13 @@ def _write(file: Any, records: Iterable[Json]) -> None:
     os.fsync(file.fileno())
 
 
-def _differs(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What a run was asked otherwise, as a person reads it. What it has found since does not count."""
-    return _differences({key: known[key] for key in asked if key in known}, asked)
-
-
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+def _differs(known: Mapping[str, Any], asked: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """What of a run was asked otherwise, as a person reads it."""
     parts = []
-    for key in sorted({*a, *b}):
-        if isinstance(a.get(key), dict) and isinstance(b.get(key), dict):
-            parts += [_differences(a[key], b[key])] if a[key] != b[key] else []
-        elif a.get(key) != b.get(key) and key not in ("run_id", "comparable_group", "started", "versions", "hardware"):
-            parts.append(f"{key} {a.get(key)!r}, asked now {b.get(key)!r}")
+    for key in sorted(keys):
+        a, b = known.get(key), asked.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            parts += [_differs(a, b, {*a, *b})] if a != b else []
+        elif a != b and key not in ("run_id", "comparable_group", "started", "versions", "hardware"):
+            parts.append(f"{key} {a!r}, asked now {b!r}")
     return "; ".join(parts) or "other settings"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...resources import format_bytes
 from .contract import BASE, Measure
@@ -20,11 +19,15 @@ WIDE = 6  # runs that stand side by side; more are listed below each other
 NAMED = 3  # numbers that a sentence of the verdict names
 SENTENCES = 4  # patched runs with a sentence each; of more, the best has one
 CLEAR = 2.0  # standard errors from which a difference is called one
+NOTE = (
+    "Shares in %. ± one standard error (the larger one where records come in clusters), n: records. Below: the "
+    "difference from the unpatched model, record by record; = marks one within a standard error. ★: the best, of "
+    "three or more runs without the unpatched one."
+)
 Moved = Mapping[str, Mapping[str, Number]]
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A value with what it rests on."""
 
     text: str
@@ -38,8 +41,7 @@ class Cell:
     """What a name stands for."""
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """One table."""
 
     title: str
@@ -49,56 +51,49 @@ class Grid:
     """A row of one cell is a heading."""
 
 
-def measure_of(run: Any, name: str) -> Measure:
-    """The measure behind a full name such as ``loc_kl/same_relation@was_wrong``."""
-    measure: Measure = run.values[name][0]
-    return measure
-
-
 def label(name: str) -> str:
     """A full name as people read it; ``metric`` takes the same, the split apart."""
     base, _, split = name.partition("@")
     return f"{base} ({split})" if split else base
 
 
-def show(measure: Measure, value: float, signed: bool = False) -> str:
-    """A value in its unit."""
-    sign = "+" if signed else ""
-    if measure.unit == "%":
-        return f"{100 * value:{sign}.1f}"
-    return f"{value:{sign}.3g}"
+def show(measure: Measure, value: float, error: float | None = None, signed: bool = False) -> str:
+    """A value in its unit, and its error."""
+    sign, spread = "+" if signed else "", "" if error is None else f" ±{show(measure, error)}"
+    return (f"{100 * value:{sign}.1f}" if measure.unit == "%" else f"{value:{sign}.3g}") + spread
 
 
 def verdict(runs: Sequence[Any], moved: Moved) -> list[str]:
     """A sentence a patched run: what is clearly better, what clearly worse, and what the errors leave open."""
     if not (patched := [run for run in runs if moved.get(run.name) and not run.record["baseline"]]):
-        heads = [f"{label(n)} {_value(runs[0], n)}" for n in _headlines(runs[0])][: 2 * NAMED]
-        return [f"{runs[0].title}: {', '.join(heads) or 'no numbers yet'}. Nothing is patched."]
+        first = runs[0]
+        heads = [
+            f"{label(n)} {show(first.measure(n), first.metrics()[n].value)}{' %' * (first.measure(n).unit == '%')}"
+            for n in _headlines(first)[: 2 * NAMED]
+        ]
+        return [f"{first.title}: {', '.join(heads) or 'no numbers yet'}. Nothing is patched."]
     if len(patched) <= SENTENCES:
         return [_sentence(run, moved[run.name]) for run in patched]
-    first = next((n for n in _headlines(patched[0]) if measure_of(patched[0], n).better == "more"), None)
-    rivals = [run for run in patched if first in run.metrics()]
-    if not rivals:
+    head = next((n for n in _headlines(patched[0]) if patched[0].measure(n).better == "more"), "")
+    if not (rivals := [run for run in patched if head in run.metrics()]):
         return [f"{len(patched)} patched runs; the table has their numbers."]
-    best = max(rivals, key=lambda run: run.metrics()[first].value)
-    return [
-        f"Of {len(patched)} patched runs {best.title} has the highest {label(str(first))}.",
-        _sentence(best, moved[best.name]),
-    ]
+    best = max(rivals, key=lambda run: run.metrics()[head].value)
+    told = f"Of {len(patched)} patched runs {best.title} has the highest {label(head)}."
+    return [told, _sentence(best, moved[best.name])]
 
 
 def _sentence(run: Any, moved: Mapping[str, Number]) -> str:
-    judged = {n: moved[n] for n in _headlines(run) if n in moved and measure_of(run, n).better}
+    judged = [n for n in _headlines(run) if n in moved and run.measure(n).better]
     sides: dict[str, list[tuple[float, str]]] = {"better": [], "worse": []}
-    for name, number in judged.items():
-        measure, error = measure_of(run, name), number.error or 0.0
-        if number.value and abs(number.value) >= CLEAR * error:
-            better = (number.value > 0) == (measure.better == "more")
-            text = f"{label(name)} {show(measure, number.value, True)}{f' ± {show(measure, error)}' if error else ''}"
-            sides["better" if better else "worse"].append((abs(number.value) / (error or 1e-12), text))
+    for name in judged:
+        measure, value, error = run.measure(name), moved[name].value, moved[name].error or 0.0
+        if value and abs(value) >= CLEAR * error:
+            better = (value > 0) == (measure.better == "more")
+            text = f"{label(name)} {show(measure, value, signed=True)}{f' ± {show(measure, error)}' if error else ''}"
+            sides["better" if better else "worse"].append((-abs(value) / (error or 1e-12), text))
     parts = []
     for side, pairs in sides.items():
-        names = [text for _, text in sorted(pairs, key=lambda pair: -pair[0])]
+        names = [text for _, text in sorted(pairs, key=lambda pair: pair[0])]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         parts += [f"{side} in {', '.join(names[:NAMED])}{more}"] if names else []
     left = len(judged) - sum(map(len, sides.values()))
@@ -107,97 +102,63 @@ def _sentence(run: Any, moved: Mapping[str, Number]) -> str:
 
 
 def _headlines(run: Any) -> list[str]:
-    return [name for name in run.metrics() if run.values[name][0].headline]
-
-
-def _value(run: Any, name: str) -> str:
-    return show(measure_of(run, name), run.metrics()[name].value) + (" %" if measure_of(run, name).unit == "%" else "")
+    return [name for name in run.metrics() if run.measure(name).headline]
 
 
 def comparison(runs: Sequence[Any], moved: Moved) -> Grid:
     """Every number of every run, baselines included, the best of each marked."""
-    names = list(dict.fromkeys(n for run in runs for n in run.metrics() if measure_of(run, n).shown))
-    homes = {name: next(run for run in runs if name in run.metrics()) for name in names}
-    names.sort(key=lambda name: list(homes[name].bench.metrics).index(_key(homes[name], name)))
-    chances = runs[0].chances if runs else {}
-    heads = [
-        Cell("number"),
-        *([Cell("guessing")] if chances else []),
-        *(Cell(run.title, "baseline" if run.record["baseline"] else "") for run in runs),
-    ]
-    lines: list[tuple[str, tuple[Cell, ...]]] = []
-    for name in names:
-        measure = measure_of(homes[name], name)
-        cells = [_number(run, name, moved[run.name].get(name)) for run in runs]
-        marked = _marked(runs, name, measure, cells)
+    homes: dict[str, Any] = {}  # the first run that has the number
+    for run in runs:
+        for name in run.metrics():
+            if run.measure(name).shown:
+                homes.setdefault(name, run)
+    order, chances, first = list(runs[0].bench.metrics.values()), runs[0].chances, runs[0].record
+    heads = [Cell("number"), *([Cell("guessing")] if chances else [])]
+    heads += [Cell(run.title, "baseline" if run.record["baseline"] else "") for run in runs]
+    lines: list[tuple[Measure, tuple[Cell, ...]]] = []
+    for name in sorted(homes, key=lambda name: order.index(homes[name].measure(name))):
+        measure, protocol = homes[name].measure(name), homes[name].metrics()[name].protocol
+        own = protocol not in ("", homes[name].record.get("protocol_id"))
+        means = f"{measure.means} [{protocol}]" if own else measure.means
         guess = [Cell(show(measure, chances[name]) if name in chances else NONE)] if chances else []
-        protocol = homes[name].metrics()[name].protocol
-        plain = protocol in ("", homes[name].record.get("protocol_id"))
-        means = measure.means if plain else f"{measure.means} [{protocol}]"
-        lines.append((measure.group, (Cell(label(name), means=means), *guess, *marked)))
-    note = (
-        "Shares in %. ± one standard error (the larger one where records come in clusters), n: records. Below: the "
-        "difference from the unpatched model, record by record; = marks one within a standard error. ★: the best, of "
-        "three or more runs without the unpatched one."
-    )
-    note += f" Protocol {runs[0].record['protocol_id']}." if runs and "protocol_id" in runs[0].record else ""
-    if len(runs) <= WIDE:
-        return Grid("Comparison", note, tuple(heads), _grouped(lines))
-    kept = [line for name, (_, line) in zip(names, lines, strict=True) if measure_of(homes[name], name).headline]
-    first = 2 if chances else 1
-    columns = (Cell("run"), *(line[0] for line in kept))
-    below = [(heads[i], *(line[i] for line in kept)) for i in range(1, first)]
-    below += [(heads[first + i], *(line[first + i] for line in kept)) for i in range(len(runs))]
-    return Grid("Comparison", f"{note} All other numbers: to_json().", columns, tuple(below))
-
-
-def _grouped(lines: Sequence[tuple[str, tuple[Cell, ...]]]) -> tuple[tuple[Cell, ...], ...]:
-    """The lines below the headings of their groups."""
+        lines.append((measure, (Cell(label(name), means=means), *guess, *_cells(runs, name, measure, moved))))
+    note = NOTE + (f" Protocol {first['protocol_id']}." if "protocol_id" in first else "")
+    if len(runs) > WIDE:
+        kept = [line for measure, line in lines if measure.headline]
+        columns = (Cell("run"), *(line[0] for line in kept))
+        below = tuple((heads[i], *(line[i] for line in kept)) for i in range(1, len(heads)))
+        return Grid("Comparison", f"{note} All other numbers: to_json().", columns, below)
     rows: list[tuple[Cell, ...]] = []
-    before = ""
-    for group, line in lines:
-        if group and group != before:
-            rows.append((Cell(group),))
-        before = group
+    group = ""
+    for measure, line in lines:
+        rows += [(Cell(measure.group),)] if measure.group not in ("", group) else []
         rows.append(line)
-    return tuple(rows)
+        group = measure.group
+    return Grid("Comparison", note, tuple(heads), tuple(rows))
 
 
-def _key(run: Any, name: str) -> str:
-    """The key of ``METRICS`` behind a full name."""
-    measure = run.values[name][0]
-    return next(str(key) for key, each in run.bench.metrics.items() if each is measure)
-
-
-def _number(run: Any, name: str, moved: Number | None) -> Cell:
-    number = run.metrics().get(name)
-    if number is None:
-        return Cell(NONE)
-    measure = measure_of(run, name)
-    error = f" ±{show(measure, number.error)}" if number.error is not None else ""
-    dropped = f", {number.dropped} not asked" if number.dropped else ""
-    weight = f" ({number.weight:,} tokens)" if number.weight else ""
-    parts = [f"n={number.n}{weight}{dropped}"]
-    if moved is not None:
-        spread = f" ±{show(measure, moved.error)}" if moved.error is not None else ""
-        parts.insert(0, f"{show(measure, moved.value, True)}{spread}{' =' if moved.within else ''}")
-    share = number.value if measure.unit == "%" else None
-    return Cell(show(measure, number.value) + error, "\n".join(parts), share)
-
-
-def _marked(runs: Sequence[Any], name: str, measure: Measure, cells: Sequence[Cell]) -> list[Cell]:
-    """The cells, the best of at least two different ones marked."""
-    rivals = [run for run in runs if name in run.metrics()]
-    if len(rivals) > 2:  # against itself the unpatched model is as it was; who comes next says more
-        rivals = [run for run in rivals if run.name != BASE]
-    values = [run.metrics()[name].value for run in rivals]
-    if not measure.better or len(set(values)) < 2:
-        return list(cells)
-    best = max(values) if measure.better == "more" else min(values)
-    return [
-        Cell(cell.text, cell.sub, cell.share, run in rivals and run.metrics()[name].value == best)
-        for run, cell in zip(runs, cells, strict=True)
-    ]
+def _cells(runs: Sequence[Any], name: str, measure: Measure, moved: Moved) -> list[Cell]:
+    """One a run, the best of at least two different ones marked."""
+    values = {run.name: run.metrics()[name].value for run in runs if name in run.metrics()}
+    if len(values) > 2:  # against itself the unpatched model is as it was; who comes next says more
+        values.pop(BASE, None)
+    best = None
+    if measure.better and len(set(values.values())) > 1:
+        best = max(values.values()) if measure.better == "more" else min(values.values())
+    cells = []
+    for run in runs:
+        if (number := run.metrics().get(name)) is None:
+            cells.append(Cell(NONE))
+            continue
+        dropped = f", {number.dropped} not asked" if number.dropped else ""
+        weight = f" ({number.weight:,} tokens)" if number.weight else ""
+        sub = f"n={number.n}{weight}{dropped}"
+        if (change := moved[run.name].get(name)) is not None:
+            sub = f"{show(measure, change.value, change.error, True)}{' =' if change.within else ''}\n{sub}"
+        share = number.value if measure.unit == "%" else None
+        marked = best is not None and values.get(run.name) == best
+        cells.append(Cell(show(measure, number.value, number.error), sub, share, marked))
+    return cells
 
 
 def costs(runs: Sequence[Any]) -> Grid:
@@ -205,16 +166,10 @@ def costs(runs: Sequence[Any]) -> Grid:
     names = list(dict.fromkeys(name for run in runs for name in run.record.get("costs", {})))
     lines = []
     for run in runs:
-        if run.record["baseline"] or "seconds" not in run.record:
-            continue
-        size = run.record.get("bytes")
-        own = run.record.get("costs", {})
-        cells = [
-            f"{run.record['seconds']:.3g}",
-            format_bytes(size) if size else NONE,
-            *(own.get(n, NONE) for n in names),
-        ]
-        lines.append((Cell(run.title), *map(Cell, cells)))
+        if not run.record["baseline"] and "seconds" in run.record:
+            size, own = run.record.get("bytes"), run.record.get("costs", {})
+            cells = [run.title, f"{run.record['seconds']:.3g}", format_bytes(size) if size else NONE]
+            lines.append(tuple(map(Cell, [*cells, *(own.get(name, NONE) for name in names)])))
     notes = [run.record["costs_note"] for run in runs if run.record.get("costs_note")]
     heads = ("run", "s, asking included", "patch", *names)
     return Grid("Cost", " ".join(dict.fromkeys(notes)), tuple(map(Cell, heads)), tuple(lines))
@@ -222,14 +177,15 @@ def costs(runs: Sequence[Any]) -> Grid:
 
 def flagged(runs: Sequence[Any]) -> Grid:
     """Tasks without files, and records that were not asked or were asked differently."""
-    lines = [(Cell(task), Cell("skipped"), Cell(why)) for task, why in (runs[0].record.get("skipped") or {}).items()]
+    lines = [(task, "skipped", why) for task, why in (runs[0].record.get("skipped") or {}).items()]
     counts = Counter((run.name, row.where(), row.flag) for run in runs for row in run.rows if row.flag)
     lines += [
-        (Cell(f"{run}{f', {where}' if where else ''}"), Cell(f"{count} records"), Cell(why))
+        (f"{run}{f', {where}' if where else ''}", f"{count} records", why)
         for (run, where, why), count in counts.items()
     ]
     note = "Nothing is cut to fit, and nothing is left out without a word."
-    return Grid("Flagged", note, (Cell("run"), Cell("what"), Cell("why")), tuple(lines))
+    cells = tuple(tuple(map(Cell, line)) for line in [("run", "what", "why"), *lines])
+    return Grid("Flagged", note, cells[0], cells[1:])
 
 
 def printed(sentences: Sequence[str], grids: Sequence[Grid]) -> Group:
@@ -245,14 +201,10 @@ def printed(sentences: Sequence[str], grids: Sequence[Grid]) -> Group:
             title=grid.title, caption=grid.note, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD
         )
         for i, column in enumerate(grid.columns):
-            table.add_column(
-                Text(column.text), justify="left" if i == 0 or grid.title == "Flagged" else "right", overflow="fold"
-            )
+            justify: Any = "left" if i == 0 or grid.title == "Flagged" else "right"
+            table.add_column(Text(column.text), justify=justify, overflow="fold")
         for row in grid.rows:
-            if len(row) == 1:
-                table.add_row(Text(row[0].text, style="italic"))
-            else:
-                table.add_row(*map(_text, row))
+            table.add_row(*([Text(row[0].text, style="italic")] if len(row) == 1 else map(_text, row)))
         parts.append(table)
     named = [cell for grid in grids for row in (grid.columns, *grid.rows) for cell in row if cell.means]
     legend = {(cell.text.partition("/")[0], cell.means): cell.text for cell in reversed(named)}
@@ -263,5 +215,5 @@ def printed(sentences: Sequence[str], grids: Sequence[Grid]) -> Group:
 def _text(cell: Cell) -> Text:
     from rich.text import Text
 
-    mark = " ★" if cell.best else ""
-    return Text.assemble((cell.text + mark, "bold" if cell.best else ""), (f"\n{cell.sub}" if cell.sub else "", "dim"))
+    mark, sub = " ★" if cell.best else "", f"\n{cell.sub}" if cell.sub else ""
+    return Text.assemble((cell.text + mark, "bold" if cell.best else ""), (sub, "dim"))

@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
 from ...errors import BadInput
-from .record import LABELS, Part, RagRecord
-from .source import Question
+from .record import LABELS, Part, Question, RagRecord
 from .types import SPAN, Type, answer_type, has_words, holds, normalise, replaced
 
 
@@ -80,17 +79,15 @@ def build(questions: Sequence[Question], cfg: Build | None = None) -> Sets:
     sets = Sets([])
     kept = _alone(questions, sets.skipped)
     articles = sorted({q.article for q in kept}, key=lambda title: chance(cfg.seed, title))
-    n = len(articles)
-    if n < 2:
+    if (n := len(articles)) < 2:
         raise BadInput(f"{n} article cannot be split. Give questions of two or more, or title in the logs.")
     held = min(max(1, round(cfg.held_out * n)), n - 1)
     dev = max(2, round(cfg.dev * n)) if cfg.dev else 0  # of one alone nothing is built: noise and answers are others'
     if n - held - dev < 2:
         dev = 0
-    parts: dict[Part, set[str]] = {
-        "held_out": {*articles[:held]}, "dev": {*articles[held : held + dev]}, "train": {*articles[held + dev :]},
-    }  # fmt: skip
-    for part, own in parts.items():
+    ends: dict[Part, slice] = {"held_out": slice(held), "dev": slice(held, held + dev), "train": slice(held + dev, n)}
+    for part, place in ends.items():
+        own = {*articles[place]}
         made = _Part([q for q in kept if q.article in own], part, cfg, sets).records()
         if not made and part != "dev":
             raise BadInput(
@@ -143,20 +140,20 @@ class _Part:
 
     def __init__(self, questions: Sequence[Question], part: Part, cfg: Build, sets: Sets) -> None:
         self.questions, self.part, self.cfg, self.sets = questions, part, cfg, sets
+        self.train = part == "train"
         self.paragraphs: dict[str, list[str]] = defaultdict(list)  # article -> texts in order
+        pools: dict[Type | str, set[tuple[str, str]]] = defaultdict(set)  # (answer, article)
         for q in questions:
             if q.context not in self.paragraphs[q.article]:
                 self.paragraphs[q.article].append(q.context)
-        self.pools: dict[Type | str, set[tuple[str, str]]] = defaultdict(set)  # (answer, article)
-        for q in questions:
             if q.answers:
                 kind = answer_type(q.answers[0], q.question)
-                self.pools[kind].add((q.answers[0], q.article))
-                self.pools[kind[0]].add((q.answers[0], q.article))
-        self.sorted = {kind: sorted(pool) for kind, pool in self.pools.items()}
+                for key in (kind, kind[0]):
+                    pools[key].add((q.answers[0], q.article))
+        self.pools = {kind: sorted(pool) for kind, pool in pools.items()}
 
     def records(self) -> list[RagRecord]:
-        cfg, train = self.cfg, self.part == "train"
+        cfg, train = self.cfg, self.train
         answered = [q for q in self.questions if q.answers]
         true = [q for q in self.questions if q.gold]
         bare = [q for q in self.questions if not q.answers]
@@ -171,17 +168,11 @@ class _Part:
         self, what: str, questions: Sequence[Question], count: int, make: Callable[[Question], list[RagRecord]]
     ) -> list[RagRecord]:
         """Records of the first ``count`` questions, in their order by chance, that make some."""
-        made: list[RagRecord] = []
-        taken = 0
-        for q in sorted(questions, key=lambda q: chance(self.cfg.seed, f"{what} {q.id}")):
-            if taken == count:
-                break
-            found = make(q)
-            made += found
-            taken += bool(found)
+        ordered = sorted(questions, key=lambda q: chance(self.cfg.seed, f"{what} {q.id}"))
+        made = [*islice(filter(None, map(make, ordered)), count)]
         if count:
-            self.sets.built[f"{self.part}/{what}"] = (count, taken)
-        return made
+            self.sets.built[f"{self.part}/{what}"] = (count, len(made))
+        return [record for records in made for record in records]
 
     def _record(self, q: Question, documents: Sequence[str], **values: str) -> RagRecord:
         values = {"id": f"{q.id}:{values['variant']}", "title": q.title, "part": self.part} | values
@@ -193,7 +184,7 @@ class _Part:
 
     def _pair(self, q: Question) -> list[RagRecord]:
         """The same question on its paragraph, and on it with another answer."""
-        answer, train = q.answers[0], self.part == "train"
+        answer = q.answers[0]
         text = cut(q.context, self.cfg.words, answer)
         if text is None:
             return self._skip("no sentence with the answer is short enough")
@@ -205,13 +196,13 @@ class _Part:
         changed = replaced(text, answer, new)
         if changed is None or holds(changed, q.answers):
             return self._skip("the answer cannot be replaced everywhere")
-        noise = [] if train and not self.cfg.distractors else self._noise(q, (*q.gold, new), self.cfg.words)
-        documents = [self._shuffled(q, [document, *(noise if train else ())]) for document in (text, changed)]
+        noise = [] if self.train and not self.cfg.distractors else self._noise(q, (*q.gold, new), self.cfg.words)
+        documents = [self._shuffled(q, [document, *(noise if self.train else ())]) for document in (text, changed)]
         made = [
             self._record(q, documents[0], kind="adherence", variant="original", answer=answer),
             self._record(q, documents[1], kind="adherence", variant="substituted", answer=new),
         ]
-        if noise and not train:
+        if noise and not self.train:
             mixed = self._shuffled(q, [changed, *noise])
             made.append(self._record(q, mixed, kind="adherence", variant="mixed", answer=new))
         return made
@@ -223,7 +214,7 @@ class _Part:
         for key in (kind, kind[0]):
             pool = [
                 text
-                for text, article in self.sorted.get(key, [])
+                for text, article in self.pools.get(key, [])
                 if article != q.article
                 and abs(len(text.split()) - size) <= SPAN
                 and normalise(text) not in ("", normalise(answer))
@@ -234,7 +225,7 @@ class _Part:
         return None
 
     def _foreign(self, q: Question) -> list[RagRecord]:
-        count = 1 if self.part == "train" else self.cfg.held_documents
+        count = 1 if self.train else self.cfg.held_documents
         texts = list(islice(self._elsewhere(q, q.gold, self.cfg.words), count))
         if not texts:
             return self._skip("no document of another article is free of its answers")
@@ -262,8 +253,8 @@ class _Part:
         lines = [f"Doc {i}: {labels[document]}" for i, document in enumerate(documents, 1)]
         return [self._record(q, documents, kind="extraction", variant="three", answer="\n".join([*lines, text]))]
 
-    def _shuffled(self, q: Question, documents: Sequence[str] | dict[str, str]) -> list[str]:
-        return sorted(documents, key=lambda document: chance(self.cfg.seed, f"{q.id} {document}"))
+    def _shuffled(self, q: Question, texts: Iterable[str]) -> list[str]:
+        return sorted(texts, key=lambda text: chance(self.cfg.seed, f"{q.id} {text}"))
 
     def _noise(self, q: Question, without: Sequence[str], words: int) -> list[str]:
         """A document on the same topic, and one of another article; fewer where there is none. Neither holds an answer.
@@ -278,14 +269,8 @@ class _Part:
 
     def _elsewhere(self, q: Question, without: Sequence[str], words: int) -> Iterator[str]:
         """A document of every other article."""
-        others = sorted(
-            (title for title in self.paragraphs if title != q.article),
-            key=lambda title: chance(self.cfg.seed, f"{q.id} {title}"),
-        )
-        for title in others:
-            texts = sorted(self.paragraphs[title], key=lambda text: chance(self.cfg.seed, f"{q.id} {text}"))
-            if found := next(self._clean(texts, without, words), None):
-                yield found
+        for title in self._shuffled(q, [title for title in self.paragraphs if title != q.article]):
+            yield from islice(self._clean(self._shuffled(q, self.paragraphs[title]), without, words), 1)
 
     def _clean(self, texts: Sequence[str], without: Sequence[str], words: int) -> Iterator[str]:
         for text in texts:

@@ -1,4 +1,4 @@
-"""``RagRecord``: a question with retrieved documents, and the prompts it is asked in."""
+"""A question of a source, and the record with documents that is built from it, with the prompts it is asked in."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ...errors import BadInput
-from ..context import InContext
-from ..record import Record
+from ..context import Prompted
 
 Kind = Literal["adherence", "robustness", "extraction"]
 Variant = Literal["original", "substituted", "mixed", "foreign", "unanswerable", "three"]
@@ -21,7 +20,25 @@ EXTRACT = (
 
 
 @dataclass(frozen=True)
-class RagRecord(Record):
+class Question:
+    """One question of a source."""
+
+    id: str
+    article: str
+    """What must not stand on both sides of a split: the title, or a group of logs that share documents."""
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    """Answers that stand in the context; none: it does not answer."""
+    gold: tuple[str, ...]
+    """True answers, whether the context holds them or not."""
+    title: str = ""
+    others: tuple[str, ...] = ()
+    """What else was retrieved and holds no answer."""
+
+
+@dataclass(frozen=True)
+class RagRecord(Prompted):
     """A question with documents, and which skill it trains or measures.
 
     Args:
@@ -58,10 +75,9 @@ class RagRecord(Record):
             raise BadInput("a record has no question. Give question, documents and answer.")
         if not self.documents or not all(document.strip() for document in self.documents):
             raise BadInput(f"the question {self.question!r} has no documents, or an empty one. Give at least one text.")
-        words = (("kind", self.kind, Kind), ("variant", self.variant, Variant), ("part", self.part, Part))
-        for name, value, known in words:
-            if value not in get_args(known):
-                raise BadInput(f"{name} is {value!r}; it must be one of {', '.join(get_args(known))}.")
+        for name, known in (("kind", Kind), ("variant", Variant), ("part", Part)):
+            if getattr(self, name) not in get_args(known):
+                raise BadInput(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(known))}.")
         if self.kind != "robustness" and not self.answer.strip():
             raise BadInput(f"the question {self.question!r} has no answer. Only robustness records do without.")
         put = object.__setattr__
@@ -70,11 +86,6 @@ class RagRecord(Record):
         task = EXTRACT if self.kind == "extraction" else ""
         put(self, "prompt", self.prompt or render(self.question, self.documents, self.title, task))
         put(self, "without_context", self.without_context or render(self.question, (), self.title, task))
-
-    @property
-    def asked(self) -> InContext:
-        """The two prompts as ``generate`` and ``score`` take them."""
-        return InContext(self.prompt, self.without_context)
 
 
 def render(question: str, documents: Sequence[str], title: str = "", task: str = "") -> str:

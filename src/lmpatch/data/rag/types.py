@@ -1,14 +1,25 @@
-"""When two answers agree, what sort of answer a text is, and its replacement by another of that sort."""
+"""Answers: when two agree, when one says nothing, of what sort one is, and its replacement by another of that sort."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
+
+from ..matching import whole
 
 MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
 WORDS = ("who", "where", "when", "how many", "how much", "which", "what")
 SPAN = 1  # a substitute has this many words more or less at most
 OCCURRENCES = 6  # an answer that stands in its document more often is not replaced
+
+REFUSAL = re.compile(
+    r"((i ?a?m )?sorry |but |unfortunately )*"
+    r"(i (do not|dont|did not|didnt) know|(i ?a?m )?not sure|(i have )?no (idea|answer)"
+    r"|i (can ?not|cant) (answer|say|tell)"
+    r"|not (mentioned|given|stated|known)|it is (unknown|not (mentioned|known))|(answer is )?(unknown|none|na)$)\b"
+)
+"""An answer that begins so, normalised, says nothing."""
 
 Type = tuple[str, str]
 """(shape of the answer, question word)."""
@@ -32,11 +43,6 @@ def has_words(text: str, words: str) -> bool:
     return re.search(whole(words), text, re.IGNORECASE) is not None
 
 
-def whole(words: str) -> str:
-    """A pattern for these words and no part of others: "2" is not in "2,000" or "2.5"."""
-    return rf"(?<!\w)(?<!\d[.,]){re.escape(words)}(?!\w)(?![.,]\d)"
-
-
 def holds(text: str, answers: Iterable[str]) -> bool:
     """One of the answers occurs in the text as whole words, both normalised."""
     said = normalise(text)
@@ -55,8 +61,14 @@ def _numbers(text: str) -> set[str]:
 def f1(a: str, b: str) -> float:
     """Token F1 of two answers, normalised."""
     x, y = normalise(a).split(), normalise(b).split()
-    common = sum(min(x.count(token), y.count(token)) for token in set(x))
+    common = (Counter(x) & Counter(y)).total()
     return 2 * common / (len(x) + len(y)) if common else 0.0
+
+
+def refused(answer: str) -> bool:
+    """The answer is empty or says that there is none."""
+    said = normalise(answer)
+    return not said or REFUSAL.match(said) is not None
 
 
 def answer_type(answer: str, question: str) -> Type:

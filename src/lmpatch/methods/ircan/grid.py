@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -136,18 +137,14 @@ def scaled_states(recording: Recording, neurons: Sequence[Neuron], factors: Sequ
         scale = torch.ones(c, lm.layout.widths[layer])
         scale[:, [neuron.index for neuron in neurons if neuron.layer == layer]] = torch.tensor(factors)[:, None]
         by_row = scale.to(hidden).repeat_interleave(n, 0)[:, None]  # [c * n, 1, f]
-        hooks.append(Hook(lm.module(lm.layout.downs[layer]), _times(by_row), before=True))
+        hooks.append(Hook(lm.module(lm.layout.downs[layer]), partial(_times, by_row), before=True))
     with hooked(*hooks):
         return recording.forward(hidden, lowest, rows=rows).reshape(c, n, *hidden.shape[1:])
 
 
-def _times(factors: Tensor) -> Any:
-    def scale(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
-        whole = x.reshape(len(factors), -1, x.shape[-1]) * factors  # some models flatten rows and tokens
-        return whole.reshape(x.shape), *args[1:]
-
-    return scale
+def _times(factors: Tensor, _: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    whole = args[0].reshape(len(factors), -1, args[0].shape[-1]) * factors  # some models flatten rows and tokens
+    return whole.reshape(args[0].shape), *args[1:]
 
 
 def _at(states: Tensor, cases: Sequence[_Case], setting: Tensor, row: Tensor, k: int) -> Tensor:

@@ -47,13 +47,9 @@ class Config(integrated_gradients.Config):
 
 
 def fit(
-    lm: LM,
-    records: Sequence[ContextRecord],
-    cfg: Config,
-    *,
-    scores: Scores | None = None,
+    lm: LM, records: Sequence[ContextRecord], cfg: Config, *, scores: Scores | None = None,
     progress: Progress | None = None,
-) -> WeightPatch:
+) -> WeightPatch:  # fmt: skip
     """Scale the down-projection columns of the neurons that most records name.
 
     Args:
@@ -70,20 +66,22 @@ def fit(
     Differs: neurons are found on the records given, where released code also uses the half it reports on; the random
     control draws each neuron once.
     """
-    _check(cfg)
+    if bool(cfg.search_neurons) != bool(cfg.search_factors):
+        raise BadInput("a search needs both search_neurons and search_factors. Give both lists, or neither.")
+    settings = grid(cfg.search_neurons, cfg.search_factors)[1:]
+    for count, factor in [(cfg.neurons, cfg.factor), *settings]:
+        _neurons.check(count, factor)
     start = time.perf_counter()
     counted, notes = _found(lm, records, cfg, scores, progress)
-    neurons = [neuron for neuron, _ in counted]
     count, factor = cfg.neurons, cfg.factor
-    if cfg.search_neurons:
-        count, factor, tried = _searched(lm, records, neurons, cfg, progress)
+    if settings:
+        count, factor, tried = _searched(lm, records, [neuron for neuron, _ in counted], settings, progress)
         notes |= tried
     chosen = counted[:count]
     notes["neurons"] = [[neuron.layer, neuron.index, named] for neuron, named in chosen]
-    patch = _neurons.scaling(
-        lm, [neuron for neuron, _ in chosen], factor, method="ircan", config=cfg, edits=brief(records), notes=notes
-    )
-    if cfg.search_neurons:
+    neurons = [neuron for neuron, _ in chosen]
+    patch = _neurons.scaling(lm, neurons, factor, method="ircan", config=cfg, edits=brief(records), notes=notes)
+    if settings:
         with _mounted(lm, patch):
             patch.notes["accuracy"] = float(accuracies(lm, records, [], [(0, 1.0)])[0])
     patch.made["seconds"] = round(time.perf_counter() - start, 3)
@@ -96,13 +94,6 @@ def _mounted(lm: LM, patch: WeightPatch) -> Applied:
         return apply(lm, patch)
     except CannotMount:  # offloaded or quantised
         return apply(lm, patch, mount="side")
-
-
-def _check(cfg: Config) -> None:
-    if bool(cfg.search_neurons) != bool(cfg.search_factors):
-        raise BadInput("a search needs both search_neurons and search_factors. Give both lists, or neither.")
-    for count, factor in [(cfg.neurons, cfg.factor), *((h, b) for h in cfg.search_neurons for b in cfg.search_factors)]:
-        _neurons.check(count, factor)
 
 
 def _found(
@@ -125,19 +116,19 @@ def _found(
 
 
 def _searched(
-    lm: LM, records: Sequence[ContextRecord], neurons: Sequence[Neuron], cfg: Config, progress: Progress | None
-) -> tuple[int, float, dict[str, Any]]:
-    """The setting with the highest accuracy; of equal ones the fewest neurons, then the smallest factor."""
-    settings = grid(cfg.search_neurons, cfg.search_factors)
-    before, *found = accuracies(lm, records, neurons, settings, progress=progress).tolist()
+    lm: LM, records: Sequence[ContextRecord], neurons: Sequence[Neuron], settings: Sequence[tuple[int, float]],
+    progress: Progress | None,
+) -> tuple[int, float, dict[str, Any]]:  # fmt: skip
+    """The setting with the highest accuracy; of equal ones the first."""
+    before, *found = accuracies(lm, records, neurons, [(0, 1.0), *settings], progress=progress).tolist()
     if not any(found):
         warnings.warn(
             f"no setting answers any of the {len(records)} records as its context says, so the search chose nothing: "
             "the gentlest setting was taken.",
             stacklevel=3,
         )
-    table = [[h, b, round(a, 5)] for (h, b), a in zip(settings[1:], found, strict=True)]
-    return *best_of(settings[1:], found), {"accuracy_before": before, "search": table}
+    table = [[h, b, round(a, 5)] for (h, b), a in zip(settings, found, strict=True)]
+    return *best_of(settings, found), {"accuracy_before": before, "search": table}
 
 
 def grid(counts: Sequence[int], factors: Sequence[float]) -> list[tuple[int, float]]:
@@ -152,8 +143,7 @@ def best_of(settings: Sequence[tuple[int, float]], found: Sequence[float]) -> tu
 
 def estimate(lm: LM, count: int, cfg: Config) -> int:
     """Bytes a fit takes on top of the model, rounded up."""
-    search = grid_memory(lm) if cfg.search_neurons else 0
-    return max(integrated_gradients.memory(lm, cfg), search)
+    return max(integrated_gradients.memory(lm, cfg), grid_memory(lm) if cfg.search_neurons else 0)
 
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:

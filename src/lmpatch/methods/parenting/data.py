@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
 from ...data.rag.reader import RagRecord, holds, known, refused
-from ...distributed import SINGLE, World
 from ...errors import BadInput
 from ...inference.closed_book import closed_book_answers
 from ...inference.interventions import need_window
 from ...inference.tokens import Row, encode_all
-from ...models.hooks import Hook, hooked
 from ...models.lm import LM
 from ...progress import Progress
-from ...training.losses import answer_loss
 from .config import Config
 
 SETS = ("adherence", "robustness", "extraction")
@@ -37,16 +32,10 @@ class Rows:
     sure: list[bool] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Material:
-    """The three sets, and what happened to records on the way."""
-
-    sets: dict[str, Rows]
-    notes: dict[str, Any]
-
-
-def prepare(lm: LM, records: Sequence[RagRecord], cfg: Config, units: int, progress: Progress | None) -> Material:
-    """Targets for every record, tokenised.
+def prepare(
+    lm: LM, records: Sequence[RagRecord], cfg: Config, units: int, progress: Progress | None
+) -> tuple[dict[str, Rows], dict[str, Any]]:
+    """The three sets as prompt, target and end token, and what happened to records on the way.
 
     Raises:
         BadInput: a set has fewer records than there are units, or none for a loss that is asked for; a record is longer
@@ -54,35 +43,31 @@ def prepare(lm: LM, records: Sequence[RagRecord], cfg: Config, units: int, progr
     """
     groups = {kind: [r for r in records if r.kind == kind] for kind in SETS}
     _enough({kind: len(group) for kind, group in groups.items()}, cfg, units)  # before the model is asked anything
-    told, sure, notes = _own_answers(lm, groups["robustness"], cfg, progress)
-    pairs: dict[str, list[tuple[RagRecord, str, bool]]] = {
-        kind: [(r, r.answer, False) for r in groups[kind]] for kind in ("adherence", "extraction")
-    }
-    pairs["robustness"] = list(zip(*told, sure, strict=True)) if told[0] else []
-    _enough({kind: len(pairs[kind]) for kind in SETS}, cfg, units)
+    own, notes = _own_answers(lm, groups["robustness"], cfg, progress)
+    targets = {kind: [(r, r.answer, False) for r in groups[kind]] for kind in SETS} | {"robustness": own}
+    _enough({kind: len(group) for kind, group in targets.items()}, cfg, units)
     order = random.Random(f"{cfg.seed}/rows")
-    sets = {}
-    for kind in SETS:
-        order.shuffle(pairs[kind])
-        apart = _apart([r for r, _, _ in pairs[kind]])
-        rows = _encode(lm, [r.prompt for r, _, _ in pairs[kind]], [target for _, target, _ in pairs[kind]])
-        train, held = ([i for i, flag in enumerate(apart) if flag is side] for side in (False, True))
-        sets[kind] = Rows([rows[i] for i in train], [rows[i] for i in held], [pairs[kind][i][2] for i in train])
-    return Material(sets, notes | {"rows": {kind: len(rows.train) for kind, rows in sets.items()}})
+    sets, end = {}, lm.tokenizer.eos_token_id
+    for kind, group in targets.items():
+        order.shuffle(group)
+        rows = encode_all(lm, [record.prompt for record, _, _ in group], [target for _, target, _ in group])
+        rows = rows if end is None else [replace(row, ids=(*row.ids, int(end))) for row in rows]
+        need_window(lm, [row.ids for row in rows])
+        held = _held([record for record, _, _ in group])
+        train, validate = ([i for i, flag in enumerate(held) if flag is side] for side in (False, True))
+        sets[kind] = Rows([rows[i] for i in train], [rows[i] for i in validate], [group[i][2] for i in train])
+    return sets, {"own_answers": notes, "rows": {kind: len(rows.train) for kind, rows in sets.items()}}
 
 
-def _apart(records: Sequence[RagRecord]) -> list[bool]:
+def _held(records: Sequence[RagRecord]) -> list[bool]:
     """Which of the shuffled records only validate: all of a question or none, since a pair differs by a word."""
+    questions = [record.id.partition(":")[0] or record.question for record in records]
     held: set[str] = set()
-    for record in records:
-        if sum(_question(r) in held for r in records) >= min(HELD, len(records) // 8):
+    for question in questions:
+        if sum(own in held for own in questions) >= min(HELD, len(records) // 8):
             break
-        held.add(_question(record))
-    return [_question(r) in held for r in records]
-
-
-def _question(record: RagRecord) -> str:
-    return record.id.partition(":")[0] or record.question
+        held.add(question)
+    return [own in held for own in questions]
 
 
 def _enough(found: dict[str, int], cfg: Config, units: int) -> None:
@@ -100,41 +85,30 @@ def _enough(found: dict[str, int], cfg: Config, units: int) -> None:
 
 def _own_answers(
     lm: LM, records: Sequence[RagRecord], cfg: Config, progress: Progress | None
-) -> tuple[tuple[list[RagRecord], list[str]], list[bool], dict[str, Any]]:
-    """Robustness records with the model's own answers. Refusals, answers that were cut off, and those the documents
-    give are left out and counted."""
+) -> tuple[list[tuple[RagRecord, str, bool]], dict[str, int]]:
+    """Robustness records with the model's own answers, and whether those are right. Refusals, answers that were cut
+    off, and those the documents give are left out and counted."""
     answers = closed_book_answers(lm, [r.question for r in records], progress=progress)
-    kept: tuple[list[RagRecord], list[str]] = ([], [])
-    sure: list[bool] = []
-    empty = cut = told = 0
+    kept = []
+    counts = dict.fromkeys(("known", "refused", "cut_off", "in_documents"), 0) | {"asked": len(records)}
     for record, own in zip(records, answers, strict=True):
         answer = own.text
         if refused(answer) or not own.ended:
-            empty, cut = empty + refused(answer), cut + (not refused(answer))
+            counts["refused" if refused(answer) else "cut_off"] += 1
             if not cfg.refusals or known(answer, record.gold):
                 continue
             answer = UNKNOWN
         elif any(holds(document, [answer]) for document in record.documents):
-            told += 1
+            counts["in_documents"] += 1
             continue
-        kept[0].append(record)
-        kept[1].append(answer)
-        sure.append(known(answer, record.gold))
-    counts = {"known": sum(sure), "refused": empty, "cut_off": cut, "in_documents": told, "asked": len(records)}
-    return kept, sure, {"own_answers": counts}
-
-
-def _encode(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]:
-    """Prompt, target, end token."""
-    end = lm.tokenizer.eos_token_id
-    rows = encode_all(lm, prompts, targets)
-    ended = rows if end is None else [replace(row, ids=(*row.ids, int(end))) for row in rows]
-    need_window(lm, [row.ids for row in ended])
-    return ended
+        sure = known(answer, record.gold)
+        counts["known"] += sure
+        kept.append((record, answer, sure))
+    return kept, counts
 
 
 def draws(rows: Rows, count: int, step: int, seed: str, share: float = 0.0) -> list[Row]:
-    """``count`` rows of one step. Everything depends on seed and step, so a resumed run is the same run.
+    """``count`` rows of one step, which depend on seed and step alone.
 
     Args:
         share: of the rows that are taken from the sure ones, where there are any. 0: all rows alike.
@@ -149,9 +123,3 @@ def draws(rows: Rows, count: int, step: int, seed: str, share: float = 0.0) -> l
         turn, within = divmod(at, len(pool))
         picked.append(pool[random.Random(f"{seed}/{first}/{turn}").sample(range(len(pool)), len(pool))[within]])
     return [rows.train[i] for i in picked]
-
-
-def loss(lm: LM, rows: Sequence[Row], hooks: Callable[[], list[Hook]], world: World = SINGLE) -> Tensor:
-    """``answer_loss`` of the rows under these hooks."""
-    with hooked(*hooks()):
-        return answer_loss(lm, rows, world)

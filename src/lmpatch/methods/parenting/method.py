@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...data.rag.reader import RagRecord
-from ...distributed import world
 from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK, frozen
 from ...models.lm import LM
@@ -23,21 +21,17 @@ from ...patches.weight.delta import Delta, LowRank
 from ...patches.weight.patch import WeightPatch
 from ...progress import Progress
 from ...provenance import hash_json
-from ...training import checkpoint
 from .config import Config
-from .data import SETS, WHOLE, Material, prepare
+from .data import SETS, WHOLE, Rows, prepare
 from .mine import Mined, balance, correlation, mine, typed, z_scores
 from .plot import plots as plots
 from .tune import Mix, Tuner, mixes
-from .units import TYPES, Adapter, Type, Unit, counted, cut
+from .units import TYPES, Adapter, Type, Unit, cut
 
 SKILLS = ("adherence", "robustness")
 MERGE: dict[Type, tuple[float, float, float]] = {
-    "entangled": (0.4, 0.4, 0.2),
-    "adherence": (0.8, 0.0, 0.2),
-    "robustness": (0.0, 0.8, 0.2),
-    "others": (0.1, 0.1, 0.8),
-}
+    "entangled": (0.4, 0.4, 0.2), "adherence": (0.8, 0.0, 0.2), "robustness": (0.0, 0.8, 0.2), "others": (0.1, 0.1, 0.8)
+}  # fmt: skip
 """Weights of the adherence, the robustness and the mixed adapter in each type of unit, as released."""
 TOKENS = 384  # of a long row, for the estimate of memory
 MINING = (
@@ -48,13 +42,9 @@ MINING = (
 
 
 def fit(
-    lm: LM,
-    records: Sequence[RagRecord],
-    cfg: Config,
-    *,
-    out: str | Path | None = None,
+    lm: LM, records: Sequence[RagRecord], cfg: Config, *, out: str | Path | None = None,
     progress: Progress | None = None,
-) -> WeightPatch:
+) -> WeightPatch:  # fmt: skip
     """Find the units that carry adherence and robustness, and tune each type with its own losses.
 
     Args:
@@ -76,26 +66,37 @@ def fit(
     start = time.perf_counter()
     units = cut(lm, cfg.units, cfg.rank, cfg.modules)
     folder = Path(out) if out is not None else None
-    given = [fingerprint(lm), str(lm.dtype), _on(lm), [r.id + r.prompt + r.answer for r in records]]
+    on = [one.patch.hash() for one in applied(lm)]  # with another patch it is another model
+    given = [fingerprint(lm), str(lm.dtype), on, [r.id + r.prompt + r.answer for r in records]]
     with frozen(lm):
-        material = prepare(lm, records, cfg, len(units), progress)
-        mined = {} if cfg.mode in WHOLE else _mined(lm, units, material, cfg, folder, given, progress)
-        importance = {name: found.importance(units, cfg.cue) for name, found in mined.items()}
-        types, gamma = _types(importance, cfg, len(units))
-        alike = round(correlation(*importance.values()), 5) if mined else None
+        sets, counts = prepare(lm, records, cfg, len(units), progress)
+        mined: dict[str, Mined] = {}
+        types: list[Type] = ["entangled"] * len(units)
+        gamma, alike = 0.5, None
+        if cfg.mode not in WHOLE:
+            stamp = hash_json([{name: getattr(cfg, name) for name in MINING}, *given])
+            for name in SKILLS:
+                file = folder / f"mined-{name}.safetensors" if folder else None
+                mined[name] = mine(lm, units, sets[name], cfg, name, progress, file, stamp)
+        importance = {name: found.importance for name, found in mined.items()}
+        if mined:
+            adherence, robustness = importance.values()
+            types = typed(adherence, robustness, cfg.threshold, cfg.rule)
+            gamma, alike = balance(adherence, robustness, types), round(correlation(adherence, robustness), 5)
+        tally = {t: types.count(t) for t in TYPES if mined}
         if progress and mined:
-            found = ", ".join(f"{count} {t}" for t, count in counted(types).items())
-            progress(1, 1, f"units: {found}; z-scores correlate {alike:.2f}, gamma {gamma:.2f}")
+            said = ", ".join(f"{count} {t}" for t, count in tally.items())
+            progress(1, 1, f"units: {said}; z-scores correlate {alike:.2f}, gamma {gamma:.2f}")
         stamp = hash_json([asdict(cfg), *given])
-        deltas, notes = _tuned(lm, units, types, gamma, material, cfg, folder, stamp, progress)
-    notes |= material.notes | {
-        "types": counted(types) if mined else {},
+        deltas, notes = _tuned(lm, units, types, gamma, sets, cfg, folder, stamp, progress)
+    notes |= counts | {
+        "types": tally,
         "gamma": round(gamma, 5),
         "correlation": alike,
         "parameters": sum(u.size for u, t in zip(units, types, strict=True) if t != "others" or cfg.mode == "merge"),
         "units": [[u.name, u.layer, u.projection, t] for u, t in zip(units, types, strict=True)] if mined else [],
         "scores": {name: {"z": z_scores(x).tolist(), "importance": x.tolist()} for name, x in importance.items()},
-        "layers": {name: found.layers(cfg.cue).tolist() for name, found in mined.items()},
+        "layers": {name: found.layers.tolist() for name, found in mined.items()},
         "mining": {name: found.notes for name, found in mined.items()},
     }
     edits = [{"id": r.id, "kind": r.kind, "variant": r.variant} for r in records]
@@ -119,104 +120,49 @@ def _check(lm: LM, cfg: Config) -> None:
         )
 
 
-def _on(lm: LM) -> list[str]:
-    """The patches on the model: it is another one then."""
-    return [on.patch.hash() for on in applied(lm)]
-
-
-def _mined(
-    lm: LM, units: Sequence[Unit], material: Material, cfg: Config, folder: Path | None, given: list[Any],
-    progress: Progress | None,
-) -> dict[str, Mined]:  # fmt: skip
-    """Scores of both skills; those a stopped run has finished are read."""
-    stamp = hash_json([{name: getattr(cfg, name) for name in MINING}, *given])
-    found = {}
-    for name in SKILLS:
-        path = folder / f"mined-{name}.safetensors" if folder else None
-        if path and path.exists():
-            found[name] = _read(path, stamp)
-            continue
-        found[name] = mine(lm, units, material.sets[name], cfg, name, progress)
-        if path and world().is_main:
-            _write(path, found[name], stamp)
-    return found
-
-
-def _write(path: Path, mined: Mined, stamp: str) -> None:
-    head = {"tokens": str(mined.tokens)} | {f"note/{key}": str(value) for key, value in mined.notes.items()}
-    checkpoint.write(path, stamp, head, {"scores": mined.scores, "counts": mined.counts})
-
-
-def _read(path: Path, stamp: str) -> Mined:
-    head, tensors = checkpoint.read(path, stamp)
-    notes = {key.removeprefix("note/"): float(value) for key, value in head.items() if key.startswith("note/")}
-    return Mined(tensors["scores"], tensors["counts"], int(head["tokens"]), notes)
-
-
-def _types(importance: dict[str, Tensor], cfg: Config, count: int) -> tuple[list[Type], float]:
-    """Each unit's type, and the part of adherence in entangled ones."""
-    if not importance:
-        return ["entangled"] * count, 0.5
-    adherence, robustness = (importance[name] for name in SKILLS)
-    types = typed(adherence, robustness, cfg.threshold, cfg.rule)
-    return types, balance(adherence, robustness, types)
-
-
 def _tuned(
-    lm: LM, units: Sequence[Unit], types: Sequence[Type], gamma: float, material: Material, cfg: Config,
+    lm: LM, units: Sequence[Unit], types: Sequence[Type], gamma: float, sets: Mapping[str, Rows], cfg: Config,
     folder: Path | None, stamp: str, progress: Progress | None,
 ) -> tuple[dict[str, Delta], dict[str, Any]]:  # fmt: skip
     """The change of weights, and what is worth knowing about the run."""
     scale = cfg.alpha / cfg.rank if cfg.units != "full_matrix" else 1.0
     one = mixes(cfg.delta, 0.5)["entangled"]
-    own_mix: Mix = mixes(cfg.delta, gamma) if cfg.boundary else dict.fromkeys(TYPES, one)
-    plans: dict[str, tuple[Sequence[Type], Mix]] = {"tuning": (types, own_mix)}
+    plans: dict[str, Mix] = {"tuning": mixes(cfg.delta, gamma) if cfg.boundary else dict.fromkeys(TYPES, one)}
     if cfg.mode == "merge":
-        everything: list[Type] = ["entangled"] * len(units)
-        plans = {f"tuning {name}": (everything, {"entangled": {name: 1.0}}) for name in SKILLS}
         kinds = SKILLS if cfg.delta == 1 else SETS
-        plans["tuning all"] = (everything, {"entangled": dict.fromkeys(kinds, 1 / len(kinds))})
-    adapters: list[Adapter] = []
-    curves: dict[str, Any] = {}
-    stopped: list[str] = []
-    seconds = 0.0
-    for name, (own_types, mix) in plans.items():
-        tuner = Tuner(lm, Adapter(lm, units, scale, cfg.seed, own_types), material.sets, mix, cfg, name)
-        loop = tuner.run(folder, stamp, progress)
-        adapters.append(tuner.adapter)
-        curves[name] = [{key: point[key] for key in ("step", *tuner.counts)} for point in loop.curve]
-        stopped += [loop.stopped] if loop.stopped else []
-        seconds += loop.seconds
-    notes = {"validation": curves, "stopped": stopped, "tuning_seconds": round(seconds, 3)}
+        plans = {f"tuning {name}": {"entangled": {name: 1.0}} for name in SKILLS}
+        plans["tuning all"] = {"entangled": dict.fromkeys(kinds, 1 / len(kinds))}
+    adapters, loops, curves = [], [], {}
+    for name, mix in plans.items():
+        adapters.append(Adapter(lm, units, scale, cfg.seed, None if cfg.mode == "merge" else types))
+        tuner = Tuner(lm, adapters[-1], sets, mix, cfg, name)
+        loops.append(tuner.run(folder, stamp, progress))
+        curves[name] = [{key: point[key] for key in ("step", *tuner.counts)} for point in loops[-1].curve]
+    notes: dict[str, Any] = {"validation": curves, "stopped": [loop.stopped for loop in loops if loop.stopped]}
+    notes["tuning_seconds"] = round(sum(loop.seconds for loop in loops), 3)
     return _averaged(lm, adapters, types, cfg) if cfg.mode == "merge" else adapters[0].deltas(lm), notes
 
 
 @torch.no_grad()
 def _averaged(lm: LM, adapters: Sequence[Adapter], types: Sequence[Type], cfg: Config) -> dict[str, Delta]:
     """Adherence, robustness and mixed adapter, unit by unit with the released weights."""
-    first = adapters[0]
-    shares: list[dict[Any, float]] = [
-        {piece: MERGE[t][k] for unit, t in zip(first.units, types, strict=True) for piece in unit.pieces}
-        for k in range(len(adapters))
-    ]
-    if cfg.merge_space == "factors" or cfg.units == "full_matrix":
-        values = [adapter.values() for adapter in adapters]
-        mean = [
-            sum((v[p] * s[p] for v, s in zip(values, shares, strict=True)), torch.zeros(())).reshape(-1)
-            for u in first.order["entangled"] for p in u.pieces
-        ]  # fmt: skip
-        first.flat["entangled"].copy_(torch.cat(mean))
+    first, factors = adapters[0], cfg.merge_space == "factors" or cfg.units == "full_matrix"
+    pieces = [(piece, MERGE[t]) for unit, t in zip(first.units, types, strict=True) for piece in unit.pieces]
+    sizes = torch.tensor([piece.size for piece, _ in pieces])
+    for k, adapter in enumerate(adapters):  # of a product only B is weighed: that is then exact
+        shares = torch.tensor([shares[k] if factors or piece.factor == "b" else 1.0 for piece, shares in pieces])
+        adapter.flat["entangled"].mul_(shares.repeat_interleave(sizes).to(lm.device))
+    if factors:
+        first.flat["entangled"].copy_(sum((adapter.flat["entangled"] for adapter in adapters), torch.zeros(())))
         return first.deltas(lm)
-    stacked: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-    for adapter, share in zip(adapters, shares, strict=True):
-        for piece, value in adapter.values().items():  # only B is weighed: the product is then, exactly
-            if piece.factor == "b":
-                value.mul_(share[piece])
-        for module, own in adapter.factors().items():
-            b, a = stacked.setdefault(module, ([], []))
-            b.append(own["b"] * adapter.scale)
-            a.append(own["a"])
-    return {lm.layout.weight(module): LowRank(torch.cat(b, 1), torch.cat(a)) for module, (b, a) in stacked.items()}
+    parts = [adapter.factors() for adapter in adapters]
+    return {
+        lm.layout.weight(module): LowRank(
+            torch.cat([own[module]["b"] * first.scale for own in parts], 1),
+            torch.cat([own[module]["a"] for own in parts]),
+        )
+        for module in parts[0]
+    }
 
 
 def estimate(lm: LM, count: int, cfg: Config) -> int:

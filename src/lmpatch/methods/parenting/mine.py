@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from ...models.lm import LM
 from ...progress import Progress
 from ...training.loop import Loop, Schedule, Task, linear
 from .config import Config, Cue
-from .data import Rows, draws, loss
+from .data import Rows, draws
 from .units import Adapter, Type, Unit
 
 FLOOR = 0.1  # of the mean excess: what the least active layer still counts
@@ -32,145 +33,120 @@ FLOOR = 0.1  # of the mean excess: what the least active layer still counts
 class Mined:
     """What one set says about the units."""
 
-    scores: Tensor
-    """[units] fp64: mean of sensitivity · uncertainty."""
-    counts: Tensor
-    """[layers] fp64: tokens a neuron is active at, on average over neurons."""
-    tokens: int
-    """Tokens that were looked at."""
+    importance: Tensor
+    """[units] fp64: the layer's weight times the mean of sensitivity · uncertainty."""
+    layers: Tensor
+    """[layers] fp64: the weights, see ``layer_weights``."""
     notes: dict[str, Any]
 
-    def layers(self, cue: Cue) -> Tensor:
-        """[layers], sums to 1; see ``layer_weights``."""
-        return layer_weights(self.counts, self.tokens, cue)
 
-    def importance(self, units: Sequence[Unit], cue: Cue) -> Tensor:
-        """[units] fp64: layer weight times score."""
-        return self.layers(cue)[[unit.layer for unit in units]] * self.scores
-
-
-def mine(lm: LM, units: Sequence[Unit], rows: Rows, cfg: Config, name: str, progress: Progress | None = None) -> Mined:
+def mine(
+    lm: LM, units: Sequence[Unit], rows: Rows, cfg: Config, name: str, progress: Progress | None = None,
+    file: Path | None = None, stamp: str = "",
+) -> Mined:  # fmt: skip
     """Tune an adapter on one set for a while, and score its units by what the tuning would miss.
 
+    Args:
+        file: the checkpoint; of a run that has ended it holds the scores.
+        stamp: what identifies the run; a checkpoint of another one is refused.
     Raises:
         Diverged: scores or parameters left the finite numbers.
     """
-    counts, tokens = active_tokens(lm, rows.train[: cfg.cue_rows])
-    adapter = Adapter(lm, units, cfg.alpha / cfg.rank if cfg.units != "full_matrix" else 1.0, cfg.seed)
-    task = _Mining(lm, adapter, rows, cfg, name)
+    task, advice = _Mining(lm, units, rows, cfg, name), f"Lower mine_lr, now {cfg.mine_lr}."
     rate = partial(linear, steps=cfg.mine_steps, warmup=cfg.mine_warmup, final=1.0)
-    advice = f"Lower mine_lr, now {cfg.mine_lr}."
-    loop = Loop(task, Schedule(cfg.mine_steps, rate=rate, clip=cfg.clip), name=f"mining {name}", advice=advice)
+    schedule = Schedule(cfg.mine_steps, rate=rate, clip=cfg.clip)
+    loop = Loop(task, schedule, name=f"mining {name}", file=file, stamp=stamp, advice=advice)
     loop.run(progress)
     scores, odd = task.tracker.reduced([unit.size for unit in units])
     finite = bool(scores.isfinite().all()) and bool(task.leaf.isfinite().all())  # entries that are not count as 0 above
     if not finite or odd * 2 > task.leaf.numel() * cfg.mine_steps:
         raise Diverged(f"mining {name} left the finite numbers. {advice}")
-    notes = {
-        "seconds": round(loop.seconds, 3),
-        "tracking_share": round(task.spent / (loop.seconds - task.spent), 5) if loop.seconds > task.spent else 0.0,
-        "tracking_bytes": task.tracker.nbytes,
-        "not_finite": odd,
-    }
-    return Mined(scores, counts, tokens, notes)
+    rest = loop.seconds - float(task.spent)
+    notes = {"seconds": round(loop.seconds, 3), "not_finite": odd, "tracking_bytes": 3 * task.leaf.nbytes}
+    notes |= {"tracking_share": round(float(task.spent) / rest, 5) if rest > 0 else 0.0}
+    layers = layer_weights(task.counts, sum(len(row.ids) for row in task.seen), cfg.cue)
+    return Mined(layers[[unit.layer for unit in units]] * scores, layers, notes)
 
 
 class _Mining(Task):
     """A short tuning on one set, whose gradients are tracked."""
 
-    def __init__(self, lm: LM, adapter: Adapter, rows: Rows, cfg: Config, name: str) -> None:
-        self.lm, self.adapter, self.rows, self.cfg, self.world = lm, adapter, rows, cfg, world()
-        (self.leaf,) = adapter.leaves.values()
-        self.values = {"entangled": self.leaf}
-        base = _weights(lm, adapter) if cfg.units == "full_matrix" else None
-        self.tracker, self.spent = Tracker(self.leaf, base, cfg.beta1, cfg.beta2), 0.0
+    def __init__(self, lm: LM, units: Sequence[Unit], rows: Rows, cfg: Config, name: str) -> None:
+        self.lm, self.rows, self.cfg, self.world = lm, rows, cfg, world()
+        self.seen = rows.train[: cfg.cue_rows]  # whose activations are counted
+        self.adapter = Adapter(lm, units, cfg.alpha / cfg.rank if cfg.units != "full_matrix" else 1.0, cfg.seed)
+        (self.leaf,) = self.adapter.leaves.values()
+        weights = (lm.parameter(lm.layout.weight(unit.pieces[0].module)).detach() for unit in units)
+        own = ((weight.T if lm.layout.transposed else weight).reshape(-1) for weight in weights)
+        base = torch.cat([*own]).to(self.leaf) if cfg.units == "full_matrix" else None
+        self.tracker = Tracker(self.leaf, base, cfg.beta1, cfg.beta2)
+        self.counts = torch.zeros(lm.layout.n_layers, dtype=torch.float64)
+        self.spent = torch.zeros((), dtype=torch.float64)  # seconds, on the tracker
         self.seed = f"{cfg.seed}/mine/{name}"
+        self.values = {"entangled": self.leaf, "counts": self.counts, "spent": self.spent}
+        self.values |= {"s": self.tracker.s, "u": self.tracker.u, "odd": self.tracker.odd}
 
     def optimiser(self, step: int) -> torch.optim.Optimizer:
         return torch.optim.AdamW([self.leaf], lr=self.cfg.mine_lr, weight_decay=self.cfg.decay)
 
     def learn(self, step: int) -> dict[str, float]:
-        picked = draws(self.rows, self.cfg.mine_rows, step, self.seed, self.cfg.known_share)
+        if step == 0:
+            self.counts.copy_(active_tokens(self.lm, self.seen))
+        rows = draws(self.rows, self.cfg.mine_rows, step, self.seed, self.cfg.known_share)
         with torch.enable_grad():
-            value = loss(self.lm, picked, lambda: self.adapter.hooks(self.lm), self.world)
-            (grad,) = torch.autograd.grad(value, self.leaf)
-        self.world.sum([grad])
-        self.leaf.grad = grad
-        self._track("before_step")
+            loss = self.adapter.loss(self.lm, rows, self.world)
+            (self.leaf.grad,) = torch.autograd.grad(loss, self.leaf)
+        self.world.sum([self.leaf.grad])
+        self.spent += self.tracker.update(self.leaf.grad) if self.cfg.update_point == "before_step" else 0.0
         return {}
 
     def updated(self) -> None:
-        self._track("after_step")
-
-    def _track(self, point: Literal["before_step", "after_step"]) -> None:
-        if self.cfg.update_point == point and self.leaf.grad is not None:
+        if self.cfg.update_point == "after_step" and self.leaf.grad is not None:
             self.spent += self.tracker.update(self.leaf.grad)
 
 
 class Tracker:
     """Sensitivity s = |θ · g|, smoothed: S ← β1 S + (1 - β1) s, then U ← β2 U + (1 - β2)|s - S| with the new S.
 
-    Three fp32 tensors of the parameters' size; no step waits for the device.
+    Three fp32 tensors of the parameters' size; no step waits for the device. ``base``: the weights W in the order of
+    the flat tensor; with full parameters θ is W + ΔW.
     """
 
     def __init__(self, theta: Tensor, base: Tensor | None, beta1: float, beta2: float) -> None:
         self.theta, self.base, self.betas = theta, base, (beta1, beta2)
-        self.s, self.u, self.now = ([torch.zeros_like(theta, requires_grad=False)] for _ in range(3))
+        self.s, self.u, self._now = (torch.zeros_like(theta, requires_grad=False) for _ in range(3))
         self.odd = torch.zeros((), dtype=torch.int64, device=theta.device)
 
     @torch.no_grad()
     def update(self, grad: Tensor) -> float:
         """Take in one gradient; returns seconds (on a GPU: until everything is queued)."""
-        start = perf_counter()
-        (now,) = self.now
+        start, now = perf_counter(), self._now
         theta = self.theta.detach() if self.base is None else torch.add(self.theta.detach(), self.base, out=now)
         torch.mul(theta, grad, out=now).abs_()
         odd = ~now.isfinite()
         self.odd += odd.sum()
         now.masked_fill_(odd, 0.0)
-        torch._foreach_lerp_(self.s, self.now, 1 - self.betas[0])
-        torch._foreach_sub_(self.now, self.s)
-        torch._foreach_abs_(self.now)
-        torch._foreach_lerp_(self.u, self.now, 1 - self.betas[1])
+        self.s.lerp_(now, 1 - self.betas[0])
+        self.u.lerp_(now.sub_(self.s).abs_(), 1 - self.betas[1])
         return perf_counter() - start
 
     def reduced(self, sizes: Sequence[int]) -> tuple[Tensor, int]:
         """Mean of S · U of each unit, [units] fp64 on the CPU, and how many entries were not finite."""
-        parts = zip(self.s[0].split(list(sizes)), self.u[0].split(list(sizes)), strict=True)
-        means = [
-            (s.double() * u.double()).mean() for s, u in parts
-        ]  # a unit at a time: fp64 of all would be 16 bytes more
+        parts = zip(self.s.split(list(sizes)), self.u.split(list(sizes)), strict=True)
+        means = [(s.double() * u.double()).mean() for s, u in parts]  # fp64 of all at once would be 16 bytes more
         packed = torch.stack([*means, self.odd.double()]).cpu()  # one transfer
         return packed[:-1], int(packed[-1])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of S and U, and of the step's own s."""
-        return sum(t.numel() * t.element_size() for part in (self.s, self.u, self.now) for t in part)
 
-
-def _weights(lm: LM, adapter: Adapter) -> Tensor:
-    """The projections' own weights in the order of the flat tensor: with full parameters θ is W + ΔW."""
-    found = []
-    for unit in adapter.units:
-        weight = lm.parameter(lm.layout.weight(unit.pieces[0].module)).detach()
-        found.append((weight.T if lm.layout.transposed else weight).reshape(-1))
-    return torch.cat(found).to(adapter.flat["entangled"])
-
-
-def active_tokens(lm: LM, rows: Sequence[Row]) -> tuple[Tensor, int]:
-    """c_l: how many prompt and answer tokens a neuron of layer l is active at, on average over neurons.
-
-    Returns:
-        [layers] fp64, and the number of tokens; padding counts nowhere.
-    """
+def active_tokens(lm: LM, rows: Sequence[Row]) -> Tensor:
+    """c_l [layers] fp64: tokens of prompts and answers a neuron of layer l is active at, on average over neurons."""
     counts = torch.zeros(lm.layout.n_layers, dtype=torch.int64, device=lm.device)
 
     def see(layer: int, _: slice, values: Tensor, real: Tensor) -> None:
         counts[layer] += ((values > 0) & real[..., None]).sum()
 
     watch(lm, rows, see)
-    return counts.cpu().double() / torch.tensor(lm.layout.widths), sum(len(row.ids) for row in rows)
+    return counts.cpu().double() / torch.tensor(lm.layout.widths)
 
 
 def layer_weights(counts: Tensor, tokens: int, cue: Cue) -> Tensor:
@@ -179,12 +155,10 @@ def layer_weights(counts: Tensor, tokens: int, cue: Cue) -> Tensor:
     ``count`` is the released softmax(log1p(c - c_min)), which is 1 + c - c_min over its sum; it depends on how many
     tokens were counted. ``rate`` takes shares of tokens; the least active layer counts a tenth of the mean excess.
     """
-    if cue == "none":
-        return torch.full_like(counts, 1 / len(counts))
     if cue == "count":
         return (counts - counts.min()).log1p().softmax(0)
     excess = (counts - counts.min()) / max(1, tokens)
-    if not bool(excess.any()):
+    if cue == "none" or not bool(excess.any()):
         return torch.full_like(counts, 1 / len(counts))
     weights = excess + FLOOR * excess.mean()
     return weights / weights.sum()
@@ -208,9 +182,8 @@ def typed(adherence: Tensor, robustness: Tensor, threshold: float, rule: Literal
         high = [x > x.mean() + x.var(unbiased=False) for x in (adherence, robustness)]
     else:
         high = [z_scores(x) > threshold for x in (adherence, robustness)]
-    names: dict[tuple[bool, bool], Type] = {
-        (True, True): "entangled", (True, False): "adherence", (False, True): "robustness", (False, False): "others",
-    }  # fmt: skip
+    names: dict[tuple[bool, bool], Type] = {(True, True): "entangled", (True, False): "adherence"}
+    names |= {(False, True): "robustness", (False, False): "others"}
     return [names[pair] for pair in zip(*(x.tolist() for x in high), strict=True)]
 
 

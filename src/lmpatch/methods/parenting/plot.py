@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 from ...errors import BadInput, MissingExtra
 from ...patches.patch import Patch
@@ -31,44 +30,33 @@ def plots(patch: Patch, folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     layers = list(range(1 + max(layer for _, layer, _, _ in units)))
     names = list(dict.fromkeys(projection for _, _, projection, _ in units))
+    short, some = [name.rpartition(".")[2] for name in names], layers[:: max(1, len(layers) // 9)]
+
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     for axes, place, ticks in zip(figure.subplots(1, 2), (1, 2), (layers, names), strict=True):
-        _stacked(axes, units, place, ticks)
-        axes.set_xlabel("layer" if place == 1 else "")
-    figure.axes[0].set_ylabel("units")
+        below = [0] * len(ticks)
+        for t, colour in zip(TYPES, COLOURS, strict=True):
+            counts = [sum(unit[place] == tick and unit[3] == t for unit in units) for tick in ticks]
+            axes.bar(range(len(ticks)), counts, bottom=below, color=colour, label=t)
+            below = [a + b for a, b in zip(below, counts, strict=True)]
+        axes.locator_params(axis="y", integer=True)
+        axes.set_ylim(0, 1.25 * max(below))  # room for the legend
+    figure.axes[0].set_xticks(some)
+    figure.axes[0].set(xlabel="layer", ylabel="units")
+    figure.axes[1].set_xticks(range(len(names)), short, fontsize=8)
     figure.axes[1].legend(fontsize=8, ncols=4, loc="upper center")
     figure.savefig(folder / "types.png", dpi=150, format="png")
+
     figure = Figure(figsize=(10, 1.6 + 0.35 * len(names)), layout="constrained")
     for axes, (skill, found) in zip(figure.subplots(1, 2), patch.notes["scores"].items(), strict=True):
-        _heat(figure, axes, units, found["z"], layers, names)
-        axes.set_title(f"{skill}: z-score of importance", fontsize=10)
+        cells: dict[tuple[str, int], list[float]] = {}  # several units of one projection are averaged
+        for (_, layer, projection, _), value in zip(units, found["z"], strict=True):
+            cells.setdefault((projection, layer), []).append(value)
+        grid = [[fmean(cells.get((name, layer), [0.0])) for layer in layers] for name in names]
+        image = axes.imshow(grid, aspect="auto", cmap="viridis")
+        axes.set_yticks(range(len(names)), short, fontsize=8)
+        axes.set_xticks(some)
+        axes.set(xlabel="layer", title=f"{skill}: z-score of importance")
+        figure.colorbar(image, ax=axes)
     figure.savefig(folder / "importance.png", dpi=150, format="png")
     return [folder / "types.png", folder / "importance.png"]
-
-
-def _stacked(axes: Any, units: Sequence[Any], place: int, ticks: Sequence[Any]) -> None:
-    """Bars of units, one colour a type; ``place`` is the field of a unit that says which bar it belongs to."""
-    below = [0] * len(ticks)
-    for t, colour in zip(TYPES, COLOURS, strict=True):
-        counts = [sum(unit[place] == tick and unit[3] == t for unit in units) for tick in ticks]
-        axes.bar(range(len(ticks)), counts, bottom=below, color=colour, label=t)
-        below = [a + b for a, b in zip(below, counts, strict=True)]
-    axes.locator_params(axis="y", integer=True)
-    axes.set_ylim(0, 1.25 * max(below))  # room for the legend
-    if place == 2:
-        axes.set_xticks(range(len(ticks)), [tick.rpartition(".")[2] for tick in ticks], fontsize=8)
-    else:
-        axes.set_xticks(ticks[:: max(1, len(ticks) // 9)])
-
-
-def _heat(figure: Any, axes: Any, units: Sequence[Any], z: Sequence[float], layers: Sequence[int], names: Any) -> None:
-    """Projections down, layers across; several units of one projection are averaged."""
-    cells: dict[tuple[str, int], list[float]] = {}
-    for (_, layer, projection, _), value in zip(units, z, strict=True):
-        cells.setdefault((projection, layer), []).append(value)
-    grid = [[sum(found) / len(found) if (found := cells.get((n, i))) else 0.0 for i in layers] for n in names]
-    image = axes.imshow(grid, aspect="auto", cmap="viridis")
-    axes.set_yticks(range(len(names)), [name.rpartition(".")[2] for name in names], fontsize=8)
-    axes.set_xticks(layers[:: max(1, len(layers) // 9)])
-    axes.set_xlabel("layer")
-    figure.colorbar(image, ax=axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from ...models.lm import LM
 from ...progress import Progress
 from ...training.loop import Loop, Schedule, Task, linear
 from .config import Config
-from .data import SETS, Rows, draws, loss
+from .data import SETS, Rows, draws
 from .units import Adapter, Type
 
 Mix = Mapping[Type, Mapping[str, float]]
@@ -55,8 +56,8 @@ def gradients(
         if not users or not rows.get(kind):
             continue
         with torch.enable_grad():
-            value = loss(lm, rows[kind], lambda: adapter.hooks(lm), world)
-            grads = torch.autograd.grad(value, [adapter.leaves[t] for t in users])
+            loss = adapter.loss(lm, rows[kind], world)
+            grads = torch.autograd.grad(loss, [adapter.leaves[t] for t in users])
         for t, grad in zip(users, grads, strict=True):
             total[t].add_(grad, alpha=mix[t][kind])
     world.sum(list(total.values()))
@@ -71,13 +72,12 @@ class Tuner(Task):
     ) -> None:
         self.lm, self.adapter, self.sets, self.mix, self.cfg, self.name = lm, adapter, sets, mix, cfg, name
         self.leaves, self.world = adapter.leaves, world()
-        self.values: dict[str, Tensor] = {t: leaf for t, leaf in self.leaves.items()}
+        self.values: dict[str, Tensor] = dict(self.leaves.items())
         if not self.leaves:
             raise BadInput("every unit is of the type others, so nothing would be trained. Lower threshold.")
-        self.counts = {"adherence": cfg.rows_adherence, "robustness": cfg.rows_robustness}
-        self.counts["extraction"] = cfg.rows_extraction
         used = {kind for own in mix.values() for kind, weight in own.items() if weight}
-        self.counts = {kind: count for kind, count in self.counts.items() if count and kind in used}
+        counts = {kind: int(getattr(cfg, f"rows_{kind}")) for kind in SETS}
+        self.counts = {kind: count for kind, count in counts.items() if count and kind in used}
 
     def run(self, folder: Path | None = None, stamp: str = "", progress: Progress | None = None) -> Loop:
         """Train to the last step, or to the last good state of a divergent run.
@@ -88,15 +88,9 @@ class Tuner(Task):
         Raises:
             Diverged: the run left the finite numbers before its first good state.
         """
-        cfg = self.cfg
-        schedule = Schedule(
-            cfg.steps,
-            rate=lambda step: linear(step, cfg.steps, cfg.warmup),
-            clip=cfg.clip,
-            validate_every=cfg.validate_every,
-            save_every=cfg.validate_every,
-            worse=WORSE,
-        )
+        cfg, every = self.cfg, self.cfg.validate_every
+        rate = partial(linear, steps=cfg.steps, warmup=cfg.warmup)
+        schedule = Schedule(cfg.steps, rate, cfg.clip, validate_every=every, save_every=every, worse=WORSE)
         file, curves = (folder / f"{self.name}.{end}" if folder else None for end in ("safetensors", "jsonl"))
         advice = f"Lower lr, now {cfg.lr}."
         loop = Loop(self, schedule, name=self.name, file=file, curves=curves, stamp=stamp, advice=advice)
@@ -109,22 +103,17 @@ class Tuner(Task):
 
     def learn(self, step: int) -> dict[str, float]:
         """Each type's gradient from its own losses."""
-        cfg = self.cfg
+        seed, shares = self.cfg.seed, {"robustness": self.cfg.known_share}
         rows = {
-            kind: draws(
-                self.sets[kind], count, step, f"{cfg.seed}/{kind}", cfg.known_share if kind == "robustness" else 0.0
-            )
+            kind: draws(self.sets[kind], count, step, f"{seed}/{kind}", shares.get(kind, 0.0))
             for kind, count in self.counts.items()
         }
-        mix = by_tokens(rows) if cfg.mode == "plain" else self.mix
+        mix = by_tokens(rows) if self.cfg.mode == "plain" else self.mix
         for t, grad in gradients(self.lm, self.adapter, rows, mix, self.world).items():
             self.leaves[t].grad = grad
         return {}
 
     def validate(self, step: int) -> dict[str, float]:
         """Losses on rows that are not trained on."""
-        losses = {}
-        for kind in self.counts:
-            rows = self.sets[kind].validate or self.sets[kind].train[:1]
-            losses[kind] = round(float(loss(self.lm, rows, lambda: self.adapter.hooks(self.lm))), 5)
-        return losses
+        rows = {kind: self.sets[kind].validate or self.sets[kind].train[:1] for kind in self.counts}
+        return {kind: round(float(self.adapter.loss(self.lm, own)), 5) for kind, own in rows.items()}

@@ -14,14 +14,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...models.hooks import Hook
+from ...distributed import SINGLE, World
+from ...inference.tokens import Row
+from ...models.hooks import Hook, hooked
 from ...models.lm import LM
 from ...patches.weight.delta import Delta
 from ...training import adapter
+from ...training.losses import answer_loss
 from .config import Units
 
 Type = Literal["entangled", "adherence", "robustness", "others"]
 TYPES: tuple[Type, ...] = ("entangled", "adherence", "robustness", "others")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a factor: all of it, or for ``lora_rank`` one row of A or one column of B."""
+
+    module: str
+    factor: Literal["a", "b", "w"]
+    shape: tuple[int, ...]
+    rank: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
@@ -40,30 +58,14 @@ class Unit:
         return sum(piece.size for piece in self.pieces)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of a factor: all of it, or for ``lora_rank`` one row of A or one column of B."""
-
-    module: str
-    factor: Literal["a", "b", "w"]
-    shape: tuple[int, ...]
-    rank: int | None = None
-
-    @property
-    def size(self) -> int:
-        """Numbers in it."""
-        return int(torch.Size(self.shape).numel())
-
-
 def cut(lm: LM, kind: Units, rank: int, modules: adapter.Modules) -> list[Unit]:
     """All units, in the order of layers and projections."""
-    units = []
-    for layer, names in enumerate(adapter.projections(lm, modules)):
-        for module in names:
-            short = module.removeprefix(f"{lm.layout.blocks[layer]}.")
-            for name, pieces in _pieces(module, kind, rank, *adapter.shape(lm, module)).items():
-                units.append(Unit(f"{module}{name}", layer, short, pieces))
-    return units
+    return [
+        Unit(f"{module}{suffix}", layer, module.removeprefix(f"{lm.layout.blocks[layer]}."), pieces)
+        for layer, names in enumerate(adapter.projections(lm, modules))
+        for module in names
+        for suffix, pieces in _pieces(module, kind, rank, *adapter.shape(lm, module)).items()
+    ]
 
 
 def _pieces(module: str, kind: Units, rank: int, out: int, width: int) -> dict[str, tuple[Piece, ...]]:
@@ -71,11 +73,9 @@ def _pieces(module: str, kind: Units, rank: int, out: int, width: int) -> dict[s
     a, b = Piece(module, "a", (rank, width)), Piece(module, "b", (out, rank))
     if kind == "full_matrix":
         return {"": (Piece(module, "w", (out, width)),)}
-    if kind == "matrix":
-        return {"": (a, b)}
-    if kind == "factor":
-        return {".a": (a,), ".b": (b,)}
-    return {f"[{r}]": (Piece(module, "a", (width,), r), Piece(module, "b", (out,), r)) for r in range(rank)}
+    if kind == "lora_rank":
+        return {f"[{r}]": (Piece(module, "a", (width,), r), Piece(module, "b", (out,), r)) for r in range(rank)}
+    return {"": (a, b)} if kind == "matrix" else {".a": (a,), ".b": (b,)}
 
 
 class Adapter:
@@ -88,13 +88,14 @@ class Adapter:
         self, lm: LM, units: Sequence[Unit], scale: float, seed: int, types: Sequence[Type] | None = None
     ) -> None:
         self.units, self.scale = list(units), scale
-        self.types: list[Type] = list(types) if types is not None else ["entangled"] * len(units)
-        self.order = {t: [u for u, own in zip(self.units, self.types, strict=True) if own == t] for t in TYPES}
-        start = initial(units, seed)
+        start = _start(units, seed)
         self.flat: dict[Type, Tensor] = {}
-        for t, members in self.order.items():
-            if members:
-                values = torch.cat([start[p].reshape(-1) for u in members for p in u.pieces])
+        self.pieces: dict[Type, list[Piece]] = {}  # in the order of the flat tensor
+        for i, unit in enumerate(units):
+            self.pieces.setdefault(types[i] if types else "entangled", []).extend(unit.pieces)
+        for t in TYPES:
+            if t in self.pieces:
+                values = torch.cat([start[piece].reshape(-1) for piece in self.pieces[t]])
                 self.flat[t] = values.to(lm.device).requires_grad_(t != "others")
 
     @property
@@ -102,64 +103,51 @@ class Adapter:
         """The tensors that train."""
         return {t: flat for t, flat in self.flat.items() if t != "others"}
 
-    def values(self, dtype: torch.dtype | None = None) -> dict[Piece, Tensor]:
-        """Every piece by its place, views of the flat tensors."""
-        found: dict[Piece, Tensor] = {}
-        for t, flat in self.flat.items():
-            pieces = [p for u in self.order[t] for p in u.pieces]
-            # split, not slices: its gradient is one concatenation instead of one full-size tensor a piece
-            parts = flat.to(dtype or flat.dtype).split([p.size for p in pieces])
-            found |= {piece: part.view(piece.shape) for piece, part in zip(pieces, parts, strict=True)}
-        return found
-
-    def factors(self, dtype: torch.dtype | None = None) -> dict[str, dict[str, Tensor]]:
+    def factors(self, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Tensor]]:
         """Module → its factors ``a`` [r, in] and ``b`` [out, r], or ``w`` [out, in]."""
-        found: dict[str, dict[str, Tensor]] = {}
+        factors: dict[str, dict[str, Tensor]] = {}
         ranks: dict[tuple[str, str], dict[int, Tensor]] = {}
-        for piece, value in self.values(dtype).items():
-            if piece.rank is None:
-                found.setdefault(piece.module, {})[piece.factor] = value
-            else:
-                ranks.setdefault((piece.module, piece.factor), {})[piece.rank] = value
+        for t, flat in self.flat.items():
+            # split, not slices: its gradient is one concatenation instead of one full-size tensor a piece
+            parts = flat.to(dtype).split([p.size for p in self.pieces[t]])
+            for piece, part in zip(self.pieces[t], parts, strict=True):
+                if piece.rank is None:
+                    factors.setdefault(piece.module, {})[piece.factor] = part.view(piece.shape)
+                else:
+                    ranks.setdefault((piece.module, piece.factor), {})[piece.rank] = part
         for (module, factor), rows in ranks.items():
             ordered = [rows[r] for r in sorted(rows)]
-            found.setdefault(module, {})[factor] = torch.stack(ordered, 0 if factor == "a" else 1)
-        return found
+            factors.setdefault(module, {})[factor] = torch.stack(ordered, 0 if factor == "a" else 1)
+        return factors
 
     def hooks(self, lm: LM) -> list[Hook]:
         """Hooks that add the change to each projection's output."""
         return adapter.hooks(lm, self.factors(lm.dtype), self.scale)
 
+    def loss(self, lm: LM, rows: Sequence[Row], world: World = SINGLE) -> Tensor:
+        """``answer_loss`` of the rows under the change."""
+        with hooked(*self.hooks(lm)):
+            return answer_loss(lm, rows, world)
+
     def deltas(self, lm: LM) -> dict[str, Delta]:
         """The change by parameter name; matrices that are exactly zero are left out."""
-        factors = self.factors()
-        moved = {module: own for module, own in factors.items() if bool((own["w"] if "w" in own else own["b"]).any())}
+        moved = {
+            module: own for module, own in self.factors().items() if bool((own["w"] if "w" in own else own["b"]).any())
+        }
         return adapter.deltas(lm, moved, self.scale)
 
 
-def initial(units: Sequence[Unit], seed: int) -> dict[Piece, Tensor]:
+def _start(units: Sequence[Unit], seed: int) -> dict[Piece, Tensor]:
     """A drawn with spread 1/√in, B and W zero: the same numbers however units are cut or typed."""
-    found: dict[Piece, Tensor] = {}
+    pieces = [piece for unit in units for piece in unit.pieces]
+    ranks = Counter(piece.module for piece in pieces if piece.factor == "a" and piece.rank is not None)
+    start = {piece: torch.zeros(piece.shape) for piece in pieces}
     drawn: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
-    for unit in units:
-        for piece in unit.pieces:
-            if piece.factor != "a":
-                found[piece] = torch.zeros(piece.shape)
-                continue
+    for piece in pieces:
+        if piece.factor == "a":
             if piece.module not in drawn:
-                rank = piece.shape[0] if piece.rank is None else _ranks(units, piece.module)
-                width = piece.shape[-1]
-                drawn[piece.module] = adapter.drawn(rank, width, generator)
-            found[piece] = drawn[piece.module] if piece.rank is None else drawn[piece.module][piece.rank]
-    return found
-
-
-def _ranks(units: Sequence[Unit], module: str) -> int:
-    return sum(p.module == module and p.factor == "a" for u in units for p in u.pieces)
-
-
-def counted(types: Sequence[Type]) -> dict[str, int]:
-    """How many units of each type."""
-    found = Counter(types)
-    return {t: found[t] for t in TYPES}
+                rank = ranks[piece.module] or piece.shape[0]
+                drawn[piece.module] = adapter.drawn(rank, piece.shape[-1], generator)
+            start[piece] = drawn[piece.module] if piece.rank is None else drawn[piece.module][piece.rank]
+    return start

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...retrieval import Scope
+from ...retrieval.network import Sizes
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Config(Scope):
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Sizes):
     """How the editor is trained. Defaults for a 270M model on a CPU; the paper's numbers stand in the meanings."""
 
     key_steps: int = 1200
@@ -56,22 +57,6 @@ class Training:
     """Share of the unrelated questions that go through the language model in a step, drawn anew. Published: 1."""
     answer_tokens: int | None = 8
     """An answer's tokens beyond these are left out of the language model's rows. none: all, as published."""
-    adapt: int | None = 0
-    """Rank of the encoder's adaptation; 0: none, and features of a text are computed once; none: all its weights are
-    trained, as published."""
-    pooler: bool = False
-    """Features also hold what the encoder's own pooling layer says. Published: no; released code: yes."""
-    width: int = 1024
-    """R, the width of keys. Published: 4096."""
-    content: int = 512
-    """How many of these hold what is to be said and are compared with no query. Published: 0."""
-    prompt_tokens: int = 6
-    """P, prompt vectors of one fact. Published: 3."""
-    target_tokens: int = 6
-    """T, the first tokens of a target whose embeddings in the language model prompt vectors are made of too; at least
-    P. Published: 0."""
-    sentinel_tokens: int = 10
-    """Learned input embeddings of the sentinel."""
     at: Literal["front", "after_bos"] = "after_bos"
     """Where the vectors go; see ``Config``."""
     seed: int = 0

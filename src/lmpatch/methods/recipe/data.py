@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from ...data.edits import Ask, Edit, prompt_key
@@ -49,7 +50,7 @@ def usable(edits: Sequence[Edit], unrelated: Sequence[Ask]) -> list[Edit]:
     Raises:
         BadInput: no question that must be left alone can be found for some of them, or there are too few.
     """
-    whole = [e for e in edits if unrelated or any(ask.answers for _, asks in e.locality for ask in asks)]
+    whole = [e for e in edits if unrelated or any(ask.answers for ask in _asks(e.locality))]
     if len(whole) < 2:
         raise BadInput(
             f"{len(whole)} of {len(edits)} facts can be trained on. Each needs a locality prompt with an answer, "
@@ -58,13 +59,18 @@ def usable(edits: Sequence[Edit], unrelated: Sequence[Ask]) -> list[Edit]:
     return whole
 
 
+def _asks(groups: Groups) -> list[Ask]:
+    return [ask for _, asks in groups for ask in asks]
+
+
 def without(edits: Sequence[Edit], held_out: Sequence[Edit]) -> list[Edit]:
     """The edits, each prompt once, as far as ``held_out`` asks nothing of them in any place.
 
     Edits whose prompt is asked there are left out; of the others, every question that is. So are questions that a fact
     of the edits answers: they would be taught both to find it and to find nothing.
     """
-    evaluation = {prompt_key(text) for e in held_out for text in _questions(e)}
+    asked = [[e.prompt, *e.rephrases, *(ask.prompt for ask in _asks(e.portability + e.locality))] for e in held_out]
+    evaluation = {prompt_key(text) for texts in asked for text in texts}
     by_prompt = {prompt_key(e.prompt): e for e in edits if prompt_key(e.prompt) not in evaluation}
     taken = evaluation | set(by_prompt)
 
@@ -82,20 +88,11 @@ def without(edits: Sequence[Edit], held_out: Sequence[Edit]) -> list[Edit]:
     ]
 
 
-def _questions(edit: Edit) -> list[str]:
-    """Every prompt of an edit."""
-    asks = [ask.prompt for groups in (edit.portability, edit.locality) for _, group in groups for ask in group]
-    return [edit.prompt, *edit.rephrases, *asks]
-
-
 def exchanged(
     samples: Sequence[Sample], pools: Sequence[Sequence[str]], share: float, draw: random.Random
 ) -> list[Sample]:
-    """The samples, a share of them with another target from one of the pools: the answer must be read from
-    the target.
-
-    A sample whose two wordings have different answers stays as it is.
-    """
+    """The samples, a share of them with another target from one of the pools, so the answer must be read from the
+    target. A sample whose two wordings have different answers stays as it is."""
     result = []
     for s in samples:
         new = draw.choice(draw.choice(pools)) if draw.random() < share else s.target
@@ -106,19 +103,17 @@ def exchanged(
 def sample(edit: Edit, unrelated: Sequence[Ask], draw: random.Random) -> Sample:
     """One wording and one question of each kind, drawn anew."""
     wordings = [(text, edit.target) for text in edit.rephrases]
-    wordings += [(ask.prompt, ask.answers[0]) for _, asks in edit.portability for ask in asks if ask.answers]
+    wordings += [(ask.prompt, ask.answers[0]) for ask in _asks(edit.portability) if ask.answers]
     again, answer = draw.choice(wordings) if wordings else (edit.prompt, edit.target)
-    near = [ask for _, asks in edit.locality for ask in asks if ask.answers]
-    pool = unrelated if unrelated and (not near or draw.random() < 0.5) else near
-    other = draw.choice(pool)
+    near = [ask for ask in _asks(edit.locality) if ask.answers]
+    other = draw.choice(unrelated if unrelated and (not near or draw.random() < 0.5) else near)
     return Sample(edit.prompt, edit.target, again, answer, other.prompt, other.answers[0])
 
 
 def drawable(edits: Sequence[Edit], unrelated: Sequence[Ask]) -> list[str]:
     """Every statement of a fact and every question that ``sample`` may give, each once, in a fixed order."""
-    asks = [ask for e in edits for kind in (e.portability, e.locality) for _, group in kind for ask in group]
-    texts = [join(e.prompt, e.target) for e in edits]
-    texts += [text for e in edits for text in (e.prompt, *e.rephrases)]
+    texts = [join(e.prompt, e.target) for e in edits] + [text for e in edits for text in (e.prompt, *e.rephrases)]
+    asks = [ask for e in edits for ask in _asks(e.portability + e.locality)]
     return list(dict.fromkeys([*texts, *(ask.prompt for ask in (*asks, *unrelated))]))
 
 
@@ -128,14 +123,14 @@ def words(tokenizer: Any) -> list[str]:
     return [t.strip() for t in texts if t[:1] == " " and len(t) > 3 and t.strip().isalpha() and t.isascii()]
 
 
-def batches(edits: Sequence[Edit], size: int, seed: int, start: int = 0) -> Iterator[tuple[int, list[int]]]:
-    """(step, places of the batch) without end, from ``start`` on; the order depends on the seed alone."""
-    per_epoch = max(1, len(edits) // size)
-    step = start
-    while True:
-        epoch, within = divmod(step, per_epoch)
-        order = list(range(len(edits)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        for k in range(within, per_epoch):
-            yield step, order[k * size : (k + 1) * size]
-            step += 1
+def batch(facts: int, size: int, seed: int, step: int) -> list[int]:
+    """Places of the facts of one step; the order depends on the seed alone."""
+    epoch, within = divmod(step, max(1, facts // size))
+    return _order(facts, seed, epoch)[within * size : (within + 1) * size]
+
+
+@lru_cache(maxsize=1)
+def _order(facts: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(facts))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order

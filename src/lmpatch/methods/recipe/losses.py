@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,31 +35,9 @@ def contrast(scores: Tensor, target: Tensor, margin: float | None = None) -> Ten
     return (each * open_).sum() / open_.sum().clamp(min=1)
 
 
-@dataclass(frozen=True)
-class Retrieval:
-    """The retrieval losses of one batch."""
-
-    own: Tensor
-    """L_no: the fact's key among all keys and the sentinel."""
-    neighbour: Tensor
-    """L_so1: with its own key taken away, the sentinel is nearest."""
-    unrelated: Tensor
-    """L_so2: for an unrelated question the sentinel is nearest."""
-
-    @property
-    def total(self) -> Tensor:
-        return self.own + self.neighbour + self.unrelated
-
-
 def retrieval_losses(
-    keys: Tensor,
-    sentinel: Tensor,
-    first: Tensor,
-    second: Tensor,
-    unrelated: Tensor,
-    *,
-    margin: float | None = 1.2,
-) -> Retrieval:
+    keys: Tensor, sentinel: Tensor, first: Tensor, second: Tensor, unrelated: Tensor, *, margin: float | None = 1.2
+) -> dict[str, Tensor]:
     """Contrastive losses of b facts.
 
     Args:
@@ -69,6 +46,9 @@ def retrieval_losses(
         unrelated: [b, M] queries of unrelated questions.
         margin: rows whose target is this many times likelier than every other class are left out of the two
             sentinel terms. None: no row is.
+    Returns:
+        ``own``, L_no: the fact's key among all keys and the sentinel; ``neighbour``, L_so1: with its own key taken
+        away, the sentinel is nearest; ``unrelated``, L_so2: for an unrelated question the sentinel is nearest.
     Source: Chen et al. 2024 (arXiv:2405.03279) eq. 9-12, and the released code.
     """
     b, root = len(keys), keys.shape[1] ** 0.5
@@ -80,20 +60,16 @@ def retrieval_losses(
     neighbour = contrast(scores, at, margin)
     last = torch.full((len(unrelated),), b, device=keys.device)
     far = contrast(unrelated @ classes.T / root, last, margin)
-    return Retrieval(own, neighbour, far)
+    return {"own": own, "neighbour": neighbour, "unrelated": far}
 
 
-@dataclass(frozen=True)
-class AnswerRow:
-    """One row for the language model: prompt and answer, and the fact of the batch whose prompt vectors go before."""
-
-    row: Row
-    fact: int
-
-
-def behind(lm: LM, rows: Sequence[AnswerRow], width: int, at: str) -> list[Row]:
-    """Rows with ``width`` virtual tokens: -1 - i is row i of the flattened prompt vectors [b * width, d]."""
-    return [inserted(lm, r.row, tuple(-1 - r.fact * width - k for k in range(width)), at) for r in rows]
+def behind(lm: LM, rows: Sequence[Row], facts: Sequence[int], width: int, at: str) -> list[Row]:
+    """Each row with the ``width`` virtual tokens of its fact before it: -1 - i is row i of the flattened prompt vectors
+    [b * width, d] of b facts."""
+    return [
+        inserted(lm, row, tuple(-1 - fact * width - k for k in range(width)), at)
+        for row, fact in zip(rows, facts, strict=True)
+    ]
 
 
 def answers(
@@ -130,22 +106,18 @@ def statement_loss(
             open_ = ~clear(logp.detach(), labels[part], margin)
             return F.nll_loss(logp, labels[part], reduction="none") * open_
 
-        each = head_loss(lm, states, loss)
-        each.sum().backward()
-        total = total + each.detach().sum().cpu()
-        count += len(each) if margin is None else int((each > 0).sum())
+        each = _backward(lm, states, loss)
+        total, count = total + each.sum(), count + (len(each) if margin is None else int((each > 0).sum()))
     return total, count
 
 
 def locality_loss(
     lm: LM, rows: Sequence[Row], vectors: Tensor, base: Sequence[Tensor], world: World = SINGLE
 ) -> tuple[Tensor, int]:
-    """KL(p_base || p_with_prompt) summed over answer tokens, backpropagated into ``vectors``.
+    """KL(p_base || p_with_prompt) summed over answer tokens, backpropagated into ``vectors``; as ``statement_loss``.
 
     Args:
         base: for each row [answer tokens, d] states of the model without the prompt.
-    Returns:
-        as ``statement_loss``.
     """
     total, count = torch.zeros(()), 0
     for states, _, owners in answers(lm, rows, vectors, world):
@@ -157,11 +129,16 @@ def locality_loss(
                 p = logits(lm, before[part]).log_softmax(-1)
             return (p.exp() * (p - z.log_softmax(-1))).sum(-1)
 
-        each = head_loss(lm, states, loss)
-        each.sum().backward()
-        total = total + each.detach().sum().cpu()
-        count += len(each)
+        each = _backward(lm, states, loss)
+        total, count = total + each.sum(), count + len(each)
     return total, count
+
+
+def _backward(lm: LM, states: Tensor, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """The loss at each state, once it has gone backwards."""
+    each = head_loss(lm, states, loss)
+    each.sum().backward()
+    return each.detach().cpu()
 
 
 @torch.no_grad()

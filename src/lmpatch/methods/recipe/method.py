@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,24 +23,20 @@ from ...progress import Progress
 from ...provenance import made_now
 from ...resources import require_memory
 from ...retrieval import Scope
-from ...retrieval.encoder import Encoder, load_encoder, shared_encoder
-from ...retrieval.network import Network, Shape
+from ...retrieval.encoder import load_encoder, shared_encoder
+from ...retrieval.network import Network, Shape, Sizes
 from .config import Config, Training
 from .data import TrainingData, drawable, usable, without
 from .losses import BATCH_TOKENS
-from .trainer import train_network
+from .trainer import Trainer
 
 TYPICAL = 256  # facts whose mean feature is taken for the centre of all
 
 
 def train(
-    lm: LM,
-    data: TrainingData | Sequence[Edit],
-    cfg: Training,
-    *,
-    out: str | Path | None = None,
+    lm: LM, data: TrainingData | Sequence[Edit], cfg: Training, *, out: str | Path | None = None,
     progress: Progress | None = None,
-) -> Editor:
+) -> Editor:  # fmt: skip
     """Train an editor: retrieval that knows a fact in other words and leaves the rest alone, and prompt vectors that
     make the model state it.
 
@@ -65,50 +61,30 @@ def train(
     edits = usable(without(data.edits, ()), data.unrelated)
     encoder = load_encoder(data.encoder, download=data.download)
     texts = drawable(edits, data.unrelated)
-    _check_lengths(encoder, texts)
-    embeddings = typical_embeddings(lm)
-    net = Network(_shape(encoder, embeddings.shape[1], cfg), encoder)
-    require_memory(_training_bytes(lm, net, len(texts)), lm.device, f"training on {len(edits)} facts")
-    net.start(cfg.seed, embeddings, [(e.prompt, e.target) for e in edits[:TYPICAL]])
-    encoder.module.to(lm.device)
-    folder = Path(out) if out is not None else None
-    run, facts = train_network(lm, net.to(lm.device), edits, data.unrelated, cfg, folder, progress)
-    made = {"steps": run.step, "facts": facts, "lm_dtype": str(lm.dtype).removeprefix("torch.")}
-    return _editor(lm, net.cpu(), plain(cfg), made | made_now(run.seconds))
-
-
-def _shape(encoder: Encoder, d_model: int, cfg: Training) -> Shape:
-    return Shape(
-        encoder=encoder.name,
-        features=encoder.width,
-        d_model=d_model,
-        width=cfg.width,
-        content=cfg.content,
-        prompt_tokens=cfg.prompt_tokens,
-        target_tokens=cfg.target_tokens,
-        sentinel_tokens=cfg.sentinel_tokens,
-        adapt=cfg.adapt,
-        pooler=cfg.pooler,
-    )
-
-
-def _check_lengths(encoder: Encoder, texts: Sequence[str]) -> None:
-    """Raise ``BadInput`` if a text of the training is longer than the encoder reads."""
     long = [t for t, ids in zip(texts, encoder.tokenise(texts), strict=True) if len(ids) > encoder.limit]
     if long:
         raise BadInput(
             f"{len(long)} of {len(texts)} texts are longer than the {encoder.limit} tokens {encoder.name} reads: "
             f"{long[0][:60]!r}…. Leave them out or shorten them."
         )
+    embeddings = typical_embeddings(lm)
+    sizes = {f.name: getattr(cfg, f.name) for f in fields(Sizes)}
+    shape = Shape(encoder=encoder.name, features=encoder.width, d_model=embeddings.shape[1], **sizes)
+    net = Network(shape, encoder)
+    require_memory(_training_bytes(lm, net, len(texts)), lm.device, f"training on {len(edits)} facts")
+    net.start(cfg.seed, embeddings, [(e.prompt, e.target) for e in edits[:TYPICAL]])
+    encoder.module.to(lm.device)
+    trainer = Trainer(lm, net.to(lm.device), edits, data.unrelated, cfg, progress)
+    loop = trainer.run(Path(out) if out is not None else None)
+    made = {"steps": loop.step, "facts": len(trainer.edits), "lm_dtype": str(lm.dtype).removeprefix("torch.")}
+    return _editor(lm, net.cpu(), plain(cfg), made | made_now(loop.seconds))
 
 
 def _training_bytes(lm: LM, net: Network, texts: int) -> int:
     """Features of all texts, the editor with gradients and moments, what autograd keeps of a batch, one head chunk."""
-    layout = lm.layout
-    features = 2 * net.inputs * texts
-    learned = 16 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    layout, learned = lm.layout, sum(p.numel() for p in net.parameters() if p.requires_grad)
     batch = BATCH_TOKENS * (12 * layout.n_layers * layout.d_model + 4 * sum(layout.widths))
-    return features + learned + 4 * (batch + 3 * HEAD_CHUNK * layout.vocab)
+    return 2 * net.inputs * texts + 16 * learned + 4 * (batch + 3 * HEAD_CHUNK * layout.vocab)
 
 
 def typical_embeddings(lm: LM) -> Tensor:
@@ -121,7 +97,8 @@ def typical_embeddings(lm: LM) -> Tensor:
 
 def _editor(lm: LM, net: Network, config: dict[str, Any], made: dict[str, Any]) -> Editor:
     parts = {"shape": asdict(net.shape), "encoder_fingerprint": net.encoder.fingerprint}
-    return Editor("recipe", config, Base(fingerprint(lm), lm.name), parts, net.tensors(), made)
+    tensors = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in net.state_dict().items()}
+    return Editor("recipe", config, Base(fingerprint(lm), lm.name), parts, tensors, made)
 
 
 def editor_for(lm: LM, editor: Editor | str | Path | None = None) -> Editor:
@@ -169,6 +146,7 @@ def example_editor(lm: LM) -> Editor:
     """An untrained editor for this model."""
     encoder = shared_encoder("all-MiniLM-L6-v2")
     embeddings = typical_embeddings(lm)
-    net = Network(Shape(encoder.name, encoder.width, embeddings.shape[1], width=16, content=8), encoder)
+    shape = Shape(encoder=encoder.name, features=encoder.width, d_model=embeddings.shape[1], width=16, content=8)
+    net = Network(shape, encoder)
     net.start(0, embeddings)
     return _editor(lm, net, {}, {})

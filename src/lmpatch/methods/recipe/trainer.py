@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...data.edits import Ask, Edit
-from ...distributed import world
+from ...distributed import World, world
 from ...errors import BadInput
 from ...inference.forward import frozen, logits
 from ...inference.tokens import Row, encode_all, join
@@ -24,11 +24,11 @@ from ...retrieval.network import Network, target_embeddings
 from ...training.loop import Loop, Schedule, Task, linear
 from . import losses
 from .config import Training
-from .data import Sample, batches, drawable, exchanged, sample, words
-from .features import Features
+from .data import Sample, batch, drawable, exchanged, sample, words
 
 MAP = ("content", "say", "mix", "out", "turn")  # the submodules that make prompt vectors
 CROWD = 1000  # trained facts among which the held-out ones are searched
+TOGETHER = 2048  # texts encoded between two reports of progress
 CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.jsonl"
 
 
@@ -36,14 +36,9 @@ class Trainer(Task):
     """One training run of two parts: retrieval, then what makes prompt vectors."""
 
     def __init__(
-        self,
-        lm: LM,
-        net: Network,
-        edits: Sequence[Edit],
-        unrelated: Sequence[Ask],
-        cfg: Training,
+        self, lm: LM, net: Network, edits: Sequence[Edit], unrelated: Sequence[Ask], cfg: Training,
         progress: Progress | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.lm, self.net, self.cfg, self.world, self.progress = lm, net, cfg, world(), progress
         order = list(range(len(edits)))
         random.Random(f"{cfg.seed}/held out").shuffle(order)
@@ -54,35 +49,38 @@ class Trainer(Task):
         if len(self.edits) < most:
             raise BadInput(f"a batch has {most} facts, {len(self.edits)} are left to train on. Lower key_batch.")
         self.second = False  # which part the steps are of
-        self.places: Iterator[tuple[int, list[int]]] = iter(())
         self.values = net.state_dict(keep_vars=True)
-        self.features = Features(net, self.world, cfg.bf16, learning=bool(net.learned))
+        self.features = Features(net, self.world, cfg.bf16)
         self.pools = [words(lm.tokenizer), sorted({edit.target for edit in self.edits})]
         self.base: dict[tuple[str, str], Tensor] = {}
         data = [[asdict(edit) for edit in edits], [asdict(ask) for ask in unrelated]]
         self.stamp = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), data])
 
+    def run(self, folder: Path | None) -> Loop:
+        """Train the network in place, see ``recipe.train``; ``folder``: of checkpoint and curves."""
+        cfg, both = self.cfg, self.cfg.key_steps + self.cfg.prompt_steps
+        every = {"validate_every": cfg.validate_every, "save_every": cfg.save_every}
+        schedule = Schedule(both, rate=self.rate, clip=cfg.clip, renew=frozenset({cfg.key_steps}), **every)
+        file, curves = (folder / name if folder else None for name in (CHECKPOINT, CURVES))
+        advice = f"Lower lr, now {cfg.lr}."
+        loop = Loop(self, schedule, file=file, curves=curves, stamp=self.stamp, advice=advice)
+        with frozen(self.lm):
+            loop.run(self.progress)
+        return loop
+
     def optimiser(self, step: int) -> torch.optim.Optimizer:
         """AdamW over what the part trains: what makes prompt vectors in the second, the rest in the first."""
-        cfg, groups = self.cfg, []
-        self._enter(step)
+        cfg, groups, features = self.cfg, [], self.features
+        self.second = step >= cfg.key_steps
+        features.learning = bool(self.net.learned) and not self.second
+        if not features.learning and not features.places:  # those of every text that a sample may have change no more
+            features.precompute(drawable([*self.edits, *self.held], self.unrelated), self.progress)
         for name, p in self.net.named_parameters():
             part = name.partition(".")[0]
             if p.requires_grad and (part in MAP) == self.second:
                 rate = cfg.prompt_lr if self.second else cfg.encoder_lr if part == "learned" else cfg.lr
                 groups.append({"params": [p], "lr": rate})
         return torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.decay)
-
-    def _enter(self, step: int) -> None:
-        """Be in the part of this step, with the features of every text that a sample may have, once they change no
-        more."""
-        cfg = self.cfg
-        self.second = step >= cfg.key_steps
-        size, before = (cfg.prompt_batch, cfg.key_steps) if self.second else (cfg.key_batch, 0)
-        self.places = batches(self.edits, size, cfg.seed, step - before)
-        self.features.learning = bool(self.net.learned) and not self.second
-        if not self.features.learning and not self.features.places:
-            self.features.precompute(drawable([*self.edits, *self.held], self.unrelated), self.progress)
 
     def rate(self, step: int) -> float:
         """Warm-up, then down in a line to ``final`` of the rate, in each part."""
@@ -93,7 +91,8 @@ class Trainer(Task):
     def learn(self, step: int) -> dict[str, float]:
         """The losses of the step's part, backpropagated."""
         draw = random.Random(f"{self.cfg.seed}/{step}")
-        _, places = next(self.places)
+        size, start = (self.cfg.prompt_batch, self.cfg.key_steps) if self.second else (self.cfg.key_batch, 0)
+        places = batch(len(self.edits), size, self.cfg.seed, step - start)
         samples = [sample(self.edits[i], self.unrelated, draw) for i in places]
         with torch.enable_grad():
             terms = self._learn_prompts(samples, draw) if self.second else self._learn_keys(samples, draw)
@@ -113,9 +112,8 @@ class Trainer(Task):
         statements, questions = features.split([len(samples), 3 * len(samples)])  # [b, F], [3 b, F]
         first, second, other = net.queries_of(questions).chunk(3)
         keys = net.matched_of(statements)
-        loss = losses.retrieval_losses(keys, net.sentinel(), first, second, other, margin=cfg.margin)
-        loss.total.backward()
-        terms = {"own": loss.own, "neighbour": loss.neighbour, "unrelated": loss.unrelated}
+        terms = losses.retrieval_losses(keys, net.sentinel(), first, second, other, margin=cfg.margin)
+        torch.stack([*terms.values()]).sum().backward()
         return {name: float(value.detach()) for name, value in terms.items()}
 
     def _learn_prompts(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
@@ -125,7 +123,7 @@ class Trainer(Task):
         wordings = [(s.prompt, s.target) if draw.random() < 0.5 else (s.again, s.answer) for s in samples]
         some = [i for i in range(len(samples)) if draw.random() < self.cfg.other_share] or [0]
         others = [(samples[i].other, samples[i].other_answer) for i in some]
-        answers, unrelated = self._behind(wordings, range(len(samples))), self._behind(others, some)
+        answers, unrelated = self._rows(wordings, range(len(samples))), self._rows(others, some)
         base, flat = self._base(others), prompts.detach().flatten(0, 1).to(self.lm.device)
         lm, margin, world = self.lm, self.cfg.margin, self.world
         stated, gradient = self._mean(flat, lambda leaf: losses.statement_loss(lm, answers, leaf, margin, world))
@@ -148,16 +146,14 @@ class Trainer(Task):
         targets = target_embeddings(self.lm, facts, self.net.shape.target_tokens).to(content.device)
         return self.net.prompts_of(content, targets)
 
-    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
-        """Prompts with answers, those cut to the length that is trained on."""
+    def _rows(self, pairs: Sequence[tuple[str, str]], facts: Sequence[int] | None = None) -> list[Row]:
+        """Prompts with answers, those cut to the length that is trained on, behind the vectors of these facts of the
+        batch."""
         longest = self.cfg.answer_tokens
         rows = encode_all(self.lm, *map(list, zip(*pairs, strict=True)))
-        return [replace(row, ids=row.ids[: row.target + longest] if longest else row.ids) for row in rows]
-
-    def _behind(self, pairs: Sequence[tuple[str, str]], facts: Sequence[int]) -> list[Row]:
-        """The same behind the vectors of these facts of the batch."""
-        rows = [losses.AnswerRow(row, i) for row, i in zip(self._rows(pairs), facts, strict=True)]
-        return losses.behind(self.lm, rows, self.net.shape.prompt_tokens, self.cfg.at)
+        rows = [replace(row, ids=row.ids[: row.target + longest]) for row in rows] if longest else rows
+        width, at = self.net.shape.prompt_tokens, self.cfg.at
+        return rows if facts is None else losses.behind(self.lm, rows, facts, width, at)
 
     def _base(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
         """States of the unpatched model at the answers of unrelated questions; each is computed once in a run."""
@@ -184,65 +180,64 @@ class Trainer(Task):
         keys, sentinel = net.matched_of(self.features(facts)).cpu(), net.sentinel().cpu()
         block = KeyBlock(net.shape.matched)
         block.add(keys, range(len(keys)))
+        texts = {"recall_told": [s.prompt for s in samples], "recall_again": [s.again for s in samples]}
         shares = {}
-        right = torch.arange(len(samples))
-        for name, texts in (
-            ("told", [s.prompt for s in samples]),
-            ("again", [s.again for s in samples]),
-            ("other", [s.other for s in samples]),
-        ):
-            queries = net.queries_of(self.features(texts)).cpu()
+        for name, questions in (texts | {"false_fire": [s.other for s in samples]}).items():
+            queries = net.queries_of(self.features(questions)).cpu()
             score, place = (t[:, 0] for t in block.search(queries))
             fired = score > (queries @ sentinel).double()
-            if name == "other":
-                shares["false_fire"] = float(fired.float().mean())
-            else:
-                shares[f"recall_{name}"] = float((fired & (place == right)).float().mean())
+            right = place == torch.arange(len(samples)) if name in texts else True
+            shares[name] = float((fired & right).float().mean())
         return shares
 
     def _accuracy(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Teacher-forced answers behind the vectors of the right facts."""
-        vectors = self._prompts([(s.prompt, s.target) for s in samples]).flatten(0, 1).to(self.lm.device)
+        told, again = [(s.prompt, s.target) for s in samples], [(s.again, s.answer) for s in samples]
+        vectors = self._prompts(told).flatten(0, 1).to(self.lm.device)
         shares = {}
-        for name, pairs in (
-            ("told", [(s.prompt, s.target) for s in samples]),
-            ("again", [(s.again, s.answer) for s in samples]),
-        ):
+        for name, pairs in (("tf_told", told), ("tf_again", again)):
             hits = torch.zeros(len(samples), 2)
-            for states, labels, owners in losses.answers(self.lm, self._behind(pairs, range(len(samples))), vectors):
+            for states, labels, owners in losses.answers(self.lm, self._rows(pairs, range(len(samples))), vectors):
                 best = torch.cat([logits(self.lm, part).argmax(-1) for part in states.split(64)])
                 right = torch.stack([(best == labels).float().cpu(), torch.ones(len(owners))], 1)
                 hits.index_add_(0, torch.tensor(owners), right)
-            shares[f"tf_{name}"] = float((hits[:, 0] / hits[:, 1]).mean())
+            shares[name] = float((hits[:, 0] / hits[:, 1]).mean())
         return shares
 
 
-def train_network(
-    lm: LM,
-    net: Network,
-    edits: Sequence[Edit],
-    unrelated: Sequence[Ask],
-    cfg: Training,
-    out: Path | None,
-    progress: Progress | None,
-) -> tuple[Loop, int]:
-    """Train ``net`` in place; see ``recipe.train``.
+class Features:
+    """Called with texts, gives their features, each computed once where the encoder stands still. Several processes
+    encode a part each."""
 
-    Returns:
-        the run, and how many facts it trained on.
-    """
-    trainer = Trainer(lm, net, edits, unrelated, cfg, progress)
-    schedule = Schedule(
-        cfg.key_steps + cfg.prompt_steps,
-        rate=trainer.rate,
-        clip=cfg.clip,
-        validate_every=cfg.validate_every,
-        save_every=cfg.save_every,
-        renew=frozenset({cfg.key_steps}),
-    )
-    file, curves = (out / name if out is not None else None for name in (CHECKPOINT, CURVES))
-    advice = f"Lower lr, now {cfg.lr}."
-    loop = Loop(trainer, schedule, file=file, curves=curves, stamp=trainer.stamp, advice=advice)
-    with frozen(lm):
-        loop.run(progress)
-    return loop, len(trainer.edits)
+    def __init__(self, net: Network, world: World, bf16: bool) -> None:
+        self.net, self.world, self.bf16 = net, world, bf16
+        self.learning = bool(net.learned)  # gradients flow into the encoder, and nothing can be kept
+        self.places: dict[str, int] = {}
+        self.table = torch.zeros(0)  # [n, F] fp16
+
+    def precompute(self, texts: Sequence[str], progress: Progress | None) -> None:
+        """Compute the features of these texts, once and for all."""
+        parts = []
+        for start in range(0, len(texts), TOGETHER):
+            parts.append(self._encode(texts[start : start + TOGETHER]).half().cpu())
+            if progress and self.world.is_main:
+                progress(min(start + TOGETHER, len(texts)), len(texts), "encoding texts")
+        self.places, self.table = {text: i for i, text in enumerate(texts)}, torch.cat(parts)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Features [n, F] fp32 of texts, computed ahead or not."""
+        places = [self.places.get(text) for text in texts]
+        new = [i for i, place in enumerate(places) if place is None]
+        if len(new) == len(texts):
+            return self._encode(texts)
+        features = self.table[[place or 0 for place in places]].float().to(self.net.scale.device)
+        if new:
+            features[new] = self._encode([texts[i] for i in new])
+        return features
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        own, device = self.world.part(texts), self.net.scale.device
+        with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                features = self.net.features(own) if own else torch.zeros(0, self.net.inputs, device=device)
+            return self.world.gathered(features.float(), len(texts))

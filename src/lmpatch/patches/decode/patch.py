@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...errors import BadInput, BadPatch
+from ...errors import BadPatch
 from ...inference.interventions import Intervention, Rule
 from ...models.hooks import Hook
 from ...models.lm import LM
-from ...provenance import made_now
-from ..base import Base, fingerprint
 from ..merge import merged_fields
-from ..patch import Law, RunPatch, plain, plain_edits
+from ..patch import RunPatch, fields_for, plain
 from .rules import AdaCAD, Arr, Coiecd, Grd, Power
 
 log = logging.getLogger(__name__)
@@ -42,20 +41,8 @@ class DecodePatch(RunPatch):
     def make(
         cls, lm: LM, rule: Rule, *, method: str, config: Any = None, edits: Sequence[Any] = (), seconds: float = 0.0
     ) -> DecodePatch:
-        """A patch of one rule.
-
-        Args:
-            config: the method's ``Config``, or a dict.
-            edits: the records it was made for, if any.
-        """
-        return cls(
-            method=method,
-            config=plain(config or {}),
-            base=Base(fingerprint(lm), lm.name),
-            edits=plain_edits(edits),
-            made=made_now(seconds),
-            rules=(rule,),
-        )
+        """A patch of one rule; ``edits`` are the records it was made for, if any. The rest: see ``fields_for``."""
+        return cls(**fields_for(lm, method, config, edits, seconds), rules=(rule,))
 
     def parts(self) -> dict[str, Any]:
         return {"rules": [{"rule": NAMES[type(rule)], **plain(rule)} for rule in self.rules]}
@@ -67,18 +54,18 @@ class DecodePatch(RunPatch):
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> DecodePatch:
         try:
             listed = [dict(one) for one in parts["rules"]]
-            kinds = [RULES[one.pop("rule")] for one in listed]
-            rules = tuple(kind(**one) for kind, one in zip(kinds, listed, strict=True))
-        except (BadInput, KeyError, TypeError, ValueError) as error:
+            rules = tuple(RULES[one.pop("rule")](**one) for one in listed)
+        except (KeyError, TypeError, ValueError) as error:  # BadInput is a ValueError
             raise BadPatch(f"it is no decode patch ({error}).") from None
-        if any(set(one) != {f.name for f in fields(kind)} for kind, one in zip(kinds, listed, strict=True)):
+        if any(set(one) != {f.name for f in fields(rule)} for rule, one in zip(rules, listed, strict=True)):
             raise BadPatch(f"a rule lacks one of its numbers: {listed}.")
         if tensors or not rules or set(parts) != {"rules"}:
             raise BadPatch(f"a decode patch holds rules and no tensors, found {sorted(parts)} and {sorted(tensors)}.")
         return cls(**common, rules=rules)
 
     def describe(self) -> list[str]:
-        return [f"  {NAMES[type(rule)]}: {_numbers(rule)}".rstrip(": ") for rule in self.rules]
+        texts = [", ".join(f"{name}={value}" for name, value in plain(rule).items()) for rule in self.rules]
+        return [f"  {NAMES[type(rule)]}: {text}".rstrip(": ") for rule, text in zip(self.rules, texts, strict=True)]
 
     def intervention(self, lm: LM) -> Combine:
         return Combine(self.rules, Hook(lm.model, _missed(self.method)))
@@ -86,9 +73,6 @@ class DecodePatch(RunPatch):
     def merged(self, others: Sequence[DecodePatch]) -> DecodePatch:
         patches = (self, *others)
         return DecodePatch(**merged_fields(patches), rules=tuple(rule for p in patches for rule in p.rules))
-
-    def law(self) -> Law:
-        return Law.STACK
 
 
 class Combine(Intervention):
@@ -100,19 +84,13 @@ class Combine(Intervention):
 
 def _missed(method: str) -> Any:
     """A hook that says once that the patch is passed by. Our own calls stop at the last block, before it."""
-    calls: list[int] = []
 
-    def say(*_: Any) -> None:
-        if not calls:
-            calls.append(1)
-            log.warning(
-                "this call of the model does not see the %s patch that is on it: the patch acts in lmpatch's generate, "
-                "stream, score and next_logits.",
-                method,
-            )
+    @cache
+    def say() -> None:
+        log.warning(
+            "this call of the model does not see the %s patch that is on it: the patch acts in lmpatch's generate, "
+            "stream, score and next_logits.",
+            method,
+        )
 
-    return say
-
-
-def _numbers(rule: Any) -> str:
-    return ", ".join(f"{name}={value}" for name, value in asdict(rule).items())
+    return lambda *_: say()

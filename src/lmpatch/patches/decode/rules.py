@@ -20,7 +20,7 @@ from ...inference.interventions import Rule
 
 
 def mixed(with_context: Tensor, without_context: Tensor, tau: Tensor | float) -> Tensor:
-    """The power family, in place of ``full``. Its logits need no normalising: that would shift all tokens alike."""
+    """The power family, written over ``with_context``. To normalise it would shift the logits of all tokens alike."""
     return with_context.lerp_(without_context, 1 - tau)  # τ = 1 gives back every bit
 
 
@@ -82,8 +82,7 @@ def _log_top(z: Tensor) -> Tensor:
     return z.amax(-1, keepdim=True) - z.logsumexp(-1, keepdim=True)
 
 
-UNDECIDED, CONTEXT, PRIOR = 0, 1, 2
-"""Whom ``Grd`` trusts in an answer; its memory."""
+UNDECIDED, CONTEXT, PRIOR = 0, 1, 2  # whom ``Grd`` trusts in an answer
 
 
 @dataclass(frozen=True)
@@ -102,27 +101,22 @@ class Grd(Rule):
 
     def __post_init__(self) -> None:
         _need(0 <= self.lam <= 1, "lam", self.lam, "a number in 0..1")
-        gates = ("full", "confidence", "entropy")
-        _need(self.gate in gates, "gate", self.gate, f"one of {', '.join(gates)}")
+        known = self.gate in ("full", "confidence", "entropy")
+        _need(known, "gate", self.gate, "one of full, confidence, entropy")
 
     def combine(self, with_context: Tensor, without_context: Tensor, state: Tensor) -> Tensor:
         ours, theirs = with_context.argmax(-1, keepdim=True), without_context.argmax(-1, keepdim=True)  # [n, 1]
         differ = ours != theirs
-        trusted = torch.where(self._trusts(with_context, without_context), PRIOR, CONTEXT)
+        sure = _log_top(without_context) > math.log(0.5)  # [n, 1]
+        surer = _entropy(without_context.softmax(-1)) < _entropy(with_context.softmax(-1))
+        trusts = {"confidence": sure, "entropy": surer, "full": surer & sure}[self.gate]
         fresh = differ & (state == UNDECIDED)[:, None]
-        state.copy_(torch.where(fresh, trusted, state[:, None])[:, 0])
+        state.copy_(torch.where(fresh, torch.where(trusts, PRIOR, CONTEXT), state[:, None])[:, 0])
         for_context = with_context.gather(-1, ours) - with_context.gather(-1, theirs)
         for_prior = without_context.gather(-1, theirs) - without_context.gather(-1, ours)
         even = for_prior / (for_context + for_prior).clamp(min=torch.finfo(with_context.dtype).tiny)  # τ*
         tau = torch.where(differ & (state == PRIOR)[:, None], (1 - self.lam) * even, 1.0)
         return mixed(with_context, without_context, tau)
-
-    def _trusts(self, with_context: Tensor, without_context: Tensor) -> Tensor:
-        sure = _log_top(without_context) > math.log(0.5)  # [n, 1]
-        if self.gate == "confidence":
-            return sure
-        surer = _entropy(without_context.softmax(-1)) < _entropy(with_context.softmax(-1))
-        return surer if self.gate == "entropy" else surer & sure
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,9 @@ from ...inference.forward import current_pass
 from ...inference.interventions import Intervention
 from ...models.hooks import Hook
 from ...models.lm import LM
-from ...provenance import made_now
-from ..base import Base, fingerprint
 from ..handle import Handle
 from ..merge import merged_fields
-from ..patch import Law, Mount, Patch, plain, plain_edits
+from ..patch import Mount, Patch, fields_for
 
 
 @dataclass(frozen=True, order=True)
@@ -69,6 +67,7 @@ class HookPatch(Patch):
         Args:
             vectors: by site; a module's name alone is its input, at every token.
             newest: modules given by their names are steered from the last prompt token on.
+            method, config, edits, seconds, notes: see ``fields_for``.
         Raises:
             BadInput: no such layer, or a vector of another width.
             Diverged: a vector holds infinite or undefined numbers.
@@ -76,45 +75,35 @@ class HookPatch(Patch):
         tokens: Literal["all", "answer"] = "answer" if newest else "all"
         sites = {s if isinstance(s, Site) else Site(s, "input", tokens): v for s, v in vectors.items()}
         try:
-            for site, vector in sites.items():
-                _check(lm, site, vector)
+            _check(lm, sites)
         except LookupError as error:
             raise BadInput(f"cannot make a {method} patch: {error}") from None
         if not all(bool(vector.isfinite().all()) for vector in sites.values()):
             raise Diverged(f"{method}: a vector holds infinite or undefined numbers. Lower the strength.")
-        return cls(
-            method=method,
-            config=plain(config or {}),
-            base=Base(fingerprint(lm), lm.name),
-            edits=plain_edits(edits),
-            made=made_now(seconds),
-            notes=plain(notes or {}),
-            vectors={s: v.detach().to("cpu", torch.float32, copy=True).contiguous() for s, v in sites.items()},
-        )
+        copies = {s: v.detach().to("cpu", torch.float32, copy=True).contiguous() for s, v in sites.items()}
+        return cls(**fields_for(lm, method, config, edits, seconds, notes), vectors=copies)
 
     def parts(self) -> dict[str, Any]:
-        if (tokens := self._one_sort()) is not None:  # as the first release wrote them, so that hashes stay
+        if self._plain():
             widths = {site.module: len(vector) for site, vector in self.vectors.items()}
-            return {"newest": tokens == "answer", "widths": widths}
+            return {"newest": any(site.tokens == "answer" for site in self.vectors), "widths": widths}
         return {"add": sorted([s.module, s.at, s.tokens, len(vector)] for s, vector in self.vectors.items())}
 
     def tensors(self) -> dict[str, Tensor]:
-        if self._one_sort() is not None:
-            return {site.module: vector for site, vector in self.vectors.items()}
-        return {site.name: vector for site, vector in self.vectors.items()}
+        plain = self._plain()
+        return {site.module if plain else site.name: vector for site, vector in self.vectors.items()}
 
-    def _one_sort(self) -> str | None:
-        """``Site.tokens`` of all sites, if all are inputs and it is the same."""
-        sorts = {(site.at, site.tokens) for site in self.vectors} or {("input", "all")}
-        at, tokens = next(iter(sorts))
-        return tokens if len(sorts) == 1 and at == "input" else None
+    def _plain(self) -> bool:
+        """All are inputs, at the same tokens: written as the first release did, so that hashes stay."""
+        return {(s.at, s.tokens) for s in self.vectors} in (set(), {("input", "all")}, {("input", "answer")})
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> HookPatch:
-        if not all(t.ndim == 1 and t.dtype == torch.float32 for t in tensors.values()):
-            raise BadPatch("it holds tensors that are no vectors in fp32.")
-        if not all(bool(t.isfinite().all()) for t in tensors.values()):
-            raise BadPatch("a vector holds infinite or undefined numbers.")
+        for t in tensors.values():
+            if t.ndim != 1 or t.dtype != torch.float32:
+                raise BadPatch("it holds tensors that are no vectors in fp32.")
+            if not t.isfinite().all():
+                raise BadPatch("a vector holds infinite or undefined numbers.")
         if set(parts) == {"newest", "widths"} and type(parts["newest"]) is bool:
             tokens: Literal["all", "answer"] = "answer" if parts["newest"] else "all"
             by_name = {module: Site(module, "input", tokens) for module in tensors}
@@ -122,12 +111,11 @@ class HookPatch(Patch):
             by_name = {site.name: site for site in (Site(*entry[:3]) for entry in parts["add"])}
         else:
             raise BadPatch(f"its parts are {sorted(parts)}, not add, nor newest and widths.")
-        if set(by_name) != set(tensors):
-            raise BadPatch("its vectors are not those it lists.")
-        patch = cls(**common, vectors={by_name[name]: vector for name, vector in tensors.items()})
-        if any(s.at not in ("input", "output") or s.tokens not in ("all", "answer") for s in patch.vectors):
+        if any(s.at not in ("input", "output") or s.tokens not in ("all", "answer") for s in by_name.values()):
             raise BadPatch(f"a site is none: {sorted(by_name)}.")
-        if patch.parts() != dict(parts):
+        same = set(by_name) == set(tensors)
+        patch = cls(**common, vectors={by_name[name]: vector for name, vector in tensors.items()} if same else {})
+        if not same or patch.parts() != dict(parts):
             raise BadPatch("its vectors are not those it lists.")
         return patch
 
@@ -140,8 +128,7 @@ class HookPatch(Patch):
 
     def fits(self, lm: LM) -> None:
         try:
-            for site, vector in self.vectors.items():
-                _check(lm, site, vector)
+            _check(lm, self.vectors)
         except LookupError as error:
             raise WrongModel(f"a {self.method} patch does not fit {lm.name}: {error}") from None
 
@@ -150,15 +137,11 @@ class HookPatch(Patch):
         return Handle([Intervention(hooks)])
 
     def merged(self, others: Sequence[HookPatch]) -> HookPatch:
-        patches = (self, *others)
-        total: dict[Site, Tensor] = {}
-        for patch in patches:
-            for site, vector in patch.vectors.items():
+        total = dict(self.vectors)
+        for other in others:
+            for site, vector in other.vectors.items():
                 total[site] = total[site] + vector if site in total else vector
-        return HookPatch(**merged_fields(patches), vectors=total)
-
-    def law(self) -> Law:
-        return Law.STACK
+        return HookPatch(**merged_fields((self, *others)), vectors=total)
 
 
 SteerPatch = HookPatch
@@ -175,27 +158,25 @@ def _hook(module: nn.Module, site: Site, vector: Tensor) -> Hook:
             return torch.cat([x[..., :-1, :], x[..., -1:, :] + moved], -2)
         return torch.where(now.answering().reshape(*x.shape[:-1], 1), x + moved, x)
 
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return add(args[0]), *args[1:]
-
-    def after(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return add(output)
-
+    if site.at == "output":
+        return Hook(module, lambda _, args, output: add(output))
     # before other hooks: a scale on the side must also scale what is added here, as it would a larger input
-    return Hook(module, before, before=True, first=True) if site.at == "input" else Hook(module, after)
+    return Hook(module, lambda _, args: (add(args[0]), *args[1:]), before=True, first=True)
 
 
-def _check(lm: LM, site: Site, vector: Tensor) -> None:
-    """Raise ``LookupError`` unless the vector fits that site of the model."""
-    try:
-        module = lm.module(site.module)
-    except AttributeError:
-        raise LookupError(f"the model has no module {site.module}.") from None
-    if not isinstance(module, (nn.Linear, Conv1D)):
-        raise LookupError(f"{site.module} is a {type(module).__name__}, not a linear layer.")
-    if site.tokens == "answer" and site.module in lm.layout.tail:
-        raise LookupError(f"{site.module} runs behind the blocks, where no token is told from another.")
-    shape = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else tuple(module.weight.shape)
-    width, verb = (shape[0], "reads") if site.at == "input" else (shape[1], "returns")
-    if tuple(vector.shape) != (width,):
-        raise LookupError(f"{site.module} {verb} vectors of {width}, the patch has one of shape {tuple(vector.shape)}.")
+def _check(lm: LM, vectors: Mapping[Site, Tensor]) -> None:
+    """Raise ``LookupError`` unless every vector fits its site of the model."""
+    for site, vector in vectors.items():
+        try:
+            module = lm.module(site.module)
+        except AttributeError:
+            raise LookupError(f"the model has no module {site.module}.") from None
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise LookupError(f"{site.module} is a {type(module).__name__}, not a linear layer.")
+        if site.tokens == "answer" and site.module in lm.layout.tail:
+            raise LookupError(f"{site.module} runs behind the blocks, where no token is told from another.")
+        widths = module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+        width, verb = (widths[0], "reads") if site.at == "input" else (widths[1], "returns")
+        if tuple(vector.shape) != (width,):
+            found = tuple(vector.shape)
+            raise LookupError(f"{site.module} {verb} vectors of {width}, the patch has one of shape {found}.")

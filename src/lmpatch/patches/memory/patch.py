@@ -52,8 +52,8 @@ class MemoryPatch(RunPatch):
             patch = cls(**common, retriever=retriever, scope=Scope(**parts["scope"]), keys=tensors["keys"])
         except (KeyError, TypeError) as error:
             raise BadPatch(f"it is no memory patch ({error}).") from None
-        if set(patch.tensors()) != set(tensors):
-            raise BadPatch(f"tensors without a place: {sorted(set(tensors) - set(patch.tensors()))}.")
+        if extra := set(tensors) - set(patch.tensors()):
+            raise BadPatch(f"tensors without a place: {sorted(extra)}.")
         if patch.keys.shape != (len(patch.edits), retriever.width):
             raise BadPatch(f"{len(patch.edits)} facts and keys of shape {tuple(patch.keys.shape)}.")
         if not all(t.isfinite().all() for t in tensors.values()):
@@ -87,24 +87,23 @@ class MemoryPatch(RunPatch):
         Raises:
             CannotMerge: they come from different editors or use facts in different ways.
         """
-        own = identity(self.retriever)
+        own = _identity(self.retriever)
         for other in others:
-            if (identity(other.retriever), other.scope) != (own, self.scope):
+            if (theirs := _identity(other.retriever), other.scope) != (own, self.scope):
                 raise CannotMerge(
-                    f"cannot merge memories of editors {own[:12]} and {identity(other.retriever)[:12]} with "
-                    f"{self.scope} and {other.scope}. Fit them with one editor and equal settings."
+                    f"cannot merge memories of editors {own[:12]} and {theirs[:12]} with {self.scope} and "
+                    f"{other.scope}. Fit them with one editor and equal settings."
                 )
         edits = [edit for p in (self, *others) for edit in p.edits]
         keys = torch.cat([p.keys for p in (self, *others)])
-        last = {prompt_key(edit["prompt"]): i for i, edit in enumerate(edits)}  # the later one wins
-        kept = sorted(last.values())
+        kept = sorted({prompt_key(edit["prompt"]): i for i, edit in enumerate(edits)}.values())  # the later one wins
         return replace(self, edits=tuple(edits[i] for i in kept), keys=keys[kept])
 
     def law(self) -> Law:
         return Law.UNION
 
 
-def identity(retriever: Retriever) -> str:
+def _identity(retriever: Retriever) -> str:
     """SHA-256 of all that makes its keys."""
     tensors = hash_tensors(sorted(retriever.tensors().items()), exact=True)
     return hash_json([retriever.name, retriever.parts(), tensors])
@@ -117,11 +116,7 @@ def retriever_of(editor: Editor) -> Retriever:
 
 
 def scope_of(editor: Editor, scope: Scope | None = None) -> Scope:
-    """The scope with nothing left open.
-
-    Args:
-        scope: None: as the editor's config says.
-    """
+    """The scope with nothing left open; None: as the editor's config says."""
     own = {f.name: editor.config[f.name] for f in fields(Scope) if f.name in editor.config}
     scope = scope or Scope(**own)
     return scope if scope.at else replace(scope, at=own.get("at", Insert.at))
@@ -137,13 +132,9 @@ def build_memory(editor: Editor, edits: Sequence[Edit], scope: Scope | None = No
         BadInput: a fact is longer than the encoder reads.
     """
     retriever = retriever_of(editor)
-    return MemoryPatch(
-        **{"method": editor.method, "base": editor.base, "config": {}, **common},
-        edits=plain_edits(edits),
-        retriever=retriever,
-        keys=encode_keys(retriever, edits),
-        scope=scope_of(editor, scope),
-    )
+    fields = {"method": editor.method, "base": editor.base, "config": {}, **common, "edits": plain_edits(edits)}
+    keys = encode_keys(retriever, edits)
+    return MemoryPatch(**fields, retriever=retriever, keys=keys, scope=scope_of(editor, scope))
 
 
 def encode_keys(retriever: Retriever, edits: Sequence[Edit]) -> Tensor:

@@ -61,7 +61,7 @@ class ListedFacts:
         self._block.add(comparable(keys[:, : retriever.matched].float(), retriever, scope), range(len(keys)))
 
     def __len__(self) -> int:
-        return len(self._block)
+        return len(self._keys)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return self._block.search(queries, k)
@@ -90,58 +90,45 @@ class Finder:
     def search(self, prompts: Sequence[str]) -> list[list[Hit]]:
         """The facts nearest to each prompt, best first, fired or not. Prompts beyond the encoder's limit find none."""
         hits: list[list[Hit]] = [[] for _ in prompts]
-        readable = self._readable(prompts) if len(self.facts) else []
+        lengths = [len(ids) for ids in self.encoder.tokenise(prompts)] if len(self.facts) else []
+        readable = [i for i, length in enumerate(lengths) if length <= self.encoder.limit]
+        if len(readable) < len(lengths):
+            text = "%d of %d prompts are longer than the %d tokens %s reads: no fact was looked up for them"
+            log.warning(text, len(lengths) - len(readable), len(prompts), self.encoder.limit, self.encoder.name)
         if not readable:
             return hits
         queries = self.retriever.queries([prompts[i] for i in readable])  # [m, M]
         scores, places = self.facts.search(comparable(queries, self.retriever, self.scope), self.scope.top_k)
         scale = 1.0 if self.scope.gate == "cosine" else self.retriever.scale
-        for i, line, found, gate in zip(readable, scores.tolist(), places.tolist(), self._gates(queries), strict=True):
+        gates = [self.scope.threshold if self.scope.gate == "cosine" else float("-inf")] * len(queries)
+        if self.scope.gate == "sentinel":
+            gates = [gate / scale for gate in self.retriever.gate(queries).tolist()]
+        for i, line, found, gate in zip(readable, scores.tolist(), places.tolist(), gates, strict=True):
             hits[i] = [Hit(place, score / scale, gate) for score, place in zip(line, found, strict=True)]
         return hits
-
-    def _gates(self, queries: Tensor) -> list[float]:
-        """What the score of each query [m, M] must exceed."""
-        if self.scope.gate == "sentinel":
-            gates: list[float] = self.retriever.gate(queries).tolist()
-            return [gate / self.retriever.scale for gate in gates]
-        return [self.scope.threshold if self.scope.gate == "cosine" else float("-inf")] * len(queries)
-
-    def _readable(self, prompts: Sequence[str]) -> list[int]:
-        """Which prompts the encoder reads whole."""
-        limit = self.encoder.limit
-        short = [i for i, ids in enumerate(self.encoder.tokenise(prompts)) if len(ids) <= limit]
-        if len(short) < len(prompts):
-            log.warning(
-                "%d of %d prompts are longer than the %d tokens %s reads: no fact was looked up for them",
-                len(prompts) - len(short), len(prompts), limit, self.encoder.name,
-            )  # fmt: skip
-        return short
 
 
 class MemoryIntervention(Intervention):
     """A memory patch at work: the facts that a prompt fires go before it."""
 
     def __init__(self, lm: LM, finder: Finder) -> None:
-        self.lm, self.finder, self.scope = lm, finder, finder.scope
+        self.lm, self.finder = lm, finder
         self._ready: OrderedDict[int, Insert] = OrderedDict()  # by place
 
     def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
         distinct = list(dict.fromkeys(prompts))
-        fired = [tuple(hit.place for hit in hits if hit.fired) for hits in self.finder.search(distinct)]
-        self._prepare({place for places in fired for place in places})
-        inserts = {places: self._insert(places) for places in dict.fromkeys(fired)}
-        by_prompt = {prompt: inserts[places] for prompt, places in zip(distinct, fired, strict=True)}
-        return [by_prompt[prompt] for prompt in prompts]
+        hits = zip(distinct, self.finder.search(distinct), strict=True)
+        fired = {prompt: tuple(hit.place for hit in found if hit.fired) for prompt, found in hits}
+        self._prepare({place for places in fired.values() for place in places})
+        inserts = {places: self._insert(places) if places else None for places in dict.fromkeys(fired.values())}
+        return [inserts[fired[prompt]] for prompt in prompts]
 
-    def _insert(self, places: tuple[int, ...]) -> Insert | None:
+    def _insert(self, places: tuple[int, ...]) -> Insert:
         """What several facts put before a prompt, one after the other."""
-        if not places:
-            return None
         inserts = [self._ready[place] for place in places]
         vectors = [insert.vectors for insert in inserts if insert.vectors is not None]
-        text = "".join(insert.text for insert in inserts)
-        return Insert(text, torch.cat(vectors) if vectors else None, self.scope.at or Insert.at)
+        text, joined = "".join(insert.text for insert in inserts), torch.cat(vectors) if vectors else None
+        return Insert(text, joined, self.finder.scope.at or Insert.at)
 
     def _prepare(self, places: set[int]) -> None:
         """Have the inserts of these facts ready; those used longest ago make room."""
@@ -149,7 +136,7 @@ class MemoryIntervention(Intervention):
         if missing:
             facts = self.finder.facts
             pairs, keys = [facts.fact(place) for place in missing], facts.keys(missing)
-            inserts = self.finder.retriever.insert(self.lm, pairs, keys, self.scope.insert)
+            inserts = self.finder.retriever.insert(self.lm, pairs, keys, self.finder.scope.insert)
             self._ready.update(zip(missing, inserts, strict=True))
         for place in places:
             self._ready.move_to_end(place)

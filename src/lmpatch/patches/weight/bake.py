@@ -9,8 +9,7 @@ and the original itself comes back when the last change leaves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class Baked:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.original = target.parameter.detach().clone()
-        self.changes: Changes = ()
+        self.changes: Changes = {}
         self._checksum = checksum(self.original)
 
     def add(self, delta: Delta, changes: Changes) -> Tensor:
@@ -47,8 +46,9 @@ class Baked:
     def write(self, changes: Changes) -> None:
         """Make the weight the original with exactly these changes."""
         self.changes = changes
-        value = self._rebuilt([d for _, d in changes]) if changes else self.original
-        self.target.parameter.detach().copy_(value)  # a Ctrl-C at the end of a no_grad block would leave it on
+        value = self._rebuilt([*changes.values()]) if changes else self.target.oriented(self.original)
+        now = self.target.parameter.detach()  # no no_grad block: a Ctrl-C at its end would leave it on
+        self.target.oriented(now).copy_(value)
         self._checksum = checksum(self.target.parameter)
 
     def check(self) -> None:
@@ -67,6 +67,7 @@ class Baked:
         return self.target.oriented(stored.detach().to(self.target.parameter.device, wide, copy=True))
 
     def _rebuilt(self, deltas: Sequence[Delta]) -> Tensor:
+        """The original with these changes, [out, in], fp32 or wider."""
         w = self._wide(self.original)  # [out, in]
         if any(isinstance(d, Scale) for d in deltas):
             factors = _factors(deltas, w)
@@ -79,7 +80,7 @@ class Baked:
             addition.to(w.device, w.dtype).add_to(total)
         if total is not w:
             w += total
-        return self.target.stored(w.to(self.original.dtype))
+        return w
 
     def _wanted(self, delta: Delta) -> Tensor:
         """ΔW on top of the present changes, [out, in]."""
@@ -87,14 +88,15 @@ class Baked:
         if isinstance(delta, Addition):
             delta.to(w.device, w.dtype).add_to(w.zero_())
             return w
-        before = [d for _, d in self.changes]
+        before = [*self.changes.values()]
         return (w + self.target.offset) * (_factors([*before, delta], w) - _factors(before, w))
 
 
 def refuse(target: Target) -> None:
     """Raise ``CannotMount`` unless changes can be written into the weight."""
-    parameter = target.parameter
-    if parameter.is_meta or _offloaded(target.module):
+    parameter, hook = target.parameter, getattr(target.module, "_hf_hook", None)
+    # accelerate brings an offloaded weight in for each call and throws it away after
+    if parameter.is_meta or any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,))):
         reason = "it is offloaded, and what is written would be lost"
     elif not is_plain(parameter):
         reason = f"it is stored as {type(parameter if type(parameter.data) is Tensor else parameter.data).__name__}"
@@ -116,16 +118,10 @@ def checksum(stored: Tensor) -> Tensor:
     return torch.cat([columns, *[p.sum(1) for p in pieces]])
 
 
-def _factors(deltas: Sequence[Delta], like: Tensor) -> Tensor:
+def _factors(deltas: Iterable[Delta], like: Tensor) -> Tensor:
     """The product of all scales, [in]."""
     product = like.new_ones(like.shape[1])
     for delta in deltas:
         if isinstance(delta, Scale):
             product *= delta.to(like.device, like.dtype).factors()
     return product
-
-
-def _offloaded(module: Any) -> bool:
-    """Accelerate brings the weight in for each call and throws it away after."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))

@@ -1,20 +1,26 @@
-"""The algebra of changes: additions sum, scales multiply, so the order does not matter."""
+"""Several changes as one, in any order: additions sum, scales multiply. And changes as the factors of an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from ...errors import CannotMerge, WrongModel
+from ...errors import BadInput, CannotMerge, CannotMount, WrongModel
+from ..lora import Lora
+from . import side
 from .delta import Addition, Delta, Dense, LowRank, Rows, Scale, Sparse, join
+from .target import Target
 
 
 def combine(name: str, deltas: Sequence[Delta]) -> Delta:
     """The changes of one weight as one.
 
     Raises:
+        WrongModel: they have different shapes.
         CannotMerge: a scale and an addition.
     """
     first = deltas[0]
@@ -23,23 +29,26 @@ def combine(name: str, deltas: Sequence[Delta]) -> Delta:
     shapes = {d.shape for d in deltas}
     if len(shapes) > 1:
         raise WrongModel(f"the changes of {name} have different shapes: {sorted(shapes)}.")
+    scales = [d for d in deltas if isinstance(d, Scale)]
     additions = [d for d in deltas if isinstance(d, Addition)]
-    if 0 < len(additions) < len(deltas):
+    if scales and additions:
         raise CannotMerge(
             f"one patch scales {name} and another adds to it: (s W) + D is neither a scale nor an addition. "
             "Apply them one after the other instead."
         )
-    if isinstance(first, Scale):
-        return _scales([d for d in deltas if isinstance(d, Scale)])
+    if scales:
+        index = torch.unique(torch.cat([d.index for d in scales]))
+        factors = torch.stack([d.factors() for d in scales]).prod(0)
+        return Scale(index, factors[index], first.shape)
     low = [d for d in additions if isinstance(d, LowRank)]
-    sparse = [d for d in additions if isinstance(d, Sparse)]
-    rows = [d for d in additions if isinstance(d, Rows)]
-    if len(low) == len(deltas):
+    if len(low) == len(additions):
         return _low_rank(low)
-    if len(sparse) == len(deltas):
-        return Sparse(*_summed([(d.index, d.value) for d in sparse]), first.shape)
-    if len(rows) == len(deltas):
-        return Rows(*_summed([(d.index, d.value) for d in rows]), first.shape[0])
+    listed = [d for d in additions if isinstance(d, (Sparse, Rows)) and type(d) is type(first)]
+    if len(listed) == len(additions):
+        index, place = torch.unique(torch.cat([d.index for d in listed]), return_inverse=True)
+        values = torch.cat([d.value for d in listed])  # [n] or [n, in]
+        total = values.new_zeros(len(index), *values.shape[1:]).index_add(0, place, values)
+        return replace(listed[0], index=index, value=total)
     whole = additions[0].dense()
     for addition in additions[1:]:
         addition.to(whole.device, whole.dtype).add_to(whole)
@@ -49,9 +58,9 @@ def combine(name: str, deltas: Sequence[Delta]) -> Delta:
 def _low_rank(deltas: Sequence[LowRank]) -> LowRank | Dense:
     """Ranks side by side; where factors are shared, the other factor is summed and the rank stays."""
     b, a = deltas[0].b, deltas[0].a
-    if all(_same(d.a, a) for d in deltas):
+    if all(torch.equal(d.a, a) for d in deltas):
         return LowRank(torch.stack([d.b for d in deltas]).sum(0), a)
-    if all(_same(d.b, b) for d in deltas):
+    if all(torch.equal(d.b, b) for d in deltas):
         return LowRank(b, torch.stack([d.a for d in deltas]).sum(0))
     joined = join(deltas)
     out, width = joined.shape
@@ -60,18 +69,58 @@ def _low_rank(deltas: Sequence[LowRank]) -> LowRank | Dense:
     return joined if joined.rank * (out + width) <= out * width else Dense(joined.dense())
 
 
-def _scales(deltas: Sequence[Scale]) -> Scale:
-    index = torch.unique(torch.cat([d.index for d in deltas]))
-    factors = torch.stack([d.factors() for d in deltas]).prod(0)
-    return Scale(index, factors[index], deltas[0].shape)
+def as_lora(changes: Mapping[Target, Delta], rank: int | None) -> Lora:
+    """The changes as an adapter. See ``Patch.lora``."""
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    discarded: dict[str, float] = {}
+    transposed = set()
+    for target, delta in changes.items():
+        if target.vector:
+            raise CannotMount(f"{target.name} is a vector, and adapters are for matrices. Export it to='checkpoint'.")
+        try:
+            side.refuse(target, delta)  # an adapter is a side mount
+        except CannotMount as error:
+            raise CannotMount(f"{str(error).partition('Pass mount')[0]}Export it to='checkpoint'.") from None
+        low, discarded[target.name] = _factors(target, delta, rank)
+        if low.rank:
+            factors[target.name.removesuffix(".weight")] = low.b, low.a
+            transposed.add(target.transposed)
+    if not factors:
+        raise BadInput("the patch changes nothing, so there is no adapter to write.")
+    if len(transposed) > 1:
+        raise CannotMount("the patch changes both Conv1D and Linear weights. Export it to='checkpoint'.")
+    return Lora(factors, discarded, transposed.pop())
 
 
-def _summed(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """All indices, each once, and the sum of the values under it."""
-    index, place = torch.unique(torch.cat([i for i, _ in pairs]), return_inverse=True)
-    values = torch.cat([v for _, v in pairs])  # [n] or [n, in]
-    return index, values.new_zeros(len(index), *values.shape[1:]).index_add(0, place, values)
+def _factors(target: Target, delta: Delta, rank: int | None) -> tuple[LowRank, float]:
+    """The change as low-rank factors in fp32, and the share of its energy that was cut off."""
+    exact = _exact(delta.to("cpu", torch.float32), target)
+    out, width = delta.shape
+    if rank is None:
+        if isinstance(exact, Dense) or exact.rank * (out + width) > out * width:
+            size = f"rank {exact.rank}" if isinstance(exact, LowRank) else "full rank"
+            raise BadInput(
+                f"the change of {target.name} has {size}: an exact adapter outgrows the weight. Pass rank=... (--rank)."
+            )
+        return exact, 0.0
+    if rank < 1:
+        raise BadInput(f"rank is {rank}, it must be at least 1.")
+    if isinstance(exact, LowRank) and exact.rank <= rank:
+        return exact, 0.0
+    u, s, vt = torch.linalg.svd(exact.dense().double(), full_matrices=False)
+    energy, root = s.square(), s[:rank].sqrt()
+    cut = LowRank((u[:, :rank] * root).float(), (root[:, None] * vt[:rank]).float())
+    return cut, float(energy[rank:].sum() / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny))
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and torch.equal(x, y)
+def _exact(delta: Delta, target: Target) -> LowRank | Dense:
+    """The same change as factors where its form gives them away."""
+    if isinstance(delta, Sparse):
+        delta = delta.to_rows()
+    if isinstance(delta, Rows):
+        return LowRank(one_hot(delta.index, delta.out).float().T, delta.value)
+    if isinstance(delta, Scale):
+        columns = target.oriented(target.parameter.detach())[:, delta.index.to(target.parameter.device)]
+        return LowRank(columns.cpu().float() * (delta.factor - 1), one_hot(delta.index, delta.shape[1]).float())
+    assert isinstance(delta, Addition)
+    return delta if isinstance(delta, LowRank) else Dense(delta.dense())

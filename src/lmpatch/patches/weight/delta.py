@@ -10,9 +10,9 @@ so the order in which changes come and go does not matter.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Delta(ABC):
 
     kind: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
-    """Its tensors, by field name."""
+    """Its tensors, by field name. The last holds the numbers that grow with the change."""
 
     if TYPE_CHECKING:  # a field in some forms, so no descriptor may stand here at run time
 
@@ -39,18 +39,13 @@ class Delta(ABC):
         def shape(self) -> tuple[int, int]:
             """(out, in) of the weight it changes."""
 
-    @abstractmethod
     def norm(self) -> float:
         """Frobenius norm of the change."""
+        return _norm(self._last)
 
-    @abstractmethod
     def scaled(self: D, strength: float) -> D:
         """The change times ``strength``: 1 keeps every bit, 0 is no change."""
-
-    @classmethod
-    @abstractmethod
-    def _build(cls: type[D], tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> D:
-        """The constructor, given all it could need."""
+        return replace(self, **{self.names[-1]: self._last * strength})
 
     @classmethod
     def from_tensors(cls: type[D], tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> D:
@@ -60,7 +55,9 @@ class Delta(ABC):
             BadInput: names, shapes, dtypes or indices do not make a change of that shape.
         """
         _need(set(tensors) == set(cls.names), f"{cls.kind} has tensors {sorted(tensors)}, not {sorted(cls.names)}")
-        delta = cls._build(tensors, shape)
+        sizes = {"shape": shape, "out": shape[0]}
+        own: dict[str, Any] = {f.name: sizes[f.name] for f in fields(cls) if f.name in sizes}
+        delta = cls(**tensors, **own)
         _need(delta.shape == shape, f"{cls.kind} has shape {delta.shape}, not {shape}")
         return delta
 
@@ -71,13 +68,13 @@ class Delta(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes its tensors take."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        return sum(t.nbytes for t in self.tensors().values())
 
     @property
     def label(self) -> str:
         """Its kind and how much of it there is: ``low_rank 3``, ``rows 5``, ``dense``."""
-        index = self.tensors().get("index")
-        return self.kind if index is None else f"{self.kind} {len(index)}"
+        first, *more = self.tensors().values()
+        return f"{self.kind} {len(first)}" if more else self.kind
 
     def to(self: D, device: torch.device | str, dtype: torch.dtype | None = None, *, copy: bool = False) -> D:
         """The same change elsewhere; ``dtype`` is for the floating tensors, an index stays int64."""
@@ -85,14 +82,31 @@ class Delta(ABC):
         def move(t: Tensor) -> Tensor:
             return t.detach().to(device, dtype if t.is_floating_point() else None, copy=copy).contiguous()
 
-        return self._map(move)
+        return replace(self, **{name: move(t) for name, t in self.tensors().items()})
 
     def is_finite(self) -> bool:
         """No entry is infinite or NaN."""
         return all(bool(torch.isfinite(t).all()) for t in self.tensors().values())
 
-    def _map(self: D, f: Callable[[Tensor], Tensor]) -> D:
-        return replace(self, **{name: f(t) for name, t in self.tensors().items()})
+    @property
+    def _last(self) -> Tensor:
+        last: Tensor = getattr(self, self.names[-1])
+        return last
+
+    def _check(self, dims: int, end: int = 0) -> None:
+        """Raise ``BadInput`` unless the floating tensors have so many dimensions and an index runs up to ``end``."""
+        tensors, kind = self.tensors(), self.kind
+        index = tensors.pop("index", None)
+        for name, t in tensors.items():
+            _need(t.ndim == dims, f"{kind}.{name} has {t.ndim} dimensions, it must have {dims}")
+            _need(t.dtype in FLOATS, f"{kind}.{name} is {t.dtype}, it must be floating")
+        if index is not None:
+            _need(index.dtype == torch.int64 and index.ndim == 1, f"{kind}.index must be int64 with one dimension")
+            _need(len(index) == len(t), f"{kind} has {len(index)} indices for {len(t)} values")
+        if index is not None and len(index):
+            low, high = torch.stack(index.aminmax()).tolist()
+            _need(low >= 0 and high < end, f"{kind}.index runs from {low} to {high}, it must be in 0..{end - 1}")
+            _need(bool((index.sort().values.diff() > 0).all()), f"{kind}.index names an entry twice")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +123,8 @@ class Addition(Delta):
 
     def dense(self) -> Tensor:
         """ΔW written out, [out, in] fp32 (fp64 if it is held so)."""
-        first = self.tensors()[self.names[-1]]
-        whole = torch.zeros(self.shape, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        dtype = torch.promote_types(self._last.dtype, torch.float32)
+        whole = torch.zeros(self.shape, dtype=dtype, device=self._last.device)
         self.to(whole.device, whole.dtype).add_to(whole)
         return whole
 
@@ -122,11 +136,12 @@ class LowRank(Addition):
     b: Tensor  # [out, r]
     a: Tensor  # [r, in]
     kind: ClassVar[str] = "low_rank"
-    names: ClassVar[tuple[str, ...]] = ("b", "a")
+    names: ClassVar[tuple[str, ...]] = ("a", "b")
 
     def __post_init__(self) -> None:
-        _floats(self, 2, "b", "a")
-        _need(self.b.shape[1] == self.a.shape[0], f"b is {_size(self.b)} and a is {_size(self.a)}: the ranks differ")
+        self._check(2)
+        sizes = ["x".join(map(str, t.shape)) for t in (self.b, self.a)]
+        _need(self.b.shape[1] == self.a.shape[0], f"b is {sizes[0]} and a is {sizes[1]}: the ranks differ")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -137,17 +152,10 @@ class LowRank(Addition):
         """Columns of ``b``."""
         return self.b.shape[1]
 
-    @property
-    def label(self) -> str:
-        return f"{self.kind} {self.rank}"
-
     def norm(self) -> float:
         """Frobenius norm from the r x r Gram matrices, in fp64; b @ a is not formed."""
         b, a = self.b.double(), self.a.double()
         return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
-
-    def scaled(self, strength: float) -> LowRank:
-        return replace(self, b=self.b * strength)
 
     def add_to(self, weight: Tensor) -> None:
         weight.add_(self.b @ self.a)
@@ -165,10 +173,6 @@ class LowRank(Addition):
         b, a = q_out @ (u[:, keep] * root), (root[:, None] * vt[keep]) @ q_in.T
         return LowRank(b.to(self.b.dtype), a.to(self.a.dtype))
 
-    @classmethod
-    def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> LowRank:
-        return cls(tensors["b"], tensors["a"])
-
 
 @dataclass(frozen=True, eq=False)
 class Dense(Addition):
@@ -179,27 +183,17 @@ class Dense(Addition):
     names: ClassVar[tuple[str, ...]] = ("value",)
 
     def __post_init__(self) -> None:
-        _floats(self, 2, "value")
+        self._check(2)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.value.shape[0], self.value.shape[1]
-
-    def norm(self) -> float:
-        return _norm(self.value)
-
-    def scaled(self, strength: float) -> Dense:
-        return Dense(self.value * strength)
 
     def add_to(self, weight: Tensor) -> None:
         weight.add_(self.value)
 
     def times(self, x: Tensor) -> Tensor:
         return F.linear(x, self.value)
-
-    @classmethod
-    def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Dense:
-        return cls(tensors["value"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,14 +207,7 @@ class Sparse(Addition):
     names: ClassVar[tuple[str, ...]] = ("index", "value")
 
     def __post_init__(self) -> None:
-        _floats(self, 1, "value")
-        _index(self, self.value, self.shape[0] * self.shape[1])
-
-    def norm(self) -> float:
-        return _norm(self.value)
-
-    def scaled(self, strength: float) -> Sparse:
-        return replace(self, value=self.value * strength)
+        self._check(1, self.shape[0] * self.shape[1])
 
     def add_to(self, weight: Tensor) -> None:
         row, column = self.index // self.shape[1], self.index % self.shape[1]
@@ -236,10 +223,6 @@ class Sparse(Addition):
         value[place, self.index % self.shape[1]] = self.value
         return Rows(rows, value, self.shape[0])
 
-    @classmethod
-    def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Sparse:
-        return cls(tensors["index"], tensors["value"], shape)
-
 
 @dataclass(frozen=True, eq=False)
 class Rows(Addition):
@@ -252,28 +235,17 @@ class Rows(Addition):
     names: ClassVar[tuple[str, ...]] = ("index", "value")
 
     def __post_init__(self) -> None:
-        _floats(self, 2, "value")
-        _index(self, self.value, self.out)
+        self._check(2, self.out)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.out, self.value.shape[1]
-
-    def norm(self) -> float:
-        return _norm(self.value)
-
-    def scaled(self, strength: float) -> Rows:
-        return replace(self, value=self.value * strength)
 
     def add_to(self, weight: Tensor) -> None:
         weight.index_add_(0, self.index, self.value)
 
     def times(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:-1], self.out).index_add(-1, self.index, F.linear(x, self.value).to(x.dtype))
-
-    @classmethod
-    def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Rows:
-        return cls(tensors["index"], tensors["value"], shape[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,8 +259,7 @@ class Scale(Delta):
     names: ClassVar[tuple[str, ...]] = ("index", "factor")
 
     def __post_init__(self) -> None:
-        _floats(self, 1, "factor")
-        _index(self, self.factor, self.shape[1])
+        self._check(1, self.shape[1])
 
     def norm(self) -> float:
         """Norm of ``factor - 1``. The change itself depends on the weight."""
@@ -304,13 +275,10 @@ class Scale(Delta):
         whole[self.index] = self.factor
         return whole
 
-    @classmethod
-    def _build(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Scale:
-        return cls(tensors["index"], tensors["factor"], shape)
 
-
-Changes = tuple[tuple[int, Delta], ...]
-"""What is on one weight: (number of the patch, its change), in the order the patches went on."""
+Changes = Mapping[int, Delta]
+"""What is on one weight: number of the patch -> its change, in the order the patches went on."""
+KINDS: dict[str, type[Delta]] = {cls.kind: cls for cls in (LowRank, Dense, Sparse, Rows, Scale)}
 
 
 def join(deltas: Sequence[LowRank]) -> LowRank:
@@ -318,34 +286,10 @@ def join(deltas: Sequence[LowRank]) -> LowRank:
     return LowRank(torch.cat([d.b for d in deltas], dim=1), torch.cat([d.a for d in deltas]))
 
 
-KINDS: dict[str, type[Delta]] = {cls.kind: cls for cls in (LowRank, Dense, Sparse, Rows, Scale)}
-
-
 def _need(ok: bool, complaint: str) -> None:
     if not ok:
         raise BadInput(f"not a change of a weight: {complaint}.")
 
 
-def _floats(delta: Delta, dims: int, *names: str) -> None:
-    for name in names:
-        t = getattr(delta, name)
-        _need(t.ndim == dims, f"{delta.kind}.{name} has {t.ndim} dimensions, it must have {dims}")
-        _need(t.dtype in FLOATS, f"{delta.kind}.{name} is {t.dtype}, it must be floating")
-
-
-def _index(delta: Sparse | Rows | Scale, values: Tensor, end: int) -> None:
-    index = delta.index
-    _need(index.dtype == torch.int64 and index.ndim == 1, f"{delta.kind}.index must be int64 with one dimension")
-    _need(len(index) == len(values), f"{delta.kind} has {len(index)} indices for {len(values)} values")
-    if len(index):
-        low, high = torch.stack(index.aminmax()).tolist()
-        _need(low >= 0 and high < end, f"{delta.kind}.index runs from {low} to {high}, it must be in 0..{end - 1}")
-        _need(bool((index.sort().values.diff() > 0).all()), f"{delta.kind}.index names an entry twice")
-
-
 def _norm(t: Tensor) -> float:
     return float(torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)))
-
-
-def _size(t: Tensor) -> str:
-    return "x".join(map(str, t.shape))

@@ -1,27 +1,31 @@
-"""``WeightPatch``: changes of weights by parameter name."""
+"""``WeightPatch``: changes of weights by parameter name, and what one does to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...errors import BadInput, BadPatch, Diverged, WrongModel
+from ...errors import BadInput, BadPatch, CannotMount, Diverged, WrongModel
 from ...models.lm import LM
-from ...provenance import made_now
-from ..base import Base, fingerprint, has_values, hash_of, original
+from ..base import has_values, hash_of, original
 from ..handle import Handle
 from ..lora import Lora
 from ..merge import merged_fields
-from ..patch import Law, Mount, Patch, plain, plain_edits
-from .combine import combine
-from .delta import KINDS, Delta, LowRank
-from .factors import as_lora
-from .mount import WeightHandle
+from ..patch import Mount, Patch, fields_for
+from . import bake, side
+from .bake import Baked
+from .combine import as_lora, combine
+from .delta import KINDS, Addition, Delta, LowRank, Scale
+from .side import Side
 from .target import Target, find_targets
+
+NUMBERS = count()
 
 
 @dataclass(eq=False)
@@ -51,9 +55,7 @@ class WeightPatch(Patch):
         Args:
             lm: the model, patched or not; what is recorded is the model without patches.
             deltas: parameter name -> change. Of tied names any will do; the first is kept.
-            config: the method's ``Config``, or a dict.
-            edits: ``Edit`` records or dicts.
-            seconds: how long the fit took.
+            config, edits, seconds, notes: see ``fields_for``.
         Raises:
             BadInput: no such parameter, two names of one weight, or a change of another shape.
             Diverged: a change holds infinite or undefined numbers.
@@ -65,18 +67,15 @@ class WeightPatch(Patch):
         for name, delta in deltas.items():
             if not delta.is_finite():
                 raise Diverged(f"{method}: the change of {name} left the finite numbers. Lower the learning rate.")
-        weights = {t.name: original(lm.model, t.name) for t in targets.values()}
-        norms = {name: float(w.float().norm()) for name, w in weights.items() if has_values(w)}
-        return cls(
-            method=method,
-            config=plain(config or {}),
-            base=Base(fingerprint(lm), lm.name, {name: hash_of(weight) for name, weight in weights.items()}),
-            edits=plain_edits(edits),
-            made=made_now(seconds) | {"weight_norms": norms},
-            notes=plain(notes or {}),
+        patch = cls(
+            **fields_for(lm, method, config, edits, seconds, notes),
             extras={name: t.detach().to("cpu", copy=True).contiguous() for name, t in (extras or {}).items()},
             deltas={targets[name].name: delta.to("cpu", copy=True) for name, delta in deltas.items()},
         )
+        weights = {name: original(lm.model, name) for name in patch.deltas}
+        patch.base.touched.update({name: hash_of(weight) for name, weight in weights.items()})
+        patch.made["weight_norms"] = {n: float(w.float().norm()) for n, w in weights.items() if has_values(w)}
+        return patch
 
     def scaled(self, strength: float) -> WeightPatch:
         """The patch with every change times ``strength``; see ``Delta.scaled``."""
@@ -94,42 +93,36 @@ class WeightPatch(Patch):
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> WeightPatch:
         deltas = {name: _delta(name, part, tensors) for name, part in parts.items()}
         patch = cls(**common, deltas=deltas)
-        if set(patch.tensors()) != set(tensors):
-            raise BadPatch(f"tensors without a place: {sorted(set(tensors) - set(patch.tensors()))}.")
+        if extra := set(tensors) - set(patch.tensors()):
+            raise BadPatch(f"tensors without a place: {sorted(extra)}.")
         if set(patch.base.touched) != set(deltas):
             raise BadPatch("the weights it changes are not the weights it has hashes of.")
         return patch
 
     def describe(self) -> list[str]:
-        lines = []
-        for name, delta in self.deltas.items():
-            norm = self.made.get("weight_norms", {}).get(name)
-            share = f", {delta.norm() / norm:.2g} of its norm" if norm and delta.kind != "scale" else ""
-            lines.append(f"  {name}: {delta.label} on {delta.shape[0]} x {delta.shape[1]}{share}")
-        return lines
+        shares = {name: f", {norm:.2g} of its norm" for name, norm in self.change_norms().items()}
+        return [
+            f"  {name}: {delta.label} on {delta.shape[0]} x {delta.shape[1]}{shares.get(name, '')}"
+            for name, delta in self.deltas.items()
+        ]
 
     def change_norms(self) -> dict[str, float]:
         norms = self.made.get("weight_norms", {})
-        additions = {name: delta for name, delta in self.deltas.items() if delta.kind != "scale"}
-        return {name: delta.norm() / norms[name] for name, delta in additions.items() if norms.get(name)}
+        additions = {name: delta for name, delta in self.deltas.items() if norms.get(name) and delta.kind != "scale"}
+        return {name: delta.norm() / norms[name] for name, delta in additions.items()}
 
-    def targets(self, lm: LM) -> dict[str, Target]:
-        """The weight of ``lm`` behind each name in the patch.
-
-        Raises:
-            WrongModel: there is none of that name and shape.
-        """
+    def _changes(self, lm: LM) -> dict[Target, Delta]:
         try:
-            return find_targets(lm.model, {name: delta.shape for name, delta in self.deltas.items()})
+            targets = find_targets(lm.model, {name: delta.shape for name, delta in self.deltas.items()})
         except LookupError as error:
             raise WrongModel(f"{self.base.misfit(lm)}: {error} Load {self.base.name}.") from None
+        return {target: self.deltas[name] for name, target in targets.items()}
 
     def fits(self, lm: LM) -> None:
-        self.targets(lm)
+        self._changes(lm)
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
-        changes = {target: self.deltas[name] for name, target in self.targets(lm).items()}
-        return WeightHandle(changes, mount, others)
+        return WeightHandle(self._changes(lm), mount, others)
 
     def merged(self, others: Sequence[WeightPatch]) -> WeightPatch:
         patches = (self, *others)
@@ -137,23 +130,78 @@ class WeightPatch(Patch):
         deltas = {name: combine(name, [p.deltas[name] for p in patches if name in p.deltas]) for name in names}
         return WeightPatch(**merged_fields(patches), deltas=deltas)
 
-    def law(self) -> Law:
-        return Law.STACK
-
     def lora(self, lm: LM, rank: int | None) -> Lora:
-        return as_lora({target: self.deltas[name] for name, target in self.targets(lm).items()}, rank)
+        return as_lora(self._changes(lm), rank)
 
     @classmethod
     def trial(cls, lm: LM, layer: int, strength: float) -> WeightPatch:
         """A random rank-one change of one down-projection, ``strength`` of the weight's norm."""
         name = lm.layout.weight(lm.layout.downs[layer])
-        d_ff = lm.parameter(name).numel() // lm.layout.d_model
-        generator = torch.Generator().manual_seed(layer)
+        weight, generator = lm.parameter(name), torch.Generator().manual_seed(layer)
         b = torch.randn(lm.layout.d_model, 1, generator=generator)
-        a = torch.randn(1, d_ff, generator=generator)
-        norm = float(lm.parameter(name).float().norm())
-        b = b * (strength * norm / float(b.norm() * a.norm()))
+        a = torch.randn(1, weight.numel() // lm.layout.d_model, generator=generator)
+        b = b * (strength * float(weight.float().norm()) / float(b.norm() * a.norm()))
         return cls.make(lm, {name: LowRank(b, a)}, method="trial", seconds=0.0)
+
+
+class WeightHandle(Handle):
+    """Changes of some weights, baked or on the side."""
+
+    def __init__(self, changes: Mapping[Target, Delta], mount: Mount, others: Sequence[Handle]) -> None:
+        super().__init__()
+        self.changes, self.mount, self.number = dict(changes), mount, next(NUMBERS)
+        books = [handle.book for handle in others if isinstance(handle, WeightHandle)]
+        self.book: dict[str, dict[str, Baked | Side]] = books[0] if books else {"bake": {}, "side": {}}
+        """Mount -> first name of a weight -> all that is on it, of all patches."""
+        self._entries = self.book[mount]
+        for target, delta in self.changes.items():
+            bake.refuse(target) if mount == "bake" else side.refuse(target, delta)
+            self._refuse_mixed(target, delta, "side" if mount == "bake" else "bake")
+        for target in self.changes:
+            if target.name in self._entries:
+                self._entries[target.name].check()
+
+    def enable(self) -> None:
+        sums = [torch.zeros(2)]
+        for target, delta in self.changes.items():
+            entry = self._entries.get(target.name) or (Baked(target) if self.mount == "bake" else Side(target))
+            self._entries[target.name] = entry
+            if self.number not in entry.changes:
+                sums.append(entry.add(delta, dict(sorted([*entry.changes.items(), (self.number, delta)]))))
+        if len(sums) > len(self.changes):
+            missed, wanted = torch.stack(sums).double().sum(0).sqrt().tolist()
+            self.rounding_error = missed / wanted if wanted else 0.0
+
+    def disable(self) -> None:
+        with ExitStack() as rest:  # goes through all of them even if one fails
+            for entry in self._mine():
+                rest.callback(entry.write, {n: delta for n, delta in entry.changes.items() if n != self.number})
+        for target in self.changes:
+            if target.name in self._entries and not self._entries[target.name].changes:
+                del self._entries[target.name]
+
+    def check(self) -> None:
+        for entry in self._mine():
+            entry.check()
+
+    def originals(self) -> Mapping[str, Tensor]:
+        baked = (entry for entry in self.book["bake"].values() if isinstance(entry, Baked))
+        return {name: entry.original for entry in baked for name in entry.target.names}
+
+    def _mine(self) -> list[Baked | Side]:
+        entries = (self._entries.get(target.name) for target in self.changes)
+        return [entry for entry in entries if entry is not None and self.number in entry.changes]
+
+    def _refuse_mixed(self, target: Target, delta: Delta, other: Mount) -> None:
+        """A hook that scales the input of a weight would also scale what was baked into it."""
+        entry = self.book[other].get(target.name)
+        others = [*entry.changes.values()] if entry else []
+        scale, addition = (others, [delta]) if other == "side" else ([delta], others)
+        if any(isinstance(d, Scale) for d in scale) and any(isinstance(d, Addition) for d in addition):
+            raise CannotMount(
+                f"cannot mount {self.mount!r} on {target.name}: a scale on the side would also scale what is baked in. "
+                f"Mount both the same way: mount={other!r} here."
+            )
 
 
 def _delta(name: str, part: Any, tensors: Mapping[str, Tensor]) -> Delta:

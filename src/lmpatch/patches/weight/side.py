@@ -26,7 +26,7 @@ class Side:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.changes: Changes = ()
+        self.changes: Changes = {}
         if target.vector:
             self._hooks = Hooks(Hook(target.module, self._scale_vector))
         else:
@@ -74,42 +74,39 @@ class Side:
         return output + (scale - 1) * self.target.parameter.to(output.dtype)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor | None, list[Addition]]:
-        """The factor of each input and the additions, where ``x`` is and in its dtype."""
+        """The product of all scales, [in] or None, and the additions, where ``x`` is and in its dtype."""
         key = (x.device, x.dtype)
         ready = self._ready
         if ready[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # made in inference mode it could serve no backward
-                self._ready = ready = (key, *prepare([d for _, d in self.changes], *key))
+                self._ready = ready = (key, *_prepare([*self.changes.values()], x))
         return ready[1], ready[2]
 
 
-def prepare(deltas: Sequence[Delta], device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, list[Addition]]:
-    """The product of all scales, [in] or None, and the additions, with all low-rank ones joined into one."""
-    scales = [d.to(device, torch.float32).factors() for d in deltas if isinstance(d, Scale)]
+def _prepare(deltas: Sequence[Delta], x: Tensor) -> tuple[Tensor | None, list[Addition]]:
+    scales = [d.to(x.device, torch.float32).factors() for d in deltas if isinstance(d, Scale)]
+    scale = torch.stack(scales).prod(0).to(x.dtype) if scales else None
     low = [d for d in deltas if isinstance(d, LowRank)]
     rest = [d for d in deltas if isinstance(d, Addition) and not isinstance(d, LowRank)]
     additions = [*([join(low)] if low else []), *(d.to_rows() if isinstance(d, Sparse) else d for d in rest)]
-    scale = torch.stack(scales).prod(0).to(dtype) if scales else None
-    return scale, [d.to(device, dtype, copy=True) for d in additions]
+    return scale, [d.to(x.device, x.dtype, copy=True) for d in additions]
 
 
 def refuse(target: Target, delta: Delta) -> None:
     """Raise ``CannotMount`` unless hooks on the module do what the changed weight would."""
+    linear = isinstance(target.module, (nn.Linear, Conv1D))
+    if linear:
+        scalable = target.attribute == "bias"
+    else:  # the only parameter of a norm
+        scalable = target.attribute == "weight" and len(list(target.module.parameters())) == 1
     if len(target.names) > 1:
         reason = f"{' and '.join(target.names)} are one weight, and a hook would change one of its uses only"
-    elif target.vector and _scalable(target) and isinstance(delta, Scale):
-        return
-    elif target.vector and _scalable(target):
+    elif target.vector and scalable:
+        if isinstance(delta, Scale):
+            return
         reason = f"{target.name} is a vector, which hooks can scale but not add to"
-    elif not isinstance(target.module, (nn.Linear, Conv1D)) or target.attribute != "weight":
+    elif not linear or target.attribute != "weight":
         reason = f"{target.name} belongs to a {type(target.module).__name__}, and hooks are for linear layers"
     else:
         return
     raise CannotMount(f"cannot mount on the side: {reason}. Pass mount='bake' to write the weight instead.")
-
-
-def _scalable(target: Target) -> bool:
-    """A bias of a linear layer, or the only parameter of a norm."""
-    if isinstance(target.module, (nn.Linear, Conv1D)):
-        return target.attribute == "bias"
-    return target.attribute == "weight" and len(list(target.module.parameters())) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +51,7 @@ class Target:
 
     def oriented(self, stored: Tensor) -> Tensor:
         """A view of the stored tensor as [out, in]."""
-        if self.vector:
-            return stored[:, None]
-        return stored.T if self.transposed else stored
-
-    def stored(self, oriented: Tensor) -> Tensor:
-        """The inverse of ``oriented``, a view too."""
-        if self.vector:
-            return oriented[:, 0]
-        return oriented.T if self.transposed else oriented
+        return stored[:, None] if self.vector else stored.T if self.transposed else stored
 
 
 def find_targets(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Target]:
@@ -70,12 +62,15 @@ def find_targets(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
     Raises:
         LookupError: a name is unknown, two are one weight, or a shape differs. Callers say what that means to them.
     """
-    groups = _tied(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied: dict[Any, list[str]] = {}
+    for name, p in parameters.items():
+        tied.setdefault(_storage(p), []).append(name)
     targets: dict[str, Target] = {}
     for name, shape in shapes.items():
-        if name not in groups:
+        if name not in parameters:
             raise LookupError(f"the model has no parameter {name}.")
-        target = _target(model, name, groups[name])
+        target = _target(model, name, tuple(tied[_storage(parameters[name])]))
         if target.shape != tuple(shape):
             raise LookupError(f"{name} is {_by(target.shape)} (out x in), the change is {_by(shape)}.")
         if target.name in {t.name for t in targets.values()}:
@@ -116,12 +111,9 @@ def _offset(module: nn.Module, attribute: str) -> float:
     return float(round(float((zero * unit).sum() / unit.square().sum())))
 
 
-def _tied(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[str, ...]]:
-    """Each name -> all names of the same storage, in the order of the model."""
-    groups: dict[Any, list[str]] = {}
-    for name, p in parameters:
-        groups.setdefault((p.device, p.data_ptr()) if has_values(p) else id(p), []).append(name)
-    return {name: tuple(group) for group in groups.values() for name in group}
+def _storage(p: Tensor) -> Any:
+    """Equal for two names of one weight."""
+    return (p.device, p.data_ptr()) if has_values(p) else id(p)
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK, frozen, logits
 from ...inference.interventions import need_window
 from ...inference.replay import Recording, record
-from ...inference.tokens import Row, encode_all
+from ...inference.tokens import encode_all
 from ...models.hooks import Hook, hooked
 from ...models.lm import LM
 from ...progress import Progress
@@ -77,13 +77,9 @@ class Credits:
 
 
 def run(
-    lm: LM,
-    data: Sequence[ContextRecord],
-    cfg: Config,
-    *,
-    progress: Progress | None = None,
+    lm: LM, data: Sequence[ContextRecord], cfg: Config, *, progress: Progress | None = None,
     out: str | Path | None = None,
-) -> Scores:
+) -> Scores:  # fmt: skip
     """Score the neurons of every block for each record.
 
     For layer l and point a, the down-projection's input at the last prompt token is v_q + a (v_cq - v_q), and the
@@ -135,23 +131,13 @@ def cases(lm: LM, records: Sequence[ContextRecord]) -> list[Case]:
                 f"record {i}: the answer {records[i - 1].answer!r} shares a token with the end of its prompt "
                 f"{records[i - 1].prompt[-30:]!r}. Let the prompt end in a word, without a blank behind it."
             )
-        at = first_visible(lm, row)
-        with_context, blank = row.ids[:at], row.ids[row.target : at]
-        need_window(lm, [with_context])
-        made.append(Case(with_context, short.ids + blank, row.ids[at]))
+        seen = (at for at in range(row.target, len(row.ids)) if lm.tokenizer.decode([row.ids[at]]).strip())
+        at = next(seen, None)
+        if at is None:
+            raise BadInput("an answer tokenises to nothing visible. Give a visible answer.")
+        need_window(lm, [row.ids[:at]])
+        made.append(Case(row.ids[:at], short.ids + row.ids[row.target : at], row.ids[at]))
     return made
-
-
-def first_visible(lm: LM, row: Row) -> int:
-    """Index of the first target token that is more than a blank.
-
-    Raises:
-        BadInput: there is none.
-    """
-    for at in range(row.target, len(row.ids)):
-        if lm.tokenizer.decode([row.ids[at]]).strip():
-            return at
-    raise BadInput("an answer tokenises to nothing visible. Give a visible answer.")
 
 
 def attributions(lm: LM, found: Sequence[Case], cfg: Steps) -> Iterator[Credits]:
@@ -203,11 +189,9 @@ def _layer_bytes(lm: LM, layer: int, points: int) -> int:
 
 
 def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor, weights: Tensor) -> list[Credits]:
-    context, plain = (
-        record(lm, rows, ends, ends=ends)
-        for rows in ([c.with_context for c in batch], [c.without_context for c in batch])
-        for ends in [[len(row) - 1 for row in rows]]
-    )
+    sides = [case.with_context for case in batch], [case.without_context for case in batch]
+    ends = [[len(row) - 1 for row in rows] for rows in sides]
+    context, plain = (record(lm, rows, end, ends=end) for rows, end in zip(sides, ends, strict=True))
     labels = torch.tensor([case.label for case in batch], device=lm.device)
     scores: list[list[Tensor]] = [[] for _ in cfgs]
     moved = []  # by each layer, p(answer) from the first point to the last
@@ -218,37 +202,30 @@ def _credit(lm: LM, batch: Sequence[Case], cfgs: Sequence[Steps], nodes: Tensor,
             for found, grad in zip(scores, grads[i].unbind(1), strict=True):
                 found.append(step * _pulled_back(lm, layer, context.keys[layer], grad))
             moved.append(p[:, i, -1] - p[:, i, 0])
-    made = []
+    widest, made = max(lm.layout.widths), []
     for cfg, found in zip(cfgs, scores, strict=True):
-        widest = max(lm.layout.widths)
         whole = torch.stack([F.pad(x, (0, widest - x.shape[1]), value=-torch.inf) for x in found], 1)  # [n, layers, f]
         total = whole.masked_fill(whole == -torch.inf, 0).sum(-1)  # [n, layers]
         made.append(Credits(whole, torch.stack(moved, 1) - total if cfg.weighting == "path" else None))
     return made
 
 
-def _groups(lm: LM, points: int, budget: int) -> list[range]:
+def _groups(lm: LM, points: int, budget: int) -> list[list[int]]:
     """All layers in as few wavefronts as the budget allows."""
-    groups: list[range] = []
+    groups: list[list[int]] = []
     used = 0
     for layer in range(lm.layout.n_layers):
         need = _layer_bytes(lm, layer, points)
         if not groups or used + need > budget:
-            groups.append(range(layer, layer))
+            groups.append([])
             used = 0
-        groups[-1] = range(groups[-1].start, layer + 1)
+        groups[-1].append(layer)
         used += need
     return groups
 
 
 def _wavefront(
-    lm: LM,
-    context: Recording,
-    plain: Recording,
-    labels: Tensor,
-    layers: range,
-    nodes: Tensor,
-    weights: Tensor,
+    lm: LM, context: Recording, plain: Recording, labels: Tensor, layers: list[int], nodes: Tensor, weights: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """Send every point of these layers to the top, and p(answer)'s gradients back.
 
@@ -259,9 +236,9 @@ def _wavefront(
     n, m = context.n, len(nodes)
     a, w = nodes[:, None], weights.T  # [m, 1], [m, settings]
     leaves: list[Tensor] = []
-    hidden = context.hidden[layers.start][:, :0]  # [n, 0, d]
+    hidden = context.hidden[layers[0]][:, :0]  # [n, 0, d]
     with torch.enable_grad():
-        for layer in range(layers.start, lm.layout.n_layers):
+        for layer in range(layers[0], lm.layout.n_layers):
             hooks = []
             if layer in layers:
                 start, end = (r.values[layer].float()[:, None] for r in (plain, context))  # [n, 1, d]

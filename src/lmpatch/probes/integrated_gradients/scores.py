@@ -1,20 +1,25 @@
-"""What ``integrated_gradients`` finds, in memory and as a file of JSON lines that a stopped run goes on from."""
+"""What ``integrated_gradients`` finds, in memory and as a file of JSON lines that a stopped run goes on from.
+
+Each line holds the hash of itself and of the line before, so none can be altered, lost, doubled or moved unseen.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput, BadRecord
+from ...files import outside, read_bytes
 from ...models.lm import LM
 from ...patches.base import fingerprint
 from ...patches.ledger import applied
 from ...provenance import hash_json
 
-SCHEMA = 1
+SCHEMA = 2
+SEAL = "sha256"
 
 
 @dataclass(frozen=True)
@@ -50,22 +55,21 @@ class Scores:
 
     def save(self, folder: Path) -> None:
         """Write the file that ``run(..., out=path)`` writes, as ``integrated_gradients.jsonl`` of the folder."""
-        lines = [self.header, *map(asdict, self.records)]
-        path = folder / "integrated_gradients.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        lines = [line for line, _ in _sealed([self.header, *map(asdict, self.records)])]
+        (folder / "integrated_gradients.jsonl").write_text("".join(lines), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
         """Read it.
 
         Raises:
-            BadInput: no such file.
-            BadRecord: a line that is none of its lines.
+            BadRecord: there is none, it was altered, or its run was stopped.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise BadInput(f"there is no file {path}. Give the path of saved scores.")
-        header, credits, _ = _read(path)
+        header, credits, _, _ = _read(Path(path))
+        if len(credits) < header["count"]:
+            raise BadRecord(
+                f"{path} holds {len(credits)} of {header['count']} records: its run was stopped. Finish it."
+            )
         return cls(header, tuple(credits))
 
 
@@ -84,6 +88,7 @@ def header(lm: LM, data: Sequence[Any], settings: Mapping[str, Any]) -> dict[str
         "dtype": str(lm.dtype),
         "patches": [on.patch.hash() for on in applied(lm)],
         "records": hash_json([(r.prompt, r.without_context, r.answer) for r in data]),
+        "count": len(data),
     }
 
 
@@ -93,41 +98,54 @@ class Log:
     def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
         self.path, self.header = path, header
         self.credits: list[Credit] = []
-        if path is None:
-            return
-        if path.exists():
-            there, self.credits, whole = _read(path)
+        self.seal = ""  # of the last line
+        if path and path.exists():
+            there, self.credits, self.seal, size = _read(path)
             if differ := differing(there, header):
                 raise BadInput(
                     f"{path} holds scores of another run: {', '.join(differ)} differ. Give another file, or remove it."
                 )
             with path.open("r+b") as file:
-                file.truncate(whole)
-        else:
+                file.truncate(size)
+        elif path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+            self._append([header])
 
     def add(self, found: Sequence[Credit]) -> None:
         """Append a batch."""
         self.credits += found
         if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(credit)) + "\n" for credit in found)
+            self._append(map(asdict, found))
+
+    def _append(self, values: Iterable[Mapping[str, Any]]) -> None:
+        assert self.path
+        with self.path.open("a", encoding="utf-8") as file:
+            for line, seal in _sealed(values, self.seal):
+                file.write(line)
+                self.seal = seal
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[Credit], int]:
-    """Header, credits, and the bytes they take; a last line that was cut off does not count."""
-    text = path.read_bytes()
+def _sealed(values: Iterable[Mapping[str, Any]], before: str = "") -> Iterator[tuple[str, str]]:
+    """Each value as a line, and the line's hash."""
+    for value in values:
+        before = hash_json([before, value])
+        yield json.dumps({**value, SEAL: before}) + "\n", before
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Credit], str, int]:
+    """Header, credits, the last line's hash, and the bytes they take; a last line that was cut off does not count."""
+    text = read_bytes(path, error=BadRecord)
     lines = text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
-    credits = []
-    try:
-        header: dict[str, Any] = json.loads(lines[0])
-        if header.get("probe") != "integrated_gradients" or header.get("schema") != SCHEMA:
-            raise ValueError("another header")
-        for line in lines[1:]:
-            found = json.loads(line)
-            neurons = tuple((int(i), int(j), float(score)) for i, j, score in found["neurons"])
-            credits.append(Credit(neurons, float(found["highest"]), found["gap"]))
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadRecord(f"{path} is no file of scores: line {len(credits) + 2} ({error}). Remove it.") from None
-    return header, credits, sum(map(len, lines))
+    values: list[dict[str, Any]] = []
+    before = ""
+    for number, line in enumerate(lines, 1):
+        with outside(f"line {number} of {path}", BadRecord):
+            value = dict(json.loads(line))
+            seal, before = value.pop(SEAL, None), hash_json([before, value])
+        if seal != before:
+            raise BadRecord(f"line {number} of {path} was altered, or is no line of scores. Remove the file.")
+        values.append(value)
+    if not values or (values[0].get("probe"), values[0].get("schema")) != ("integrated_gradients", SCHEMA):
+        raise BadRecord(f"{path} is no file of scores. Remove it.")
+    credits = [Credit(tuple((i, j, s) for i, j, s in v["neurons"]), v["highest"], v["gap"]) for v in values[1:]]
+    return values[0], credits, before, sum(map(len, lines))
