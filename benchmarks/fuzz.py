@@ -17,6 +17,7 @@ import resource
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -24,8 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 import transformers
 from campaign import commands, interrupts, kills, sources, subjects, threads
+from campaign.child import try_all
+from campaign.subjects import Subject
 from campaign.tally import Tally, to_stdout
 
+Input = tuple[str, Callable[[], None]]
 GIB = 24  # address space: what a file declares must not be allocated
 KINDS = {
     "patch folders": (subjects.patches, 0.3),
@@ -52,14 +56,15 @@ def inputs(tally: Tally, args: argparse.Namespace, room: Path) -> None:
         if not listed:
             commands.prepare(place)
         count = args.inputs if args.only else max(1, round(args.inputs * share))
-        for number in range(args.first, args.first + count):
+
+        def make(number: int, kind: str = kind, place: Path = place, listed: list[Subject] = listed) -> Input:
             draw = random.Random(f"{args.seed}/{kind}/{number}")
             if listed:
-                what, act = draw.choice(listed).attack(draw, place / "now")
-            else:
-                words = commands.attack(draw)
-                what, act = "lmpatch " + " ".join(words)[:200], commands.run(words, place)
-            tally.run(kind, number, what, act)
+                return draw.choice(listed).attack(draw, place / "now")
+            words = commands.attack(draw)
+            return "lmpatch " + " ".join(words)[:200], commands.run(words, place)
+
+        try_all(tally, kind, range(args.first, args.first + count), make)
 
 
 def main() -> None:

@@ -175,6 +175,8 @@ def damage(draw: random.Random, folder: Path, other: Files, ways: tuple[str, ...
         what was done; None: there was nothing to damage.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not paths:
+        return None
     path, way = draw.choice(paths), draw.choice(ways)
     name, data = path.relative_to(folder).as_posix(), path.read_bytes()
     if way in BYTES:

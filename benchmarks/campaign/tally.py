@@ -9,6 +9,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,37 @@ class Hang(BaseException):
     """It took longer than ``PATIENCE``."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one input."""
+
+    how: str
+    """``refused``, ``same``, ``tracebacks`` or ``wrong``."""
+    error: str = ""
+    at: str = ""
+    """The place in lmpatch that raised."""
+
+
+def attempt(act: Callable[[], object]) -> Outcome:
+    """``act`` raises ``LmpatchError`` where the input is refused, ``Wrong`` where it should have been."""
+    try:
+        with patience():
+            act()
+    except LmpatchError as error:
+        return Outcome("refused", _line(error))
+    except (Exception, Hang, SystemExit) as error:
+        own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(SRC)]
+        place = f"{own[-1].filename.removeprefix(SRC)}:{own[-1].lineno} {own[-1].name}" if own else ""
+        if isinstance(error, Wrong):
+            return Outcome("wrong", str(error), place)
+        return Outcome("tracebacks", f"{type(error).__name__}: {_line(error)}", place)
+    return Outcome("same")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 class Tally:
     """Counts by kind, and what failed."""
 
@@ -39,28 +71,15 @@ class Tally:
         self.say, self.begun, self.last = say, time.monotonic(), time.monotonic()
 
     def run(self, kind: str, number: int, what: str, act: Callable[[], object]) -> None:
-        """One input: ``act`` raises ``LmpatchError`` where it is refused, ``Wrong`` where it should have been."""
-        self.counts[kind]["inputs"] += 1
-        try:
-            with patience():
-                act()
-            self.counts[kind]["same"] += 1
-        except LmpatchError:
-            self.counts[kind]["refused"] += 1
-        except Wrong as error:
-            self.fail(kind, number, what, "wrong", str(error))
-        except (Exception, Hang, SystemExit) as error:
-            self.fail(kind, number, what, "tracebacks", f"{type(error).__name__}: {error}", error)
-        self.tell()
+        """One input, tried and counted."""
+        self.add(kind, number, what, attempt(act))
 
-    def fail(self, kind: str, number: int, what: str, how: str, line: str, error: BaseException | None = None) -> None:
-        """Count and keep a failure, with the place in lmpatch that it came from."""
-        self.counts[kind][how] += 1
-        frames = traceback.extract_tb(error.__traceback__) if error else []
-        own = [f for f in frames if f.filename.startswith(SRC)]
-        place = f"{own[-1].filename.removeprefix(SRC)}:{own[-1].lineno} {own[-1].name}" if own else ""
-        head = " ".join(line.split())[:200]
-        self.failures.append({"kind": kind, "number": number, "input": what, "how": how, "error": head, "at": place})
+    def add(self, kind: str, number: int, what: str, outcome: Outcome) -> None:
+        """Count an outcome, and keep it if it is a failure."""
+        self.counts[kind].update(["inputs", outcome.how])
+        if outcome.how in ("tracebacks", "wrong"):
+            self.failures.append({"kind": kind, "number": number, "input": what, **asdict(outcome)})
+        self.tell()
 
     def tell(self, force: bool = False) -> None:
         """A line of progress, every ten seconds."""
