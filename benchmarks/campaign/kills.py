@@ -5,16 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import signal
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .tally import Tally, Wrong
+from .tally import PATIENCE, Hang, Tally, Wrong
 
 WIDTH, STAMP = 16, {"editor": "e", "base": "b"}
 STEPS = 400
@@ -103,7 +104,6 @@ def live(name: str, folder: str, life: int, pipe: Connection) -> None:
 def one_life(name: str, folder: Path, life: int, draw: random.Random) -> list[Any]:
     """Start a writer and kill it; all that it said."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["campaign.kills", "campaign.subjects", "lancedb"])
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=live, args=(name, str(folder), life, theirs))
     process.start()
@@ -112,28 +112,35 @@ def one_life(name: str, folder: Path, life: int, draw: random.Random) -> list[An
     wait, seconds = draw.randint(0, 4), draw.uniform(0, 0.05)
     try:
         while len(said) < wait and (not said or said[-1][0] != "end"):
+            if not mine.poll(PATIENCE):
+                raise Hang(f"the writer says nothing for {PATIENCE} s")
             said.append(mine.recv())
         time.sleep(seconds)
-        if process.pid:
-            os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         while True:
             said.append(mine.recv())
     except (EOFError, OSError):
-        pass
-    process.join()
-    return said
+        return said
+    finally:
+        process.kill()
+        process.join()
 
 
 def campaign(tally: Tally, count: int, seed: int, room: Path) -> None:
     """So many kills, a third of each writer."""
+    os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}  # of the server that forks
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["campaign.kills", "campaign.subjects", "lancedb"])
     checks = {"memory": _memory, "bench": _bench, "training": _training}
     for name, make in checks.items():
         draw = random.Random(f"{seed}/{name}")
         check = make(room / name)
         for life in range(-(-count // len(checks))):
-            said = one_life(name, room / name, life, draw)
-            kind, what = f"kills, {name}", f"after {sum(word == 'done' for word, _ in said)} acknowledged"
-            tally.run(kind, life, what, lambda said=said, check=check: check(said))  # type: ignore[misc]
+            tally.run(f"kills, {name}", life, "killed", partial(_kill, check, name, room / name, life, draw))
+
+
+def _kill(check: Callable[[list[Any]], None], name: str, folder: Path, life: int, draw: random.Random) -> None:
+    check(one_life(name, folder, life, draw))
 
 
 def _memory(folder: Path) -> Callable[[list[Any]], None]:
