@@ -342,7 +342,7 @@ def test_the_model_is_the_same_afterwards_to_the_bit(
     lm = tiny_lm(family, dtype)
     before = bits(lm)
     cfg = replace(quick, n=3, commit_size=2, chunks=1, max_new_tokens=1, health=True)
-    assert facts.run(lm, edits[:3], cfg, make=make, mount=mount).run("patched").parts[0]["restored"]
+    assert facts.run(lm, edits[:3], cfg, make=make, mount=mount).run("patched").parts[0]["commits"]
     assert bits(lm) == before and not applied(lm)
 
 
