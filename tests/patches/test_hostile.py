@@ -22,8 +22,7 @@ from lmpatch.patches.base import Base
 from lmpatch.patches.editor import KEY, Editor, find_editor, load_editor
 from lmpatch.patches.file import load_patch
 from lmpatch.patches.format import HEADER, TENSORS, sealed
-from lmpatch.patches.ledger import apply
-from lmpatch.patches.memory.patch import MemoryPatch
+from lmpatch.patches.memory.patch import MemoryPatch, retriever_of
 from lmpatch.patches.merge import merge
 from lmpatch.patches.weight.delta import LowRank, Rows, Scale, Sparse
 from lmpatch.patches.weight.patch import WeightPatch
@@ -185,12 +184,15 @@ def test_the_memory_below_is_read_as_it_stands(tmp_path: Path) -> None:
         {"prompt_tokens": 10**10}, {"sentinel_tokens": 10**11}, {"features": 10**9}, {"d_model": 10**7},
         {"target_tokens": 10**6}, {"adapt": 10**8}, {"prompt_tokens": "6"}, {"features": 1.5}, {"d_model": []},
         {"width": -16}, {"sentinel_tokens": -1}, {"prompt_tokens": 10**30}, {"adapt": "0"}, {"new": 1},
+        {"sentinel_tokens": None}, {"encoder": float("nan")}, {"pooler": "../x"}, {"pooler": 1}, {"prompt_tokens": {}},
     ],
 )  # fmt: skip
 def test_a_memory_patch_with_another_shape_is_one_line(tmp_path: Path, shape: dict[str, Any]) -> None:
     folder = memory_folder(tmp_path / "m", PARTS | {"shape": SHAPE | shape})
-    one_line(lambda: apply(tiny_lm("llama"), load_patch(folder)), LmpatchError)
     one_line(lambda: load_patch(folder))
+    editor = Editor("recipe", {}, Base("a" * 64, "m"), PARTS | {"shape": SHAPE | shape}, {"a": torch.zeros(200, 200)})
+    editor.save(tmp_path / "e.safetensors")
+    one_line(lambda: retriever_of(load_editor(tmp_path / "e.safetensors")))
 
 
 @pytest.mark.parametrize(

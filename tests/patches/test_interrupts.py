@@ -199,6 +199,20 @@ def test_a_block_ends_without_its_patch(way: tuple[LM, Patch, Any]) -> None:
         assert run.hit and differ(before, snapshot(lm)) == [], run.lines[-1]
 
 
+def test_a_second_block_begins_with_its_patch_or_can_be_ended(way: tuple[LM, Patch, Any]) -> None:
+    lm, patch, mount = way
+    before, on = snapshot(lm), apply(lm, patch, mount)
+    on.remove()
+    points = each_line(on.__enter__)
+    for n in points:
+        on.__exit__()
+        assert differ(before, snapshot(lm)) == []
+        with Line(n) as run:
+            on.__enter__()
+        assert run.hit
+    on.__exit__()
+
+
 def test_suspended_patches_are_back_or_can_be_taken_off() -> None:
     lm = small_lm()
     before, patch, other = snapshot(lm), weight_patch(lm), MAKE["steer"](lm)

@@ -67,7 +67,8 @@ def block(lm: LM, name: str = OTHER) -> None:
     """The sums of the bits of all rows and columns stay."""
     weight = lm.parameter(name).data
     whole = weight.view({2: torch.int16, 4: torch.int32}[weight.element_size()])
-    whole[3:5, 6:8] += torch.tensor([[1, -1], [-1, 1]], dtype=whole.dtype)
+    step = {2: 1, 4: 1 << 18}[whole.element_size()]  # large enough for the fingerprint, which is rounded to bf16
+    whole[3:5, 6:8] += step * torch.tensor([[1, -1], [-1, 1]], dtype=whole.dtype)
 
 
 def new_parameter(lm: LM) -> None:

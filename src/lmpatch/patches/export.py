@@ -77,30 +77,20 @@ def export(
 
 def _save(model: Any, folder: Path) -> dict[str, Any]:
     """Save the model without those settings of generation for which transformers would refuse it; these it returns."""
-    kept, left_out = model.generation_config, {}
+    kept = model.generation_config
     try:
         model.save_pretrained(folder)
+        return {}
     except ValueError as error:
-        default, problem = type(kept)(), str(error)
-        model.generation_config = valid = copy.deepcopy(kept)
-        while problem:
-            names = {n for n in re.findall(r"`(\w+)`", problem) if getattr(valid, n, None) != getattr(default, n, None)}
-            if not names:
-                raise BadInput(f"the model cannot be saved: {problem}") from None
-            for name in names:
-                left_out[name] = getattr(valid, name)
-                setattr(valid, name, getattr(default, name))
-            problem = _problem(valid)
-        model.save_pretrained(folder)
+        valid, default = copy.deepcopy(kept), type(kept)()
+        named = re.findall(r"`(\w+)`", str(error))
+        left_out = {n: getattr(kept, n) for n in named if getattr(kept, n, None) != getattr(default, n, None)}
+        if not left_out:
+            raise BadInput(f"the model cannot be saved: {error}") from None
+        for name in left_out:
+            setattr(valid, name, getattr(default, name))
         log.warning("generation settings without effect are left out of the checkpoint: %s", left_out)
+        model.generation_config = valid
+        return left_out | _save(model, folder)
     finally:
         model.generation_config = kept
-    return left_out
-
-
-def _problem(settings: Any) -> str:
-    try:
-        settings.validate(strict=True)
-    except ValueError as error:
-        return str(error)
-    return ""

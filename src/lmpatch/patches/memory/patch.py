@@ -22,7 +22,6 @@ from ..patch import Law, RunPatch, plain_edits
 from .search import Facts, Finder, ListedFacts, MemoryIntervention
 
 FIRST = "recipe"  # the retriever of files that name none: those of the first release
-PAIR = ("prompt", "target")
 PREFIX = "editor/"  # of the retriever's tensors in the file
 
 
@@ -49,19 +48,13 @@ class MemoryPatch(RunPatch):
     @classmethod
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> MemoryPatch:
         own = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
-        retriever = load_retriever(parts.get("retriever", FIRST), parts, own)
+        retriever = _retriever(parts.get("retriever", FIRST), parts, own)
         try:
             patch = cls(**common, retriever=retriever, scope=resolve(Scope, {**parts["scope"]}), keys=tensors["keys"])
-            sizes = dict(parts.get("shape", {}))  # of a network, which is made when a question comes
-            words = [parts.get("encoder", ""), sizes.pop("encoder", ""), *(e[k] for e in patch.edits for k in PAIR)]
-            fits = 0 < retriever.matched <= retriever.width and all(isinstance(word, str) for word in words)
-        except (KeyError, TypeError, ValueError) as error:  # BadInput is a ValueError
+            if not all(isinstance(edit[word], str) for edit in patch.edits for word in ("prompt", "target")):
+                raise TypeError("a fact is no text")
+        except (KeyError, TypeError, BadInput) as error:
             raise BadPatch(f"it is no memory patch ({error}).") from None
-        held = sum(t.numel() + sum(t.shape) for t in tensors.values())
-        known = (type(None), bool, int)
-        wrong = {n: s for n, s in sizes.items() if type(s) not in known or (s is not None and not 0 <= s <= held)}
-        if wrong or not fits:
-            raise BadPatch(f"it holds {held} numbers, and says that it has {wrong or 'keys or words of other kinds'}.")
         if extra := set(tensors) - set(patch.tensors()):
             raise BadPatch(f"tensors without a place: {sorted(extra)}.")
         if patch.keys.shape != (len(patch.edits), retriever.width) or not patch.keys.is_floating_point():
@@ -122,7 +115,26 @@ def _identity(retriever: Retriever) -> str:
 def retriever_of(editor: Editor) -> Retriever:
     """The retriever an editor is about: the one its parts name, else the one called as its method."""
     name = editor.parts.get("retriever", editor.method)
-    return load_retriever(name, {**editor.parts, "editor_hash": editor.hash()}, editor.tensors)
+    return _retriever(name, {**editor.parts, "editor_hash": editor.hash()}, editor.tensors)
+
+
+def _retriever(name: str, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Retriever:
+    """The retriever of a file. Its network is made when a question comes; that its sizes are those of a network with no
+    more numbers than the file holds is checked here.
+
+    Raises:
+        BadPatch: there is none of that name, or it is of other sizes.
+    """
+    retriever = load_retriever(name, parts, tensors)
+    shape, held = getattr(retriever, "shape", None), sum(t.numel() + sum(t.shape) for t in tensors.values())
+    try:
+        sizes = asdict(resolve(type(shape), asdict(shape))) if shape is not None else {}
+        wrong = {size: n for size, n in sizes.items() if type(n) is int and not 0 <= n <= held}
+        if wrong or not 0 < retriever.matched <= retriever.width or not isinstance(parts.get("encoder", ""), str):
+            raise BadInput(f"it holds {held} numbers and asks for {wrong or 'other keys'}")
+    except (TypeError, BadInput) as error:
+        raise BadPatch(f"it holds no {name} retriever ({error}).") from None
+    return retriever
 
 
 def scope_of(editor: Editor, scope: Scope | None = None) -> Scope:
