@@ -75,7 +75,7 @@ def load_editor(path: str | Path) -> Editor:
     """
     path = Path(path)
     head = _head(path)
-    with outside(f"{path} is no editor: it", BadPatch):
+    with outside(f"{path} is no editor: it is truncated, altered or something else, and", BadPatch):
         tensors = safetensors.torch.load_file(path)
     editor = Editor(head["method"], head["config"], Base(**head["base"]), head["parts"], tensors, head["made"])
     if head["sha256"] != editor._seal(head):
@@ -130,7 +130,10 @@ def _head(path: Path) -> dict[str, Any]:
     """The words of an editor file, once their form is right; the tensors are not read."""
     if path.exists() and not path.is_file():
         raise BadPatch(f"{path} is no editor: an editor is an ordinary file.")
-    with outside(f"{path} is no editor: it", BadPatch), safetensors.safe_open(path, "pt") as file:
+    with (
+        outside(f"{path} is no editor: it is truncated, altered or something else, and", BadPatch),
+        safetensors.safe_open(path, "pt") as file,
+    ):
         metadata = file.metadata() or {}
         if KEY not in metadata:
             raise BadPatch(f"{path} is a safetensors file but no editor of lmpatch.")
