@@ -18,6 +18,7 @@ from tiny import tiny_lm
 
 from lmpatch.errors import BadPatch, LmpatchError, NotEnoughMemory
 from lmpatch.inference.interventions import Insert
+from lmpatch.methods import recipe
 from lmpatch.patches.base import Base
 from lmpatch.patches.editor import KEY, Editor, find_editor, load_editor
 from lmpatch.patches.file import load_patch
@@ -156,7 +157,7 @@ def memory_folder(path: Path, parts: dict[str, Any], edits: list[Any] | None = N
     path.mkdir()
     tensors = {
         "keys": torch.zeros(len(edits or []), 16).half() if keys is None else keys,
-        "editor/a": torch.zeros(200, 200),
+        **{f"editor/{name}": tensor for name, tensor in EDITOR.tensors.items()},
     }
     data = safetensors.torch.save(tensors)
     (path / TENSORS).write_bytes(data)
@@ -168,8 +169,9 @@ def memory_folder(path: Path, parts: dict[str, Any], edits: list[Any] | None = N
     return path
 
 
-SHAPE = {"encoder": "all-MiniLM-L6-v2", "features": 384, "d_model": 64, "width": 16, "content": 8}
-PARTS: dict[str, Any] = {"shape": SHAPE, "encoder_fingerprint": "f", "editor_hash": "0", "scope": {}}
+EDITOR = recipe.example_editor(tiny_lm("llama"))
+SHAPE = EDITOR.parts["shape"]
+PARTS: dict[str, Any] = EDITOR.parts | {"editor_hash": EDITOR.hash(), "scope": {}}
 
 
 def test_the_memory_below_is_read_as_it_stands(tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_the_memory_below_is_read_as_it_stands(tmp_path: Path) -> None:
 def test_a_memory_patch_with_another_shape_is_one_line(tmp_path: Path, shape: dict[str, Any]) -> None:
     folder = memory_folder(tmp_path / "m", PARTS | {"shape": SHAPE | shape})
     one_line(lambda: load_patch(folder))
-    editor = Editor("recipe", {}, Base("a" * 64, "m"), PARTS | {"shape": SHAPE | shape}, {"a": torch.zeros(200, 200)})
+    editor = Editor("recipe", {}, Base("a" * 64, "m"), PARTS | {"shape": SHAPE | shape}, EDITOR.tensors)
     editor.save(tmp_path / "e.safetensors")
     one_line(lambda: retriever_of(load_editor(tmp_path / "e.safetensors")))
 

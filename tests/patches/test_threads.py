@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_lm
 
+from lmpatch.models.lm import _locks
 from lmpatch.patches.ledger import applied, apply, suspended
 
 
@@ -83,5 +84,5 @@ def test_a_model_in_use_waits_for_nobody_once_a_thread_failed(random_patch) -> N
             apply(lm, patch)
 
     run(4, work)
-    assert lm.lock.acquire(timeout=1)
-    lm.lock.release()
+    assert _locks[lm.model].acquire(timeout=1)
+    _locks[lm.model].release()
