@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,24 @@ def test_a_pipe_or_a_device_is_refused_and_not_opened(tmp_path: Path) -> None:
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (save(tmp_path / "m") / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
     assert "holds an adapter" in refused(tmp_path / "m")
+
+
+@pytest.mark.parametrize("end", [[[[]]], "x", [2, None], 1.5, -1, {"a": 1}])
+def test_an_end_token_that_is_none_is_refused_or_passed_over(end: Any, tmp_path: Path) -> None:
+    edit(save(tmp_path / "m") / "generation_config.json", eos_token_id=end)
+    with suppress(LmpatchError):
+        lm = load(tmp_path / "m")
+        assert generate(lm, "Apple", max_new_tokens=3) == generate(
+            load(save(tmp_path / "n")), "Apple", max_new_tokens=3
+        )
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_refused(tmp_path: Path) -> None:
+    file = save(tmp_path / "m") / "tokenizer.json"
+    described = json.loads(file.read_text())
+    described["model"]["continuing_subword_prefix"] = "é" * 50
+    file.write_text(json.dumps(described))
+    assert "cannot be read" in refused(tmp_path / "m")
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "~nosuchuser/x", "a/" * 3000, "", ".", "a\0b", "\ud800"])

@@ -161,7 +161,7 @@ class StopTokens:
     def __init__(self, lm: LM, stop: Sequence[str] | None) -> None:
         config = getattr(lm.model, "generation_config", None)
         end = [getattr(config, "eos_token_id", None), lm.tokenizer.eos_token_id]
-        self.known = {int(i): True for e in end if e is not None for i in (e if isinstance(e, list) else [e])}
+        self.known = {i: True for e in end for i in (e if isinstance(e, list) else [e]) if isinstance(i, int)}
         self.stop, self.tokenizer = (() if lm.chat else ("\n",)) if stop is None else tuple(stop), lm.tokenizer
 
     def __contains__(self, token: int) -> bool:

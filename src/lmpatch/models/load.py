@@ -74,9 +74,13 @@ def load(
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
             model = _weights(folder, held, partial, trust_remote_code=trust_remote_code, dtype=number, **placed)
+            return wrap(model if placed else model.to(where), tokenizer, name=name, raw=raw)
         except ImportError as error:
             raise MissingExtra(f"loading {source} needs another package: {error}") from error
-        return wrap(model if placed else model.to(where), tokenizer, name=name, raw=raw)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of a library in Rust, and no Exception
+                raise
+            raise BadInput(f"{folder} cannot be read: {str(error).splitlines()[0]}.") from error
 
 
 def _device(device: str | torch.device | None) -> torch.device:
