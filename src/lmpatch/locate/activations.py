@@ -59,5 +59,5 @@ def watch(lm: LM, rows: Sequence[Row], see: Callable[[int, slice, Tensor, Tensor
         def hook(layer: int, _: Any, __: Any, output: Any, part: slice = part, real: Tensor = real) -> None:
             see(layer, part, first(output).reshape(*real.shape, -1), real)
 
-        with lm.lock, hooked(*(Hook(lm.module(name), partial(hook, i)) for i, name in enumerate(names))):
+        with hooked(*(Hook(lm.module(name), partial(hook, i)) for i, name in enumerate(names))):
             blocks(lm, ids, mask, position_ids=positions(mask))

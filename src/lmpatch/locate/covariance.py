@@ -177,7 +177,7 @@ def _keys(lm: LM, ids: Tensor, layers: list[int]) -> dict[int, Tensor]:
         keys[layer] = args[0].reshape(-1, args[0].shape[-1])[wanted].float()
 
     mask = torch.ones_like(ids)
-    with lm.lock, hooked(*(Hook(lm.module(lm.layout.downs[i]), partial(keep, i), before=True) for i in layers)):
+    with hooked(*(Hook(lm.module(lm.layout.downs[i]), partial(keep, i), before=True) for i in layers)):
         blocks(lm, ids, mask, position_ids=positions(mask), last=layers[-1])
     return keys
 

@@ -259,7 +259,7 @@ class _Search:
                 see[layer] = key, value
             return output + add.reshape(output.shape)
 
-        with self.lm.lock, hooked(Hook(self.lm.module(self.lm.layout.downs[layer]), hook)):
+        with hooked(Hook(self.lm.module(self.lm.layout.downs[layer]), hook)):
             return state.forward(hidden, layer, end=layer + 1)
 
     @torch.no_grad()

@@ -160,7 +160,7 @@ class _Batch:
 
     def loss(self, lm: LM, factors: Mapping[str, adapter.Factors]) -> Tensor:
         """Mean over facts of the mean over target tokens, nats."""
-        with lm.lock, torch.enable_grad(), hooked(*adapter.hooks(lm, factors)):
+        with torch.enable_grad(), hooked(*adapter.hooks(lm, factors)):
             out = self.recording.forward(self.recording.hidden[self.lowest], self.lowest)
             return (nll(lm, out[self.row, self.column], self.label) * self.weight).sum()
 

@@ -165,7 +165,7 @@ def head_outputs(lm: LM, records: Sequence[ContextRecord], progress: Progress | 
     def see(_: Any, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0][:, -1].float().cpu())  # [n, heads * d_h]
 
-    with lm.lock, hooked(*(Hook(lm.module(name), see, before=True) for name in lm.layout.attn_outs)):
+    with hooked(*(Hook(lm.module(name), see, before=True) for name in lm.layout.attn_outs)):
         for batch in batches_of_rows([len(row.ids) for row in rows], BATCH):
             ids, mask = (x.to(lm.device) for x in pad([rows[i].ids for i in batch], pad_id(lm), side="left"))
             seen.clear()

@@ -188,7 +188,7 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
             keys[pick] = args[0].reshape(n, -1, f)[:, -1].float()
             outputs[pick] = first(output).reshape(n, -1, d)[:, -1].float()
 
-        with lm.lock, hooked(Hook(lm.module(lm.layout.downs[layer]), see)):
+        with hooked(Hook(lm.module(lm.layout.downs[layer]), see)):
             states[pick] = blocks(lm, ids, mask, position_ids=positions(mask), last=last)[:, -1].float()
     grouped = keys.reshape(len(edits), len(heads), f)
     mixed = grouped[:, 0] if len(heads) == 1 else (grouped[:, 0] + grouped[:, 1:].mean(1)) / 2

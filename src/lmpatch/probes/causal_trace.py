@@ -151,7 +151,7 @@ def _trace(lm: LM, edit: Edit, cfg: Config) -> Trace:
         clean.append((module, first(output).reshape(s, -1)))
 
     if sites:
-        with lm.lock, hooked(*(Hook(lm.module(name), see) for name in sites)):
+        with hooked(*(Hook(lm.module(name), see) for name in sites)):
             recording.forward(recording.hidden[0], 0)
     p = logits(lm, recording.hidden[n_layers][:, -1]).softmax(-1)[0]
     answer = int(p.argmax())
@@ -207,7 +207,7 @@ def _restored(
             module, whole = clean[layer]
             inside = torch.tensor([layer in spans[c] for c in order], device=hidden.device).repeat_interleave(m)
             hooks = [Hook(module, partial(_put, inside, token, whole))]
-        with recording.lm.lock, hooked(*hooks):
+        with hooked(*hooks):
             hidden = recording.forward(hidden, layer, rows=_first(hidden), end=layer + 1)
     back = torch.tensor(order).argsort()
     return hidden[:, -1].reshape(n, m, -1)[back].reshape(n * m, -1)

@@ -136,7 +136,7 @@ def scaled_states(recording: Recording, neurons: Sequence[Neuron], factors: Sequ
         scale[:, [neuron.index for neuron in neurons if neuron.layer == layer]] = torch.tensor(factors)[:, None]
         by_row = scale.to(hidden).repeat_interleave(n, 0)[:, None]  # [c * n, 1, f]
         hooks.append(Hook(lm.module(lm.layout.downs[layer]), partial(_times, by_row), before=True))
-    with lm.lock, hooked(*hooks):
+    with hooked(*hooks):
         return recording.forward(hidden, lowest, rows=rows).reshape(c, n, *hidden.shape[1:])
 
 

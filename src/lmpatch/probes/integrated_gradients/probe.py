@@ -260,7 +260,7 @@ def _wavefront(
                 values = torch.lerp(start, end, a) + w @ leaves[-1]  # [n, m, d]
                 hidden = torch.cat([hidden, context.hidden[layer].expand(-1, m, -1)], 1)
                 hooks.append(Hook(lm.module(lm.layout.downs[layer]), partial(_newest, values)))
-            with lm.lock, hooked(*hooks):
+            with hooked(*hooks):
                 hidden = context.fan(hidden, layer, end=layer + 1)
         top = hidden.reshape(-1, hidden.shape[-1])  # [n * layers * m, d]
         p, grad = _answer(lm, top.detach(), labels.repeat_interleave(len(top) // n))
