@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 WORKERS ?= 2
 DATA ?= data
 
-.PHONY: help demo test quick lint format bench numbers venv dev clean
+.PHONY: help demo test quick lint format bench fuzz numbers venv dev clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,6 +34,9 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 
 bench: $(VENV)/.dev  ## the speed run; DATA is a folder with counterfact/ and wikitext2/
 	$(BIN)/python benchmarks/speed.py $(DATA)/counterfact/train.jsonl.gz $(DATA)/wikitext2/raw_train_part.txt.gz
+
+fuzz: $(VENV)/.dev  ## damaged files, hostile commands, interrupts, threads and kills on tiny models; long
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py
 
 numbers:  ## write every figure of README and docs from the committed rows; needs Python alone
 	$(PYTHON) benchmarks/write_numbers.py
