@@ -18,7 +18,7 @@ from torch import Tensor
 import lmpatch as lp
 from lmpatch import registry
 from lmpatch.data.context import InContext
-from lmpatch.models.lm import LM
+from lmpatch.models.lm import LM, _locks
 from lmpatch.patches.ledger import Applied, applied
 from lmpatch.patches.patch import Patch
 from lmpatch.provenance import hash_tensors
@@ -76,9 +76,10 @@ def _free(lm: LM) -> bool:
     found: list[bool] = []
 
     def look() -> None:
-        found.append(lm.lock.acquire(blocking=False))
+        lock = _locks[lm.model]  # what lm.lock takes
+        found.append(lock.acquire(blocking=False))
         if found[0]:
-            lm.lock.release()
+            lock.release()
 
     thread = threading.Thread(target=look)
     thread.start()
