@@ -67,7 +67,8 @@ def inputs(tally: Tally, args: argparse.Namespace, room: Path) -> None:
         try_all(tally, kind, range(args.first, args.first + count), make)
 
 
-def main() -> None:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=10_000, help="damaged files and command lines")
     parser.add_argument("--interrupts", type=int, default=5_000, help="Ctrl-C at lines")
@@ -77,9 +78,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="one kind of input, and no interrupts, threads and kills")
     parser.add_argument("--first", type=int, default=0, help="number of the first input of each kind")
     parser.add_argument("--out", type=Path, help="failures, one JSON object a line, and the counts")
-    args = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (GIB * 2**30, resource.RLIM_INFINITY))
     tally = Tally(to_stdout)
@@ -90,7 +95,8 @@ def main() -> None:
         if not args.only:
             interrupts.campaign(tally, args.interrupts, args.seed)
             threads.campaign(tally, args.calls, args.seed)
-            kills.campaign(tally, args.kills, args.seed, room)
+            heard = kills.campaign(tally, args.kills, args.seed, room)
+            to_stdout(f"{args.kills} kills: {heard:,} writes had been acknowledged")
     tally.tell(force=True)
     to_stdout(tally.table())
     for failure in tally.failures[:20]:

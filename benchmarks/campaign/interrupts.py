@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor
 import lmpatch as lp
 from lmpatch import registry
 from lmpatch.data.context import InContext
-from lmpatch.models.lm import LM
+from lmpatch.models.lm import LM, _locks
 from lmpatch.patches.ledger import Applied, applied
 from lmpatch.patches.patch import Patch
 from lmpatch.provenance import hash_tensors
@@ -76,9 +76,10 @@ def _free(lm: LM) -> bool:
     found: list[bool] = []
 
     def look() -> None:
-        found.append(lm.lock.acquire(blocking=False))
+        lock = _locks[lm.model]  # what lm.lock takes
+        found.append(lock.acquire(blocking=False))
         if found[0]:
-            lm.lock.release()
+            lock.release()
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -121,11 +122,15 @@ def acts(families: tuple[str, ...] = ("llama", "gpt2")) -> list[Act]:
         for method in registry.names("methods"):
             fit = example(method, lm)
             if family == families[0]:
-                made.append(Act("fit", f"fit {method}", lm, lambda: None, lambda _, fit=fit: fit()))
+                made.append(Act("fit", f"fit {method}", lm, lambda: None, partial(_fit, fit)))
             patch = fit()
             for mount in patch.mounts:
                 made += _patch_acts(lm, patch, mount, f"{method} {mount} {family}")
     return made
+
+
+def _fit(fit: Callable[[], Patch], _: Any) -> Patch:
+    return fit()
 
 
 def _patch_acts(lm: LM, patch: Patch, mount: Any, name: str) -> list[Act]:
@@ -149,9 +154,16 @@ def settle(lm: LM) -> None:
         handle.remove()
 
 
-def campaign(tally: Tally, count: int, seed: int, families: tuple[str, ...] = ("llama", "gpt2")) -> None:
-    """So many interrupts, spread over all acts and over the lines of each."""
-    draw, listed = random.Random(f"{seed}/interrupts"), acts(families)
+def campaign(
+    tally: Tally,
+    count: int,
+    seed: int,
+    families: tuple[str, ...] = ("llama", "gpt2"),
+    sorts: Collection[str] = tuple(SHARES),
+) -> None:
+    """So many interrupts, spread over all acts of some sorts and over the lines of each."""
+    draw = random.Random(f"{seed}/interrupts")
+    listed = [act for act in acts(families) if act.sort in sorts]
     weights = [SHARES[act.sort] / sum(other.sort == act.sort for other in listed) for act in listed]
     whole = [max(1, round(count * weight / sum(weights))) for weight in weights]
     for act, share in zip(listed, whole, strict=True):

@@ -126,21 +126,27 @@ def one_life(name: str, folder: Path, life: int, draw: random.Random) -> list[An
         process.join()
 
 
-def campaign(tally: Tally, count: int, seed: int, room: Path) -> None:
-    """So many kills, a third of each writer."""
+def campaign(tally: Tally, count: int, seed: int, room: Path) -> int:
+    """So many kills, a third of each writer. Returns how much the writers had acknowledged."""
     os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}  # of the server that forks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["campaign.kills", "campaign.subjects", "lancedb"])
+    heard: list[Any] = []
     checks = {"memory": _memory, "bench": _bench, "training": _training}
     for name, make in checks.items():
         draw = random.Random(f"{seed}/{name}")
         check = make(room / name)
         for life in range(-(-count // len(checks))):
-            tally.run(f"kills, {name}", life, "killed", partial(_kill, check, name, room / name, life, draw))
+            tally.run(f"kills, {name}", life, "killed", partial(_kill, check, name, room / name, life, draw, heard))
+    return len(heard)
 
 
-def _kill(check: Callable[[list[Any]], None], name: str, folder: Path, life: int, draw: random.Random) -> None:
-    check(one_life(name, folder, life, draw))
+def _kill(
+    check: Callable[[list[Any]], None], name: str, folder: Path, life: int, draw: random.Random, heard: list[Any]
+) -> None:
+    said = one_life(name, folder, life, draw)
+    heard += [word for word in said if word[0] == "done"]
+    check(said)
 
 
 def _memory(folder: Path) -> Callable[[list[Any]], None]:

@@ -203,7 +203,7 @@ class Fit(Task):
     def learn(self, step: int) -> Mapping[str, float]:
         noise = torch.randn(9, generator=torch.Generator().manual_seed(step))
         loss = (self.x - 3 + 0.1 * noise).square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return {"loss": float(loss.detach())}
 
     def validate(self, step: int) -> Mapping[str, float]:

@@ -180,13 +180,9 @@ def steps(
     numbers: Tensor,
     ended: list[bool],
 ) -> Iterator[list[tuple[int, int]]]:
-    """Step after step, (row of ``batch``, its new token) for those that go on.
+    """Step after step, (row of ``batch``, its new token) for those that go on; ``numbers`` [n, steps] are drawn by.
 
-    Rows that ended leave the batch once a quarter of it is idle.
-
-    Args:
-        numbers: [n, steps] for ``sampling``.
-        ended: which rows ended. The caller may end more of them between two steps.
+    Rows that ended leave the batch once a quarter of it is idle. The caller may end more of them between two steps.
     """
     width, n, limit = inputs.width, len(batch), numbers.shape[1]
     ids, mask = padded(lm, [pair[s] for s in range(width) for pair in batch], side="left")  # stream after stream

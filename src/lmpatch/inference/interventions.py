@@ -99,11 +99,9 @@ def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = N
 
     Where every prompt is the same without its context there is one stream: each rule leaves two equal ones as they are.
 
-    Args:
-        new_tokens: how many will be generated behind each prompt at most.
     Raises:
-        BadInput: a rule is on, and a prompt does not say what it is without its context; or a row is longer than the
-            model's window.
+        BadInput: a rule is on, and a prompt does not say what it is without its context; or a row, with so many new
+            tokens, is longer than the model's window.
     """
     rules = tuple(rule for intervention in interventions(lm) for rule in intervention.rules)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]

@@ -64,11 +64,7 @@ def score(
 
 
 def score_batch(lm: LM, inputs: Streams, batch: Sequence[_Key]) -> list[Score]:
-    """One padded batch of ``score``.
-
-    Args:
-        batch: for each prompt the token ids of its streams, and where the target begins in each of them.
-    """
+    """One padded ``batch``: for each prompt the ids of its streams, and where the target begins in each of them."""
     n, width = len(batch), inputs.width
     ids, mask = padded(lm, [pair[s] for s in range(width) for pair, _ in batch], side="right")  # stream after stream
     starts = torch.tensor([begins for _, begins in batch], device=lm.device).T  # [streams, n]

@@ -70,11 +70,7 @@ def encode_all(
     subjects: Sequence[str] | None = None,
     after: Sequence[int] | None = None,
 ) -> list[Row]:
-    """``encode`` for many rows in one tokenizer call.
-
-    Args:
-        after: for each row, where in the prompt the search for the subject begins (behind a prefix).
-    """
+    """``encode`` for many rows at once; the search for a subject begins at ``after`` (behind a prefix)."""
     if not prompts:
         return []
     targets = targets or [""] * len(prompts)
@@ -146,11 +142,7 @@ def pad_id(lm: LM) -> int:
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int, side: str = "left") -> tuple[Tensor, Tensor]:
-    """Rows of ids as one batch.
-
-    Returns:
-        ids [n, longest] and mask [n, longest], int64, mask 1 at real tokens.
-    """
+    """Rows of ids as one batch: ids and mask [n, longest], int64, mask 1 at real tokens."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), fill)  # [n, T]
     mask = torch.zeros_like(ids)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UnknownLayout
 from ..inference.forward import blocks, first, positions
-from ..inference.tokens import Row, pad, pad_id
+from ..inference.tokens import Row, padded
 from ..models.calls import probe_ids, trace
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
@@ -53,7 +53,7 @@ def watch(lm: LM, rows: Sequence[Row], see: Callable[[int, slice, Tensor, Tensor
     names = activations(lm)
     for start in range(0, len(rows), BATCH):
         part = slice(start, min(start + BATCH, len(rows)))
-        ids, mask = (t.to(lm.device) for t in pad([row.ids for row in rows[part]], pad_id(lm), side="right"))
+        ids, mask = padded(lm, [row.ids for row in rows[part]], side="right")
         real = mask.bool()
 
         def hook(layer: int, _: Any, __: Any, output: Any, part: slice = part, real: Tensor = real) -> None:

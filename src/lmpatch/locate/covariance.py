@@ -234,13 +234,7 @@ def _read_sums(folder: Path, lm: LM, layers: list[int]) -> _Sums | None:
 def cholesky(
     moments: Covariance, layer: int, device: torch.device, *, weight: float = 1.0, ridge: float = 0.0
 ) -> Tensor:
-    """Cholesky factor of weight · C + (ridge + jitter) · weight · tr(C)/f · I, see ``solve.factor``.
-
-    Args:
-        ridge: share of the mean eigenvalue that is added to all.
-    Returns:
-        [f, f] lower triangular, fp64, on ``device``.
-    """
+    """Cholesky factor [f, f] of weight · C + (ridge + jitter) · weight · tr(C)/f · I, see ``solve.factor``."""
 
     def compute(c: Tensor) -> Tensor:
         weighted = c.double() if weight == 1.0 else weight * c.double()
@@ -252,13 +246,7 @@ def cholesky(
 
 
 def null_space(moments: Covariance, layer: int, device: torch.device, share: float) -> Tensor:
-    """The directions a corpus uses least.
-
-    Args:
-        share: the share of directions kept, lowest eigenvalues first.
-    Returns:
-        [f, r] orthonormal columns, fp64, on ``device``.
-    """
+    """That share of directions which the corpus uses least: orthonormal columns [f, r], lowest eigenvalues first."""
     vectors = _once(moments, layer, device, ["eigenvectors"], eigenvectors)
     return vectors[:, : round(share * len(vectors))]
 

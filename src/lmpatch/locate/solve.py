@@ -1,4 +1,8 @@
-"""Solves with second moments, from a factor that serves every commit (Cholesky, then Woodbury)."""
+"""Solves with second moments, from a factor that serves every commit (Cholesky, then Woodbury). All in fp64.
+
+Shapes: moments C [f, f] symmetric; ``lower`` [f, f], a Cholesky factor; ``keys`` [f, u] of new facts and ``earlier``
+[f, n] of commits before.
+"""
 
 from __future__ import annotations
 
@@ -9,43 +13,29 @@ JITTER = 1e-4  # of the mean eigenvalue, added before factoring
 
 
 def factor(moments: Tensor, *, jitter: float = JITTER) -> Tensor:
-    """Cholesky factor of C + jitter * tr(C)/f * I.
-
-    Args:
-        moments: [f, f] symmetric.
-    Returns:
-        [f, f] lower triangular, fp64.
-    """
+    """Cholesky factor [f, f] of C + jitter * tr(C)/f * I, lower triangular."""
     c = moments.double()
     c = c + jitter * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
     out: Tensor = torch.linalg.cholesky(c)
     return out
 
 
-def solve(lower: Tensor, keys: Tensor) -> Tensor:
-    """(L Lᵀ)⁻¹ K.
+def eigenvectors(moments: Tensor) -> Tensor:
+    """Columns [f, f], those of the lowest eigenvalues first."""
+    out: Tensor = torch.linalg.eigh(moments.double())[1]
+    return out
 
-    Args:
-        lower: [f, f] from ``factor``.
-        keys: [f, u].
-    Returns:
-        [f, u] fp64.
-    """
+
+def solve(lower: Tensor, keys: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹ K, [f, u]."""
     return torch.cholesky_solve(keys.double(), lower)
 
 
 def woodbury(lower: Tensor, keys: Tensor, earlier: Tensor | None = None) -> Tensor:
-    """(A + K_all K_allᵀ)⁻¹ K with A = L Lᵀ and K_all = [earlier, K], in u×u instead of f×f.
+    """(A + K_all K_allᵀ)⁻¹ K, [f, u], with A = L Lᵀ and K_all = [earlier, K], in u×u instead of f×f.
 
     With U = L⁻¹K_all the result is the last columns of L⁻ᵀ U (I + UᵀU)⁻¹. When the earlier keys number more than
     half of f they are folded into the factor first, which is then the cheaper way.
-
-    Args:
-        lower: [f, f] Cholesky factor of A.
-        keys: [f, u] new keys.
-        earlier: [f, n] keys of earlier commits.
-    Returns:
-        [f, u] fp64.
     """
     keys = keys.double()
     if earlier is not None and earlier.shape[1] > len(lower) // 2:
@@ -57,34 +47,20 @@ def woodbury(lower: Tensor, keys: Tensor, earlier: Tensor | None = None) -> Tens
     return out
 
 
-def _inverse(u: Tensor, ridge: float) -> Tensor:
-    """(UᵀU + ridge I)⁻¹."""
-    eye = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-    return torch.cholesky_solve(eye, torch.linalg.cholesky(u.T @ u + ridge * eye))
-
-
-def eigenvectors(moments: Tensor) -> Tensor:
-    """Columns of [f, f] fp64, those of the lowest eigenvalues first.
-
-    Args:
-        moments: [f, f] symmetric.
-    """
-    out: Tensor = torch.linalg.eigh(moments.double())[1]
-    return out
-
-
 def projected(basis: Tensor, keys: Tensor, ridge: float, earlier: Tensor | None = None) -> Tensor:
-    """AlphaEdit's (P(KKᵀ + K_pK_pᵀ) + ridge I)⁻¹ P K with P = Q Qᵀ, solved in the size of the keys.
+    """AlphaEdit's (P(KKᵀ + K_pK_pᵀ) + ridge I)⁻¹ P K, [f, u], with P = Q Qᵀ, solved in the size of the keys.
 
     Args:
-        basis: [f, r] Q.
-        keys: [f, u] new keys.
+        basis: [f, r] Q; the result is in its span.
         ridge: in units of key².
-        earlier: [f, n] keys of earlier commits.
-    Returns:
-        [f, u] fp64, in the span of ``basis``.
     Source: Fang et al. 2024 (arXiv:2410.02355) eq. 14, in its dual form Q G (ridge I + GᵀG)⁻¹ with G = Qᵀ[K_p, K].
     """
     every = keys.double() if earlier is None else torch.cat([earlier.double(), keys.double()], 1)
     g = basis.T @ every  # [r, n+u]
     return basis @ (g @ _inverse(g, ridge)[:, -keys.shape[1] :])
+
+
+def _inverse(u: Tensor, ridge: float) -> Tensor:
+    """(UᵀU + ridge I)⁻¹."""
+    eye = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+    return torch.cholesky_solve(eye, torch.linalg.cholesky(u.T @ u + ridge * eye))

@@ -24,7 +24,7 @@ from ..data.context import ContextRecord, brief
 from ..errors import BadInput, UnknownLayout
 from ..inference.forward import blocks, positions
 from ..inference.interventions import need_window
-from ..inference.tokens import batches_of_rows, encode_all, pad, pad_id
+from ..inference.tokens import batches_of_rows, encode_all, padded
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..models.units import Head
@@ -167,7 +167,7 @@ def head_outputs(lm: LM, records: Sequence[ContextRecord], progress: Progress | 
 
     with hooked(*(Hook(lm.module(name), see, before=True) for name in lm.layout.attn_outs)):
         for batch in batches_of_rows([len(row.ids) for row in rows], BATCH):
-            ids, mask = (x.to(lm.device) for x in pad([rows[i].ids for i in batch], pad_id(lm), side="left"))
+            ids, mask = padded(lm, [rows[i].ids for i in batch], side="left")
             seen.clear()
             blocks(lm, ids, mask, position_ids=positions(mask))
             widths = [x.shape[-1] for x in seen]
@@ -184,10 +184,7 @@ def head_outputs(lm: LM, records: Sequence[ContextRecord], progress: Progress | 
 def _layer(x: Tensor, right: Tensor, fold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer's heads: held-out accuracy and loss [heads], coefficients and mean difference [heads, d_h].
 
-    Args:
-        x: [n, heads, d_h] fp64.
-        right: [n] bool, the context's answer.
-        fold: [n] which part each text is in.
+    ``x`` [n, heads, d_h] fp64; ``right`` [n] the context's answer; ``fold`` [n] the part that each text is in.
     """
     x = x.transpose(0, 1)  # [heads, n, d_h]
     hits, losses = [], []

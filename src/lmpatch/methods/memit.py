@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput
 from ..inference.forward import blocks, first, frozen, positions
-from ..inference.tokens import batches_of_rows, pad, pad_id
+from ..inference.tokens import batches_of_rows, padded
 from ..locate import covariance, value_search
 from ..locate.covariance import Covariance, cholesky, estimate_covariance, null_space
 from ..locate.prefixes import prefixed, prefixes
@@ -180,8 +180,8 @@ def _read(lm: LM, edits: Sequence[Edit], layer: int, last: int, cfg: Config) -> 
     f, d = lm.layout.widths[layer], lm.layout.d_model
     keys, outputs, states = (torch.zeros(len(rows), n, device=lm.device) for n in (f, d, d))
     for pick in batches_of_rows([len(row.ids) for row in rows], 64):
-        ids, mask = pad([rows[i].ids[: (rows[i].subject_last or 0) + 1] for i in pick], pad_id(lm), side="left")
-        ids, mask = ids.to(lm.device), mask.to(lm.device)  # [n, T]; nothing after the subject is needed
+        read = [rows[i].ids[: (rows[i].subject_last or 0) + 1] for i in pick]  # nothing after the subject is needed
+        ids, mask = padded(lm, read, side="left")  # [n, T]
 
         def see(_: object, args: tuple[Tensor, ...], output: Tensor, pick: list[int] = pick) -> None:
             n = len(pick)

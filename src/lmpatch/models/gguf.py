@@ -1,12 +1,8 @@
 """``.gguf`` files, converted once into ordinary Hugging Face folders in the user's cache.
 
-What is on the disk, below ``files.cache_dir()`` (``$LMPATCH_CACHE``, else ``$XDG_CACHE_HOME/lmpatch``, else
-``~/.cache/lmpatch``):
-
-- ``{name}-{hash}/``: one folder a file, found by the SHA-256 of its bytes: the weights in fp32 as safetensors (1.1 GB
-  for ``gemma-3-270m``, 0.5 GB for ``smollm2-135m-instruct``), config and tokenizer. It can be deleted at any time.
-- ``{name}-{hash}.partial/``: a conversion that runs. What a killed one left is removed by the next conversion.
-- ``{name}-{hash}.lock``: empty; two processes that want one model take turns by it.
+Below ``files.cache_dir()``, ``{name}-{hash}/`` holds the file of that SHA-256: fp32 weights as safetensors (1.1 GB for
+``gemma-3-270m``), config and tokenizer; it can be deleted at any time. ``.partial`` is a conversion that runs or was
+killed, ``.lock`` is what two processes that want one model take turns by.
 """
 
 from __future__ import annotations
@@ -53,10 +49,7 @@ def sha256_file(path: Path) -> str:
 
 
 def converted(name: str, sha256: str, make: Callable[[Path], Path], progress: Progress | None = None) -> Path:
-    """The folder that holds the ``.gguf`` file of this hash as fp32 safetensors; made at the first call.
-
-    The folder appears complete or not at all. A second process waits for the first; what a killed one left behind is
-    cleared by the next.
+    """The folder that holds the ``.gguf`` file of this hash as fp32 safetensors; it appears complete or not at all.
 
     Args:
         name: start of the folder's name, for people.
@@ -190,12 +183,9 @@ def _tokenizer(file: Path, model_type: str, splitter: str) -> Any:
 
 @contextmanager
 def _reading(report: Callable[[float], None]) -> Iterator[Any]:
-    """transformers reads weights with ``report`` in the place of its bar, which it draws whether asked or not.
+    """transformers reads weights with ``report`` in the place of its bar; gives the class that reads heads meanwhile.
 
     The map of tensor names is made once: it is asked for anew for every module, 313 times for Gemma-3-270M.
-
-    Yields:
-        the class that reads heads meanwhile.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reader

@@ -43,11 +43,7 @@ def rates() -> dict[str, float]:
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
-    """Say so when bf16 was asked for on a processor that is slower in it than in fp32.
-
-    A ``UserWarning``, not a line of a log: it is about what the caller just wrote, is shown without any set-up, once
-    per place, and can be silenced or made an error by its text.
-    """
+    """Say so, by a ``UserWarning``, when bf16 was asked for on a processor that is slower in it than in fp32."""
     if dtype is not torch.bfloat16 or device.type != "cpu":
         return
     slower = rates()["float32"] / rates()["bfloat16"]
@@ -72,13 +68,9 @@ def rate(
     clock: Callable[[], float] = perf_counter,
     product: Callable[[Tensor, Tensor], Tensor] = torch.mm,
 ) -> float:
-    """GFLOP/s of square products, at the largest of ``SIZES`` that fits into ``WAIT``.
+    """GFLOP/s of square products, at the largest of ``SIZES`` that fits into ``WAIT``; ``clock`` gives seconds.
 
     The fastest call counts, of as many as fit into ``SPAN``: what else runs can only make one slower.
-
-    Args:
-        clock: gives seconds.
-        product: what is timed.
     """
     speed = 0.0
     for size in SIZES:

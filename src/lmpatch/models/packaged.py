@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -36,10 +37,9 @@ class Packaged:
     @property
     def installed(self) -> bool:
         """Are all parts there?"""
-        try:
+        with suppress(MissingExtra):
             return all(path.is_file() for path in self.paths())
-        except MissingExtra:
-            return False
+        return False
 
     def describe(self) -> str:
         """Name, what it is, its terms, and how to install it where it is not."""
@@ -95,9 +95,7 @@ def near(name: str) -> str | None:
 def folder(name: str, progress: Progress | None = None) -> Path:
     """The Hugging Face folder of a packaged model in fp32, made at the first call (see ``gguf`` for where).
 
-    Raises:
-        MissingExtra: the packages that carry the file are not installed.
-        BadInput: the file is not the one this library was tested with.
+    Raises ``MissingExtra`` where its packages are not installed, ``BadInput`` where its file is another one.
     """
     model = MODELS[name]
     return converted(name, model.sha256, lambda where: _whole(model, where, progress), progress)
