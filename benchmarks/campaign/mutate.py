@@ -188,7 +188,7 @@ def damage(draw: random.Random, folder: Path, other: Files, ways: tuple[str, ...
     if way == "json":
         try:
             new, done = bent_json(draw, data)
-        except (ValueError, IndexError, UnicodeDecodeError, OSError, EOFError):
+        except (ValueError, IndexError, RecursionError, OSError, EOFError):  # it was damaged before
             return None
         path.write_bytes(new)
         return f"{name}: {done}"

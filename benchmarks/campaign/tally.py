@@ -19,7 +19,7 @@ from lmpatch.errors import LmpatchError
 COLUMNS = ("inputs", "refused", "same", "tracebacks", "wrong")
 HEADS = ("kind", "inputs", "refused", "accepted with the same meaning", "tracebacks", "silently wrong")
 EVERY = 10.0  # seconds between two lines of progress
-PATIENCE = 60  # seconds after which an input counts as a hang
+PATIENCE = 30  # seconds after which an input counts as a hang
 SRC = str(Path(lmpatch.__file__).parent)
 
 
