@@ -27,7 +27,7 @@ import transformers
 from campaign import commands, interrupts, kills, sources, subjects, threads
 from campaign.child import try_all
 from campaign.subjects import Subject
-from campaign.tally import Tally, to_stdout
+from campaign.tally import Tally, no_network, to_stdout
 
 Input = tuple[str, Callable[[], None]]
 GIB = 24  # address space: what a file declares must not be allocated
@@ -87,6 +87,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (GIB * 2**30, resource.RLIM_INFINITY))
+    no_network()
     tally = Tally(to_stdout)
     with tempfile.TemporaryDirectory() as place:
         room = Path(place)
