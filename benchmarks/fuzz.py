@@ -27,7 +27,7 @@ import transformers
 from campaign import commands, interrupts, kills, sources, subjects, threads
 from campaign.child import try_all
 from campaign.subjects import Subject
-from campaign.tally import Tally, to_stdout
+from campaign.tally import Tally, no_network, to_stdout
 
 Input = tuple[str, Callable[[], None]]
 GIB = 24  # address space: what a file declares must not be allocated
@@ -55,7 +55,7 @@ def inputs(tally: Tally, args: argparse.Namespace, room: Path) -> None:
         listed = makers[kind](place / "made") if kind in makers else []
         if not listed:
             commands.prepare(place)
-        count = args.inputs if args.only else max(1, round(args.inputs * share))
+        count = args.inputs if args.only else round(args.inputs * share)
 
         def make(number: int, kind: str = kind, place: Path = place, listed: list[Subject] = listed) -> Input:
             draw = random.Random(f"{args.seed}/{kind}/{number}")
@@ -70,7 +70,7 @@ def inputs(tally: Tally, args: argparse.Namespace, room: Path) -> None:
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=10_000, help="damaged files and command lines")
+    parser.add_argument("--inputs", type=int, default=10_000, help="damaged files and command lines; 0: none, as below")
     parser.add_argument("--interrupts", type=int, default=5_000, help="Ctrl-C at lines")
     parser.add_argument("--calls", type=int, default=1_000, help="calls by 2 and by 8 threads, each")
     parser.add_argument("--kills", type=int, default=200, help="kills of three writers, together")
@@ -87,14 +87,17 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (GIB * 2**30, resource.RLIM_INFINITY))
+    no_network()
     tally = Tally(to_stdout)
     with tempfile.TemporaryDirectory() as place:
         room = Path(place)
         os.environ["LMPATCH_CACHE"] = str(room / "cache")
         inputs(tally, args, room)
-        if not args.only:
+        if args.interrupts and not args.only:
             interrupts.campaign(tally, args.interrupts, args.seed)
+        if args.calls and not args.only:
             threads.campaign(tally, args.calls, args.seed)
+        if args.kills and not args.only:
             heard = kills.campaign(tally, args.kills, args.seed, room)
             to_stdout(f"{args.kills} kills: {heard:,} writes had been acknowledged")
     tally.tell(force=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
@@ -35,8 +36,10 @@ def _work(pipe: Connection, numbers: Sequence[int], make: Make) -> None:
             what, act = make(number)
             pipe.send((number, what, None))
             pipe.send((number, what, attempt(act)))
-    finally:
-        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 def _listen(tally: Tally, kind: str, pipe: Connection, child: int, count: int) -> int:
@@ -44,7 +47,7 @@ def _listen(tally: Tally, kind: str, pipe: Connection, child: int, count: int) -
     done, number, what = 0, -1, "making an input"
     while done < count:
         try:
-            if not pipe.poll(2 * PATIENCE):
+            if not pipe.poll(PATIENCE + 10):
                 raise TimeoutError
             number, what, outcome = pipe.recv()
         except (EOFError, TimeoutError) as error:

@@ -19,6 +19,7 @@ from lmpatch.patches.patch import plain
 
 from .mutate import LFS
 from .subjects import records
+from .tally import ASKED
 
 WORDS = (
     "", " ", "-", "--", "---", "-x", "--nosuch", "--help", "\udcff", "\U0001f600", "é", "a" * 300, "a" * 5000, "-1",
@@ -100,6 +101,7 @@ def run(words: list[str], room: Path) -> Callable[[], None]:
         os.chdir(room)
         try:
             done = CliRunner().invoke(build(), words, input="")
+            ASKED.clear()  # the size and licence of a model that the user names are looked up, which is said
         finally:
             os.chdir(here)
             for path in set(room.iterdir()) - before:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def damage(draw: random.Random, folder: Path, other: Files, ways: tuple[str, ...
     if way == "json":
         try:
             new, done = bent_json(draw, data)
-        except (ValueError, IndexError, UnicodeDecodeError, OSError, EOFError):
+        except (ValueError, IndexError, RecursionError, OSError, EOFError, zlib.error):  # it was damaged before
             return None
         path.write_bytes(new)
         return f"{name}: {done}"

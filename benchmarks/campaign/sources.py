@@ -130,7 +130,7 @@ def documents(room: Path) -> list[Subject]:
 
 def _document(name: str, data: bytes, reader: Callable[[Path], Any]) -> Subject:
     """A file without a hash: a line that is as it was gives the row it gave, and every text can be written again."""
-    by_line = ".jsonl" in name
+    by_line = ".jsonl" in name and reader is not read_text  # which leaves empty texts out
 
     def lines(raw: bytes) -> list[bytes]:
         return [line for line in (gzip.decompress(raw) if name.endswith(".gz") else raw).split(b"\n") if line.strip()]

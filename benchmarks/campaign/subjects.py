@@ -59,7 +59,8 @@ class Subject:
                 what = self.forge(draw, folder)
                 return f"{self.name}, {what}", lambda: self.check_forged(folder)
             done = [damage(draw, folder, self.other or {}, self.ways) for _ in range(draw.choice((1, 1, 1, 2)))]
-            if any(done):
+            swapped = [what for what in done if what and what.endswith(": swap")]
+            if any(done) and len(swapped) < 2:  # all files of another are that other one
                 return f"{self.name}, " + " and ".join(filter(None, done)), lambda: self.check(folder)
 
     def check_forged(self, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -19,7 +20,9 @@ from lmpatch.errors import LmpatchError
 COLUMNS = ("inputs", "refused", "same", "tracebacks", "wrong")
 HEADS = ("kind", "inputs", "refused", "accepted with the same meaning", "tracebacks", "silently wrong")
 EVERY = 10.0  # seconds between two lines of progress
-PATIENCE = 60  # seconds after which an input counts as a hang
+PATIENCE = 30  # seconds after which an input counts as a hang
+ASKED: list[str] = []
+"""Hosts that were looked for since ``no_network`` and the last input."""
 SRC = str(Path(lmpatch.__file__).parent)
 
 
@@ -44,10 +47,15 @@ class Outcome:
 
 def attempt(act: Callable[[], object]) -> Outcome:
     """``act`` raises ``LmpatchError`` where the input is refused, ``Wrong`` where it should have been."""
+    ASKED.clear()
     try:
         with patience():
             act()
+        if ASKED:
+            raise Wrong(f"the network was asked for {ASKED[0]}")
     except LmpatchError as error:
+        if ASKED:
+            return Outcome("wrong", f"refused, but the network was asked for {ASKED[0]}")
         return Outcome("refused", _line(error))
     except (Exception, Hang, SystemExit) as error:
         own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(SRC)]
@@ -60,6 +68,16 @@ def attempt(act: Callable[[], object]) -> Outcome:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
+
+
+def no_network() -> None:
+    """Have no host found from here on, and note which one was asked for: no input may lead to one."""
+
+    def refuse(host: Any, *_: Any, **__: Any) -> Any:
+        ASKED.append(str(host))
+        raise socket.gaierror(socket.EAI_NONAME, "no network here")
+
+    socket.getaddrinfo = refuse
 
 
 class Tally:

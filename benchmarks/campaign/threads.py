@@ -61,7 +61,7 @@ def _asking(tally: Tally, lm: LM, count: int, calls: int, kind: str, seed: int) 
 
     def worker(number: int) -> None:
         draw = random.Random(f"{seed}/{number}")
-        for _ in range(calls // count):
+        for _ in range(-(-calls // count)):
             prompt = draw.choice(PROMPTS)
             try:
                 if draw.random() < 0.5:
@@ -83,7 +83,7 @@ def _changing(tally: Tally, count: int, calls: int, kind: str) -> None:
     results: list[tuple[str, Exception | None]] = []
 
     def worker(number: int) -> None:
-        for i in range(calls // count):
+        for i in range(-(-calls // count)):
             try:
                 with lp.apply(lm, patches[number], mount="bake" if i % 2 else "side"):
                     lp.generate(lm, PROMPTS[0], max_new_tokens=1)
