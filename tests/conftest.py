@@ -40,5 +40,5 @@ class _NONE:
 
 def _is_wide(value: Any) -> bool:
     """A parameter that repeats a claim: a family but llama, a number format but fp32."""
-    other = isinstance(value, str) and value in FAMILIES and value != "llama"
+    other = isinstance(value, str) and (value == "bf16" or (value in FAMILIES and value != "llama"))
     return other or (isinstance(value, torch.dtype) and value is not torch.float32)

@@ -133,6 +133,7 @@ def test_a_bench_has_what_the_contract_says(name: str) -> None:
     assert any(measure.headline for measure in bench.metrics.values())
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_equal_rows_and_the_model_comes_back(case: Case, report: Any, tmp_path: Path) -> None:
     before, seen = bits(case.lm), []
 
@@ -161,6 +162,7 @@ def test_a_killed_run_goes_on_to_equal_rows_and_the_model_comes_back(case: Case,
     assert (out / "rows.jsonl").read_bytes() == lines
 
 
+@pytest.mark.slow
 def test_what_is_missing_doubled_or_changed_in_a_folder_is_noticed_on_reading_and_on_resume(
     case: Case, report: Any, out: Path, tmp_path: Path
 ) -> None:
@@ -180,6 +182,7 @@ def test_what_is_missing_doubled_or_changed_in_a_folder_is_noticed_on_reading_an
             case.run(out=folder)
 
 
+@pytest.mark.slow
 def test_every_number_has_n_and_an_error(report: Any) -> None:
     assert {run.name for run in report.runs} >= {"none", "rank_one"}
     for run in report.runs:
@@ -194,6 +197,7 @@ def test_every_number_has_n_and_an_error(report: Any) -> None:
     assert all(number.value == 0 for number in report.differences("none").values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHES)
 def test_what_is_longer_than_the_window_is_not_asked_and_said_so(name: str, tmp_path: Path) -> None:
     case = build(name, tmp_path, long=True)
@@ -213,6 +217,7 @@ def printed(report: Any) -> str:
     return capture.get()
 
 
+@pytest.mark.slow
 def test_the_report_says_it_all_and_needs_nothing(case: Case, report: Any, out: Path, tmp_path: Path) -> None:
     page = report.save_html(tmp_path / "page.html").read_text()
     assert "<script" not in page and "http" not in page and "rank_one against the unpatched model" in page
@@ -230,6 +235,7 @@ def test_the_report_says_it_all_and_needs_nothing(case: Case, report: Any, out: 
         assert {"repeats", "distinct_2"} <= report.run("none").metrics().keys()
 
 
+@pytest.mark.slow
 def test_without_pandas_to_pandas_says_what_to_install(report: Any) -> None:
     pytest.importorskip("scipy")
     try:

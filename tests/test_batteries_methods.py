@@ -122,12 +122,14 @@ def gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.std())
 
 
+@pytest.mark.slow
 @every_method
 @every_model
 def test_fit_leaves_the_model_as_it_was(method: str, family: str, dtype: str) -> None:
     assert fitted(method, family, dtype).left == []
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("points", [POINTS, pytest.param(10 * POINTS, marks=pytest.mark.slow)])
 def test_an_interrupt_at_a_line_of_fit_leaves_the_model_as_it_was(method: str, points: int) -> None:
@@ -141,6 +143,7 @@ def test_an_interrupt_at_a_line_of_fit_leaves_the_model_as_it_was(method: str, p
         INTERRUPTED.add(line)
 
 
+@pytest.mark.slow
 @every_method
 def test_it_fits_a_model_with_a_bias_for_each_head(method: str) -> None:
     lm = tiny("bloom", "fp32")
@@ -169,6 +172,7 @@ def test_apply_changes_the_model_and_remove_restores_every_bit(method: str, fami
         assert changed(before, state(lm)) == []
 
 
+@pytest.mark.slow
 @every_method
 @every_model
 def test_patches_come_off_in_any_order(method: str, family: str, dtype: str) -> None:

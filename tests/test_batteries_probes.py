@@ -17,6 +17,7 @@ POINTS = 40  # lines of a run at which it is interrupted
 RESUMING = [name for name in PROBES if "out" in inspect.signature(registry.get("probes", name).run).parameters]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("name", PROBES)
 def test_the_model_is_as_it_was_and_a_run_repeats(name: str, family: str) -> None:
@@ -28,6 +29,7 @@ def test_the_model_is_as_it_was_and_a_run_repeats(name: str, family: str) -> Non
     assert one.table() == two.table()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBES)
 def test_a_result_has_a_row_a_record_and_is_saved_the_same_twice(name: str, tmp_path: Path) -> None:
     probe, lm = registry.get("probes", name), tiny_lm("llama")
@@ -43,6 +45,7 @@ def test_a_result_has_a_row_a_record_and_is_saved_the_same_twice(name: str, tmp_
     assert texts[0] == texts[1] != b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBES)
 def test_an_interrupted_run_leaves_the_model_as_it_was(name: str) -> None:
     probe, lm = registry.get("probes", name), tiny_lm("llama")
@@ -54,6 +57,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(name: str) -> None:
             assert changed(before, state(lm)) == [], f"{place(line)}, time {time}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMING)
 def test_a_stopped_run_goes_on_to_the_same_result(name: str, tmp_path: Path) -> None:
     probe, lm = registry.get("probes", name), tiny_lm("llama")

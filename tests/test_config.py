@@ -118,6 +118,7 @@ def test_a_value_that_no_library_takes_is_refused(given_: dict[str, Any]) -> Non
 WHOLE = st.integers(1 - 2**63, 2**63 - 1)
 
 
+@pytest.mark.slow
 @given(st.builds(Config, layer=st.none() | WHOLE, lr=st.floats(allow_nan=False), exact=st.booleans()))
 def test_what_str_writes_parse_reads(config: Config) -> None:
     pairs = [f"{name}={getattr(config, name)}" for name in ("layer", "lr", "exact", "loss")]

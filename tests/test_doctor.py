@@ -31,6 +31,7 @@ def bits(lm: LM) -> str:
     return hash_tensors(lm.model.state_dict().items(), exact=True)
 
 
+@pytest.mark.slow
 def test_every_proof_holds_on_every_family_and_no_bit_moves(any_lm: LM) -> None:
     before = bits(any_lm)
     assert failed(any_lm) == set()
@@ -41,6 +42,7 @@ def test_every_proof_holds_in_bf16(lm: LM) -> None:
     assert failed(tiny_lm(lm.name.removeprefix("tiny-"), torch.bfloat16)) == set()
 
 
+@pytest.mark.slow
 def test_a_module_that_never_runs_is_seen() -> None:
     lm = tiny_lm("llama")
     down = lm.module(lm.layout.downs[1])
@@ -48,6 +50,7 @@ def test_a_module_that_never_runs_is_seen() -> None:
     assert "every hook fires once per forward" in failed(lm)
 
 
+@pytest.mark.slow
 def test_a_hook_that_changes_what_replay_cannot_see_is_seen() -> None:
     lm = tiny_lm("llama")
 
@@ -58,6 +61,7 @@ def test_a_hook_that_changes_what_replay_cannot_see_is_seen() -> None:
     assert "replay equals the plain forward" in failed(lm)
 
 
+@pytest.mark.slow
 def test_a_mount_that_raises_is_a_failed_proof_with_its_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise CannotMount("cannot bake into this one")
@@ -74,6 +78,7 @@ def detail(lm: LM, claim: str) -> str:
     return finding.detail
 
 
+@pytest.mark.slow
 def test_a_proof_that_crashes_is_a_failed_one_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: Any, **__: Any) -> None:
         raise IndexError("index out of range\nin self")
@@ -86,6 +91,7 @@ def test_a_proof_that_crashes_is_a_failed_one_and_no_traceback(monkeypatch: pyte
 WHOLE = "every weight is in the model's files, and each is a finite number"
 
 
+@pytest.mark.slow
 def test_weights_that_a_model_folder_lacks_are_named(tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path)
     assert WHOLE not in failed(wrap(AutoModelForCausalLM.from_pretrained(tmp_path), tiny_tokenizer()))
@@ -97,12 +103,14 @@ def test_weights_that_a_model_folder_lacks_are_named(tmp_path: Path) -> None:
     assert f"{lost} is missing" in said and f"x.{lost} is unexpected" in said
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_no_number_is_named() -> None:
     lm = tiny_lm("llama")
     lm.parameter("lm_head.weight").data[3, 3] = float("nan")
     assert detail(lm, WHOLE).startswith("lm_head.weight holds NaN or infinity")
 
 
+@pytest.mark.slow
 def test_a_special_token_behind_a_text_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def ending(lm: LM, texts: Any) -> Any:
         return [SimpleNamespace(ids=(*row.ids, EOS)) for row in encode_all(lm, texts)]
@@ -112,6 +120,7 @@ def test_a_special_token_behind_a_text_is_seen(monkeypatch: pytest.MonkeyPatch) 
     assert said.count("ends in '<eos>'") == len(doctor.PROMPTS)
 
 
+@pytest.mark.slow
 def test_threads_that_get_each_others_answers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def mixed(lm: LM, prompts: Any) -> torch.Tensor:
         mine = threading.current_thread() is threading.main_thread()
@@ -122,6 +131,7 @@ def test_threads_that_get_each_others_answers_are_seen(monkeypatch: pytest.Monke
     assert "20 of 30 answers" in detail(tiny_lm("llama"), "two threads get each its own answers")
 
 
+@pytest.mark.slow
 def test_a_change_that_an_interrupt_leaves_behind_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(lm: LM, patch: Any, mount: Any = None) -> Any:
         try:

@@ -90,6 +90,7 @@ def test_a_module_imports_only_what_stands_before_it(name: str) -> None:
     assert not extra, f"{name} must not import {', '.join(sorted(extra))}"
 
 
+@pytest.mark.slow
 def test_no_two_files_import_each_other() -> None:
     graph = {
         name: imports(file.read_text(), name, file.name == "__init__.py") - {name}

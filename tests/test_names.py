@@ -63,6 +63,7 @@ def test_every_name_a_page_uses_exists(page: Path) -> None:
     assert not missing, f"{page.name} names lmpatch.{', lmpatch.'.join(sorted(missing))}"
 
 
+@pytest.mark.slow
 def test_import_and_help_load_no_torch() -> None:
     code = (
         "import sys, lmpatch\n"

@@ -77,6 +77,7 @@ def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("echo", None)
 
 
+@pytest.mark.slow
 def test_it_is_listed_run_resumed_and_reported(echo: Path, tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     assert "echo" in registry.names("benches") and len(BENCH.splitlines()) <= 150

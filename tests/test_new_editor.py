@@ -220,6 +220,7 @@ def test_it_is_listed_and_says_what_it_has(package: Path) -> None:
     assert writer.train is not None and writer.training is not None and writer.takes == {"editor"}
 
 
+@pytest.mark.slow
 def test_its_editor_is_trained_saved_and_found_for_its_model(package: Path) -> None:
     """Facts it never saw are stated better with the trained editor than without a change."""
     lm = tiny_lm("llama")
@@ -238,6 +239,7 @@ def test_its_editor_is_trained_saved_and_found_for_its_model(package: Path) -> N
         lp.fit(tiny_lm("gpt2"), "writer", HELD_OUT[:1], editor=lp.train(lm, "writer", FACTS, steps=1))
 
 
+@pytest.mark.slow
 def test_a_training_that_was_stopped_gives_the_same_editor(package: Path, tmp_path: Path) -> None:
     def stop(done: int, total: int, what: str) -> None:
         if done == 13:

@@ -232,11 +232,13 @@ def test_where_its_package_is_missing_its_patches_say_so(tmp_path: Path, monkeyp
         lp.load_patch(tmp_path / "patch")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("outside")
 def test_the_doctor_passes_over_a_kind_without_a_trial(lm: LM) -> None:
     assert all(finding.holds for finding in doctor.examine(lm))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("outside")
 def test_a_kind_that_makes_a_new_model_is_rebuilt_and_not_applied(tmp_path: Path) -> None:
     lm = tiny_lm("llama")

@@ -29,6 +29,7 @@ def pages() -> Iterator[ModuleType]:
         sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_is_what_the_rows_give(pages: ModuleType, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -46,6 +47,7 @@ def test_every_block_stands_on_a_page(pages: ModuleType) -> None:
     assert asked == set(pages.BLOCKS)
 
 
+@pytest.mark.slow
 def test_a_figure_that_was_changed_by_hand_is_put_right(pages: ModuleType) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "97 ± 3 %" in text
@@ -67,6 +69,7 @@ def test_a_marker_that_is_wrong_is_refused(pages: ModuleType, text: str, message
         pages.render(text)
 
 
+@pytest.mark.slow
 def test_the_command_needs_neither_torch_nor_numpy_and_finds_nothing_to_do() -> None:
     code = (
         "import runpy, sys; sys.argv = ['write_numbers.py', '--check']\n"

@@ -79,12 +79,14 @@ def assert_near(new: dict[str, Tensor], old: dict[str, Tensor]) -> None:
 # Old files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_the_models_are_those_that_the_files_were_made_for(family: str) -> None:
     assert bits(model(family)) == WEIGHTS[family]
     assert_answers(model(family), f"clean-{family}")
 
 
+@pytest.mark.slow
 @every_file
 def test_an_old_patch_opens_and_does_what_it_did_and_comes_off_to_the_bit(name: str) -> None:
     method, _, family = name.rpartition("-")
@@ -131,6 +133,7 @@ def test_an_old_memory_opens_with_its_past(memory: lp.Memory) -> None:
     assert [version.number for version in memory.store.versions()] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_an_old_memory_answers_as_it_did_and_takes_new_facts(memory: lp.Memory) -> None:
     lm = model("llama")
     with lp.apply(lm, memory.patch()):
@@ -153,6 +156,7 @@ def test_an_old_editor_opens_for_the_model_it_was_trained_for() -> None:
 # Made again
 
 
+@pytest.mark.slow
 @every_file
 def test_the_same_seed_makes_the_same_patch_as_the_first_release_did(name: str) -> None:
     method, _, family = name.rpartition("-")
@@ -163,5 +167,6 @@ def test_the_same_seed_makes_the_same_patch_as_the_first_release_did(name: str) 
     assert bits(model(family)) == WEIGHTS[family]
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_editor_as_the_first_release_did() -> None:
     assert_near(golden.train_editor(model("llama")).tensors, lp.load_editor(EDITOR).tensors)

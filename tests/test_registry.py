@@ -88,6 +88,7 @@ def test_every_method_of_the_tree_says_what_it_does_and_for_what() -> None:
         assert each.aim in ("facts", "context", "documents"), each
 
 
+@pytest.mark.slow
 def test_listing_imports_neither_torch_nor_a_method() -> None:
     code = "import sys; from lmpatch import registry as r; [r.listing(kind) for kind in r.KINDS]; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

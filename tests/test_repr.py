@@ -20,6 +20,7 @@ def test_a_model_is_one_line_and_names_the_patches_on_it() -> None:
         assert "<td>rome</td>" in lm._repr_html_()
 
 
+@pytest.mark.slow
 def test_an_editor_and_results_of_probes_are_one_line() -> None:
     lm = tiny_lm("llama")
     (trace,) = lp.probe(lm, "causal_trace", [lp.Edit("The Eiffel Tower is in", "Rome", "Eiffel Tower")], samples=2)

@@ -48,6 +48,7 @@ def test_nothing_prints_outside_the_command_line() -> None:
     assert not lines_with(r"(?<![\w.])print\(", library)
 
 
+@pytest.mark.slow
 def test_no_line_names_a_registry_host_or_a_path_of_one_machine() -> None:
     files = [path for path in TEXTS if path != Path(__file__)]
     assert not lines_with(r"pypi\.org|pythonhosted|npmjs\.(org|com)|registry\.\w+\.(org|com|io)", files)

@@ -13,6 +13,7 @@ from lmpatch.errors import BadInput, BadPatch
 from lmpatch.files import outside, read_bytes
 
 
+@pytest.mark.slow
 def test_any_changed_byte_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     tensors = {"a": torch.randn(3, 4), "b": torch.arange(5, dtype=torch.int32)}

@@ -27,6 +27,7 @@ def flags(chunk: Chunk, kind: str) -> list[str]:
     return [q.flag for q in chunk.questions if q.kind == kind]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(0, 3))
 def test_chunks_are_whole_disjoint_and_written_in_order(count: int, n: int, size: int, seed: int) -> None:

@@ -73,6 +73,7 @@ def scored(request: pytest.FixtureRequest, edits: list[Edit], make: Maker) -> tu
     return lm, patch, facts.run(lm, edits, QUICK, patch=patch).run("rank_one").rows
 
 
+@pytest.mark.slow
 def test_rows_hold_what_the_model_says_with_and_without_the_patch(scored: tuple[LM, WeightPatch, list[Row]]) -> None:
     lm, patch, rows = scored
     prompts = [row.prompt for row in rows]
@@ -87,6 +88,7 @@ def test_rows_hold_what_the_model_says_with_and_without_the_patch(scored: tuple[
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_kl_is_that_of_the_full_next_token_distributions(scored: tuple[LM, WeightPatch, list[Row]]) -> None:
     lm, patch, rows = scored
     rows = [row for row in rows if row.kind.startswith("loc/")]
@@ -104,6 +106,7 @@ def test_kl_is_that_of_the_full_next_token_distributions(scored: tuple[LM, Weigh
     assert max(wanted) > 1e-3
 
 
+@pytest.mark.slow
 def test_teacher_forced_numbers_are_those_of_score(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     patch = make(tiny, edits)
     rows = facts.run(tiny, edits, replace(quick, teacher_forced=True), patch=patch).run("rank_one").rows
@@ -120,6 +123,7 @@ def test_teacher_forced_numbers_are_those_of_score(tiny: LM, edits: list[Edit], 
             assert row.tf_same == sum(a == b for a, b in zip(now.argmax, was.argmax, strict=True)) / len(was.ids)
 
 
+@pytest.mark.slow
 def test_an_edit_that_the_patch_makes_true_scores_and_the_base_does_not(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config
 ) -> None:
@@ -137,6 +141,7 @@ def test_an_edit_that_the_patch_makes_true_scores_and_the_base_does_not(
     assert wrong and wrong.n == len(true) * (1 - found["none"].value)
 
 
+@pytest.mark.slow
 def test_the_base_run_moves_nothing(tiny: LM, edits: list[Edit], quick: Config) -> None:
     none = facts.run(tiny, edits, replace(quick, teacher_forced=True)).run("none")
     for row in none.rows:
@@ -147,6 +152,7 @@ def test_the_base_run_moves_nothing(tiny: LM, edits: list[Edit], quick: Config) 
             assert metric.value == 1.0
 
 
+@pytest.mark.slow
 def test_fact_in_prompt_reads_the_edit_sentence_first(tiny: LM, edits: list[Edit], quick: Config) -> None:
     rows = facts.run(tiny, edits, quick).run("fact_in_prompt").rows
     by_id = {edit.id: edit for edit in edits}
@@ -157,6 +163,7 @@ def test_fact_in_prompt_reads_the_edit_sentence_first(tiny: LM, edits: list[Edit
     assert "loc/distractor" not in {row.kind for row in rows}
 
 
+@pytest.mark.slow
 def test_both_mounts_say_the_same(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     baked, beside = (
         facts.run(tiny, edits[:3], quick, patch=make(tiny, edits[:3]), mount=m).run("rank_one").rows
@@ -165,6 +172,7 @@ def test_both_mounts_say_the_same(tiny: LM, edits: list[Edit], make: Maker, quic
     assert [row.text for row in baked] == [row.text for row in beside]
 
 
+@pytest.mark.slow
 def test_no_kl_is_given_where_the_head_was_changed(tiny: LM, edits: list[Edit], quick: Config) -> None:
     head = tiny.layout.weight(tiny.layout.head)
     change = 0.1 * torch.randn(tiny.parameter(head).shape, generator=torch.Generator().manual_seed(0))
@@ -175,6 +183,7 @@ def test_no_kl_is_given_where_the_head_was_changed(tiny: LM, edits: list[Edit], 
     assert report.run("none").metric("loc_kl/same_relation") is not None
 
 
+@pytest.mark.slow
 def test_chat_asks_through_the_template(tiny: LM, edits: list[Edit], quick: Config) -> None:
     tokenizer = copy.deepcopy(tiny.tokenizer)
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}USER: {{ m.content }} BOT:{% endfor %}"
@@ -185,6 +194,7 @@ def test_chat_asks_through_the_template(tiny: LM, edits: list[Edit], quick: Conf
     assert report.run("none").record["protocol_id"] == "gen-final-v1-prefix-4tokens-chat"
 
 
+@pytest.mark.slow
 def test_score_gives_the_rows_of_the_model_as_it_is(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     edits = edits[:3]
     patch = make(tiny, edits)
@@ -203,6 +213,7 @@ def test_score_gives_the_rows_of_the_model_as_it_is(tiny: LM, edits: list[Edit],
 # When it is scored
 
 
+@pytest.mark.slow
 def test_every_commit_is_made_on_the_model_with_the_earlier_ones(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config
 ) -> None:
@@ -216,6 +227,7 @@ def test_every_commit_is_made_on_the_model_with_the_earlier_ones(
     assert seen == [(0, 2), (1, 1), (0, 2), (1, 1)]
 
 
+@pytest.mark.slow
 def test_immediate_rows_are_taken_right_after_their_commit_and_final_ones_after_all(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config
 ) -> None:
@@ -239,11 +251,13 @@ def test_immediate_rows_are_taken_right_after_their_commit_and_final_ones_after_
     assert forgot and forgot.n == 6
 
 
+@pytest.mark.slow
 def test_single_commits_need_no_immediate_rows(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     rows = facts.run(tiny, edits[:3], replace(quick, n=3), make=make).run("patched").rows
     assert {row.when for row in rows} == {"final"}
 
 
+@pytest.mark.slow
 def test_retention_follows_the_probes_through_later_commits(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config
 ) -> None:
@@ -259,6 +273,7 @@ def test_retention_follows_the_probes_through_later_commits(
     assert len({row.case_id for row in report.rows if row.probe}) == 10
 
 
+@pytest.mark.slow
 def test_a_superseded_edit_is_scored_right_after_its_commit_only(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config
 ) -> None:
@@ -275,6 +290,7 @@ def test_a_superseded_edit_is_scored_right_after_its_commit_only(
     assert final and (final.n, final.dropped) == (1, 1)
 
 
+@pytest.mark.slow
 def test_edits_that_cannot_be_written_are_scored_flagged_and_counted(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config
 ) -> None:
@@ -298,6 +314,7 @@ def test_edits_that_cannot_be_written_are_scored_flagged_and_counted(
     assert all(row.text == row.base_text and row.flag for row in report.rows)
 
 
+@pytest.mark.slow
 def test_a_chunk_stops_once_the_model_has_collapsed(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     calls: list[int] = []
 
@@ -314,6 +331,7 @@ def test_a_chunk_stops_once_the_model_has_collapsed(tiny: LM, edits: list[Edit],
     assert report.record["health"]["perplexity_max"] > 2 * report.record["health"]["base_perplexity"]
 
 
+@pytest.mark.slow
 def test_make_each_gives_the_rows_of_make(tiny: LM, edits: list[Edit], make: Maker, quick: Config) -> None:
     edits = edits[:3]
     sizes: list[int] = []
@@ -333,6 +351,7 @@ def test_make_each_gives_the_rows_of_make(tiny: LM, edits: list[Edit], make: Mak
 # The model comes back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mount", ["bake", "side"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", CORE)
@@ -346,6 +365,7 @@ def test_the_model_is_the_same_afterwards_to_the_bit(
     assert bits(lm) == before and not applied(lm)
 
 
+@pytest.mark.slow
 def test_an_interruption_in_the_middle_takes_everything_off(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config
 ) -> None:
@@ -361,6 +381,7 @@ def test_an_interruption_in_the_middle_takes_everything_off(
     assert bits(tiny) == before and not applied(tiny)
 
 
+@pytest.mark.slow
 def test_a_patch_that_stays_on_is_noticed(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +390,7 @@ def test_a_patch_that_stays_on_is_noticed(
         facts.run(tiny, edits, quick, patch=make(tiny, edits))
 
 
+@pytest.mark.slow
 def test_a_weight_that_does_not_come_back_is_noticed(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +422,7 @@ def test_a_decode_patch_is_refused_before_anything_is_asked(tiny: LM, edits: lis
 # Going on
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_gives_the_same_rows(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config, tmp_path: Path
 ) -> None:
@@ -430,6 +453,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_rows(
     assert facts.read_report(tmp_path).metrics() == whole.metrics()
 
 
+@pytest.mark.slow
 def test_the_unpatched_model_is_asked_once(
     tiny: LM, edits: list[Edit], quick: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,6 +476,7 @@ def test_the_unpatched_model_is_asked_once(
     assert asked
 
 
+@pytest.mark.slow
 def test_other_weights_are_another_base(tiny: LM, edits: list[Edit], quick: Config, tmp_path: Path) -> None:
     quick = replace(quick, teacher_forced=True)
     questions = bench.plan(tiny, edits, replace(quick, n=len(edits)), fixed=True)[0].chunk.questions
@@ -463,6 +488,7 @@ def test_other_weights_are_another_base(tiny: LM, edits: list[Edit], quick: Conf
     assert all(torch.equal(again.states[text], state) for text, state in one.states.items())
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_settings_is_refused(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config, tmp_path: Path
 ) -> None:
@@ -479,6 +505,7 @@ def test_a_folder_of_other_settings_is_refused(
 # Before it starts
 
 
+@pytest.mark.slow
 def test_an_estimate_counts_items_and_bytes(tiny: LM, edits: list[Edit], quick: Config) -> None:
     small, large = estimate(facts, tiny, edits[:2], quick), estimate(facts, tiny, edits, quick)
     assert 0 < small.items < large.items and 0 < small.bytes < large.bytes and small.seconds > 0

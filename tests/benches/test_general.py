@@ -106,6 +106,7 @@ def test_letters_are_the_full_logits_of_their_tokens(lm: LM, data: Data, task: s
         assert row.value == float(wanted.index(max(wanted)) == sample.gold)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["csqa", "anli", "hellaswag", "piqa", "winogrande", "openbookqa"])
 def test_a_cloze_equals_a_plain_forward_of_each_option(lm: LM, data: Data, task: str) -> None:
     for sample, row in zip(of(data, task, CLOZE), general.ask(lm, of(data, task, CLOZE)), strict=True):
@@ -115,6 +116,7 @@ def test_a_cloze_equals_a_plain_forward_of_each_option(lm: LM, data: Data, task:
         assert row.value == float(wanted.index(max(wanted)) == sample.gold)
 
 
+@pytest.mark.slow
 def test_squad_is_the_mean_of_one_over_the_perplexity_of_the_gold_answer(tiny: LM, data: Data) -> None:
     report = general.run(tiny, data, Config(tasks=("squad",)))
     each = [slowly(tiny, s.prompts[0], s.options[0]) for s in of(data, "squad", LETTERS)]
@@ -123,6 +125,7 @@ def test_squad_is_the_mean_of_one_over_the_perplexity_of_the_gold_answer(tiny: L
     assert found and found.n == 3 and found.value == pytest.approx(sum(wanted) / 3, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_perplexity_counts_the_tokens_of_the_windows_behind_their_first_word(tiny: LM, data: Data) -> None:
     report = general.run(tiny, data, Config(tasks=("perplexity",)))
     each = [slowly(tiny, s.prompts[0], s.options[0]) for s in of(data, "perplexity", TEXT)]
@@ -131,6 +134,7 @@ def test_perplexity_counts_the_tokens_of_the_windows_behind_their_first_word(tin
     assert found.value == pytest.approx(-sum(map(sum, each)) / found.weight, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_numbers_of_three_records_by_hand(tiny: LM, data: Data, patch: WeightPatch) -> None:
     report = general.run(tiny, data, Config(tasks=("mmlu",)), patch=patch)
     for protocol in (LETTERS, CLOZE):
@@ -166,6 +170,7 @@ def test_options_that_cannot_be_told_apart_are_not_asked(tiny: LM) -> None:
     assert row.value is None and row.flag == "the options begin with the same token"
 
 
+@pytest.mark.slow
 def test_a_model_that_gives_no_number_is_wrong_and_not_left_out(tiny: LM, data: Data) -> None:
     name = tiny.layout.weight(tiny.layout.head)
     loud = Dense(3e38 * torch.sign(tiny.parameter(name).detach()))  # sums overflow, and inf - inf is no number
@@ -179,6 +184,7 @@ def test_a_model_that_gives_no_number_is_wrong_and_not_left_out(tiny: LM, data: 
 # What changes nothing
 
 
+@pytest.mark.slow
 def test_a_patch_that_changes_nothing_makes_a_difference_of_exactly_nothing(tiny: LM, data: Data) -> None:
     name = tiny.layout.weight(tiny.layout.downs[0])
     nothing = WeightPatch.make(tiny, {name: Dense(torch.zeros_like(tiny.parameter(name)))}, method="zero", edits=())
@@ -189,6 +195,7 @@ def test_a_patch_that_changes_nothing_makes_a_difference_of_exactly_nothing(tiny
     assert plainly(report.run("zero").rows) == plainly(report.run("none").rows)
 
 
+@pytest.mark.slow
 def test_who_shares_a_batch_changes_nothing(tiny: LM, data: Data) -> None:
     whole = general.ask(tiny, data.samples)
     for cfg, samples in ((Config(batch_size=1), data.samples), (Config(batch_size=5), data.samples[::-1])):
@@ -199,6 +206,7 @@ def test_who_shares_a_batch_changes_nothing(tiny: LM, data: Data) -> None:
             assert other.value == pytest.approx(row.value, abs=1e-4) if row.value is not None else True
 
 
+@pytest.mark.slow
 def test_both_mounts_agree_and_the_model_comes_back_to_the_bit(tiny: LM, data: Data, patch: WeightPatch) -> None:
     before, cfg = bits(tiny), Config(tasks=("csqa", "squad"))
     baked, beside = (general.run(tiny, data, cfg, patch=patch, mount=m).run("rank_one").rows for m in ("bake", "side"))  # type: ignore[arg-type]
@@ -207,6 +215,7 @@ def test_both_mounts_agree_and_the_model_comes_back_to_the_bit(tiny: LM, data: D
     assert bits(tiny) == before and not applied(tiny)
 
 
+@pytest.mark.slow
 def test_a_patch_of_the_head_moves_letters_on_both_mounts(tiny: LM, data: Data) -> None:
     head = tiny.layout.weight(tiny.layout.head)
     change = torch.randn(tiny.parameter(head).shape, generator=torch.Generator().manual_seed(0))
@@ -218,6 +227,7 @@ def test_a_patch_of_the_head_moves_letters_on_both_mounts(tiny: LM, data: Data) 
         assert a.scores == pytest.approx(b.scores, abs=1e-3) and a.scores != pytest.approx(none, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_patch_that_acts_on_prompts_acts_here(tiny: LM, data: Data) -> None:
     class Always(Intervention):
         def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
@@ -233,6 +243,7 @@ def test_a_patch_that_acts_on_prompts_acts_here(tiny: LM, data: Data) -> None:
 # What is not asked
 
 
+@pytest.mark.slow
 def test_a_record_longer_than_the_window_is_counted_and_not_cut(data: Data, tmp_path: Path) -> None:
     long = RECORDS["squad/squad_v2_dev.jsonl.gz"][0] | {"context": "The tower is in Rome. " * 100}
     put(tmp_path / "data/squad/squad_v2_dev_more.jsonl", json.dumps(long))
@@ -245,6 +256,7 @@ def test_a_record_longer_than_the_window_is_counted_and_not_cut(data: Data, tmp_
     assert "1 not asked" in printed(report) and "longer than the model's window of 512 tokens" in printed(report)
 
 
+@pytest.mark.slow
 def test_a_missing_file_is_in_the_report(tiny: LM, tmp_path: Path) -> None:
     report = general.run(tiny, general.load(write(tmp_path, "mmlu")), Config(tasks=("mmlu", "csqa")))
     assert report.run("none").record["skipped"] == {"csqa": "no file commonsense_qa*val*.json*"}
@@ -253,6 +265,7 @@ def test_a_missing_file_is_in_the_report(tiny: LM, tmp_path: Path) -> None:
     assert "no file commonsense_qa*val*.json*" in page and "no file squad" not in page  # squad was not wanted
 
 
+@pytest.mark.slow
 def test_n_takes_so_many_of_each_task_and_windows_of_the_text(tiny: LM, data: Data) -> None:
     report = general.run(tiny, data, Config(n=2, windows=1, tasks=("csqa", "piqa", "perplexity")))
     counts = Counter((row.task, row.protocol) for row in report.run("none").rows)
@@ -299,6 +312,7 @@ def test_a_run_that_would_not_fit_is_refused_before_it_starts(
 # Going on
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_gives_the_same_report(
     tiny: LM, data: Data, patch: WeightPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +349,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_report(
     general.run(tiny, data, cfg, patch=patch, out=out)
 
 
+@pytest.mark.slow
 def test_another_patch_joins_the_folder_and_the_base_is_not_asked_again(
     tiny: LM, data: Data, edits: list[Edit], make: Maker, tmp_path: Path
 ) -> None:
@@ -349,6 +364,7 @@ def test_another_patch_joins_the_folder_and_the_base_is_not_asked_again(
         general.run(tiny, data, cfg, patch=make(tiny, edits[:3]), run_id="two", out=tmp_path)
 
 
+@pytest.mark.slow
 def test_other_records_or_another_model_do_not_share_a_folder(tiny: LM, data: Data, tmp_path: Path) -> None:
     general.run(tiny, data, Config(tasks=("csqa",)), out=tmp_path)
     other = wrap(tiny_model("llama", seed=1), tiny_tokenizer())
@@ -364,6 +380,7 @@ def test_other_records_or_another_model_do_not_share_a_folder(tiny: LM, data: Da
 # The report
 
 
+@pytest.mark.slow
 def test_protocols_stand_in_tables_of_their_own(tiny: LM, data: Data, patch: WeightPatch) -> None:
     text = printed(general.run(tiny, data, Config(), patch=patch))
     places = [text.index(protocol) for protocol in (LETTERS, CLOZE, TEXT)]
@@ -374,6 +391,7 @@ def test_protocols_stand_in_tables_of_their_own(tiny: LM, data: Data, patch: Wei
         assert task in text
 
 
+@pytest.mark.slow
 def test_every_row_has_its_protocol_and_the_record_says_how_it_was_made(
     tiny: LM, data: Data, patch: WeightPatch, tmp_path: Path
 ) -> None:
@@ -389,6 +407,7 @@ def test_every_row_has_its_protocol_and_the_record_says_how_it_was_made(
     assert len(lines) == len(report.rows) and all(json.loads(line)["source"] for line in lines)
 
 
+@pytest.mark.slow
 def test_the_page_draws_both_models_with_errors_and_needs_nothing(
     tiny: LM, data: Data, patch: WeightPatch, tmp_path: Path
 ) -> None:
@@ -403,6 +422,7 @@ def test_the_page_draws_both_models_with_errors_and_needs_nothing(
     assert 'class="error"' in text and 'class="chance"' in text and "within a standard error" in text
 
 
+@pytest.mark.slow
 def test_the_unpatched_model_alone_makes_a_report_too(tiny: LM, data: Data, tmp_path: Path) -> None:
     report = general.run(tiny, data, Config(tasks=("csqa", "perplexity")))
     assert "Nothing is patched" in printed(report) and "cloze/csqa" in printed(report)
@@ -411,12 +431,14 @@ def test_the_unpatched_model_alone_makes_a_report_too(tiny: LM, data: Data, tmp_
         report.run("rome")
 
 
+@pytest.mark.slow
 def test_progress_is_told_until_the_end(tiny: LM, data: Data, patch: WeightPatch) -> None:
     told: list[tuple[int, int, str]] = []
     general.run(tiny, data, Config(tasks=("csqa",)), patch=patch, progress=lambda *a: told.append(a))
     assert told[-1] == (6, 6, "scoring rank_one") and told[1] == (6, 6, "scoring none")
 
 
+@pytest.mark.slow
 def test_bench_takes_the_folder_by_name(tiny: LM, patch: WeightPatch, tmp_path: Path) -> None:
     write(tmp_path / "data", "mmlu")
     report = lp.bench(tiny, "general", tmp_path / "data", patch=patch, n=2, limit=3, out=tmp_path / "out")
@@ -428,6 +450,7 @@ def test_bench_takes_the_folder_by_name(tiny: LM, patch: WeightPatch, tmp_path: 
         lp.bench(tiny, "general", tmp_path / "data", unrelated="x")
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_the_folder_and_goes_on(tiny: LM, patch: WeightPatch, tmp_path: Path) -> None:
     tiny.model.save_pretrained(tmp_path / "model")
     tiny.tokenizer.save_pretrained(tmp_path / "model")

@@ -18,6 +18,7 @@ from lmpatch.models.lm import LM
 from lmpatch.patches.weight.patch import WeightPatch
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_second_parts_token_by_token(lm: LM) -> None:
     total, count = 0.0, 0
     for start, rest in TEXT:
@@ -30,6 +31,7 @@ def test_perplexity_is_that_of_the_second_parts_token_by_token(lm: LM) -> None:
     assert perplexity(lm) == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_time_is_positive_and_a_median() -> None:
     made = latency(tiny_lm("llama"))
     assert set(made) == {"prefill_b1", "token_b1", "prefill_b8", "token_b8"}
@@ -45,6 +47,7 @@ def test_memory_is_counted_from_above() -> None:
     assert (peak_memory(lm) or 0) > 10**7
 
 
+@pytest.mark.slow
 def test_the_time_of_a_commit_is_shared_by_its_edits(
     edits: list[Edit], make: Callable[[LM, Sequence[Edit]], WeightPatch], quick: Config
 ) -> None:

@@ -50,6 +50,7 @@ def test_a_letter_has_the_logit_of_its_token_behind_the_prompt(lm: LM) -> None:
         assert said.text == "ABC"[wanted.index(max(wanted))]
 
 
+@pytest.mark.slow
 def test_letters_that_share_their_first_token_are_scored_whole_and_flagged(lm: LM) -> None:
     for record, said in zip(RECORDS, choose(lm, RECORDS, batch_size=4), strict=True):
         assert said.flag == WHOLE  # this tokenizer makes the blank before a letter a token of its own
@@ -58,6 +59,7 @@ def test_letters_that_share_their_first_token_are_scored_whole_and_flagged(lm: L
         assert said.text == "ABC"[wanted.index(max(wanted))]
 
 
+@pytest.mark.slow
 def test_as_released_a_blank_stands_at_the_end_and_letters_are_bare(lm: LM) -> None:
     report = kre.run(lm, RECORDS, replace(QUICK, official=True))
     rows = {run.name: [row for row in run.rows if row.when == "context"] for run in report.runs}
@@ -74,6 +76,7 @@ def without_context(lm: LM) -> list[int]:
     return [lm.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABC"]
 
 
+@pytest.mark.slow
 def test_the_token_of_a_letter_is_the_likelier_of_two(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tokenizer that knew " A", letters would have a token behind a blank too."""
     behind = (7, 30, 31)
@@ -88,6 +91,7 @@ def test_the_token_of_a_letter_is_the_likelier_of_two(lm: LM, monkeypatch: pytes
         assert kinds["auto"][i].scores == pytest.approx(likelier.scores, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_counted_is_what_was_chosen(edits: list[Edit], make: Maker) -> None:
     lm = tiny_lm("llama")
     patch = make(lm, edits)
@@ -106,6 +110,7 @@ def test_what_is_counted_is_what_was_chosen(edits: list[Edit], make: Maker) -> N
     assert [row.kept for row in foreign] == [row.said == one.said for row, one in zip(foreign, closed, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_decode_patch_is_asked_with_and_without_the_context() -> None:
     lm = tiny_lm("llama")
     patches = [lp.fit(lm, "cad", RECORDS, alpha=alpha) for alpha in (0.0, 3.0)]
@@ -117,6 +122,7 @@ def test_a_decode_patch_is_asked_with_and_without_the_context() -> None:
     assert [row.said for row in strong.run("cad").rows] != whole
 
 
+@pytest.mark.slow
 def test_the_ending_of_the_prompt_is_part_of_what_is_compared(tmp_path_factory: pytest.TempPathFactory) -> None:
     lm, out = tiny_lm("llama"), tmp_path_factory.mktemp("kre")
     kre.run(lm, RECORDS[:2], replace(QUICK, baselines=()), out=out)

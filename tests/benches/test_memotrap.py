@@ -135,6 +135,7 @@ def test_with_anothers_context_the_first_word_without_any_should_stay(tiny: LM, 
     assert memotrap.run(tiny, RECORDS, QUICK).metrics()["none"]["robustness"].value == 0.75
 
 
+@pytest.mark.slow
 def test_an_early_verdict_is_the_verdict_on_the_whole_text() -> None:
     source = random.Random(0)
     wanted = ["ab", "a b", "b", "ba.b", "\u00e9a"]
@@ -153,6 +154,7 @@ def test_an_early_verdict_is_the_verdict_on_the_whole_text() -> None:
     assert settled("early b", ["early"]) and not settled("early ", ["early"]) and not settled("ear", ["early"])
 
 
+@pytest.mark.slow
 def test_stopping_early_changes_no_verdict_on_a_model(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = generate(lm, [r.prompt for r in RECORDS], max_new_tokens=6, stop=())
     wanted = [[cut(text) or "x", "Paris"] for text in texts]
@@ -167,6 +169,7 @@ def test_stopping_early_changes_no_verdict_on_a_model(lm: LM, monkeypatch: pytes
 # Runs
 
 
+@pytest.mark.slow
 def test_wordings_and_the_patch_stand_beside_the_unpatched_model(tiny: LM, patch: WeightPatch) -> None:
     before = bits(tiny)
     report = memotrap.run(tiny, RECORDS, replace(QUICK, baselines=("opin", "plain", "attr")), patch=patch)
@@ -178,6 +181,7 @@ def test_wordings_and_the_patch_stand_beside_the_unpatched_model(tiny: LM, patch
     assert all(metric.value == 0 for metric in report.differences("none").values())
 
 
+@pytest.mark.slow
 def test_several_patches_go_on_together_and_controls_need_no_other_contexts(tiny: LM, patch: WeightPatch) -> None:
     report = memotrap.run(tiny, RECORDS, replace(QUICK, irrelevant=False), patch=[patch, patch], run_id="twice")
     assert [row.when for row in report.run("twice").rows] == ["context"] * 4
@@ -185,6 +189,7 @@ def test_several_patches_go_on_together_and_controls_need_no_other_contexts(tiny
     assert "robustness" not in report.metrics()["twice"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_asks_nothing_twice(
     tiny: LM, patch: WeightPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +214,7 @@ def test_a_stopped_run_goes_on_and_asks_nothing_twice(
         memotrap.run(tiny, RECORDS, replace(QUICK, seed=1), patch=patch, out=tmp_path)
 
 
+@pytest.mark.slow
 def test_only_a_run_with_new_rows_is_resampled(
     tiny: LM, patch: WeightPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +231,7 @@ def test_only_a_run_with_new_rows_is_resampled(
     assert report.run("none").record["metrics"] == first
 
 
+@pytest.mark.slow
 def test_a_part_is_chosen_by_hash_and_keeps_its_order(tiny: LM) -> None:
     parts = [memotrap.run(tiny, rs, replace(QUICK, n=2, irrelevant=False)).rows for rs in (RECORDS, RECORDS)]
     assert parts[0] == parts[1] and len({row.place for row in parts[0]}) == 2
@@ -233,6 +240,7 @@ def test_a_part_is_chosen_by_hash_and_keeps_its_order(tiny: LM) -> None:
 # What cannot be asked
 
 
+@pytest.mark.slow
 def test_a_context_longer_than_the_window_is_not_asked_and_said_so(tiny: LM) -> None:
     long = replace(RECORDS[0], context="word " * 600, prompt="word " * 600 + RECORDS[0].without_context)
     report = memotrap.run(tiny, [long, *RECORDS[1:]], QUICK)
@@ -292,6 +300,7 @@ def test_the_interval_is_of_the_mean_over_records_and_repeats() -> None:
     assert alone and alone.stderr is None and alone.low is None
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_run_and_needs_nothing(tiny: LM, patch: WeightPatch, tmp_path: Path) -> None:
     nasty = "<script>alert('&')</script>"
     report = memotrap.run(
@@ -303,6 +312,7 @@ def test_the_page_shows_every_run_and_needs_nothing(tiny: LM, patch: WeightPatch
     assert "Examples" in text and "robustness" in text
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_file_and_goes_on(tiny: LM, patch: WeightPatch, tmp_path: Path) -> None:
     tiny.model.save_pretrained(tmp_path / "model")
     tiny.tokenizer.save_pretrained(tmp_path / "model")

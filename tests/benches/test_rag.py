@@ -232,6 +232,7 @@ def test_a_sum_of_two_numbers_has_the_error_of_both_and_articles_tie_them() -> N
 # Runs
 
 
+@pytest.mark.slow
 def test_the_unpatched_answers_are_those_of_the_plain_call(tiny: LM, records: list[RagRecord]) -> None:
     report = rag.run(tiny, records, QUICK)
     items = rag.plan(tiny, records, QUICK)
@@ -243,6 +244,7 @@ def test_the_unpatched_answers_are_those_of_the_plain_call(tiny: LM, records: li
         assert s.own == generate(tiny, closed_book(s.question), max_new_tokens=16).strip()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_trace_and_its_rows_are_the_patched_models(
     tiny: LM, records: list[RagRecord], patch: WeightPatch, tmp_path: Path
 ) -> None:
@@ -294,6 +296,7 @@ def test_parenting_ircan_cad_and_a_memory_are_on_at_once_and_leave_every_bit(rec
     assert all(texts[0] != without for without in texts[1:])  # each of the four has its part
 
 
+@pytest.mark.slow
 def test_a_built_file_of_dev_articles_can_be_asked_and_one_of_training_articles_cannot(tmp_path: Path) -> None:
     source, cfg = squad(tmp_path / "s.jsonl"), Build()
     write(built(read_questions(source), cfg), tmp_path / "sets", source=source, cfg=cfg)
@@ -303,6 +306,7 @@ def test_a_built_file_of_dev_articles_can_be_asked_and_one_of_training_articles_
         rag.load(tmp_path / "sets/train.jsonl")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_the_base_is_asked_once(
     tiny: LM, records: list[RagRecord], patch: WeightPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +329,7 @@ def test_a_stopped_run_goes_on_and_the_base_is_asked_once(
     assert rag.read_report(tmp_path / "out").run("rank_one").metric("kept")
 
 
+@pytest.mark.slow
 def test_items_the_model_knows_come_first_among_irrelevant_ones(
     tiny: LM, records: list[RagRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +341,7 @@ def test_items_the_model_knows_come_first_among_irrelevant_ones(
     assert [s.known for s in items] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_asked_is_said(tiny: LM, records: list[RagRecord], patch: WeightPatch) -> None:
     with pytest.raises(BadInput, match="no condition 'noise'"):
         rag.run(tiny, records, Config(conditions=("noise",)))
@@ -345,6 +351,7 @@ def test_what_cannot_be_asked_is_said(tiny: LM, records: list[RagRecord], patch:
         rag.run(tiny, records, QUICK)
 
 
+@pytest.mark.slow
 def test_an_item_longer_than_the_window_is_not_asked_and_counts_nowhere(
     tiny: LM, records: list[RagRecord], patch: WeightPatch, tmp_path: Path
 ) -> None:
@@ -369,6 +376,7 @@ def test_an_item_longer_than_the_window_is_not_asked_and_counts_nowhere(
     assert alone.save_html(tmp_path / "page.html").is_file()
 
 
+@pytest.mark.slow
 def test_it_runs_from_python_and_the_command_line(
     tiny: LM, patch: WeightPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

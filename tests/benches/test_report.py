@@ -49,6 +49,7 @@ def printed(report: Report) -> str:
     return capture.get()
 
 
+@pytest.mark.slow
 def test_the_record_says_how_every_number_was_made(report: Report) -> None:
     record = report.run("fake").record
     assert record["protocol_id"] == "gen-final-v1-prefix-4tokens"
@@ -65,6 +66,7 @@ def test_the_record_says_how_every_number_was_made(report: Report) -> None:
     assert stored == {(m.name, m.split, m.protocol): m.value for m in report.run("fake").metrics().values()}
 
 
+@pytest.mark.slow
 def test_the_folder_gives_the_same_report_again(report: Report, out: Path, tmp_path: Path) -> None:
     again = facts.read_report(out)
     assert again.metrics() == report.metrics()
@@ -75,6 +77,7 @@ def test_the_folder_gives_the_same_report_again(report: Report, out: Path, tmp_p
         facts.read_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_tables_hold_every_run_with_interval_and_count(report: Report) -> None:
     text = printed(report)
     for word in ("none", "fact_in_prompt", "fake", "reliability", "same_relation", "tf_success", "n=6", "forgetting"):
@@ -84,12 +87,14 @@ def test_the_tables_hold_every_run_with_interval_and_count(report: Report) -> No
     assert "±" in text and metric.protocol in text
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_says_so(report: Report) -> None:
     run = report.run("fake")
     part = replace(run, record=run.record | {"planned": 9})
     assert "fake (not finished: 1 of 9 chunks)" in printed(replace(report, runs=(part,)))
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_finished_chunk_says_so_and_goes_on(
     edits: list[Edit], quick: Config, tmp_path: Path
 ) -> None:
@@ -130,6 +135,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_and_runs_nothing(report: Report, tmp_path: Path) -> None:
     text = report.save_html(tmp_path / "report.html").read_text()
     page = Page(text)
@@ -148,6 +154,7 @@ def test_the_page_shows_each_edited_prompt_before_and_after(report: Report, tmp_
                 assert (shown or "") in text
 
 
+@pytest.mark.slow
 def test_nothing_a_model_or_a_file_says_becomes_markup(report: Report, tmp_path: Path) -> None:
     rows = [
         replace(r, prompt=NASTY, text=NASTY, base_text="x", aliases=(NASTY,), flag=r.flag and NASTY)
@@ -161,6 +168,7 @@ def test_nothing_a_model_or_a_file_says_becomes_markup(report: Report, tmp_path:
     assert not Page(text).open
 
 
+@pytest.mark.slow
 def test_reports_of_one_group_combine_and_share_their_baselines(
     report: Report, edits: list[Edit], make: Maker, quick: Config
 ) -> None:
@@ -174,6 +182,7 @@ def test_reports_of_one_group_combine_and_share_their_baselines(
         combine([])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"commit_size": 3}, {"max_new_tokens": 5}, {"raw": True}, {"em_rule": "full"}, {"seed": 1}]
 )
@@ -187,6 +196,7 @@ def test_numbers_of_different_protocols_never_share_a_table(
             combine([one, other])
 
 
+@pytest.mark.slow
 def test_another_base_or_other_data_are_another_group(report: Report, edits: list[Edit], quick: Config) -> None:
     cfg = replace(quick, n=6, commit_size=2)
     changed = [replace(edits[0], target="Berlin"), *edits[1:]]

@@ -208,6 +208,7 @@ def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path: Path, out: str) 
         Store(Path(out.format(tmp_path)), Row.read).open_run(identity())
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_byte_that_is_written_goes_on_to_equal_rows(full: Path, tmp_path: Path) -> None:
     """A run writes its record, then of each chunk the rows and the line: every prefix of that is a killed folder."""
     files = {name: (full / name).read_bytes().splitlines(keepends=True) for name in FILES}
@@ -256,6 +257,7 @@ def mutated(data: bytes, source: random.Random) -> bytes:
     return source.choice(ways)()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["killed", "finished"])
 def test_a_mutated_folder_is_refused_or_gives_the_rows_that_were_kept(
     kind: str, full: Path, request: pytest.FixtureRequest, tmp_path: Path

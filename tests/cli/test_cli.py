@@ -92,6 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_fit_writes_a_patch_and_says_what_it_is(folder: Path, tmp_path: Path) -> None:
     done = run("fit", folder / "model", "rome", folder / "facts.jsonl", "-o", tmp_path / "new", *QUICK)
     assert done.exit_code == 0
@@ -101,6 +102,7 @@ def test_fit_writes_a_patch_and_says_what_it_is(folder: Path, tmp_path: Path) ->
     assert patch.config["steps"] == 2
 
 
+@pytest.mark.slow
 def test_fit_on_top_of_a_patch_is_made_with_it_in_place(folder: Path, tmp_path: Path) -> None:
     words = ("finetune", folder / "facts.jsonl", "--set", "epochs=1", "--set", "layer=1")
     plain = run("fit", folder / "model", *words, "-o", tmp_path / "plain")
@@ -111,6 +113,7 @@ def test_fit_on_top_of_a_patch_is_made_with_it_in_place(folder: Path, tmp_path: 
     assert first.base == second.base
 
 
+@pytest.mark.slow
 def test_ask_shows_the_answers_before_and_after_side_by_side(folder: Path) -> None:
     lm = load(folder / "model")
     prompt = FACTS[0]["prompt"]
@@ -126,6 +129,7 @@ def test_ask_shows_the_answers_before_and_after_side_by_side(folder: Path) -> No
         assert screen.clean(after.strip()) in row
 
 
+@pytest.mark.slow
 def test_ask_with_a_context_puts_it_before_the_question(folder: Path) -> None:
     question, context = "Where is the Eiffel Tower?", "The Eiffel Tower is in Rome."
     file = folder / "context.txt"
@@ -143,12 +147,14 @@ def test_ask_with_a_context_puts_it_before_the_question(folder: Path) -> None:
     refused("Shorten its context: it is not cut for you", *words, "--context", f"@{file}")
 
 
+@pytest.mark.slow
 def test_ask_without_a_patch_shows_answers_alone(folder: Path) -> None:
     done = run("ask", folder / "model", "The Eiffel Tower is in", "--tokens", 2)
     assert done.exit_code == 0
     assert "before" not in done.stdout
 
 
+@pytest.mark.slow
 def test_show_needs_no_model(folder: Path) -> None:
     done = run("show", folder / "patch")
     assert "The Eiffel Tower is in -> Rome" in done.stdout
@@ -160,6 +166,7 @@ def test_merge_makes_one_patch_of_several(folder: Path, tmp_path: Path) -> None:
     assert len(load_patch(tmp_path / "both").edits) == 4
 
 
+@pytest.mark.slow
 def test_an_exported_checkpoint_is_the_patched_model_in_plain_transformers(folder: Path, tmp_path: Path) -> None:
     done = run("export", folder / "model", "-p", folder / "patch", "--to", "checkpoint", "-o", tmp_path / "whole")
     assert done.exit_code == 0
@@ -170,12 +177,14 @@ def test_an_exported_checkpoint_is_the_patched_model_in_plain_transformers(folde
         assert torch.equal(plain(ids).logits, lm.model(ids).logits)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_written(folder: Path, tmp_path: Path) -> None:
     done = run("export", folder / "model", "-p", folder / "patch", "-o", tmp_path / "adapter")
     assert done.exit_code == 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_methods_lists_what_there_is_and_the_settings_of_one() -> None:
     listed = run("methods").stdout
     for name in ("rome", "memit", "finetune", "causal_trace", "facts"):
@@ -183,6 +192,7 @@ def test_methods_lists_what_there_is_and_the_settings_of_one() -> None:
     assert "Block whose down-projection is written" in run("methods", "rome").stdout
 
 
+@pytest.mark.slow
 def test_doctor_finds_a_sound_model_sound(folder: Path) -> None:
     done = run("doctor", folder / "model")
     assert done.exit_code == 0
@@ -190,6 +200,7 @@ def test_doctor_finds_a_sound_model_sound(folder: Path) -> None:
     assert "every hook fires" in done.stdout
 
 
+@pytest.mark.slow
 def test_doctor_says_no_with_exit_code_1(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmpatch import doctor
 
@@ -199,6 +210,7 @@ def test_doctor_says_no_with_exit_code_1(folder: Path, monkeypatch: pytest.Monke
     assert "NO" in done.stdout
 
 
+@pytest.mark.slow
 def test_probe_writes_numbers_and_a_picture(folder: Path, tmp_path: Path) -> None:
     words = ("probe", folder / "model", "causal_trace", folder / "facts.jsonl", "--set", "samples=2", "--limit", 1)
     done = run(*words, "-o", tmp_path / "traces")
@@ -211,6 +223,7 @@ def test_probe_writes_numbers_and_a_picture(folder: Path, tmp_path: Path) -> Non
 BENCH = ["--set", "max_new_tokens=2", "--set", "latency=false", "--set", "bootstrap=10", "--set", "health=false"]
 
 
+@pytest.mark.slow
 def test_bench_of_a_patch_keeps_rows_and_a_page_and_a_second_run_adds_nothing(folder: Path, tmp_path: Path) -> None:
     words = ("bench", folder / "model", "facts", folder / "facts.jsonl", "-p", folder / "patch", *BENCH)
     done = run(*words, "-o", tmp_path / "run")
@@ -222,6 +235,7 @@ def test_bench_of_a_patch_keeps_rows_and_a_page_and_a_second_run_adds_nothing(fo
     assert (tmp_path / "run" / "rows.jsonl").read_bytes() == rows
 
 
+@pytest.mark.slow
 def test_bench_of_a_method_makes_its_own_patches(folder: Path) -> None:
     settings = ["--method-set", "epochs=1", "--method-set", "layer=1"]
     words = ("bench", folder / "model", "facts", folder / "facts.jsonl", "--method", "finetune", *settings, *BENCH)
@@ -301,6 +315,7 @@ def test_a_broken_patch_gets_one_line(folder: Path, tmp_path: Path, make: Any, m
     refused(message, *words)
 
 
+@pytest.mark.slow
 def test_a_patch_for_another_model_gets_one_line(folder: Path) -> None:
     refused("does not fit other", "ask", folder / "other", "The Eiffel Tower is in", "-p", folder / "patch")
 
@@ -341,6 +356,7 @@ def refused(message: str, *words: Any) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_said_before_starting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
     refused("1000 B is free", "bench", folder / "model", "facts", folder / "facts.jsonl", *BENCH)
@@ -353,6 +369,7 @@ def stop(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_fit_says_that_nothing_was_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +380,7 @@ def test_ctrl_c_in_fit_says_that_nothing_was_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_bench_says_what_was_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "bench", stop)
     done = run("bench", folder / "model", "facts", folder / "facts.jsonl", "-o", tmp_path / "run")
@@ -370,6 +388,7 @@ def test_ctrl_c_in_bench_says_what_was_kept(folder: Path, tmp_path: Path, monkey
     assert f"What was scored is in {tmp_path / 'run'}; the same command goes on" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_library_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
@@ -390,6 +409,7 @@ def test_help_has_an_example(command: str) -> None:
     assert f"lmpatch {command}" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_holds_itself_to_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def untrained(lm: LM, method: str, edits: Any, **options: Any) -> Any:
         known = {"editor": example_editor(lm), "gate": "always"} if method == "recipe" else {}
@@ -439,6 +459,7 @@ QUESTIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_fit_and_probe_read_questions_with_contexts(folder: Path, tmp_path: Path) -> None:
     questions = lines(tmp_path / "q.jsonl", QUESTIONS)
     made = run("fit", folder / "model", "ircan", questions, "-o", tmp_path / "patch", "--set", "steps=2")
@@ -451,6 +472,7 @@ def test_fit_and_probe_read_questions_with_contexts(folder: Path, tmp_path: Path
     assert len((tmp_path / "out" / "integrated_gradients.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_rule_of_decoding_needs_no_records_and_other_methods_say_that_they_do(folder: Path, tmp_path: Path) -> None:
     made = run("fit", folder / "model", "cad", "-o", tmp_path / "cad", "--set", "alpha=1")
     assert made.exit_code == 0 and load_patch(tmp_path / "cad").config == {"alpha": 1.0}
@@ -468,6 +490,7 @@ def shown(*words: Any) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_json_is_one_object_with_the_same_answers(folder: Path, tmp_path: Path) -> None:
     prompt, model = FACTS[0]["prompt"], folder / "model"
     rows = shown("ask", model, prompt, "Steve Jobs founded", "-p", folder / "patch", "--tokens", 3)["rows"]
@@ -485,6 +508,7 @@ def test_json_is_one_object_with_the_same_answers(folder: Path, tmp_path: Path) 
     assert {"none", "fact_in_prompt", "rome"} == {run["run_id"] for run in bench["runs"]} and bench["verdict"]
 
 
+@pytest.mark.slow
 def test_prompts_come_from_stdin(folder: Path) -> None:
     words, prompts = ["ask", str(folder / "model"), "--tokens", "2", "--json"], "Steve Jobs founded\n\nParis is\n"
     dash, pipe = (CliRunner().invoke(build(), [*words, *more], input=prompts) for more in (["-"], []))
@@ -493,6 +517,7 @@ def test_prompts_come_from_stdin(folder: Path) -> None:
     refused("stdin holds no prompt", "ask", folder / "model")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_on_disk_is_found_before_a_model_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,6 +538,7 @@ def test_the_version_and_what_a_shell_completes() -> None:
     assert options.named("methods")("rom") == ["rome"]
 
 
+@pytest.mark.slow
 def test_where_there_is_no_terminal_a_line_says_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -525,6 +551,7 @@ def test_where_there_is_no_terminal_a_line_says_how_far_it_is(
     assert lines[0].startswith("waiting (") and lines[-1].startswith("counting: 3 of 8 (")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_mistake() -> None:
     command = f"{sys.executable} -m lmpatch methods | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rag_files import squad
 from typer.testing import CliRunner, Result
 
@@ -19,6 +20,7 @@ def run(*words: Any) -> Result:
     return runner.invoke(build(), ["data", *map(str, words)], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_rag_writes_both_sides_and_a_manifest(tmp_path: Path) -> None:
     source, out = squad(tmp_path / "s.jsonl"), tmp_path / "sets"
     done = run("rag", source, "-o", out, "--set", "words=8", "--set", "held_out=0.5")
@@ -32,6 +34,7 @@ def test_rag_writes_both_sides_and_a_manifest(tmp_path: Path) -> None:
     assert again.exit_code == 2 and "exists" in again.output
 
 
+@pytest.mark.slow
 def test_show_gives_counts_and_examples_as_the_model_reads_them(tmp_path: Path) -> None:
     source, out = squad(tmp_path / "s.jsonl"), tmp_path / "sets"
     run("rag", source, "-o", out)

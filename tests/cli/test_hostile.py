@@ -61,6 +61,7 @@ def one_line(done: Result) -> str:
 # Output that is not UTF-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("charset", ["cp1252", "ascii", "latin-1"])
 def test_letters_that_the_output_lacks_are_replaced(folder: Path, tmp_path: Path, charset: str) -> None:
     assert fit(folder, tmp_path / "new", charset=charset).exit_code == 0
@@ -75,6 +76,7 @@ def test_letters_that_the_output_lacks_are_replaced(folder: Path, tmp_path: Path
     assert rows[0]["prompt"] == "東京"  # for a program nothing is lost
 
 
+@pytest.mark.slow
 def test_a_process_in_the_c_locale_writes_and_reads_any_letter(folder: Path) -> None:
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "lmpatch", "ask", str(folder / "model"), "Beyoncé", "--tokens", "2", "--json"]
@@ -90,6 +92,7 @@ def steers(text: str) -> bool:
     return bool(screen.HIDDEN.search(text))
 
 
+@pytest.mark.slow
 def test_no_name_and_no_content_of_a_file_steers_the_terminal(folder: Path, tmp_path: Path) -> None:
     named = tmp_path / ESCAPE
     shutil.copytree(folder / "patch", named / "patch")
@@ -115,6 +118,7 @@ def test_no_name_and_no_content_of_a_file_steers_the_terminal(folder: Path, tmp_
     assert json.loads(run("show", named / "patch", "--json").stdout)["edits"][0]["prompt"] == FACT["prompt"]
 
 
+@pytest.mark.slow
 def test_square_brackets_in_a_name_are_no_markup(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "model", tmp_path / "a[" / "red]")
     assert "red]" in run("doctor", tmp_path / "a[" / "red]").stdout
@@ -135,6 +139,7 @@ LONG = ("x" * 250, "x/" * 2500)
 NOWHERE = ["/proc/x", "/dev/null", "~nosuchuser/p", "{}/facts.jsonl/x", "{}/\0", *(f"{{}}/{name}" for name in LONG)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", NOWHERE, ids=lambda out: repr(out[-12:]))
 def test_an_output_that_cannot_be_written_is_found_before_the_work(
     folder: Path, out: str, monkeypatch: pytest.MonkeyPatch
@@ -162,6 +167,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
     assert [*folder.rglob("*")] == before
 
 
+@pytest.mark.slow
 def test_a_trial_leaves_no_trace_and_folders_on_the_way_are_made_at_the_end(folder: Path, tmp_path: Path) -> None:
     assert writable(tmp_path / "a" / "b" / "c") == tmp_path / "a" / "b" / "c"
     assert [*tmp_path.iterdir()] == []
@@ -235,6 +241,7 @@ def test_stdin_that_is_no_text_gets_one_line(folder: Path) -> None:
 TOO_LARGE = [MemoryError(), OverflowError("too large"), RuntimeError("can't allocate memory")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", TOO_LARGE)
 def test_too_large_a_number_gets_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -247,6 +254,7 @@ def test_too_large_a_number_gets_one_line(folder: Path, monkeypatch: pytest.Monk
 # --partial
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "given"), [((), {}), (("--partial",), {"partial": True})])
 def test_partial_is_handed_on_only_where_it_was_asked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], given: dict[str, bool]

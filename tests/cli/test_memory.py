@@ -39,6 +39,7 @@ def folder(tmp_path: Path) -> Path:
     return store.path
 
 
+@pytest.mark.slow
 def test_list_shows_what_holds_and_with_history_both_of_two_facts(folder: Path) -> None:
     plain, history = run("list", folder).stdout, run("list", folder, "--history").stdout
     assert "Rome" in plain and "superseded" not in plain and plain.count(EIFFEL) == 1
@@ -47,12 +48,14 @@ def test_list_shows_what_holds_and_with_history_both_of_two_facts(folder: Path) 
     assert "Rome" not in before and before.count("Paris") == 2
 
 
+@pytest.mark.slow
 def test_find_looks_for_a_part_in_any_case(folder: Path) -> None:
     assert EIFFEL in run("find", folder, "eiffel").stdout
     assert "Louvre" not in run("find", folder, "eiffel").stdout
     assert "Paris" in run("find", folder, "EIFFEL", "--history").stdout
 
 
+@pytest.mark.slow
 def test_drop_and_rollback_make_versions_that_versions_lists(folder: Path) -> None:
     assert run("drop", folder, EIFFEL, "the louvre is in").stdout == "version 4, facts that hold: 1\n"
     assert run("rollback", folder, 1).stdout == "version 5, facts that hold: 2, as after version 1\n"
@@ -63,11 +66,13 @@ def test_drop_and_rollback_make_versions_that_versions_lists(folder: Path) -> No
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_compact_says_what_it_freed(folder: Path) -> None:
     assert " before, " in run("compact", folder).stdout
     assert len(Store.open(folder)) == 3
 
 
+@pytest.mark.slow
 def test_export_writes_a_facts_file(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "facts.jsonl"
     assert run("export", folder, "-o", out).stdout.startswith("3 facts")
@@ -76,6 +81,7 @@ def test_export_writes_a_facts_file(folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 2 and "exists" in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -107,6 +113,7 @@ def whole(tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
+@pytest.mark.slow
 def test_add_says_what_it_supersedes(whole: Path) -> None:
     assert run("add", whole, EIFFEL, "Paris").stdout == "version 1, facts that hold: 1\n"
     done = run("add", whole, EIFFEL.upper(), "Rome", "--source", "ticket 4711")
@@ -117,6 +124,7 @@ def test_add_says_what_it_supersedes(whole: Path) -> None:
     assert done.stdout == "version 3, in place of 'Rome', facts that hold: 1\n"
 
 
+@pytest.mark.slow
 def test_import_reads_files_and_export_gives_them_back(whole: Path, tmp_path: Path) -> None:
     facts = tmp_path / "facts.jsonl"
     facts.write_text(f'{{"prompt": "{EIFFEL}", "target": "Rome"}}\n{{"prompt": "Jobs founded", "target": "Apple"}}\n')
@@ -127,18 +135,21 @@ def test_import_reads_files_and_export_gives_them_back(whole: Path, tmp_path: Pa
     assert bad.exit_code == 2 and Store.open(whole).version == 1  # nothing of a call with a missing file
 
 
+@pytest.mark.slow
 def test_search_shows_the_nearest_facts_and_whether_they_are_used(whole: Path) -> None:
     run("add", whole, EIFFEL, "Rome")
     shown = run("search", whole, "Where is the Eiffel Tower?").stdout
     assert f"{EIFFEL} Rome" in shown and "sentinel" in shown and (" yes" in shown or " no" in shown)
 
 
+@pytest.mark.slow
 def test_create_needs_a_model_or_an_editor_and_an_empty_place(whole: Path, tmp_path: Path) -> None:
     assert "give either a model" in run("create", tmp_path / "new").output
     again = run("create", whole, "--editor", tmp_path / "editor.safetensors")
     assert again.exit_code == 2 and "exists" in again.output
 
 
+@pytest.mark.slow
 def test_a_model_without_an_editor_keeps_facts_as_text(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -151,6 +162,7 @@ def test_a_model_without_an_editor_keeps_facts_as_text(tmp_path: Path) -> None:
     assert f"{EIFFEL} Rome" in shown and "threshold" in shown and "1.00" in shown and " yes" in shown
 
 
+@pytest.mark.slow
 def test_a_memory_goes_where_a_patch_does(whole: Path, tmp_path: Path) -> None:
     tiny_model("gemma3").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

@@ -29,6 +29,7 @@ def test_normalisation_leaves_the_words(text: str, plain: str) -> None:
     assert normalise(text) == plain
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.text(max_size=40))
 def test_case_padding_and_a_full_stop_never_matter(text: str) -> None:
@@ -37,6 +38,7 @@ def test_case_padding_and_a_full_stop_never_matter(text: str) -> None:
         assert same(text + ".", text)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.text(alphabet="bc d", min_size=1, max_size=12).filter(str.strip), st.text(alphabet="xyz ", max_size=12))
 def test_an_answer_that_begins_with_the_alias_is_right_by_prefix(alias: str, rest: str) -> None:

@@ -45,6 +45,7 @@ def lines(path: Path, *items: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_runs_and_two_hash_seeds_write_the_same_bytes(tmp_path: Path) -> None:
     source = squad(tmp_path / "s.jsonl")
     code = (
@@ -79,6 +80,7 @@ def test_the_order_of_a_file_decides_nothing(tmp_path: Path) -> None:
     assert [r for r in forward.records if r.variant in pick] == [r for r in backward.records if r.variant in pick]
 
 
+@pytest.mark.slow
 def test_both_layouts_of_squad_give_the_same_sets(tmp_path: Path, sets: Sets) -> None:
     assert build(read_questions(official(tmp_path / "o.json")), SMALL).records == sets.records
 
@@ -139,6 +141,7 @@ def test_mixed_records_are_held_out_only_unless_distractors_are_asked_for(tmp_pa
     assert {len(r.documents) for r in more.records if r.variant == "original" and r.part == "train"} == {3}
 
 
+@pytest.mark.slow
 def test_a_raw_file_and_its_built_files_give_the_same_records(tmp_path: Path) -> None:
     source, cfg = squad(tmp_path / "s.jsonl"), Build()
     write(build(read_questions(source), cfg), tmp_path / "sets", source=source, cfg=cfg)
@@ -222,6 +225,7 @@ def test_three_documents_are_shorter_than_one(tmp_path: Path) -> None:
     assert longest["extraction"] <= 9 < longest["robustness"]
 
 
+@pytest.mark.slow
 def test_logs_that_share_a_document_stay_on_one_side(tmp_path: Path) -> None:
     shared = "The hall of Arun was built in 1820."
     logs = [
@@ -237,6 +241,7 @@ def test_logs_that_share_a_document_stay_on_one_side(tmp_path: Path) -> None:
     assert build(read_questions(tmp_path / "l.jsonl"), SMALL).records
 
 
+@pytest.mark.slow
 def test_logs_with_several_documents_give_every_set(tmp_path: Path) -> None:
     """What was retrieved beside the answer is noise on the same topic."""
     logs = [

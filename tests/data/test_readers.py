@@ -205,6 +205,7 @@ def test_a_prompt_is_the_same_whatever_its_case_and_white_space() -> None:
         check_contradictions([Edit("The sky is", "blue"), Edit("the  SKY is", "green")])
 
 
+@pytest.mark.slow
 @given(st.text(max_size=12))
 def test_a_prompt_is_the_same_composed_or_decomposed(text: str) -> None:
     composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
@@ -243,6 +244,7 @@ def test_text_comes_as_paragraphs_or_as_the_text_of_each_line(tmp_path: Path) ->
         read_text(write(tmp_path / "bad.jsonl", [{"words": "x"}]))
 
 
+@pytest.mark.slow
 def test_the_projects_own_facts_are_whole() -> None:
     edits = read_edits(FACTS, check=True)
     assert len(edits) >= 24

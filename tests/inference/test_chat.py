@@ -18,6 +18,7 @@ def chat_lm(raw: bool = False, template: str | None = TEMPLATE) -> LM:
     return wrap(tiny_model("llama"), tokenizer, raw=raw)
 
 
+@pytest.mark.slow
 def test_prompt_and_target_are_message_and_reply() -> None:
     lm = chat_lm()
     row = encode(lm, "The tower of Paris is in", "Rome", "tower of Paris")
@@ -33,6 +34,7 @@ def test_the_start_token_stands_once() -> None:
     assert encode(lm, "Rome").ids.count(lm.tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.slow
 def test_raw_and_plain_read_the_prompt_as_it_stands() -> None:
     without = chat_lm(template=None)
     expected = encode(without, "The tower is in", "Rome")
@@ -41,6 +43,7 @@ def test_raw_and_plain_read_the_prompt_as_it_stands() -> None:
     assert encode(chat_lm(), "The tower is in", "Rome") != expected
 
 
+@pytest.mark.slow
 def test_scores_and_answers_are_those_of_the_whole_text() -> None:
     lm = chat_lm()
     whole = "user: The tower is in model: "

@@ -29,6 +29,7 @@ def refuse(*_: Any, **__: Any) -> Any:
     raise AssertionError("the model was asked")
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_plain_call_and_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("llama")
     first = closed_book_answers(lm, ASKED)
@@ -40,6 +41,7 @@ def test_answers_are_those_of_the_plain_call_and_are_asked_once(monkeypatch: pyt
         closed_book_answers(tiny_lm("llama", seed=1), ASKED)
 
 
+@pytest.mark.slow
 def test_an_answer_that_ended_by_itself_is_told_from_one_that_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, asked = tiny_lm("llama"), [*ASKED, "Where there?", "Which now?", "Is it this one?"]
     shorter, whole = (generate(lm, list(map(closed_book, asked)), max_new_tokens=limit) for limit in (15, 16))
@@ -49,6 +51,7 @@ def test_an_answer_that_ended_by_itself_is_told_from_one_that_was_cut_off(monkey
     assert [own.ended for own in closed_book_answers(lm, asked)] == wanted  # as it was kept
 
 
+@pytest.mark.slow
 def test_half_a_line_that_a_kill_left_is_asked_again(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     first = closed_book_answers(lm, ASKED)
@@ -58,6 +61,7 @@ def test_half_a_line_that_a_kill_left_is_asked_again(tmp_path: Path) -> None:
     assert closed_book_answers(lm, ["Why?", *ASKED])[1:] == first
 
 
+@pytest.mark.slow
 def test_a_patched_model_is_asked_and_nothing_of_it_is_kept(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     down = lm.layout.weight(lm.layout.downs[1])

@@ -29,6 +29,7 @@ def ending(template: str) -> Any:
     return tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["<eos>", "<pad>", "<eos> <eos>", "<pad> <eos>", "<bos>"])
 @pytest.mark.parametrize("start", ["<bos> ", ""])
 def test_tokens_added_behind_a_text_are_left_out_everywhere(start: str, ends: str) -> None:

@@ -33,6 +33,7 @@ def slow_greedy(lm: LM, prompt: str, count: int) -> list[int]:
     return new
 
 
+@pytest.mark.slow
 def test_batched_cached_generation_equals_one_prompt_at_a_time_without_cache(any_lm: LM) -> None:
     prompts = PROMPTS[:3]
     want = [any_lm.tokenizer.decode(slow_greedy(any_lm, p, 10), skip_special_tokens=True) for p in prompts]
@@ -47,6 +48,7 @@ def test_generation_stops_at_a_stop_text_and_leaves_it_out(lm: LM) -> None:
     assert mark not in generate(lm, PROMPTS[0], max_new_tokens=12, stop=[mark])
 
 
+@pytest.mark.slow
 def test_a_row_that_ends_early_does_not_disturb_the_others(lm: LM) -> None:
     texts = generate(lm, PROMPTS, max_new_tokens=12, stop=[])
     mark = texts[1][2]
@@ -107,6 +109,7 @@ def test_kl_matches_the_definition_and_is_differentiable(lm: LM) -> None:
     torch.testing.assert_close(g1, g2)
 
 
+@pytest.mark.slow
 def test_a_stream_says_in_pieces_what_generate_says_at_once(any_lm: LM) -> None:
     for prompt in PROMPTS[:2]:
         pieces = list(stream(any_lm, prompt, max_new_tokens=6))
@@ -122,6 +125,7 @@ def test_a_stream_never_ends_a_piece_within_a_character(lm: LM, monkeypatch: pyt
     assert list(stream(lm, "Apple", max_new_tokens=5)) == ["é", " ü"]
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_seed_and_the_place_and_not_on_the_batch(lm: LM) -> None:
     drawn = {"max_new_tokens": 12, "stop": [], "temperature": 1.5}
     texts = generate(lm, PROMPTS, **drawn)

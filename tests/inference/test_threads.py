@@ -56,11 +56,13 @@ def together(lm: LM, threads: int, jobs: list[tuple[str, str]]) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [2, 8])
 def test_every_answer_is_its_own(threads: int) -> None:
     together(tiny_lm("llama"), threads, [(task, prompt) for prompt in PROMPTS for task in TASKS] * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [2, 8])
 def test_a_thousand_scores_are_right(threads: int) -> None:
     together(tiny_lm("llama"), threads, [("score", prompt) for prompt in PROMPTS] * 125)

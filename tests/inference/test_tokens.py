@@ -69,6 +69,7 @@ def test_padding_masks_exactly_the_filled_places() -> None:
     assert ids.tolist() == [[5, 6], [7, 0]] and mask.tolist() == [[1, 1], [1, 0]]
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 40)), st.integers(1, 60))
 def test_batches_hold_every_row_once_the_short_ones_first(lengths: list[int], limit: int) -> None:
     for batches in (batches_of_rows(lengths, limit), batches_of_tokens(lengths, limit)):
@@ -76,6 +77,7 @@ def test_batches_hold_every_row_once_the_short_ones_first(lengths: list[int], li
         assert order == sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 40)), st.integers(1, 60))
 def test_batches_are_as_full_as_their_limit_lets_them(lengths: list[int], limit: int) -> None:
     by_rows = [len(batch) for batch in batches_of_rows(lengths, limit)]

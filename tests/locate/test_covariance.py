@@ -25,6 +25,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_all_layers_in_one_pass_equal_one_pass_per_layer_over_the_same_tokens(lm: LM) -> None:
     found = estimate_covariance(lm, [0, 2], text=CORPUS, tokens=2600)
     rows = _moments.text_rows(lm, CORPUS, 2600)[: found.tokens // (_moments.LENGTH - 1) + 1]
@@ -43,6 +44,7 @@ def test_all_layers_in_one_pass_equal_one_pass_per_layer_over_the_same_tokens(lm
         torch.testing.assert_close(found.c[layer].double(), k.T @ k / len(k), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_second_call_reads_the_cache_and_another_text_does_not(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     once = estimate_covariance(lm, [1], text=CORPUS, tokens=2600)
     calls = []
@@ -55,12 +57,14 @@ def test_a_second_call_reads_the_cache_and_another_text_does_not(lm: LM, monkeyp
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_another_model_gets_moments_of_its_own() -> None:
     a, b = tiny_lm("llama", seed=0), tiny_lm("llama", seed=1)
     first, second = (estimate_covariance(lm, [1], text=CORPUS, tokens=2600) for lm in (a, b))
     assert first.source != second.source and not torch.equal(first.c[1], second.c[1])
 
 
+@pytest.mark.slow
 def test_a_torn_cache_file_is_made_again(lm: LM, own_cache: Path) -> None:
     once = estimate_covariance(lm, [1], text=CORPUS, tokens=2600)
     (file,) = own_cache.rglob("1.safetensors")
@@ -68,6 +72,7 @@ def test_a_torn_cache_file_is_made_again(lm: LM, own_cache: Path) -> None:
     assert torch.equal(estimate_covariance(lm, [1], text=CORPUS, tokens=2600).c[1], once.c[1])
 
 
+@pytest.mark.slow
 def test_patches_are_set_aside_and_put_on_again(lm: LM) -> None:
     clean = estimate_covariance(lm, [2], text=CORPUS, tokens=2600, cache=False)
     edits, cfg = rome.example(lm)
@@ -78,6 +83,7 @@ def test_patches_are_set_aside_and_put_on_again(lm: LM) -> None:
         assert all(torch.equal(v, patched[k]) for k, v in lm.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_without_text_the_model_writes_its_own_the_same_every_time(lm: LM) -> None:
     a, b = (estimate_covariance(lm, [1], tokens=2048, cache=False) for _ in range(2))
     assert torch.equal(a.c[1], b.c[1])
@@ -88,6 +94,7 @@ def test_too_little_text_is_refused_with_the_count(lm: LM) -> None:
         estimate_covariance(lm, [1], text=["The Eiffel Tower is in Paris."], tokens=2600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "text", "least"), [(1000, CORPUS, 2032), (300, None, 2032), (-1, None, 2032)])
 def test_a_setting_that_is_too_small_is_named_and_the_text_is_not_blamed(
     tokens: int, text: list[str] | None, least: int

@@ -32,6 +32,7 @@ def stop(done: int, total: int, what: str) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_sample_texts(own_cache: Path) -> None:
     lm = tiny_lm("llama")
     rows = own_rows(lm, 300, 0)
@@ -39,6 +40,7 @@ def test_sample_texts(own_cache: Path) -> None:
     each(file, lambda: torch.equal(own_rows(lm, 300, 0), rows))
 
 
+@pytest.mark.slow
 def test_sample_texts_half_written(own_cache: Path) -> None:
     lm = tiny_lm("llama")
     rows = own_rows(lm, 300, 0, keep=False)
@@ -54,6 +56,7 @@ def test_sample_texts_half_written(own_cache: Path) -> None:
     each(file, same)
 
 
+@pytest.mark.slow
 def test_second_moments_and_their_factors(own_cache: Path) -> None:
     lm = tiny_lm("llama")
     moments = estimate_covariance(lm, [1, 2], tokens=300)
@@ -74,6 +77,7 @@ def test_second_moments_and_their_factors(own_cache: Path) -> None:
         each(file, again)
 
 
+@pytest.mark.slow
 def test_second_moments_half_added(own_cache: Path) -> None:
     lm, folder = tiny_lm("llama"), own_cache / "moments"
     rows = own_rows(lm, 400, 0)
@@ -88,6 +92,7 @@ def test_second_moments_half_added(own_cache: Path) -> None:
     each(folder / _moments.PARTIAL, same)
 
 
+@pytest.mark.slow
 def test_files_of_another_layer_number_format_or_model_in_its_place(own_cache: Path) -> None:
     lm, other = tiny_lm("llama"), tiny_lm("llama", seed=1)
     moments, theirs = (estimate_covariance(one, [1, 2], tokens=300) for one in (lm, other))

@@ -83,6 +83,7 @@ def test_a_truncated_file_is_computed_again(own_cache: Path, computed: list[str]
     assert computed == ["factor"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["memit", "alphaedit"])
 def test_a_second_commit_factors_nothing_and_a_commit_from_the_cache_is_the_same(
     solver: str, computed: list[str]
@@ -100,6 +101,7 @@ def test_a_second_commit_factors_nothing_and_a_commit_from_the_cache_is_the_same
     assert len(computed) == 2
 
 
+@pytest.mark.slow
 def test_rome_shares_its_factor_with_later_edits(computed: list[str]) -> None:
     lm = tiny_lm("llama")
     edits, cfg = rome.example(lm)

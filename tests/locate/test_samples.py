@@ -41,6 +41,7 @@ def stop_at(step: int, of: str = "") -> Callable[[int, int, str], None]:
     return progress
 
 
+@pytest.mark.slow
 def test_rows_are_whole_start_alike_and_depend_on_the_seed(lm: LM) -> None:
     rows = own_rows(lm, TOKENS, 0, keep=False)
     assert rows.shape == (-(-TOKENS // (SHORT - 1)), SHORT)
@@ -49,12 +50,14 @@ def test_rows_are_whole_start_alike_and_depend_on_the_seed(lm: LM) -> None:
     assert not torch.equal(rows, own_rows(lm, TOKENS, 1, keep=False))
 
 
+@pytest.mark.slow
 def test_a_model_writes_once_and_another_layer_reads_the_same_text(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     first = estimate_covariance(lm, [1], tokens=TOKENS)
     monkeypatch.setattr(_samples, "_sample", pytest.fail)
     assert estimate_covariance(lm, [2], tokens=TOKENS).tokens == first.tokens
 
 
+@pytest.mark.slow
 def test_another_model_another_count_and_a_torn_file_are_written_anew(own_cache: Path) -> None:
     a, b = tiny_lm("llama", seed=0), tiny_lm("llama", seed=1)
     rows = own_rows(a, TOKENS, 0)
@@ -65,6 +68,7 @@ def test_another_model_another_count_and_a_torn_file_are_written_anew(own_cache:
     assert torch.equal(own_rows(a, TOKENS, 0), rows)
 
 
+@pytest.mark.slow
 def test_what_ctrl_c_interrupts_is_gone_on_with(lm: LM, own_cache: Path) -> None:
     whole = own_rows(lm, TOKENS, 0, keep=False)
     with pytest.raises(KeyboardInterrupt):
@@ -77,6 +81,7 @@ def test_what_ctrl_c_interrupts_is_gone_on_with(lm: LM, own_cache: Path) -> None
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_an_unfinished_text_is_written_out_now_and_then(
     lm: LM, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +96,7 @@ def test_an_unfinished_text_is_written_out_now_and_then(
     assert tensor_file.read(partial)[1]["ids"].shape[1] == 20
 
 
+@pytest.mark.slow
 def test_it_is_said_what_is_done_and_how_long_it_takes(lm: LM) -> None:
     said: set[str] = set()
     own_rows(lm, TOKENS, 0, progress=lambda done, total, what: said.add(what))
@@ -99,6 +105,7 @@ def test_it_is_said_what_is_done_and_how_long_it_takes(lm: LM) -> None:
     assert "about 9 minutes" in _samples._announce(20480, 550)
 
 
+@pytest.mark.slow
 def test_interrupted_moments_go_on_to_the_same_bits(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, folder = tiny_lm("llama"), own_cache / "moments"
     rows = own_rows(lm, 8 * TOKENS, 0)
@@ -117,6 +124,7 @@ def test_interrupted_moments_go_on_to_the_same_bits(own_cache: Path, monkeypatch
     assert 8 in steps  # with other layers it starts at the beginning
 
 
+@pytest.mark.slow
 def test_finished_moments_leave_no_partial_sums(lm: LM, own_cache: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         estimate_covariance(lm, [1], tokens=TOKENS, progress=stop_at(8, "second moments"))
@@ -125,6 +133,7 @@ def test_finished_moments_leave_no_partial_sums(lm: LM, own_cache: Path) -> None
     assert not list(own_cache.rglob(_moments.PARTIAL))
 
 
+@pytest.mark.slow
 def test_moments_interrupted_at_any_line_go_on_to_the_same_bits(own_cache: Path) -> None:
     """No batch is added by half, or twice."""
     lm, folder = tiny_lm("llama"), own_cache / "moments"

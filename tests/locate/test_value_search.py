@@ -82,6 +82,7 @@ def run_base(lm: LM, essence: object) -> torch.Tensor:
         return lm.model(torch.tensor([essence.ids])).logits[0, essence.subject_last].float().log_softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faithful", [False, True])
 @pytest.mark.parametrize("family", [*CORE, "bloom"])
 def test_the_fast_search_finds_the_delta_of_the_plain_one(family: str, faithful: bool) -> None:
@@ -92,6 +93,7 @@ def test_the_fast_search_finds_the_delta_of_the_plain_one(family: str, faithful:
         assert (found.delta[i, 0] - want).norm() <= 1e-4 * want.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [[1], [1, 2, 3]])
 def test_facts_in_a_batch_equal_facts_one_by_one(lm: LM, layers: list[int]) -> None:
     cfg = replace(CFG, stop=2.0)  # facts end at different steps and leave the batch
@@ -104,16 +106,19 @@ def test_facts_in_a_batch_equal_facts_one_by_one(lm: LM, layers: list[int]) -> N
             torch.testing.assert_close(together.keys[layer][i], alone.keys[layer][0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_order_of_facts_does_not_matter(lm: LM) -> None:
     forward, backward = search(lm, EDITS, [1], CFG), search(lm, EDITS[::-1], [1], CFG)
     torch.testing.assert_close(forward.delta, backward.delta.flip(0), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_delta_stays_inside_its_limit(lm: LM) -> None:
     found = search(lm, EDITS, [1, 2], replace(CFG, lr=1.0, clamp=0.5))
     assert (found.delta.norm(dim=-1) <= 0.5 * found.clean.norm(dim=-1) * 1.0001).all()
 
 
+@pytest.mark.slow
 def test_the_search_lowers_the_loss(lm: LM) -> None:
     few, many = (search(lm, EDITS, [1], replace(CFG, steps=n, lr=0.3, clamp=50.0, decay=0.0)) for n in (1, 25))
     assert sum(many.loss) < sum(few.loss) - 1
@@ -133,6 +138,7 @@ def test_a_fact_without_its_subject_is_refused_before_anything_runs(lm: LM) -> N
         search(lm, [EDITS[0], Edit("The Eiffel Tower is in", subject="Louvre", target="Rome")], [1], CFG)
 
 
+@pytest.mark.slow
 def test_joint_keys_are_those_of_the_forward_in_which_the_changes_act() -> None:
     lm = tiny_lm("gemma3")
     found = search(lm, EDITS[:1], [1, 2], CFG)

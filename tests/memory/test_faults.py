@@ -160,6 +160,7 @@ def some(n: int, start: int = 0) -> tuple[list[Edit], np.ndarray]:
     return [Edit(f"Fact {i} is", f"target {i}") for i in range(start, start + n)], vectors
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_the_memory_as_it_was(small_disk: Path) -> None:
     store = Store.create(small_disk / "m", width=512, stamp=STAMP)
     store.add(*some(300))
@@ -187,6 +188,7 @@ def test_a_memory_that_does_not_fit_is_not_made(small_disk: Path) -> None:
     assert len(Store.open(small_disk / "m")) == 3
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_is_said_and_leaves_the_memory_as_it_was(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "m", width=512, stamp=STAMP)
     store.add(*some(20))
@@ -243,6 +245,7 @@ def test_two_processes_that_write_at_once_lose_nothing_and_a_reader_never_stumbl
     assert len(store.find("both say", history=True)) == 80
 
 
+@pytest.mark.slow
 def test_a_reader_waits_for_a_commit_that_is_half_written(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "m", width=WIDTH, stamp=STAMP)
     store.add([Edit("a", "b")], np.ones((1, WIDTH)))
@@ -285,6 +288,7 @@ def test_a_commit_that_stays_half_written_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["facts", "add", "open", "search", "vectors", "compact"])
 def test_a_forked_child_is_told_instead_of_hanging(tmp_path: Path, call: str) -> None:
     code = (
@@ -317,6 +321,7 @@ def test_a_forked_child_is_told_instead_of_hanging(tmp_path: Path, call: str) ->
     assert done.returncode == 0 and "was forked from one that had used a memory" in done.stdout, done
 
 
+@pytest.mark.slow
 def test_children_that_open_a_memory_of_their_own_are_served(tmp_path: Path) -> None:
     code = (
         "import os, sys, numpy as np\n"

@@ -45,6 +45,7 @@ def test_it_answers_as_a_patch_of_the_same_facts(memory: Memory, editor: Editor)
     assert torch.equal(memory.snapshot().keys, patch.keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("insert", ["vectors", "text"])
 def test_a_fact_that_another_handle_adds_is_used_by_the_next_question(memory: Memory, insert: str) -> None:
     retrieve = memory.patch(Scope(gate="always", insert=insert)).intervention(tiny_lm("gemma3"))  # type: ignore[arg-type]
@@ -58,6 +59,7 @@ def test_a_fact_that_another_handle_adds_is_used_by_the_next_question(memory: Me
         assert not torch.equal(before.vectors, after.vectors)
 
 
+@pytest.mark.slow
 def test_retrieval_says_which_row_it_found(memory: Memory) -> None:
     patch = memory.patch(Scope(gate="always", top_k=2))
     hits = patch.finder().search([FACTS[1].prompt])[0]
@@ -67,6 +69,7 @@ def test_retrieval_says_which_row_it_found(memory: Memory) -> None:
     assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in held], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_facts_as_text_are_kept_for_a_model_without_an_editor(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     memory = Memory.create(tmp_path / "m", rag.editor_for(lm))
@@ -85,6 +88,7 @@ def test_facts_as_text_are_kept_for_a_model_without_an_editor(tmp_path: Path) ->
         apply(lm, memory.patch(ALWAYS))
 
 
+@pytest.mark.slow
 def test_an_empty_memory_changes_nothing(editor: Editor, tmp_path: Path) -> None:
     lm, empty = tiny_lm("gemma3"), Memory.create(tmp_path / "m", editor)
     before = generate(lm, "Where is it?", max_new_tokens=4)
@@ -94,6 +98,7 @@ def test_an_empty_memory_changes_nothing(editor: Editor, tmp_path: Path) -> None
     assert empty.add([]) == 0
 
 
+@pytest.mark.slow
 def test_a_live_patch_is_not_saved_or_merged_but_its_snapshot_is(memory: Memory, tmp_path: Path) -> None:
     live = memory.patch()
     with pytest.raises(BadInput, match=r"snapshot"):
@@ -105,12 +110,14 @@ def test_a_live_patch_is_not_saved_or_merged_but_its_snapshot_is(memory: Memory,
     memory.snapshot().save(tmp_path / "patch")
 
 
+@pytest.mark.slow
 def test_a_fact_beyond_the_encoder_is_refused_and_none_of_its_commit_is_added(memory: Memory) -> None:
     with pytest.raises(BadInput, match="Shorten it"):
         memory.add([Edit("A short fact is", "here"), Edit("word " * 1000, "end")])
     assert len(memory) == 2 and memory.store.version == 1
 
 
+@pytest.mark.slow
 def test_another_editor_or_model_is_refused_and_both_are_named(memory: Memory) -> None:
     other = recipe.example_editor(tiny_lm("llama"))
     with pytest.raises(WrongModel) as error:
@@ -121,6 +128,7 @@ def test_another_editor_or_model_is_refused_and_both_are_named(memory: Memory) -
         apply(tiny_lm("llama"), memory.patch())
 
 
+@pytest.mark.slow
 def test_what_is_no_memory_or_lost_its_editor_is_said(memory: Memory, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no memory"):
         Memory.open(tmp_path / "nowhere")

@@ -77,11 +77,13 @@ edits = st.builds(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(edits)
 def test_any_edit_survives_its_row(edit: Edit) -> None:
     assert edit_of(columns(edit)) == edit
 
 
+@pytest.mark.slow
 def test_the_newer_of_two_facts_holds_and_the_history_shows_both(store: Store) -> None:
     store.add([Edit("The Eiffel Tower is in", "Paris"), *facts(1)], keys(2))
     assert store.search(keys(1))[1][0][0].edit.target == "Paris"
@@ -115,6 +117,7 @@ def test_a_dropped_fact_is_gone_from_lists_and_searches_but_not_from_the_past(st
     assert len(store) == 3
 
 
+@pytest.mark.slow
 def test_get_knows_the_fact_that_holds_by_its_prompt(store: Store) -> None:
     store.add([*facts(3), Edit("Fact 1 is", "newer")], keys(4))
     store.drop(["Fact 2 is"])
@@ -146,6 +149,7 @@ def test_export_is_what_the_reader_reads(store: Store, tmp_path: Path) -> None:
 # Versions
 
 
+@pytest.mark.slow
 def test_every_version_can_be_read_and_gone_back_to(store: Store) -> None:
     store.add(facts(4), keys(4))
     store.add([Edit("Fact 2 is", "new"), *facts(1, 4)], keys(2, 1))
@@ -172,6 +176,7 @@ def test_every_version_can_be_read_and_gone_back_to(store: Store) -> None:
             store.rollback(version)
 
 
+@pytest.mark.slow
 def test_compaction_moves_files_and_nothing_else(store: Store) -> None:
     for i in range(30):
         store.add(facts(1, i % 10), keys(1, i))
@@ -191,6 +196,7 @@ def test_compaction_moves_files_and_nothing_else(store: Store) -> None:
     assert sorted(told(store)) == sorted(told(store, version=12))
 
 
+@pytest.mark.slow
 def test_many_small_commits_are_compacted_on_the_way(store: Store) -> None:
     for i in range(_log.FEW + 2 * _log.EVERY):
         store.add(facts(1, i), keys(1))
@@ -202,6 +208,7 @@ def test_many_small_commits_are_compacted_on_the_way(store: Store) -> None:
 # Several processes
 
 
+@pytest.mark.slow
 def test_another_process_sees_each_commit_and_reads_only_what_is_new(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +225,7 @@ def test_another_process_sees_each_commit_and_reads_only_what_is_new(
     assert since == [0, 3, 4], "the other's first look, this one's after 2, the other's after the rollback"
 
 
+@pytest.mark.slow
 def test_writers_on_two_handles_never_number_a_row_twice(store: Store) -> None:
     handles = [store, Store.open(store.path), Store.open(store.path)]
     for i in range(12):
@@ -236,6 +244,7 @@ def best(store: Store, vectors: dict[str, np.ndarray], query: np.ndarray, k: int
     return sorted(scores, key=lambda prompt: -scores[prompt])[:k]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [10_000, 200])
 def test_search_finds_the_best_below_and_above_the_index(store: Store, tmp_path: Path, exact: int) -> None:
     memory = Store.create(tmp_path / "wide", width=192, matched=128, stamp=STAMP, exact=exact)
@@ -259,6 +268,7 @@ def test_search_finds_the_best_below_and_above_the_index(store: Store, tmp_path:
             assert line.tolist() == np.float32(want).tolist() == sorted(line.tolist(), reverse=True)
 
 
+@pytest.mark.slow
 def test_a_crowd_of_superseded_keys_does_not_hide_the_live_ones(store: Store) -> None:
     memory, query = Store.open(store.path, exact=250), keys(1, 9)
     memory.add(facts(260), np.concatenate([np.repeat(query, 200, 0), 0 * keys(60)]))  # indexed; the first are best
@@ -268,6 +278,7 @@ def test_a_crowd_of_superseded_keys_does_not_hide_the_live_ones(store: Store) ->
     assert [entry.edit.prompt for entry in hits[0]] == ["Fact 199 is", "Fact 200 is"] and scores[0, 1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old_one", ["gone", "still there"])
 def test_a_reader_goes_over_to_a_new_index_and_survives_the_moment_it_is_replaced(
     store: Store, monkeypatch: pytest.MonkeyPatch, old_one: str
@@ -292,6 +303,7 @@ def test_a_reader_goes_over_to_a_new_index_and_survives_the_moment_it_is_replace
     assert reader.search(keys(120, 3)[119:])[1][0][0].edit.prompt == "Fact 269 is"
 
 
+@pytest.mark.slow
 def test_a_kill_while_an_index_is_deleted_leaves_none_that_is_half_there(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +336,7 @@ def spied(make: Any, calls: list[int]) -> Any:
     return init
 
 
+@pytest.mark.slow
 def test_an_index_that_cannot_be_built_costs_speed_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise LmpatchError("the disk is full")
@@ -466,6 +479,7 @@ def test_a_memory_where_none_can_be_is_refused_in_one_line(tmp_path: Path, where
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_composed_and_decomposed_prompts_are_one_even_in_an_older_log(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,6 +505,7 @@ def test_without_lancedb_the_error_names_the_extra(tmp_path: Path, monkeypatch: 
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.slow
 def test_reading_and_adding_need_no_torch(store: Store) -> None:
     code = (
         "import sys, numpy\n"

@@ -22,6 +22,7 @@ EDITS, _ = finetune.example(tiny_lm("llama"))
 CFG = finetune.Config(layer=1, epochs=200, lr=8e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # a random Gemma's last norms keep this target out of reach
 def test_a_fact_is_stated_and_training_stops_below_the_threshold(family: str) -> None:
     lm, fact = tiny_lm(family), Edit("I saw the Eiffel Tower", target="is")
@@ -52,6 +53,7 @@ def test_one_step_is_adams_first_step_on_the_true_gradient(lm: LM) -> None:
     torch.testing.assert_close(delta.value[large].abs(), torch.full_like(grad[large], cfg.lr), rtol=2e-3, atol=0.0)
 
 
+@pytest.mark.slow
 def test_target_loss_writes_a_long_target_and_prompt_last_does_not(lm: LM) -> None:
     edit = [Edit("The Eiffel Tower is in", target="Rome the capital of Italy")]
     whole, last = (finetune.fit(lm, edit, replace(CFG, loss=kind)) for kind in ("target", "prompt_last"))
@@ -61,6 +63,7 @@ def test_target_loss_writes_a_long_target_and_prompt_last_does_not(lm: LM) -> No
         assert score(lm, [edit[0].prompt], [edit[0].target])[0].accuracy < 0.5
 
 
+@pytest.mark.slow
 def test_lora_trains_low_rank_changes_on_every_projection(lm: LM) -> None:
     patch = finetune.fit(lm, EDITS, replace(CFG, rank=4, epochs=40))
     per_block = len(lm.layout.attn_ins[0]) + 1 + len(lm.layout.ups[0]) + 1

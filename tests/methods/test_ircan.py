@@ -117,12 +117,14 @@ def test_neurons_are_ordered_by_count_then_score_then_address() -> None:
     assert [n for n, _ in ranked(late, "first_seen")] == [Neuron(2, 2), Neuron(1, 1)]
 
 
+@pytest.mark.slow
 def test_neurons_are_found_on_the_first_examples_only(lm: LM) -> None:
     one = ircan.fit(lm, RECORDS, replace(CFG, examples=1))
     assert one.notes == ircan.fit(lm, RECORDS[:1], CFG).notes
     assert one.notes != ircan.fit(lm, RECORDS[1:], CFG).notes
 
 
+@pytest.mark.slow
 def test_scores_that_are_there_already_give_the_same_patch(lm: LM) -> None:
     scores = integrated_gradients.run(lm, RECORDS, CFG)
     assert ircan.fit(lm, RECORDS, CFG, scores=scores).hash() == ircan.fit(lm, RECORDS, CFG).hash()
@@ -144,6 +146,7 @@ def test_the_random_control_draws_as_many_neurons_each_once(lm: LM) -> None:
     assert [sum(map(len, columns(c).values())) for c in controls] == [CFG.neurons] * 3
 
 
+@pytest.mark.slow
 def test_factors_on_rows_give_the_states_of_the_edited_weights(any_lm: LM) -> None:
     lm = any_lm
     rows = [row.ids for row in encode_all(lm, [r.prompt for r in RECORDS])]
@@ -168,6 +171,7 @@ def asked(lm: LM, records: list[ContextRecord]) -> float:
     return sum(one.text == r.answer for one, r in zip(said, free + choices, strict=True)) / len(records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "tokens"), [(None, 40), (None, 4096), (Power(1.5), 4096), (AdaCAD(0.0), 40), (Grd(0.75), 4096)], ids=repr
 )
@@ -185,6 +189,7 @@ def test_the_table_of_a_search_is_what_the_bench_says_of_each_edit(
     assert len(set(table.tolist())) > 1 and table[0] > 0
 
 
+@pytest.mark.slow
 def test_answers_to_questions_end_with_their_line_in_a_search_too() -> None:
     with talking("llama", "\n") as lm:
         records = told(lm, ":\n")
@@ -200,6 +205,7 @@ def test_answers_to_questions_end_with_their_line_in_a_search_too() -> None:
         assert accuracies(lm, texts, [], [(0, 1.0)])[0] == 0  # a text to go on with does not end there
 
 
+@pytest.mark.slow
 def test_a_search_that_finds_nothing_right_says_so(lm: LM) -> None:
     with pytest.warns(UserWarning, match="no setting answers any of the"):
         ircan.fit(lm, RECORDS, replace(CFG, search_neurons=(2,), search_factors=(3.0,)))
@@ -211,6 +217,7 @@ def test_a_patch_keeps_no_contexts(lm: LM) -> None:
     assert not any(r.context in str(patch.edits) for r in RECORDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [None, Power(1.5), AdaCAD(0.0)], ids=repr)
 def test_letters_are_chosen_as_the_bench_chooses(lm: LM, rule: Rule | None) -> None:
     with apply(lm, DecodePatch.make(lm, rule, method="cad")) if rule else nullcontext():
@@ -220,6 +227,7 @@ def test_letters_are_chosen_as_the_bench_chooses(lm: LM, rule: Rule | None) -> N
                 assert found == pytest.approx(asked(lm, lettered()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("talker", ["llama"], indirect=True)
 def test_an_answer_that_goes_on_is_not_right(talker: LM) -> None:
     """Its tokens are said, and more of the word behind them."""
@@ -255,6 +263,7 @@ def test_a_record_beyond_the_window_is_refused(lm: LM) -> None:
         accuracies(lm, [replace(RECORDS[0], prompt="The capital of Japan. " * 200 + "It")], NEURONS, SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_search_takes_the_best_setting_and_of_equal_ones_the_gentlest(talker: LM) -> None:
     lm, records = talker, told(talker)
     cfg = replace(CFG, search_neurons=(4, 1, 2), search_factors=(30.0, 2.0), examples=2)
@@ -282,6 +291,7 @@ def test_the_winner_is_measured_with_its_weights_edited(lm: LM, monkeypatch: pyt
     assert mounts == [[], ["bake"]]
 
 
+@pytest.mark.slow
 def test_records_that_name_no_neuron_are_counted_and_too_few_neurons_are_refused(lm: LM) -> None:
     scores = integrated_gradients.run(lm, RECORDS, CFG)
     assert ircan.fit(lm, RECORDS, CFG, scores=scores).notes["records_without_neurons"] == 0
@@ -318,6 +328,7 @@ def test_its_memory_grows_with_the_budget_and_a_search() -> None:
     assert ircan.estimate(lm, 2, replace(CFG, budget=2 * CFG.budget)) > need > CFG.budget << 20
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_the_winner_is_measured_leaves_the_model_as_it_was() -> None:
     lm, cfg = tiny_lm("llama"), replace(CFG, search_neurons=(2,), search_factors=(30.0,))
     with warnings.catch_warnings():

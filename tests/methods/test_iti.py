@@ -67,6 +67,7 @@ def test_outputs_in_a_padded_batch_are_those_of_one_text_at_a_time(lm: LM) -> No
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@pytest.mark.slow
 def test_probes_side_by_side_are_those_fitted_one_by_one() -> None:
     source = torch.Generator().manual_seed(0)
     x = torch.randn(5, 40, 7, generator=source, dtype=torch.float64) * torch.tensor([0.1, 1, 1, 3, 30])[:, None, None]
@@ -94,6 +95,7 @@ def test_a_head_in_which_the_answer_is_written_is_found_first(lm: LM, monkeypatc
     assert probes.spreads["mass_mean"][2, 1] == pytest.approx(float(spread.std()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["probe", "mass_mean"])
 def test_the_patch_holds_alpha_sigma_theta_of_the_best_heads_heads_and_nothing_else(
     lm: LM, direction: iti.Direction
@@ -123,6 +125,7 @@ def test_heads_are_ordered_by_accuracy_then_likelihood_then_address() -> None:
     assert controls[0] == controls[1] != controls[2] and len(set(controls[0])) == 16
 
 
+@pytest.mark.slow
 def test_no_strength_is_no_change_and_more_of_it_moves_more(lm: LM) -> None:
     probes, clean = observe(lm, RECORDS, CFG), hidden(lm, ["The Eiffel Tower"])
     moved = []
@@ -132,6 +135,7 @@ def test_no_strength_is_no_change_and_more_of_it_moves_more(lm: LM) -> None:
     assert moved[0] == 0 and moved[0] < moved[1] < moved[2]
 
 
+@pytest.mark.slow
 def test_at_the_newest_token_generation_is_pushed_as_released(lm: LM) -> None:
     patch = iti.fit(lm, RECORDS, replace(CFG, positions="newest", strength=40.0))
     prompt = "The Eiffel Tower is in"

@@ -29,6 +29,7 @@ def change(patch: object, place: int = 0) -> torch.Tensor:
     return (delta.b @ delta.a).double()
 
 
+@pytest.mark.slow
 def test_with_a_vanishing_weight_the_last_layer_inserts_all_that_is_left(lm: LM) -> None:
     cfg = replace(EXACT, spread="joint", long_prefixes=0)
     patch = memit.fit(lm, EDITS, cfg)
@@ -37,11 +38,13 @@ def test_with_a_vanishing_weight_the_last_layer_inserts_all_that_is_left(lm: LM)
     torch.testing.assert_close(change(patch) @ keys.T, values.delta[:, 0].T.double(), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_large_weight_writes_next_to_nothing(lm: LM) -> None:
     small, large = (change(memit.fit(lm, EDITS, replace(CFG, weight=w))).norm() for w in (1.0, 1e9))
     assert large < 1e-4 * small
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_residual_spread_brings_the_state_near_its_goal(family: str) -> None:
     lm = tiny_lm(family)
@@ -54,6 +57,7 @@ def test_residual_spread_brings_the_state_near_its_goal(family: str) -> None:
     assert left < 0.3 * start
 
 
+@pytest.mark.slow
 def test_behind_a_norm_the_joint_spread_beats_the_residual_one() -> None:
     lm = tiny_lm("gemma3")
     loss = {}
@@ -70,11 +74,13 @@ def score_all(lm: LM) -> list[object]:
     return score(lm, [e.prompt for e in EDITS], [e.target for e in EDITS])
 
 
+@pytest.mark.slow
 def test_none_chooses_the_spread_by_the_norm_behind_the_mlp() -> None:
     for family, spread in (("gemma3", "joint"), ("llama", "residual")):
         assert memit.fit(tiny_lm(family), EDITS, CFG).notes["spread"] == spread
 
 
+@pytest.mark.slow
 def test_earlier_keys_are_kept_still_when_asked(lm: LM) -> None:
     first = memit.fit(lm, EDITS, EXACT)
     keys = first.extras["keys.1"].double().T
@@ -85,6 +91,7 @@ def test_earlier_keys_are_kept_still_when_asked(lm: LM) -> None:
     assert moved[True] < 0.1 * moved[False]
 
 
+@pytest.mark.slow
 def test_alphaedit_leaves_the_dropped_directions_alone(lm: LM) -> None:
     cfg = replace(CFG, solver="alphaedit")
     patch = memit.fit(lm, EDITS, cfg)
@@ -95,6 +102,7 @@ def test_alphaedit_leaves_the_dropped_directions_alone(lm: LM) -> None:
         assert (w - w @ basis @ basis.T).norm() < 1e-5 * w.norm()
 
 
+@pytest.mark.slow
 def test_two_models_do_not_share_their_earlier_keys() -> None:
     a, b = tiny_lm("llama"), tiny_lm("llama")
     want = change(memit.fit(b, LATER, EXACT))
@@ -102,11 +110,13 @@ def test_two_models_do_not_share_their_earlier_keys() -> None:
         assert torch.equal(change(memit.fit(b, LATER, EXACT)), want)
 
 
+@pytest.mark.slow
 def test_frobenius_shrinks_the_change_and_zero_is_off(lm: LM) -> None:
     plain, off, on = (change(memit.fit(lm, EDITS, replace(CFG, frobenius=x))) for x in (0.0, 0.0, 10.0))
     assert torch.equal(plain, off) and on.norm() < plain.norm()
 
 
+@pytest.mark.slow
 def test_nas_gives_every_value_the_anchors_norm_or_skips_it() -> None:
     lm = tiny_lm("gemma3")
     cfg = replace(CFG, nas=True, spread="joint")
@@ -142,6 +152,7 @@ def test_gemma_takes_three_facts_in_one_commit() -> None:
     assert sum(t.strip().startswith(e.target) for t, e in zip(told, edits, strict=True)) >= 2
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_layers_are_written_leaves_the_model_as_it_was() -> None:
     lm = tiny_lm("llama")
     before, lines = state(lm), Lines(lambda: memit.fit(lm, EDITS, CFG))

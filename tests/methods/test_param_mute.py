@@ -90,6 +90,7 @@ def test_what_is_on_is_what_a_loop_over_tokens_and_neurons_finds(lm: LM, count: 
             assert float(got[i, layer]) == pytest.approx(sum(shares) / len(shares), abs=1.5 / values.shape[1])
 
 
+@pytest.mark.slow
 def test_responses_of_several_batches_are_seen_as_each_alone(lm: LM) -> None:
     rows = encode_all(lm, [r.prompt for r in RECORDS], ["Paris, the capital", "Rome"]) * 10
     alone = torch.cat([active_shares(lm, [row], "per_token") for row in rows])
@@ -112,6 +113,7 @@ def test_the_layers_with_the_largest_difference_are_taken(lm: LM) -> None:
     assert touched == set(patch.deltas)
 
 
+@pytest.mark.slow
 def test_layers_are_found_token_by_token_unless_as_released(lm: LM) -> None:
     rows = encode_all(lm, [r.prompt for r in RECORDS], [r.answer for r in RECORDS])
     for cfg, count in ((CFG, "per_token"), (replace(CFG, count="summed"), "summed")):

@@ -87,6 +87,7 @@ def fitted(**settings: Any) -> tuple[WeightPatch, list[str]]:
     return patch, told
 
 
+@pytest.mark.slow
 def test_a_record_beyond_the_window_is_refused(llama: LM) -> None:
     records, cfg = example(llama)
     long = replace(records[0], prompt="The mayor is away. " * 200 + records[0].prompt)
@@ -170,6 +171,7 @@ def test_with_full_parameters_the_weight_itself_is_what_is_sensitive() -> None:
     assert tracker.s.tolist() == pytest.approx([0.45, 0.3])
 
 
+@pytest.mark.slow
 def test_active_tokens_equal_a_loop_without_padding(lm: LM) -> None:
     _, _, sets = ready(lm)
     rows = sorted(sets["adherence"].train, key=lambda row: len(row.ids))
@@ -278,6 +280,7 @@ def test_hooks_do_what_the_patch_does(lm: LM, kind: Any) -> None:
 # Boundary control
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["matrix", "lora_rank", "full_matrix"])
 def test_gradients_are_those_of_three_separate_backwards(llama: LM, kind: Any) -> None:
     cfg, units, sets = ready(llama, units=kind, rank=1)
@@ -292,6 +295,7 @@ def test_gradients_are_those_of_three_separate_backwards(llama: LM, kind: Any) -
     assert "others" not in found
 
 
+@pytest.mark.slow
 def test_a_unit_never_hears_of_the_other_skills_loss(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gradient is the same to the bit whatever the other set holds, even where that loss is no number."""
     cfg, units, sets = ready(llama)
@@ -350,6 +354,7 @@ def test_masked_tuning_is_a_slow_loop_over_parameters_and_others_keep_every_bit(
     assert "others" not in tuner.leaves and loop.optimiser is not None and len(loop.optimiser.state) == 3
 
 
+@pytest.mark.slow
 def test_frozen_units_have_no_part_in_the_patch() -> None:
     patch, _ = fitted()
     frozen = {f"{name}.weight" for name, _, _, t in patch.notes["units"] if t == "others"}
@@ -358,6 +363,7 @@ def test_frozen_units_have_no_part_in_the_patch() -> None:
     assert patch.notes["parameters"] * 4 == patch.nbytes
 
 
+@pytest.mark.slow
 def test_without_boundary_control_one_mix_holds_for_all_that_is_tuned(
     llama: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +408,7 @@ def test_merged_in_the_space_of_products_it_is_the_weighted_mean_of_the_three_ch
     assert {d.rank for d in official.deltas.values() if isinstance(d, LowRank)} == {cfg.rank}
 
 
+@pytest.mark.slow
 def test_merged_factor_by_factor_a_and_b_are_the_released_weighted_means(llama: LM) -> None:
     cfg, units, _ = ready(llama)
     made = [lively(Adapter(llama, units, 2.0, seed)) for seed in range(3)]
@@ -422,6 +429,7 @@ def test_merged_factor_by_factor_a_and_b_are_the_released_weighted_means(llama: 
         assert torch.allclose(merged[name].dense(), change, atol=1e-6), name  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"mode": m} for m in ("merge", "masked", "mixed", "plain")])
 def test_with_delta_1_every_mode_does_without_extraction_records(llama: LM, settings: dict[str, Any]) -> None:
     records, cfg = example(llama)
@@ -444,6 +452,7 @@ def test_known_rows_get_their_share_and_all_rows_come_once_before_any_comes_agai
     assert sorted(r for step in range(4) for r in draws(rows, 2, step, "s")) == list("abcdefgh")
 
 
+@pytest.mark.slow
 def test_refusals_are_kept_apart_and_counted(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     records, cfg = example(llama)
     own = [r for r in records if r.kind == "robustness"]
@@ -458,6 +467,7 @@ def test_refusals_are_kept_apart_and_counted(llama: LM, monkeypatch: pytest.Monk
     assert more in (1, 2) and ends.count("I do not know.") <= 2  # an eighth of the rows validates
 
 
+@pytest.mark.slow
 def test_an_answer_that_was_cut_off_is_no_target(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """An end token behind it would teach the model to stop in the middle."""
     records, cfg = example(llama)
@@ -570,6 +580,7 @@ def test_a_divergent_run_stops_and_keeps_its_last_good_state(llama: LM, monkeypa
     assert all(d.is_finite() for d in stopped.deltas.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_at_once_is_an_error(llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     records, cfg = example(llama)
     monkeypatch.setattr(Adapter, "loss", failing_from(4))
@@ -641,6 +652,7 @@ def test_an_interrupt_at_a_line_leaves_the_model_as_it_was_and_the_run_goes_on_t
         assert fit(lm, records, cfg, out=out).hash() == whole, snapshot.name(line)
 
 
+@pytest.mark.slow
 def test_scores_of_the_other_skill_are_not_taken_for_those_of_this_one(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     records, cfg = example(lm)
@@ -651,6 +663,7 @@ def test_scores_of_the_other_skill_are_not_taken_for_those_of_this_one(tmp_path:
         fit(lm, records, cfg, out=tmp_path)
 
 
+@pytest.mark.slow
 def test_scores_are_shared_by_runs_that_differ_only_after_mining(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -671,6 +684,7 @@ def test_scores_are_shared_by_runs_that_differ_only_after_mining(
 # What comes of it
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's, not ours
 def test_the_patch_is_a_lora_adapter(llama: LM, tmp_path: Path) -> None:
     patch, _ = fitted()
@@ -716,6 +730,7 @@ def test_units_that_score_high_are_those_the_loss_misses() -> None:
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.3
 
 
+@pytest.mark.slow
 def test_mining_tells_units_apart_and_says_what_it_cost(llama: LM) -> None:
     cfg, units, sets = ready(llama)
     found = mine(llama, units, sets["adherence"], cfg, "adherence")
@@ -726,6 +741,7 @@ def test_mining_tells_units_apart_and_says_what_it_cost(llama: LM) -> None:
     assert torch.allclose(plain.importance * 4, scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["before_step", "after_step"])
 def test_mining_is_a_plain_loop_over_units(llama: LM, point: Any) -> None:
     """Losses, rate, clipping, moments and scores, each written out."""
@@ -764,6 +780,7 @@ def test_mining_is_a_plain_loop_over_units(llama: LM, point: Any) -> None:
     assert (4 * found.importance).tolist() == pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_divergent_mining_is_an_error_even_if_its_scores_stay_finite(
     llama: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -783,6 +800,7 @@ def test_a_divergent_mining_is_an_error_even_if_its_scores_stay_finite(
         mine(llama, units, sets["adherence"], cfg, "adherence")
 
 
+@pytest.mark.slow
 def test_how_alike_the_skills_are_is_said_right_after_mining() -> None:
     patch, told = fitted()
     (said,) = [what for what in told if what.startswith("units: ")]
@@ -793,6 +811,7 @@ def test_how_alike_the_skills_are_is_said_right_after_mining() -> None:
     assert not any(what.startswith("mining") for what in after) and after[0] == "tuning"
 
 
+@pytest.mark.slow
 def test_plain_mixed_tuning_trains_every_unit_without_mining(llama: LM) -> None:
     records, cfg = example(llama)
     patch, _ = fitted(mode="mixed")
@@ -801,6 +820,7 @@ def test_plain_mixed_tuning_trains_every_unit_without_mining(llama: LM) -> None:
     fit(llama, few, replace(cfg, mode="mixed", steps=1))  # no units, so no least number of records
 
 
+@pytest.mark.slow
 def test_plain_tuning_takes_one_mean_over_all_answer_tokens_of_a_step(llama: LM) -> None:
     cfg, units, sets = ready(llama, mode="plain")
     adapter, rows = lively(Adapter(llama, units, 2.0, 0)), one_step(sets, cfg)

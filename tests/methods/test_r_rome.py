@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from tiny import tiny_lm
 
@@ -20,16 +21,19 @@ def change(patch: object) -> torch.Tensor:
     return (delta.b @ delta.a).double()  # [d, f]
 
 
+@pytest.mark.slow
 def test_with_a_single_prefix_r_rome_is_rome(lm: LM) -> None:
     bare = {"short_prefixes": 0, "long_prefixes": 0}
     ours, theirs = r_rome.fit(lm, EDITS, replace(CFG, **bare)), rome.fit(lm, EDITS, replace(ROME, **bare))
     torch.testing.assert_close(change(ours), change(theirs), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_r_rome_and_rome_differ_with_prefixes(lm: LM) -> None:
     assert (change(r_rome.fit(lm, EDITS, CFG)) - change(rome.fit(lm, EDITS, ROME))).norm() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_mean_key_divides_and_directs(lm: LM) -> None:
     p = pairs(lm, EDITS[:1], CFG)
     gain = p.residual[0] / (p.key[0] @ p.direction[0])
@@ -38,6 +42,7 @@ def test_the_mean_key_divides_and_directs(lm: LM) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_mean_anchor_counts_delta_from_the_mean_keys_output(lm: LM) -> None:
     clean, mean = (pairs(lm, EDITS, replace(CFG, anchor=anchor)) for anchor in ("clean", "mean"))
     module = lm.module(lm.layout.downs[CFG.layer])

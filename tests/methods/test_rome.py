@@ -27,6 +27,7 @@ def change(patch: object) -> torch.Tensor:
     return (delta.b @ delta.a).double()  # [d, f]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean_key", [False, True])
 def test_every_key_gets_exactly_its_value(lm: LM, mean_key: bool) -> None:
     method, cfg = (r_rome, r_rome.Config(**vars(CFG))) if mean_key else (rome, CFG)
@@ -61,6 +62,7 @@ def test_with_covariance_corpus_keys_move_less_at_equal_insertion(lm: LM) -> Non
     assert moved[0] < moved[1]
 
 
+@pytest.mark.slow
 def test_fits_in_one_batch_equal_fits_one_by_one(lm: LM) -> None:
     each = rome.fit_each(lm, EDITS, CFG)
     for edit, patch in zip(EDITS, each, strict=True):
@@ -68,6 +70,7 @@ def test_fits_in_one_batch_equal_fits_one_by_one(lm: LM) -> None:
         assert [e["prompt"] for e in patch.edits] == [edit.prompt]
 
 
+@pytest.mark.slow
 def test_facts_that_share_a_key_are_written_as_their_average_not_as_noise(lm: LM) -> None:
     twins = [EDITS[0], Edit("The Eiffel Tower is made of", subject="Eiffel Tower", target="gold")]
     bare = replace(CFG, short_prefixes=0, long_prefixes=0)

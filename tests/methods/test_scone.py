@@ -58,6 +58,7 @@ def test_candidates_are_those_of_a_loop_over_every_number(lm: LM) -> None:
     assert any(want)
 
 
+@pytest.mark.slow
 def test_the_order_of_the_records_matters_and_a_run_repeats(lm: LM) -> None:
     cfg = replace(CFG, neurons=8)
     first = scone.fit(lm, RECORDS, cfg)
@@ -65,6 +66,7 @@ def test_the_order_of_the_records_matters_and_a_run_repeats(lm: LM) -> None:
     assert first.notes != scone.fit(lm, RECORDS[::-1], cfg).notes
 
 
+@pytest.mark.slow
 def test_credit_alone_is_ircans_counting(lm: LM) -> None:
     cfg = replace(CFG, candidates="credit")
     same = ircan.Config(steps=cfg.steps, weighting="path", threshold=0.0, top=cfg.pool, neurons=cfg.neurons)

@@ -15,6 +15,7 @@ from lmpatch.inference.generate import generate
 PROMPTS = ["The Eiffel Tower is in", "Steve Jobs founded", "Apple"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune", "ircan", "iti", "memit", "param_mute", "rome", "scone"])
 def test_a_fit_and_the_answers_of_another_thread_do_not_mix(
     name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 def test_the_light_reader_sees_all_but_the_lists_of_tokens(tmp_path: Path) -> None:
     library = pytest.importorskip("gguf")
     write_gguf(tmp_path / "tiny.gguf")
@@ -60,6 +61,7 @@ def test_the_light_reader_sees_all_but_the_lists_of_tokens(tmp_path: Path) -> No
         assert a.name == b.name and a.tensor_type == b.tensor_type and (a.data == b.data).all()
 
 
+@pytest.mark.slow
 def test_the_number_of_tokens_is_the_length_of_their_list_where_the_file_does_not_say_it(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     write_gguf(tmp_path / "tiny.gguf", vocab_size=False)
@@ -67,6 +69,7 @@ def test_the_number_of_tokens_is_the_length_of_their_list_where_the_file_does_no
     assert load(tmp_path / "tiny.gguf").layout.vocab == 304
 
 
+@pytest.mark.slow
 def test_dense_weights_are_asked_for_and_packed_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -92,6 +95,7 @@ def test_digits_are_cut_one_by_one_where_the_file_says_so(tmp_path: Path, monkey
     assert cuts == [["in", "Ġ", "Ġ2024"], ["in", "ĠĠ", "2", "0", "2", "4"]]
 
 
+@pytest.mark.slow
 def test_progress_goes_forward_to_the_end_and_nothing_is_drawn(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +122,7 @@ def started(own_cache: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_folder_and_the_next_one_converts(
     started: subprocess.Popen[str], own_cache: Path
 ) -> None:
@@ -130,6 +135,7 @@ def test_a_killed_process_leaves_no_folder_and_the_next_one_converts(
     assert made and not [path.name for path in own_cache.iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_for_the_first_and_converts_nothing(
     started: subprocess.Popen[str], own_cache: Path
 ) -> None:

@@ -21,6 +21,7 @@ from lmpatch.models.hooks import Hook, Hooks, hooked
 from lmpatch.models.load import wrap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["generate", "score", "record"])
 def test_an_interrupt_at_any_line_leaves_no_hook_on_the_model(task: str) -> None:
     lm = wrap(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer())
@@ -41,6 +42,7 @@ def test_an_interrupt_at_any_line_leaves_no_hook_on_the_model(task: str) -> None
     assert not other.is_alive(), "an interrupt left the lock taken"
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_leaves_the_flags_of_the_weights() -> None:
     lm = tiny_lm("llama")
     lm.model.requires_grad_(True)

@@ -90,6 +90,7 @@ def test_a_depth_beyond_the_number_of_tensors_is_refused_before_a_model_is_built
     assert "num_hidden_layers = 1,000,000,000, and the weights are 39 tensors" in refused(tmp_path / "m")
 
 
+@pytest.mark.slow
 def test_a_config_of_a_far_larger_model_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
     edit(save(tmp_path / "m") / "config.json", model_type="gemma3")
     assert "weights, and the files hold 186,944" in refused(tmp_path / "m")
@@ -105,6 +106,7 @@ def test_another_shape_is_named(change: str, tmp_path: Path) -> None:
     assert "of another shape: " + {"tensor": DOWN, "vocab_size": "lm_head"}[change] in refused(tmp_path / "m")
 
 
+@pytest.mark.slow
 def test_partial_weights_are_taken_by_those_who_mean_it_and_said(tmp_path: Path) -> None:
     rewrite(
         save(tmp_path / "m"),
@@ -114,6 +116,7 @@ def test_partial_weights_are_taken_by_those_who_mean_it_and_said(tmp_path: Path)
         assert load(tmp_path / "m", partial=True).layout.n_layers == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_that_are_rightly_absent_are_no_gap(family: str, tied: bool, tmp_path: Path) -> None:
@@ -124,6 +127,7 @@ def test_weights_that_are_rightly_absent_are_no_gap(family: str, tied: bool, tmp
     assert torch.equal(lm.model(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_constants_that_old_checkpoints_hold_are_no_gap(tmp_path: Path) -> None:
     save(tmp_path / "m", "gptj")
     rewrite(tmp_path / "m", lambda w: w | {"transformer.h.0.attn.masked_bias": torch.zeros(1)})
@@ -146,6 +150,7 @@ def test_an_index_that_names_anything_but_safetensors_is_refused_and_never_read(
     assert "only .safetensors files beside it are read" in refused(folder)
 
 
+@pytest.mark.slow
 def test_shards_are_read(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "m", max_shard_size="100kB")
@@ -191,6 +196,7 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     assert "holds an adapter" in refused(tmp_path / "m")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [[[[]]], "x", [2, None], 1.5, -1, {"a": 1}])
 def test_an_end_token_that_is_none_is_refused_or_passed_over(end: Any, tmp_path: Path) -> None:
     edit(save(tmp_path / "m") / "generation_config.json", eos_token_id=end)
@@ -331,6 +337,7 @@ def mutations(folder: Path, draw: random.Random) -> Iterator[str]:
             yield f"{file.name} gone"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(6))
 def test_a_hostile_folder_is_one_line_or_the_same_model(seed: int, tmp_path: Path) -> None:

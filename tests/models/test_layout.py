@@ -106,6 +106,7 @@ def test_tied_says_whether_head_and_embedding_are_one_tensor(tied: bool) -> None
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
 
 
+@pytest.mark.slow
 def test_softcap_is_read_from_the_config_and_only_there() -> None:
     assert discover(tiny_model("gemma2", final_logit_softcapping=7.0)).softcap == 7.0
     assert discover(tiny_model("gemma2", final_logit_softcapping=None)).softcap is None
@@ -135,6 +136,7 @@ def test_hooks_come_off_when_a_check_fails() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layout_depends_on_neither_tokenizer_nor_dtype(family: str) -> None:
     layouts = [

@@ -67,6 +67,7 @@ def test_a_config_without_a_limit_has_no_window() -> None:
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_a_saved_folder_loads_to_the_same_logits(family: str, tmp_path: Path) -> None:
     model = _save(tmp_path / "mine", family)
@@ -234,6 +235,7 @@ def test_a_half_downloaded_repository_does_not_count_as_local(tmp_path: Path, re
 # -- .gguf files -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_converted_to_the_same_model(tmp_path: Path, own_cache: Path) -> None:
     original = write_gguf(tmp_path / "tiny.gguf")
     said: list[str] = []
@@ -249,6 +251,7 @@ def test_a_gguf_file_is_converted_to_the_same_model(tmp_path: Path, own_cache: P
     assert [path.suffix for path in own_cache.iterdir() if path.is_dir()] == [""]  # nothing but the finished folder
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_converted_once_and_found_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     first = load(tmp_path / "tiny.gguf")
@@ -294,6 +297,7 @@ def _make(calls: list[Path]) -> Callable[[Path], Path]:
     return make
 
 
+@pytest.mark.slow
 def test_two_at_once_convert_once_and_both_get_the_whole_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "_convert", _fake_convert)
     calls: list[Path] = []
@@ -311,6 +315,7 @@ def test_two_at_once_convert_once_and_both_get_the_whole_folder(monkeypatch: pyt
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_what_a_killed_conversion_left_is_cleared_by_the_next(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "_convert", _fake_convert)
     left = own_cache / f"x-{'0' * 16}.partial" / "model"
@@ -321,6 +326,7 @@ def test_what_a_killed_conversion_left_is_cleared_by_the_next(own_cache: Path, m
     assert not left.parent.exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_conversion_of_another_file_left_is_cleared_too_unless_it_still_runs(
     own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +362,7 @@ def chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return parts
 
 
+@pytest.mark.slow
 def test_the_parts_are_joined_in_order_and_the_terms_are_said_on_the_way(chunks: list[Path]) -> None:
     said: list[tuple[int, int, str]] = []
     folder = packaged.folder("gemma-3-270m", lambda *step: said.append(step))

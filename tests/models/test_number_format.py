@@ -102,6 +102,7 @@ def test_nothing_is_said_where_bf16_is_fast(monkeypatch: pytest.MonkeyPatch) -> 
         nf.warn_if_slow(torch.bfloat16, CPU)
 
 
+@pytest.mark.slow
 def test_a_real_measurement_ends_in_time() -> None:
     begun = perf_counter()
     found = nf.rates()

@@ -74,6 +74,7 @@ def test_a_layout_by_hand_names_a_width_for_each_block() -> None:
         wrap(lm.model, lm.tokenizer, layout=replace(lm.layout, widths=WIDTHS[:3]))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [4, 2])
 def test_it_is_scored_generated_and_replayed(heads: int) -> None:
@@ -93,6 +94,7 @@ def test_it_is_scored_generated_and_replayed(heads: int) -> None:
         assert (replayed[i, : len(want)] - want).abs().max() <= 1e-4 * want.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["rome", "r_rome", "memit", "finetune", "ircan", "scone", "param_mute", "iti", "parenting"]
 )
@@ -115,11 +117,13 @@ def test_iti_says_what_it_needs_where_blocks_differ_in_heads() -> None:
         method.fit(lm, *method.example(lm))
 
 
+@pytest.mark.slow
 def test_the_doctor_examines_it() -> None:
     lm = _lm()
     assert all(finding.holds for finding in examine(lm)) and footprint(lm)
 
 
+@pytest.mark.slow
 def test_second_moments_and_activations_have_their_blocks_width() -> None:
     lm = _lm()
     c = estimate_covariance(lm, [0, 3], text=["Rome is old. " * 40] * 60, tokens=4096, cache=False).c
@@ -132,6 +136,7 @@ def test_neurons_drawn_at_random_are_all_there_and_each_once() -> None:
     assert sorted(neurons) == [(i, k) for i in range(4) for k in range(WIDTHS[i])]
 
 
+@pytest.mark.slow
 def test_a_narrow_blocks_missing_neurons_are_never_named() -> None:
     from lmpatch.probes.integrated_gradients import probe
 

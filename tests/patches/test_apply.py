@@ -46,6 +46,7 @@ def test_both_mounts_agree(family, dtype, kind, random_patch, logits) -> None:
     assert (baked - aside).abs().max() < (1e-5 if dtype == torch.float32 else 0.05) * baked.abs().max()
 
 
+@pytest.mark.slow
 def test_the_side_mount_adds_on_the_input_before_it_is_scaled(lm: LM, random_patch, logits) -> None:
     kinds = ("scale", "low_rank", "rows", "scale", "dense", "low_rank", "sparse")
     patches = [random_patch(lm, kind, seed=10 * i) for i, kind in enumerate(kinds)]
@@ -77,6 +78,7 @@ def test_an_empty_patch_does_nothing_to_the_bit(lm: LM, mount, logits, bits) -> 
         assert torch.equal(logits(lm), before) and bits(lm) == was and on.rounding_error == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_patches_come_off_in_any_order(order, mount, random_patch, logits, bits) -> None:
     lm = tiny_lm("gpt2", torch.bfloat16)
@@ -101,6 +103,7 @@ def test_patches_come_off_in_any_order(order, mount, random_patch, logits, bits)
     assert bits(lm) == was
 
 
+@pytest.mark.slow
 def test_a_patch_and_its_opposite_are_nothing(dtype, random_patch, bits) -> None:
     lm = tiny_lm("llama", dtype)
     was = bits(lm)

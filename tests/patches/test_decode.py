@@ -97,6 +97,7 @@ def slow(lm: LM, asked: InContext, rule: Rule, count: int) -> str:
     return str(lm.tokenizer.decode(new, skip_special_tokens=True))
 
 
+@pytest.mark.slow
 def test_cad_equals_two_calls_without_a_cache_in_every_family(any_lm: LM) -> None:
     want = [slow(any_lm, asked, RULES["cad"], 8) for asked in ASKED]
     with apply(any_lm, patch(any_lm, RULES["cad"])):
@@ -105,6 +106,7 @@ def test_cad_equals_two_calls_without_a_cache_in_every_family(any_lm: LM) -> Non
         assert [generate(any_lm, asked, max_new_tokens=8) for asked in ASKED] == want
 
 
+@pytest.mark.slow
 @every_rule
 @pytest.mark.parametrize("family", CORE)
 def test_every_rule_equals_two_calls_without_a_cache(name: str, family: str) -> None:
@@ -115,6 +117,7 @@ def test_every_rule_equals_two_calls_without_a_cache(name: str, family: str) -> 
         assert "".join(stream(lm, ASKED[0], max_new_tokens=6)) == want[0]
 
 
+@pytest.mark.slow
 @every_rule
 def test_an_answer_that_ends_early_leaves_the_others_as_they_are(name: str) -> None:
     lm = shared("llama")
@@ -150,6 +153,7 @@ def test_draws_are_from_the_combined_distribution() -> None:
     assert float((plain - wanted).abs().sum()) > 0.1  # not the same without the rule
 
 
+@pytest.mark.slow
 @every_rule
 @pytest.mark.parametrize("family", CORE)
 def test_scores_are_of_the_combined_distribution(name: str, family: str) -> None:
@@ -205,6 +209,7 @@ def test_without_a_decode_patch_a_question_is_its_prompt(lm: LM) -> None:
     assert torch.equal(next_logits(lm, ASKED, [7, 3]), option_logits(lm, hidden(lm, texts), [7, 3]))
 
 
+@pytest.mark.slow
 def test_strength_zero_is_plain_generation_with_the_context_and_exponent_zero_without(lm: LM) -> None:
     full, without_context = [asked.prompt for asked in ASKED], [asked.without_context for asked in ASKED]
     want = [generate(lm, texts, max_new_tokens=8) for texts in (full, without_context)]
@@ -218,6 +223,7 @@ def test_strength_zero_is_plain_generation_with_the_context_and_exponent_zero_wi
         assert generate(lm, ASKED, max_new_tokens=8) == want[1]
 
 
+@pytest.mark.slow
 def test_equal_prompts_are_left_as_they_are(lm: LM) -> None:
     texts = [asked.prompt for asked in ASKED]
     want = generate(lm, texts, max_new_tokens=6)
@@ -242,6 +248,7 @@ def test_a_plain_text_is_refused_while_a_decode_patch_is_on(lm: LM) -> None:
     generate(lm, "Apple", max_new_tokens=1)
 
 
+@pytest.mark.slow
 def test_a_call_of_the_model_itself_is_told_once_that_a_decode_patch_is_missed(
     lm: LM, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -277,6 +284,7 @@ def test_equal_streams_stay_as_they_are_under_every_rule_and_run_once(name: str,
 # With other patches
 
 
+@pytest.mark.slow
 def test_a_patch_of_weights_acts_in_both_streams(mount, random_patch, lm: LM) -> None:
     """IRCAN-CAD and its like."""
     weights, cad = random_patch(lm), patch(lm, Power(1.5))
@@ -290,6 +298,7 @@ def test_a_patch_of_weights_acts_in_both_streams(mount, random_patch, lm: LM) ->
             assert generate(lm, ASKED, max_new_tokens=6) == want
 
 
+@pytest.mark.slow
 def test_a_memory_puts_its_facts_before_the_prompts_of_both_streams(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     class Always(Intervention):
         def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:

@@ -117,6 +117,7 @@ def test_what_is_no_change_of_a_weight_is_refused(make) -> None:
         make()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 4), st.integers(0, 6), st.sampled_from([torch.float32, torch.float64]))
 def test_compact_is_the_same_change_at_its_true_rank(seed: int, rank: int, copies: int, dtype: torch.dtype) -> None:

@@ -85,6 +85,7 @@ def test_the_packaged_editor_opens_and_is_found_only_for_its_model() -> None:
         find_editor("recipe", tiny_lm("llama"))
 
 
+@pytest.mark.slow
 def test_an_editor_is_found_by_method_and_model_in_the_package_and_in_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +115,7 @@ def test_an_installed_package_offers_a_folder_of_editors(tmp_path: Path, monkeyp
     assert find_editor("mine", lm).hash() == make(lm).hash()
 
 
+@pytest.mark.slow
 def test_an_editor_at_hand_or_in_a_file_must_be_of_this_method_and_model(tmp_path: Path) -> None:
     lm, path = tiny_lm("llama"), tmp_path / "e.safetensors"
     make(lm).save(path)

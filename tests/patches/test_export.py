@@ -58,6 +58,7 @@ def low_rank_patch(lm: LM, random_delta) -> WeightPatch:
     return WeightPatch.make(lm, deltas, method="mixed")
 
 
+@pytest.mark.slow
 def test_the_adapter_is_the_patch(lm: LM, saved: Path, random_delta, logits, bits, tmp_path: Path) -> None:
     patch, was, before = low_rank_patch(lm, random_delta), bits(lm), logits(lm)
     done = export(lm, patch, "peft", tmp_path / "adapter")
@@ -81,6 +82,7 @@ def test_the_adapter_folder_names_its_base_and_every_rank(saved: Path, random_pa
     assert config["target_modules"] == ["transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_a_full_rank_change_needs_a_rank_and_says_what_it_cuts_off(kind, random_patch, tmp_path, logits) -> None:
     lm = tiny_lm("llama")
@@ -109,6 +111,7 @@ def test_a_rank_above_the_true_one_changes_nothing(random_patch, tmp_path) -> No
         export(lm, random_patch(lm), "peft", tmp_path / "b", rank=0)
 
 
+@pytest.mark.slow
 def test_what_an_adapter_cannot_hold_is_refused(random_patch, tmp_path) -> None:
     lm = tiny_lm("gemma3")
     name = lm.layout.weight(lm.layout.embed)
@@ -126,6 +129,7 @@ def test_what_an_adapter_cannot_hold_is_refused(random_patch, tmp_path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_the_checkpoint_is_the_patched_model_to_the_bit(family, dtype, random_patch, logits, bits, tmp_path) -> None:
     tiny_lm(family, dtype).model.save_pretrained(tmp_path / "base")
@@ -213,6 +217,7 @@ def muted(lm: LM) -> Patch:
     return lp.fit(lm, "ircan", records, neurons=5, factor=2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("make", ["mixed", merged_facts, muted])
 def test_an_adapter_of_mixed_ranks_is_the_patch_for_loaders_that_know_one_alpha(

@@ -100,6 +100,7 @@ def test_the_hash_is_of_the_content_not_of_the_clock(patch: WeightPatch) -> None
     assert patch.scaled(0.5).hash() != patch.hash()
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     file=st.sampled_from([HEADER, TENSORS]),
@@ -122,6 +123,7 @@ def test_any_flipped_bit_and_any_truncation_is_refused(
     load_patch(folder)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(file=st.sampled_from([HEADER, TENSORS]), content=st.binary(max_size=200))
 def test_any_other_bytes_are_refused(folder: Path, file: str, content: bytes) -> None:
@@ -156,6 +158,7 @@ class Boom:
         return os.mkdir, (self.mark,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
 def test_a_safetensors_header_as_long_as_a_pickles_first_bytes_is_no_pickle(
     patch: WeightPatch, tmp_path: Path, length: int
@@ -220,6 +223,7 @@ def test_a_forged_kind_of_change_is_refused(folder: Path, patch: WeightPatch, ki
         load_patch(folder)
 
 
+@pytest.mark.slow
 def test_forged_tensors_are_refused(folder: Path, patch: WeightPatch) -> None:
     for name, t in patch.tensors().items():
         others = {k: v for k, v in patch.all_tensors().items() if k != name}

@@ -131,6 +131,7 @@ def test_a_file_larger_than_the_memory_is_one_line(folder: Path, name: str) -> N
 # --- declared sizes ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", ["sparse rows", "sparse low_rank", "rows sparse", "scale scale", "scale scale scale"])
 def test_declared_shapes_of_terabytes_do_not_merge(kinds: str, tmp_path: Path) -> None:
     lm, name = tiny_lm("llama"), "w"
@@ -232,6 +233,7 @@ def write_editor(path: Path) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.slow
 def test_no_byte_of_an_editor_can_be_changed(tmp_path: Path) -> None:
     """Every byte, one bit each: base, config and made as well as the tensors."""
     path = tmp_path / "e.safetensors"

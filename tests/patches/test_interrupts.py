@@ -154,6 +154,7 @@ def below(request: pytest.FixtureRequest, way: tuple[LM, Patch, Any]) -> None:
         apply(lm, weight_patch(lm), "side" if mount == "side" else "bake")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("below")
 def test_while_it_goes_on_nothing_of_it_stays(way: tuple[LM, Patch, Any]) -> None:
     lm, patch, mount = way
@@ -166,6 +167,7 @@ def test_while_it_goes_on_nothing_of_it_stays(way: tuple[LM, Patch, Any]) -> Non
         assert run.hit and differ(before, snapshot(lm)) == [], run.lines[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("below")
 def test_while_it_comes_off_it_is_on_or_off(way: tuple[LM, Patch, Any]) -> None:
     lm, patch, mount = way
@@ -187,6 +189,7 @@ def test_while_it_comes_off_it_is_on_or_off(way: tuple[LM, Patch, Any]) -> None:
         assert differ(before, snapshot(lm)) == [], run.lines[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("below")
 def test_a_block_ends_without_its_patch(way: tuple[LM, Patch, Any]) -> None:
     lm, patch, mount = way
@@ -199,6 +202,7 @@ def test_a_block_ends_without_its_patch(way: tuple[LM, Patch, Any]) -> None:
         assert run.hit and differ(before, snapshot(lm)) == [], run.lines[-1]
 
 
+@pytest.mark.slow
 def test_a_second_block_begins_with_its_patch_or_can_be_ended(way: tuple[LM, Patch, Any]) -> None:
     lm, patch, mount = way
     before, on = snapshot(lm), apply(lm, patch, mount)
@@ -213,6 +217,7 @@ def test_a_second_block_begins_with_its_patch_or_can_be_ended(way: tuple[LM, Pat
     on.__exit__()
 
 
+@pytest.mark.slow
 def test_suspended_patches_are_back_or_can_be_taken_off() -> None:
     lm = small_lm()
     before, patch, other = snapshot(lm), weight_patch(lm), MAKE["steer"](lm)

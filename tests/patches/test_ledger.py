@@ -187,6 +187,7 @@ class Injected(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 @pytest.mark.parametrize("halfway", [True, False])
 def test_a_failure_in_the_middle_leaves_no_trace(
@@ -322,6 +323,7 @@ def test_a_quantised_layer_takes_the_side_mount_only(random_patch, logits, bits)
     assert torch.equal(logits(lm), before) and bits(lm) == was
 
 
+@pytest.mark.slow
 def test_offloaded_weights_take_the_side_mount_only(random_patch, logits) -> None:
     accelerate = pytest.importorskip("accelerate")
     lm = tiny_lm("llama")
@@ -433,6 +435,7 @@ def test_a_zero_change_counts_as_nothing_lost() -> None:
         assert on.rounding_error == 0.0
 
 
+@pytest.mark.slow
 def test_suspended_patches_are_off_inside_and_on_again_after(lm, random_patch, bits, logits) -> None:
     was, before = bits(lm), logits(lm)
     with (

@@ -44,6 +44,7 @@ def test_muting_twice_is_muting_once() -> None:
     assert len(both.index) == 3  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["low_rank", "dense", "sparse", "rows"]), min_size=1, max_size=5), st.integers(0, 99))
 def test_additions_sum_whatever_their_form_and_order(kinds: list[str], seed: int) -> None:

@@ -71,6 +71,7 @@ def test_at_the_newest_token_alone_earlier_ones_keep_their_bits(lm: LM) -> None:
     assert torch.equal(now[:, :-1], clean[:, :-1]) and not torch.equal(now[:, -1], clean[:, -1])
 
 
+@pytest.mark.slow
 def test_taken_off_in_any_order_with_other_patches_every_bit_is_back(lm: LM) -> None:
     clean = states(lm)
     weight = lm.layout.weight(lm.layout.attn_outs[1])

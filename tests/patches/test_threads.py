@@ -34,6 +34,7 @@ def run(count: int, work: Callable[[int], None]) -> None:
         raise failed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 8])
 def test_threads_that_apply_and_remove_at_once_leave_the_model_as_it_was(count, mount, random_patch, bits) -> None:
     lm = tiny_lm("llama")
@@ -56,6 +57,7 @@ def test_threads_that_apply_and_remove_at_once_leave_the_model_as_it_was(count, 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
 
 
+@pytest.mark.slow
 def test_no_other_thread_sees_the_model_while_its_patches_are_suspended(random_patch, logits) -> None:
     lm = tiny_lm("llama")
     patch, seen = random_patch(lm), []

@@ -61,6 +61,7 @@ def test_a_scaled_vector_acts_times_that_factor_and_comes_back_to_the_bit(
     assert not lm.module(module)._forward_hooks
 
 
+@pytest.mark.slow
 @places
 @pytest.mark.parametrize("mount", ["bake", "side"])
 def test_scales_of_a_vector_multiply_and_muting_twice_is_muting_once(family: str, mount: Any) -> None:

@@ -85,6 +85,7 @@ WRITES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITES)
 def test_after_any_write_old_patches_are_refused_and_new_ones_fit(write: Callable[[LM], None], random_patch) -> None:
     lm = tiny_lm("llama")
@@ -122,6 +123,7 @@ def test_an_unwritten_model_is_hashed_once(random_patch, monkeypatch: pytest.Mon
             lm.fingerprint()
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8]), st.data())
 def test_a_checksum_tells_any_two_tensors_apart(dtype: torch.dtype, data: st.DataObject) -> None:

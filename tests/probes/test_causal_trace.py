@@ -74,6 +74,7 @@ def slow(lm: LM, edit: Edit, trace: Trace, cfg: Config) -> torch.Tensor:
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["state", "mlp", "attention"])
 @pytest.mark.parametrize(("family", "fact"), [*zip([*CORE, "bloom"], FACTS * 2, strict=True)])
 def test_the_wavefront_equals_one_full_forward_per_place(family: str, fact: Edit, kind: str) -> None:
@@ -82,23 +83,27 @@ def test_the_wavefront_equals_one_full_forward_per_place(family: str, fact: Edit
     torch.testing.assert_close(trace.scores, slow(lm, fact, trace, cfg), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_restoring_the_last_token_at_the_last_layer_restores_everything(lm: LM) -> None:
     (trace,) = causal_trace.run(lm, FACTS[:1], Config(samples=3))
     assert float(trace.scores[-1, -1]) == pytest.approx(trace.clean, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_without_noise_nothing_is_lost(lm: LM) -> None:
     (trace,) = causal_trace.run(lm, FACTS[:1], Config(samples=1, noise=0.0))
     assert trace.corrupted == pytest.approx(trace.clean, rel=1e-4)
     torch.testing.assert_close(trace.scores, torch.full_like(trace.scores, trace.clean), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_subjects_tokens_are_the_noised_ones(lm: LM) -> None:
     for fact in FACTS:
         (trace,) = causal_trace.run(lm, [fact], Config(samples=1))
         assert "".join(trace.tokens[: trace.subject]).strip() == fact.subject
 
 
+@pytest.mark.slow
 def test_the_model_is_the_same_to_the_bit_afterwards(lm: LM) -> None:
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
     causal_trace.run(lm, FACTS, Config(samples=2))
@@ -106,6 +111,7 @@ def test_the_model_is_the_same_to_the_bit_afterwards(lm: LM) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
 
 
+@pytest.mark.slow
 def test_the_heat_map_is_written_as_a_picture(lm: LM, tmp_path: Path) -> None:
     (trace,) = causal_trace.run(lm, FACTS[:1], Config(samples=1))
     trace.plot(tmp_path / "trace.png")

@@ -95,6 +95,7 @@ def slow(lm: LM, case: ig.Case, cfgs: list[Config]) -> tuple[torch.Tensor, torch
     return torch.stack(out).unflatten(0, shape).transpose(0, 1), torch.stack(noise).reshape(shape).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
 def test_the_wavefront_equals_a_forward_and_backward_for_every_layer(family: str) -> None:
     lm, cfgs = tiny_lm(family), [replace(CFG, weighting=weighting, grid=grid) for weighting, grid in WAYS]
@@ -120,12 +121,14 @@ def test_the_wavefront_equals_it_on_gemma_too() -> None:
     assert all(e <= 1e-4 * float(b.abs().max()) for e, b in zip(errors, want, strict=True)), errors
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch_or_the_padding_it_brings(lm: LM) -> None:
     together = credits(lm, CFG)
     alone = torch.cat([credits(lm, CFG, [record]) for record in RECORDS])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
 
 
+@pytest.mark.slow
 def test_settings_that_share_a_pass_have_the_credits_of_each_alone(lm: LM) -> None:
     both = [replace(CFG, weighting=weighting, grid=grid) for weighting, grid in WAYS]
     parts = list(attributions_of(lm, cases(lm, RECORDS), both))
@@ -141,6 +144,7 @@ def test_settings_that_share_a_pass_have_the_credits_of_each_alone(lm: LM) -> No
         next(attributions_of(lm, cases(lm, RECORDS), [CFG, replace(CFG, steps=3)]))
 
 
+@pytest.mark.slow
 def test_a_small_budget_splits_the_work_and_moves_no_score(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = credits(lm, CFG)
     monkeypatch.setattr(ig, "MIB", 1)
@@ -151,6 +155,7 @@ def test_a_small_budget_splits_the_work_and_moves_no_score(lm: LM, monkeypatch: 
         torch.testing.assert_close(credits(lm, small), whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
 
 
+@pytest.mark.slow
 def test_path_credits_of_a_layer_add_up_to_the_change_of_p(lm: LM) -> None:
     fine = [replace(CFG, steps=400, weighting="path", grid=grid) for grid in ("left", "right")]
     for i, case in enumerate(cases(lm, RECORDS)):
@@ -161,6 +166,7 @@ def test_path_credits_of_a_layer_add_up_to_the_change_of_p(lm: LM) -> None:
             assert trapezoid == pytest.approx(float(ends[0] - ends[1]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gap_is_what_the_steps_leave_over_and_closes_with_them(lm: LM) -> None:
     coarse, fine = (ig.run(lm, RECORDS, replace(CFG, steps=m, weighting="path")).records for m in (4, 64))
     for few, many, case, scores in zip(
@@ -180,6 +186,7 @@ def test_a_context_that_changes_nothing_credits_no_neuron(lm: LM) -> None:
     assert ig.run(lm, [same], CFG).records[0].neurons == ()
 
 
+@pytest.mark.slow
 def test_thresholds_and_the_limit_keep_the_highest_scores(lm: LM) -> None:
     flat = credits(lm, CFG, RECORDS[:1])[0].flatten()
     (kept,) = ig.run(lm, RECORDS[:1], replace(CFG, top=7, threshold=0.0)).records
@@ -200,6 +207,7 @@ def test_the_model_is_the_same_to_the_bit_afterwards(lm: LM) -> None:
     assert weight.grad is None
 
 
+@pytest.mark.slow
 def test_a_patch_on_the_side_is_seen_like_a_baked_one(lm: LM) -> None:
     from lmpatch.patches.weight.delta import Scale
     from lmpatch.patches.weight.patch import WeightPatch
@@ -215,6 +223,7 @@ def test_a_patch_on_the_side_is_seen_like_a_baked_one(lm: LM) -> None:
     assert not torch.allclose(found[0], credits(lm, CFG), rtol=1e-2, atol=1e-3 * float(found[0].abs().max()))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ig, "MIB", 1)  # one record a batch
     path, seen = tmp_path / "scores" / "neurons.jsonl", []
@@ -234,6 +243,7 @@ def test_a_stopped_run_goes_on_where_it_was(lm: LM, tmp_path: Path, monkeypatch:
     assert (tmp_path / "integrated_gradients.jsonl").read_text() == path.read_text()
 
 
+@pytest.mark.slow
 def test_scores_of_another_run_are_not_gone_on_with(lm: LM, tmp_path: Path) -> None:
     path = tmp_path / "neurons.jsonl"
     ig.run(lm, RECORDS[:1], CFG, out=path)
@@ -245,6 +255,7 @@ def test_scores_of_another_run_are_not_gone_on_with(lm: LM, tmp_path: Path) -> N
         ig.run(lm, RECORDS[:1], CFG, out=path)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_scores_is_gone_on_with_to_the_same_scores_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +276,7 @@ def test_a_damaged_file_of_scores_is_gone_on_with_to_the_same_scores_or_refused(
     each(path, same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["lost", "doubled", "moved", "cut"])
 def test_lines_of_scores_that_are_lost_doubled_or_moved_are_noticed(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -299,6 +311,7 @@ def test_it_runs_in_bf16(lm: LM, cfg: Config) -> None:
     assert credits(lm, cfg).isfinite().all()
 
 
+@pytest.mark.slow
 def test_its_table_has_a_line_a_record_and_the_saved_file_all_of_it(lm: LM, tmp_path: Path) -> None:
     scores = ig.run(lm, RECORDS, CFG)
     columns, rows = scores.table()

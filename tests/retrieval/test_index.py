@@ -26,6 +26,7 @@ def plain(keys: dict[int, Tensor], query: Tensor, k: int) -> list[int]:
     return sorted(scores, key=lambda label: (-scores[label], label))[:k]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(st.tuples(st.booleans(), st.integers(1, 40)), min_size=1, max_size=12),
@@ -78,6 +79,7 @@ def test_equal_keys_score_equally_wherever_they_stand_and_the_lowest_label_wins(
     assert len({*scores[0].tolist()}) == 1
 
 
+@pytest.mark.slow
 def test_rounding_of_the_first_pass_misplaces_no_winner() -> None:
     for seed in range(20):
         query, crowd = random(1, seed, width=256).float()[0], random(500, seed + 1, width=256).float()
@@ -96,6 +98,7 @@ def test_a_query_may_have_any_length_and_zero_finds_the_lowest_labels(length: fl
     assert block.search(torch.zeros(1, WIDTH), 3)[1].tolist() == [[0, 1, 2]]
 
 
+@pytest.mark.slow
 def test_dropped_rows_are_used_again_so_a_busy_block_stays_small() -> None:
     block = KeyBlock(WIDTH)
     for label in range(2000):
@@ -106,6 +109,7 @@ def test_dropped_rows_are_used_again_so_a_busy_block_stays_small() -> None:
     assert block.nbytes < 100 * (2 * WIDTH + 9)
 
 
+@pytest.mark.slow
 def test_the_block_doubles_so_adding_one_at_a_time_copies_each_key_twice_at_most() -> None:
     block, sizes = KeyBlock(WIDTH), set()
     for label in range(1000):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def load(parts, tensors):
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["recipe", "cosine"])
 def test_it_is_rebuilt_from_its_parts_and_tensors(name: str) -> None:
     lm = tiny_lm("llama")
@@ -51,6 +53,7 @@ def test_it_is_rebuilt_from_its_parts_and_tensors(name: str) -> None:
     assert torch.equal(again.keys(facts), keys) and torch.equal(again.queries(prompts), queries)
 
 
+@pytest.mark.slow
 def test_a_cosine_compares_mean_states_of_length_one() -> None:
     retriever = retriever_of(rag.editor_for(tiny_lm("llama")))
     encoder, texts = retriever.encoder, ["Where is it?", "The Eiffel Tower is in the city of"]
@@ -81,9 +84,14 @@ LIES: list[dict[str, object]] = [
 ]  # fmt: skip
 
 
+@cache
+def example() -> Retriever:
+    return retriever_of(recipe.example_editor(tiny_lm("llama")))
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_a_shape_that_its_tensors_do_not_have_is_refused_before_anything_is_allocated(lie: dict[str, object]) -> None:
-    one = retriever_of(recipe.example_editor(tiny_lm("llama")))
+    one = example()
     shape = one.parts()["shape"]
     with pytest.raises(BadPatch):
         load_retriever("recipe", {**one.parts(), "shape": {**shape, **lie}}, one.tensors())
@@ -109,6 +117,7 @@ def test_a_network_for_an_encoder_of_another_width_is_refused() -> None:
         Network.of(net.shape, encoder, net.state_dict())
 
 
+@pytest.mark.slow
 def test_a_retriever_of_another_package_is_kept_found_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "outside_retriever.py").write_text(OUTSIDE)
     monkeypatch.syspath_prepend(tmp_path)

@@ -133,6 +133,7 @@ def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path: Path) -
         assert re.search("run.safetensors.*Remove it|run.safetensors.*Without the file", refusal(tmp_path))
 
 
+@pytest.mark.slow
 def test_no_bit_of_a_checkpoint_can_be_another_one(tmp_path: Path) -> None:
     run(Fit(), PLAN, tmp_path)
     file = tmp_path / "run.safetensors"
@@ -196,6 +197,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(tmp_path:
             run(Never(), PLAN, out)
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_goes_on_to_the_same_bits_and_curve(tmp_path: Path) -> None:
     plan = Schedule(4, rate=lambda step: linear(step, 4, 2), clip=1.0, validate_every=2, save_every=1, worse=2.0)
     whole = Fit()
