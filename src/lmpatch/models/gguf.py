@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -129,10 +130,11 @@ def _convert(file: Path, out: Path, report: Callable[[float], None]) -> None:
             if len(blocks) != (depth := model.config.get_text_config().num_hidden_layers):
                 raise BadInput(f"{file.name} holds {len(blocks)} blocks, and its head tells of {depth}.")
         report(0.55)
-        tokenizer = _tokenizer(file, model.config.model_type, "" if splitter is None else _word(splitter))
-    report(0.75)
-    with quiet():
-        model.save_pretrained(out)
+        with ThreadPoolExecutor(1) as pool:  # the tokenizer is made while the weights are written
+            written = pool.submit(model.save_pretrained, out)
+            tokenizer = _tokenizer(file, model.config.model_type, "" if splitter is None else _word(splitter))
+            report(0.75)
+            written.result()
     report(0.9)
     _write_tokenizer(tokenizer, out)
     report(1.0)
