@@ -205,17 +205,3 @@ def nll(lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = N
         return F.cross_entropy(z, labels[rows], reduction="none")
 
     return head_loss(lm, hidden, loss, chunk=chunk)
-
-
-def kl(lm: LM, hidden: Tensor, base_logp: Tensor, *, chunk: int = HEAD_CHUNK) -> Tensor:
-    """KL(p_hidden || p_base) at each row, [n] nats, differentiable in ``hidden`` [n, d].
-
-    Args:
-        base_logp: [n, V] log probabilities to stay close to.
-    """
-
-    def loss(z: Tensor, rows: slice) -> Tensor:
-        logp = z.log_softmax(-1)
-        return (logp.exp() * (logp - base_logp[rows])).sum(-1)
-
-    return head_loss(lm, hidden, loss, chunk=chunk)

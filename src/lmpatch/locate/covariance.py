@@ -147,7 +147,8 @@ def accumulate(
 
 
 def _added(lm: LM, rows: Tensor, layers: list[int], sums: _Sums) -> _Sums:
-    """With one more forward; at 2 f, 4 f, 8 f, ... keys and at the end also a look whether the halves agree."""
+    """With one more forward; at 2 f keys, wherever they may agree from then on (the error falls with the keys at
+    best), and at the end also a look whether the halves agree."""
     ids = rows[sums.row : sums.row + ROWS].to(lm.device)
     keys = _keys(lm, ids, layers)
     halves, counts, half = list(sums.halves), list(sums.counts), (sums.row // ROWS) % 2
@@ -155,7 +156,8 @@ def _added(lm: LM, rows: Tensor, layers: list[int], sums: _Sums) -> _Sums:
     counts[half] += len(keys[layers[0]])
     row, done, looked, agreement = sums.row + len(ids), sum(counts), sums.looked, sums.agreement
     widest = max(lm.layout.widths[i] for i in layers)
-    if min(counts) and (row >= len(rows) or done >= 2 * max(looked, widest)):
+    due = max(2 * looked, looked * (1 - agreement) / (1 - AGREE), 2 * widest)
+    if min(counts) and (row >= len(rows) or done >= due):
         looked = done
         agreement = min(_agreement([c[i] / n for c, n in zip(halves, counts, strict=True)], keys[i]) for i in layers)
     return _Sums(tuple(halves), tuple(counts), row, looked, agreement)

@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..data.edits import Edit
 from ..errors import Diverged
-from ..inference.forward import HEAD_CHUNK, kl, logits, nll
+from ..inference.forward import HEAD_CHUNK, head_loss, logits
 from ..inference.replay import Recording, record
 from ..inference.tokens import Row, batches_of_tokens, encode_all
 from ..models.hooks import Hook, hooked
@@ -220,15 +221,23 @@ class _Search:
         fact = place[self.row // self.per_fact]  # [answer positions] place of each position's fact, -1: gone
         here = fact >= 0
         fact, row = fact[here], fact[here] * self.per_fact + self.row[here] % self.per_fact
-        found: list[Tensor] | None = None if self.hits is None else []
-        per_token = nll(self.lm, out[row, self.column[here]], self.label[here], hits=found)
-        loss = torch.zeros(u, device=facts.device).index_add(0, fact, per_token * self.weight[here])
         last = torch.arange(self.per_fact - 1, len(out), self.per_fact, device=facts.device)
-        loss = loss + cfg.kl * kl(self.lm, out[last, self.essence_column[facts]], self.base_logp[facts])
+        labels, base, n, found = self.label[here], self.base_logp[facts], len(row), list[Tensor]()
+
+        def term(z: Tensor, part: slice) -> Tensor:
+            """-log p(label) at answers; behind them KL(p || p_base) at the ends of essence rows."""
+            own = labels[part]
+            told, logp = z[: len(own)], z[len(own) :].log_softmax(-1)
+            found.append(told.detach().argmax(-1) == own)
+            drift = (logp.exp() * (logp - base[max(0, part.start - n) : max(0, part.stop - n)])).sum(-1)
+            return torch.cat([F.cross_entropy(told, own, reduction="none"), drift])
+
+        states = torch.cat([out[row, self.column[here]], out[last, self.essence_column[facts]]])
+        per_token, drift = head_loss(self.lm, states, term).split([n, u])  # the head is read once
+        loss = torch.zeros(u, device=facts.device).index_add(0, fact, per_token * self.weight[here])
+        loss = loss + cfg.kl * drift
         size, scale = delta.norm(dim=-1), self.clean[facts].norm(dim=-1)
         loss = loss + cfg.decay * ((size if cfg.faithful else size**2) / scale**2).mean(-1)
-        if found is None:
-            return loss, [False] * u
         missed = torch.zeros(u, device=facts.device).index_add(0, fact, (~torch.cat(found)).float())
         return loss, (missed == 0).tolist()
 
