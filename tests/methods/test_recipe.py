@@ -362,7 +362,7 @@ def test_an_interrupt_at_a_line_of_training_leaves_the_model_as_it_was_and_it_go
     lm.parameter(lm.layout.weight(lm.layout.downs[0])).requires_grad_(True)  # a caller's flag must survive
     whole, before, folders = recipe.train(lm, FACTS, cfg).hash(), state(lm), (tmp_path / str(n) for n in count())
     lines = Lines(lambda: recipe.train(lm, FACTS, cfg, out=next(folders)))
-    for i, line in enumerate(spread([*lines.times], 20)):
+    for i, line in enumerate(spread([*lines.times], 10)):
         out = tmp_path / f"cut {i}"
         lines.run = partial(recipe.train, lm, FACTS, cfg, out=out)
         assert lines.interrupted(line, lines.times[line] if i % 2 else 1)
