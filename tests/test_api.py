@@ -15,6 +15,7 @@ from lmpatch import api, registry
 from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, Contradiction, NotEnoughMemory, UnknownName
 from lmpatch.models.lm import LM
+from lmpatch.patches.patch import Patch
 
 EDIT = Edit("The Eiffel Tower is in", target="Rome", subject="Eiffel Tower")
 
@@ -33,9 +34,10 @@ class Scratch(ModuleType):
     Record = Edit
     Config = Config
 
-    def fit(self, lm: LM, edits: Sequence[Edit], cfg: Config, *, progress: Any = None) -> tuple[Any, ...]:
-        """Return the call."""
-        return edits, cfg, progress
+    def fit(self, lm: LM, edits: Sequence[Edit], cfg: Config, *, progress: Any = None) -> Patch:
+        """Keep the call; the patch is that of a rule."""
+        self.call = edits, cfg, progress
+        return api.fit(lm, "cad", [])
 
 
 @pytest.fixture
@@ -55,7 +57,8 @@ def model() -> LM:
 def test_fit_hands_the_method_its_config_and_the_progress(scratch: Scratch, model: LM) -> None:
     def progress(done: int, total: int, what: str) -> None: ...
 
-    assert api.fit(model, "scratch", [EDIT], progress=progress, steps=7) == ([EDIT], Config(7), progress)  # type: ignore
+    api.fit(model, "scratch", [EDIT], progress=progress, steps=7)
+    assert scratch.call == ([EDIT], Config(7), progress)
 
 
 def test_fit_without_edits_is_refused(scratch: Scratch, model: LM) -> None:

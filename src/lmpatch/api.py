@@ -11,9 +11,10 @@ from .benches.core.runner import run
 from .config import resolve
 from .data.edits import Ask, Edit
 from .data.record import Record
-from .errors import BadInput
+from .errors import BadInput, Harmful
 from .models.lm import LM
 from .patches.editor import Editor
+from .patches.guard import check_harm
 from .patches.patch import Mount, Patch
 from .progress import Progress
 from .registry import get, keywords, taken
@@ -30,6 +31,7 @@ def fit(
     anchors: Sequence[Edit] | None = None,
     editor: Editor | None = None,
     out: str | Path | None = None,
+    force: bool = False,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Patch:
@@ -43,8 +45,10 @@ def fit(
         anchors: facts outside the test set, for methods that measure on them first (memit's ``nas``).
         editor: from ``train``, for methods that have one; None: the one that comes with lmpatch for this model.
         out: folder of checkpoints, for methods that train for long. A run that is there goes on where it stopped.
+        force: take a patch that ``Harmful`` would refuse.
         settings: fields of the method's ``Config``; the rest keep their defaults.
     Raises:
+        Harmful: the patch multiplies the perplexity of plain text by more than 1.5.
         BadInput: no such method, no edits, an unknown setting, one of another type, or text where none is read.
         Contradiction: two edits ask for different answers to one prompt.
         NotEnoughMemory: the method's estimate is above what is free.
@@ -59,6 +63,7 @@ def fit(
     if chosen.estimate:
         require_memory(chosen.estimate(lm, len(records), config), lm.device, f"{method} with {len(records)} edits")
     patch: Patch = chosen.fit(lm, records, config, progress=progress, **material)
+    check_harm(lm, patch, force=force)
     return patch
 
 
@@ -185,6 +190,16 @@ def _makers(name: str, settings: dict[str, Any], material: dict[str, Any]) -> di
     """What a bench needs to make patches with a method: one commit at a time, or many single edits in one go."""
     chosen = find_method(name)
     config, given, each = resolve(chosen.config, settings, name), chosen.material(material), chosen.fit_each
-    make = {"make": lambda lm, edits: fit(lm, name, edits, **material, **settings)}
-    make |= {"make_each": lambda lm, edits: each(lm, edits, config, **given)} if each else {}
-    return {**make, "settings": asdict(config), "run_id": name}
+    makers: dict[str, Any] = {"make": lambda lm, edits: fit(lm, name, edits, **material, **settings)}
+    if each:
+        makers["make_each"] = lambda lm, edits: [_passed(lm, patch) for patch in each(lm, edits, config, **given)]
+    return {**makers, "settings": asdict(config), "run_id": name}
+
+
+def _passed(lm: LM, patch: Patch) -> Patch | Harmful:
+    """The patch, or why it is refused."""
+    try:
+        check_harm(lm, patch)
+    except Harmful as error:
+        return error
+    return patch

@@ -69,3 +69,7 @@ class MissingExtra(LmpatchError, ImportError):
 
 class Diverged(LmpatchError, ArithmeticError):
     """An optimisation reached NaN or infinity."""
+
+
+class Harmful(Diverged):
+    """A patch makes the model much worse at text that has nothing to do with it."""

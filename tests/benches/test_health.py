@@ -11,9 +11,10 @@ import torch
 from tiny import tiny_lm
 
 from lmpatch.benches import facts
-from lmpatch.benches.core.health import TEXT, latency, peak_memory, perplexity, seconds, working_memory
+from lmpatch.benches.core.health import latency, peak_memory, seconds, working_memory
 from lmpatch.benches.facts import Config
 from lmpatch.data.edits import Edit
+from lmpatch.inference.plain_text import TEXT, perplexity
 from lmpatch.models.lm import LM
 from lmpatch.patches.weight.patch import WeightPatch
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from tiny import BOS, EOS, PAD, tiny_lm, tiny_model, tiny_tokenizer
 from tokenizers import processors
 
-from lmpatch.inference.generate import generate, stream
+from lmpatch.inference.generate import Sampling, generate, stream
 from lmpatch.inference.multiple_choice import next_logits, option_tokens
 from lmpatch.inference.score import score
 from lmpatch.inference.states import hidden
@@ -66,3 +67,16 @@ def test_a_typed_start_token_does_not_double(lm: LM, typed: str) -> None:
 def test_a_start_token_within_a_text_and_an_end_token_that_was_typed_stay(lm: LM) -> None:
     assert encode(lm, "Apple <bos> is<eos>").ids.count(BOS) == 2
     assert encode(lm, "Apple<eos>").ids[-1] == EOS
+
+
+def test_a_token_that_stands_for_an_image_ends_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm("llama")
+    image = lm.tokenizer("Apple", add_special_tokens=False)["input_ids"][0]
+    decode = lm.tokenizer.decode
+    monkeypatch.setattr(
+        lm.tokenizer, "decode", lambda ids, **k: "<start_of_image>" if ids == [image] else decode(ids, **k)
+    )
+    said = iter([*lm.tokenizer(" so", add_special_tokens=False)["input_ids"], image, image])
+    monkeypatch.setattr(Sampling, "take", lambda *_: torch.tensor([next(said)]))
+    assert "<start" not in generate(lm, "It is", max_new_tokens=8)
+    assert list(said) == [image]  # none was asked for behind it

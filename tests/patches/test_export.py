@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 import lmpatch as lp
 from lmpatch.cli.app import build
-from lmpatch.errors import BadInput, CannotMount, WrongModel
+from lmpatch.errors import BadInput, BadPatch, CannotMount, WrongModel
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
 from lmpatch.patches.export import export
 from lmpatch.patches.ledger import apply
+from lmpatch.patches.lora import Lora
 from lmpatch.patches.patch import Patch
 from lmpatch.patches.weight.delta import Dense, Rows, Scale
 from lmpatch.patches.weight.patch import WeightPatch
@@ -278,3 +279,32 @@ def test_generation_settings_that_have_an_effect_are_kept(random_patch, tmp_path
     done = export(lm, random_patch(lm), "checkpoint", tmp_path / "out")
     saved = transformers.GenerationConfig.from_pretrained(done.path)
     assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.6, 0.9) and done.left_out == {}
+
+
+def test_an_adapter_that_would_do_something_else_is_not_left_behind(
+    tmp_path: Path, random_delta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_lm("llama")
+    patch, write = low_rank_patch(lm, random_delta), Lora.write
+
+    def twice(self: Lora, lm: LM, folder: Path) -> None:
+        write(self, lm, folder)
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 2 * max(self.ranks.values())}))
+
+    monkeypatch.setattr(Lora, "write", twice)
+    for rank in (None, 2):
+        with pytest.raises(BadPatch, match="read again its logits differ"):
+            export(lm, patch, "peft", tmp_path / "adapter", rank=rank)
+        assert not (tmp_path / "adapter").exists()
+
+
+def test_a_checkpoint_that_would_do_something_else_is_not_left_behind(
+    tmp_path: Path, random_delta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_lm("llama")
+    patch, base = low_rank_patch(lm, random_delta), copy.deepcopy(lm.model)
+    monkeypatch.setattr(lm.model, "save_pretrained", base.save_pretrained)
+    with pytest.raises(BadPatch, match="read again its logits differ"):
+        export(lm, patch, "checkpoint", tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()

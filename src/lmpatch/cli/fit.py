@@ -26,6 +26,9 @@ def fit(
     work: Annotated[Path | None, o.work_option("Checkpoints of a long fit; a stopped run there goes on.")] = None,
     patch: o.Patches = None,
     mount: o.Mount = None,
+    force: Annotated[
+        bool, opt("Save a patch that makes the model much worse at plain text, which is refused otherwise.")
+    ] = False,
     raw: o.Raw = False,
     shard: o.Shard = False,
 ) -> None:
@@ -54,7 +57,7 @@ def fit(
     kept = f" {work} holds the last whole step; the same command goes on from there." if work else ""
     keep(context, f"The model is as it was and {out} was not written.{kept}")
     with o.patched(lm, patches, mount), progress(f"{method} at work") as bar:
-        made = api.fit(lm, method, edits, out=work, progress=bar, **material, **chosen)
+        made = api.fit(lm, method, edits, out=work, force=force, progress=bar, **material, **chosen)
     if world().is_main:
         made.save(out)
     say(made.summary(), method=method, edits=len(made.edits), bytes=made.nbytes, hash=made.hash())

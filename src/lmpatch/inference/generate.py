@@ -21,6 +21,8 @@ from .forward import blocks, positions
 from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
 from .tokens import each_once, padded
 
+CONTROL = frozenset({"<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"})
+"""Tokens of Gemma that no text holds and that a tokenizer read from a .gguf file does not mark as special."""
 LONGEST, DRAWS = 1_000_000, 1 << 28  # new tokens of an answer, and numbers drawn for all answers of a call, at most
 
 
@@ -79,7 +81,8 @@ def generate(
             where a decode patch is on the model.
         max_new_tokens: at most this many new tokens.
         stop: a token whose text contains one of these ends the answer and is left out. The model's own end tokens
-            always do. None: a new line, but for a chat model, which ends its replies itself.
+            always do, and those that stand for turns and images. None: a new line, but for a chat model, which ends
+            its replies itself.
         temperature: what logits are divided by before a token is drawn; 0 takes the likeliest one.
         top_p: draw from the likeliest tokens that together reach this probability.
         seed: of the draws. They depend on it and on a prompt's place in the list, not on the batch it is in.
@@ -167,7 +170,7 @@ class StopTokens:
     def __contains__(self, token: int) -> bool:
         if token not in self.known:
             text = self.tokenizer.decode([token])
-            self.known[token] = any(s in text for s in self.stop)
+            self.known[token] = text in CONTROL or any(s in text for s in self.stop)
         return self.known[token]
 
 

@@ -6,17 +6,28 @@ import copy
 import logging
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import BadInput
+import torch
+from torch import Tensor
+
+from ..errors import BadInput, BadPatch
 from ..files import new_folder
+from ..inference.forward import logits
+from ..inference.plain_text import TEXT
+from ..inference.states import hidden
+from ..models.gguf import quiet
+from ..models.hooks import hooked
 from ..models.lm import LM
+from ..resources import require_memory
 from .ledger import applied, apply, check, rebuild
+from .lora import Lora
 from .patch import Patch
 
 log = logging.getLogger(__name__)
+PROMPTS = 8  # asked of what was written
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ def export(
 
     The adapter has one rank and one alpha for all weights, which are equal, so that it is the change itself.
     The checkpoint is what ``save_pretrained`` writes with the patch baked in, tokenizer included; ``lm`` is as before
-    afterwards.
+    afterwards. Either is read again, and its logits are compared with the patch's own.
 
     Args:
         out: a folder that does not exist yet or is empty.
@@ -51,6 +62,8 @@ def export(
             patch is of a kind that cannot be written like that.
         CannotMount: the change cannot be an adapter, or cannot be baked.
         WrongModel: the patch was made for another model.
+        BadPatch: what was written and read again does something else; it is removed.
+        NotEnoughMemory: there is no room for the checkpoint beside the model.
     """
     if to not in ("peft", "checkpoint"):
         raise BadInput(f"cannot export to {to!r}. There are peft and checkpoint.")
@@ -64,15 +77,36 @@ def export(
         lora = patch.lora(lm, rank)
         with new_folder(path) as folder:
             lora.write(lm, folder)
+            with hooked(*Lora.read(folder).hooks(lm)):
+                found = _logits(lm, patch)
+            with hooked(*lora.hooks(lm)) if rank else apply(lm, patch):
+                _prove(found, _logits(lm, patch), "adapter", lm)
         return Exported(path, {f"{module}.weight": r for module, r in lora.ranks.items()}, lora.discarded)
     if patch.mounts and "bake" not in patch.mounts:
         raise BadInput(f"a {patch.kind} patch changes no weight, so a checkpoint cannot hold {patch.method}.")
     with lm.lock:
         whole = lm if patch.mounts else rebuild(lm, patch)
-        with new_folder(path) as folder, apply(lm, patch, "bake") if patch.mounts else nullcontext():
+        require_memory(sum(p.nbytes for p in whole.model.parameters()), whole.device, "reading the checkpoint again")
+        with new_folder(path) as folder, apply(lm, patch, "bake") if patch.mounts else nullcontext(), quiet():
             left_out = _save(whole.model, folder)
             whole.tokenizer.save_pretrained(folder)
+            again = replace(whole, model=type(whole.model).from_pretrained(folder, dtype=whole.dtype).to(whole.device))
+            _prove(_logits(again, patch), _logits(whole, patch), "checkpoint", lm)
     return Exported(path, left_out=left_out)
+
+
+def _logits(lm: LM, patch: Patch) -> Tensor:
+    """Logits [n, V] behind the first prompts of the patch, or behind the beginnings of plain sentences."""
+    own = [edit["prompt"] for edit in patch.edits if isinstance(edit.get("prompt"), str)]
+    with torch.no_grad():
+        return logits(lm, hidden(lm, (own or [start for start, _ in TEXT])[:PROMPTS]).to(lm.dtype))
+
+
+def _prove(found: Tensor, want: Tensor, what: str, lm: LM) -> None:
+    """Raise ``BadPatch`` unless two models say the same up to rounding."""
+    gap = float((found - want).abs().max() / want.std())
+    if not gap <= max(1e-3, 32 * torch.finfo(lm.dtype).eps):
+        raise BadPatch(f"the {what} was written, but read again its logits differ by {gap:.3g} of their spread.")
 
 
 def _save(model: Any, folder: Path) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..models.hooks import Hook
 from ..models.lm import LM
 
 
@@ -53,3 +55,23 @@ class Lora:
             "inference_mode": True,
         }
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Lora:
+        """What a loader that knows one rank and one alpha makes of the folder."""
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        found = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        scale, factors = config["lora_alpha"] / config["r"], {}
+        for name in config["target_modules"]:
+            a, b = (found[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+            factors[name] = scale * b, a
+        return cls(factors, {}, config["fan_in_fan_out"])
+
+    def hooks(self, lm: LM) -> list[Hook]:
+        """What adds the change to the outputs of the model's modules."""
+
+        def add(factors: tuple[Tensor, Tensor], _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            b, a = (t.to(output) for t in factors)
+            return output + args[0] @ a.T @ b.T
+
+        return [Hook(lm.module(name), partial(add, factors)) for name, factors in self.factors.items()]

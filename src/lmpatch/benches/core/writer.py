@@ -9,15 +9,17 @@ from typing import Any
 
 from ...data.edits import Edit
 from ...data.matching import find
-from ...errors import BadInput, CannotMount, Diverged, ForeignWrite, SubjectNotFound
+from ...errors import BadInput, CannotMount, Diverged, ForeignWrite, Harmful, SubjectNotFound
+from ...inference.plain_text import perplexity
 from ...models.lm import LM
 from ...patches.ledger import Applied, applied, apply
 from ...patches.patch import Mount, Patch
 from ...provenance import hash_json, hash_tensor
-from .health import perplexity, synchronise
+from .health import synchronise
 
 Make = Callable[[LM, list[Edit]], Patch]
-MakeEach = Callable[[LM, list[Edit]], Sequence[Patch]]
+MakeEach = Callable[[LM, list[Edit]], Sequence[Patch | Harmful]]
+"""``Harmful`` in the place of a patch: that edit is refused."""
 COLLAPSE = 2.0  # times the base perplexity
 
 
@@ -87,9 +89,19 @@ def fit(lm: LM, make: Make, edits: Sequence[Edit]) -> Fitted:
         except (SubjectNotFound, Diverged) as error:
             lost = [i for i in left if find(edits[i].prompt, edits[i].subject) < 0]
             wrong = lost if lost and isinstance(error, SubjectNotFound) else left
-            refused |= dict.fromkeys(wrong, f"refused: {type(error).__name__}: {error}")
+            refused |= dict.fromkeys(wrong, _said(error))
     synchronise(lm)
     return Fitted((patch,) if patch else (), perf_counter() - start, len(edits) - len(refused), refused)
+
+
+def _one(patch: Patch | Harmful) -> Patch:
+    if isinstance(patch, Harmful):
+        raise patch
+    return patch
+
+
+def _said(error: Exception) -> str:
+    return f"refused: {type(error).__name__}: {error}"
 
 
 def _fit_each(lm: LM, make_each: MakeEach, edits: list[Edit]) -> Iterator[Fitted]:
@@ -98,13 +110,17 @@ def _fit_each(lm: LM, make_each: MakeEach, edits: list[Edit]) -> Iterator[Fitted
     try:
         patches = make_each(lm, edits)
     except (SubjectNotFound, Diverged):
-        yield from (fit(lm, lambda lm, one: make_each(lm, one)[0], [edit]) for edit in edits)
+        yield from (fit(lm, lambda lm, one: _one(make_each(lm, one)[0]), [edit]) for edit in edits)
         return
     if len(patches) != len(edits):
         raise BadInput(f"make_each made {len(patches)} patches of {len(edits)} edits. It must make one each.")
     synchronise(lm)
     seconds = (perf_counter() - start) / len(edits)
-    yield from (Fitted((patch,), seconds, 1) for patch in patches)
+    for patch in patches:
+        if isinstance(patch, Harmful):
+            yield Fitted((), seconds, 0, {0: _said(patch)})
+        else:
+            yield Fitted((patch,), seconds, 1)
 
 
 @dataclass

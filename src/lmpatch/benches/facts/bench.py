@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ...data.edits import Edit
+from ...inference.plain_text import perplexity
 from ...models.lm import LM
 from ...patches.patch import plain
 from ...progress import Progress
 from ...provenance import hash_json
 from ...resources import format_bytes
 from ..core.contract import Json
-from ..core.health import latency, perplexity
+from ..core.health import latency
 from ..core.writer import Fitted, Writer, refuse_patched
 from . import asking
 from .asking import Answers

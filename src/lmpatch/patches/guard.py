@@ -1,0 +1,39 @@
+"""Before a patch is given away: what it does to text that has nothing to do with it.
+
+One ROME fact of twenty multiplied the perplexity of a Llama-shaped model by 7,286 (r-ROME, Gupta et al. 2024,
+arXiv:2403.07175, explains why). Nobody should ship such a patch without knowing.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..distributed import world
+from ..errors import Harmful
+from ..inference.plain_text import perplexity
+from ..models.lm import LM
+from .ledger import apply
+from .patch import Patch
+
+LIMIT = 1.5  # of the perplexity on plain text with the patch, over that without
+
+
+def check_harm(lm: LM, patch: Patch, *, force: bool = False) -> None:
+    """Note what a patch that writes weights does to the perplexity of plain text, in ``made``. Other kinds pass.
+
+    Raises:
+        Harmful: it is multiplied by more than ``LIMIT``, or is no number, and ``force`` is not set.
+    """
+    if "bake" not in patch.mounts or world().size > 1:  # the weights of a sharded model are not written
+        return
+    before = perplexity(lm)
+    with apply(lm, patch, strict=False):
+        after = perplexity(lm)
+    ratio = after / before
+    patch.made["perplexity_ratio"] = round(ratio, 4) if math.isfinite(ratio) else None
+    if not ratio <= LIMIT and not force:
+        raise Harmful(
+            f"{patch.method} multiplies the perplexity of plain text by {ratio:,.4g}; {LIMIT} is allowed. The patch "
+            "was not made. Try r_rome, another layer, a lower rate or a memory (recipe, rag), or take it as it is: "
+            "force=True (lmpatch fit --force)."
+        )
