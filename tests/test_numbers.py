@@ -8,9 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from lmpatch.benches.core import stats
+from lmpatch.data import matching
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -120,6 +123,22 @@ def test_the_rows_under_one_heading_were_asked_the_same_facts(pages: ModuleType)
 def test_a_share_without_spread_prints_wilsons_bound(pages: ModuleType, values: list[float], printed: str) -> None:
     stats = sys.modules["tables.stats"]
     assert stats.percent(stats.mean(values)) == printed
+
+
+def test_the_tables_count_as_the_benches_do(pages: ModuleType) -> None:
+    """They say the rules again, since they run without the library."""
+    rows, again, means = (sys.modules[f"tables.{name}"] for name in ("rows", "facts_rows", "stats"))
+    said = [row for row in rows.of("facts-commit", "ft_m") if row.get("text") is not None]
+    assert [again.normalise(row["text"]) for row in said] == [matching.normalise(row["text"]) for row in said]
+    for row in (row for row in said if row.get("aliases")):
+        generation = row["text"], row["aliases"]
+        one = SimpleNamespace(generation=lambda generation=generation: generation)
+        assert (again.twice(row), again.distinct(row)) == (stats._twice(one), stats._distinct(one))
+    values, sizes = [0.0, 1.0, 1.0, 0.25, 0.5], [1, 4, 2, 2, 8]
+    for weights in (None, sizes):
+        error = stats.stderr(values, weights)
+        assert error is not None
+        assert means.mean(values, weights).half == pytest.approx(1.96 * error)
 
 
 def test_a_setting_that_another_switches_off_is_not_printed(pages: ModuleType) -> None:

@@ -45,7 +45,7 @@ def twice(row: Row) -> float | None:
     if row.get("text") is None:
         return None
     said = normalise(row["text"])
-    return float(any(said.count(normalise(alias)) >= 2 for alias in row["aliases"]))
+    return float(any(said.count(word) >= 2 for alias in row["aliases"] if (word := normalise(alias))))
 
 
 def distinct(row: Row) -> float | None:
