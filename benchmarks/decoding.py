@@ -22,9 +22,8 @@ import torch
 
 import lmpatch as lp
 from lmpatch.data.context import InContext, render
-from lmpatch.inference.generate import Sampling, StopTokens
+from lmpatch.inference.generate import Sampling, StopTokens, steps
 from lmpatch.inference.interventions import Prompt, Rule, streams
-from lmpatch.inference.run import _steps
 from lmpatch.inference.tokens import encode
 from lmpatch.locate.neurons import drawn, scaling
 from lmpatch.models.lm import LM
@@ -58,7 +57,7 @@ def answers(lm: LM, prompts: list[Prompt], tokens: int) -> list[list[int]]:
     choice = Sampling()
     new: list[list[int]] = [[] for _ in prompts]
     batch = [tuple(row.ids for row in rows) for rows in told.rows]
-    for step in _steps(lm, told, batch, ends, choice, choice.numbers(len(batch), tokens), [False] * len(batch)):
+    for step in steps(lm, told, batch, ends, choice, choice.numbers(len(batch), tokens), [False] * len(batch)):
         for i, token in step:
             new[i].append(token)
     return new
@@ -109,7 +108,8 @@ def timed(lm: LM, count: int, tokens: int, repeats: int) -> dict[str, object]:
         if name != "plain"
     }
     return {
-        "what": "seconds over plain generation of two rows per question", "questions": count, "new_tokens": tokens,
+        "what": "seconds over plain generation of two rows per question", "questions": count, "repeats": repeats,
+        "new_tokens": tokens,
         "prompt_tokens": [len(encode(lm, text).ids) for text in (one.prompt, one.without_context)],
         "ratio": ratios, "plain_s": median(times["plain"]), "cad_s_per_question": median(times["cad"]) / count,
         "released_s_per_question": slow, "released_over_cad": slow / (median(times["cad"]) / count),

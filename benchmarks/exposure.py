@@ -1,9 +1,9 @@
-"""What the packaged RECIPE editor had seen of CounterFact's evaluation half when it was trained.
+"""What the packaged RECIPE editor had seen of the facts it is asked when it was trained, set by set.
 
     python benchmarks/exposure.py DATA
 
 writes results/recipe-exposure.json: the shares of evaluation facts whose template (the prompt without its subject),
-target and subject occur in a fact of the training files. No prompt does: recipe_train.py drops those.
+reworded template, target and subject occur in a fact of the training files. No prompt does: recipe_train.py drops them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from facts import SETS
 from recipe_train import data
 
 import lmpatch as lp
@@ -21,8 +23,14 @@ from lmpatch.data.edits import read_edits
 RESULTS = Path(__file__).parent / "results"
 
 
-def template(edit: lp.Edit) -> str:
-    return edit.prompt.replace(edit.subject or "", "{}") if edit.subject else edit.prompt
+def template(edit: lp.Edit, prompt: str | None = None) -> str:
+    prompt = edit.prompt if prompt is None else prompt
+    return prompt.replace(edit.subject, "{}") if edit.subject else prompt
+
+
+def rewording(edit: lp.Edit) -> str | None:
+    """Template of the first one that is asked."""
+    return template(edit, edit.rephrases[0]) if edit.rephrases else None
 
 
 def main() -> None:
@@ -30,16 +38,20 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     args = parser.parse_args()
     train, _ = data(args.data)
-    asked = read_edits(args.data / "counterfact/eval.jsonl.gz")
+    zsre = read_edits(args.data / SETS["zsre"])
+    asked = {name: read_edits(args.data / file) for name, file in SETS.items()} | {"zsre": zsre[: len(zsre) // 2]}
     parts: dict[str, Callable[[lp.Edit], str | None]] = {
         "template": template,
+        "rewording": rewording,
         "target": lambda edit: edit.target.strip(),
         "subject": lambda edit: edit.subject,
     }
-    found: dict[str, float] = {"evaluation_facts": len(asked), "training_facts": len(train)}
-    for name, part in parts.items():
-        seen = {part(edit) for edit in train}
-        found[f"{name}_seen"] = sum(part(edit) in seen for edit in asked) / len(asked)
+    found: dict[str, Any] = {"training_facts": len(train)}
+    for name, edits in asked.items():
+        found[name] = {"evaluation_facts": len(edits)}
+        for part, of in parts.items():
+            seen = {of(edit) for edit in train} - {None}
+            found[name][f"{part}_seen"] = sum(of(edit) in seen for edit in edits) / len(edits)
     print(found)
     (RESULTS / "recipe-exposure.json").write_text(json.dumps(found, indent=1) + "\n")
 

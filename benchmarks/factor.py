@@ -1,6 +1,6 @@
 """What a second memit commit saves because factors of the second moments are kept: seconds with and without them.
 
-    python benchmarks/factor.py
+    python benchmarks/factor.py [--out FILE]
 
 writes results/factor.json. A random Llama-shaped model with MLPs of width 2048, one fact a commit, fp32; the best of
 three commits each. "computed" forgets the factors before every commit and writes them again, "kept" reads them.
@@ -8,6 +8,7 @@ three commits each. "computed" forgets the factors before every commit and write
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tempfile
@@ -38,6 +39,9 @@ def model() -> lp.LM:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "factor.json")
+    out = parser.parse_args().out
     lm, edit = model(), lp.Edit("The tower is in", "Rome", "tower")
     found: dict[str, Any] = {"width": WIDTH, "layers": LAYERS, "runs": RUNS, **hardware()}
     with tempfile.TemporaryDirectory() as cache:
@@ -57,7 +61,7 @@ def main() -> None:
             assert len(hashes) == 1  # the same patch either way
             found[solver] = {kind: round(min(own), 3) for kind, own in seconds.items()}
     print(json.dumps(found, indent=1))
-    (RESULTS / "factor.json").write_text(json.dumps(found, indent=1) + "\n")
+    out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Parenting from raw SQuAD to report: base, parenting, plain and mixed fine-tuning, IRCAN, CAD, ablations.
 
-    python benchmarks/parenting.py tune ../shared/data/squad/squad_v2_dev.jsonl.gz
-    python benchmarks/parenting.py ../shared/data/squad/squad_v2_dev.jsonl.gz
+    python benchmarks/parenting.py tune DATA/squad/squad_v2_dev.jsonl.gz
+    python benchmarks/parenting.py DATA/squad/squad_v2_dev.jsonl.gz
 
 ``tune`` chooses the settings of parenting, mixed and plain fine-tuning, CAD's alpha and IRCAN's (neurons, factor) on
 the dev articles, by R_Ad + R_Ro on the same items, and writes results/parenting-dev.json. The second command reads that

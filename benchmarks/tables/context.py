@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from .facts_rows import normalise
 from .rows import Row, of, runs, summary
 from .stats import Mean, mean, percent, points, table
 
@@ -37,6 +38,8 @@ def values(folder: str, run: str, name: str) -> Values:
 def _value(row: Row, name: str) -> float:
     if name == "kept":
         return float(row["kept"])
+    if name == "begins":
+        return float(f"{normalise(row['said'])} ".startswith(f"{normalise(row['answer'])} "))
     return float(row["said"] == row["answer" if name == "acc" else "memory"])
 
 
@@ -46,50 +49,78 @@ def share(folder: str, run: str, name: str) -> Mean | None:
     return mean(found) if found else None
 
 
-def moved(folder: str, run: str, name: str) -> Mean:
-    """Minus the unpatched model, record by record."""
-    before, after = values(folder, "none", name), values(folder, run, name)
+def moved(folder: str, run: str, name: str, other: str = "none") -> Mean:
+    """Minus the unpatched model, or another run, record by record."""
+    before, after = values(folder, other, name), values(folder, run, name)
     return mean([after[place] - before[place] for place in after if place in before])
 
 
-def _lines(task: str, kept: tuple[str, ...] = ()) -> list[list[str]]:
-    folder, wording = f"ircan-{task}", WORDINGS[task]
+def _lines(task: str, kept: tuple[str, ...] = ()) -> list[dict[str, str]]:
+    """One line per run: column -> cell."""
+    folder, best = f"ircan-{task}", f"none, {WORDINGS[task]}"
     chosen = summary(f"{folder}/chosen.json")["chosen"]
-    named = [("unpatched", "none"), (f"unpatched, best wording (`{wording}`)", f"none, {wording}"), *ROWS]
+    named = [("unpatched", "none"), (f"unpatched, best wording (`{WORDINGS[task]}`)", best), *ROWS]
     lines = []
     for label, run in named:
         if run in runs(folder) and (not kept or run in kept):
             setting = CHOSEN[run].format(*chosen[run]) if run in CHOSEN else ""
-            difference = "" if run == "none" else points(moved(folder, run, "acc"))
-            cells = [percent(share(folder, run, name), 1) for name in ("acc", "sr", "kept", "bcu")]
-            lines.append([label, setting, cells[0], difference, *cells[1:]])
+            line = {"label": label, "setting": setting}
+            line |= {name: percent(share(folder, run, name), 1) for name in ("acc", "begins", "sr", "kept", "bcu")}
+            line["acc moved"] = "" if run == "none" else points(moved(folder, run, "acc"))
+            line["bcu moved"] = "" if run == best else points(moved(folder, run, "bcu", best))
+            lines.append(line)
     return lines
 
 
-def _table(task: str, head: tuple[str, str, str]) -> str:
-    folder = f"ircan-{task}"
-    n, dev = share(folder, "none", "acc"), summary(f"{folder}/chosen.json")["dev_records"]
-    whole = ("method", f"chosen on {dev} dev records", head[0], "ACC minus unpatched, points", head[1], head[2], "BCU")
-    return table(whole, _lines(task)) + f"\n\nn = {n.n if n else 0} records each, bf16."
+def _table(task: str, head: dict[str, str], kept: tuple[str, ...] = ()) -> str:
+    """The columns that ``head`` names."""
+    n = share(f"ircan-{task}", "none", "acc")
+    lines = [[line[name] for name in head] for line in _lines(task, kept)]
+    return table(tuple(head.values()), lines) + f"\n\nn = {n.n if n else 0} records each, bf16."
 
 
 def memotrap_table() -> str:
-    return _table(
-        "memotrap", ("follows the instruction (ACC)", "the proverb (SR)", "ignores an irrelevant instruction")
-    )
+    dev = summary("ircan-memotrap/chosen.json")["dev_records"]
+    head = {
+        "label": "method", "setting": f"chosen on {dev} dev records", "acc": "follows the instruction (ACC)",
+        "acc moved": "ACC minus unpatched, points", "begins": "the same, begins with it", "sr": "the proverb (SR)",
+        "kept": "ignores an irrelevant instruction", "bcu": "BCU", "bcu moved": "BCU minus best wording, points",
+    }  # fmt: skip
+    return _table("memotrap", head)
 
 
 def cose_table() -> str:
-    return _table("cose", ("the passage's letter (ACC)", "the right letter (SR)", "ignores an irrelevant passage"))
+    dev = summary("ircan-cose/chosen.json")["dev_records"]
+    head = {
+        "label": "method", "setting": f"chosen on {dev} dev records", "acc": "the passage's letter (ACC)",
+        "acc moved": "ACC minus unpatched, points", "sr": "the right letter (SR)",
+        "kept": "ignores an irrelevant passage", "bcu": "BCU", "bcu moved": "BCU minus best wording, points",
+    }  # fmt: skip
+    return _table("cose", head)
 
 
 def context_table() -> str:
-    """The first page's rows of MemoTrap."""
+    """The rows of MemoTrap that are read first."""
     kept = ("none", "none, instr+opin", "ircan", "cad", "ircan + cad", "param_mute")
-    lines = [[line[0], line[2], line[5], line[6]] for line in _lines("memotrap", kept)]
-    head = ("MemoTrap", "follows the instruction", "ignores an irrelevant instruction", "mean of both (BCU)")
-    n = share("ircan-memotrap", "none", "acc")
-    return table(head, lines) + f"\n\nn = {n.n if n else 0} records each, bf16."
+    head = {
+        "label": "MemoTrap", "acc": "follows the instruction", "kept": "ignores an irrelevant instruction",
+        "bcu": "mean of both (BCU)", "bcu moved": "BCU minus best wording, points",
+    }  # fmt: skip
+    return _table("memotrap", head, kept)
+
+
+def memotrap_matching() -> str:
+    """What the two columns' rules let through and keep out."""
+    held = [row for row in of("ircan-memotrap", "none") if row["when"] == "foreign" and row.get("kept")]
+    first = Counter(next(iter(row["said"].casefold().split()), "") for row in held)
+    idle = sum(first[word] for word in ("the", "a", "an", ""))
+    strict, begins = (share("ircan-memotrap", "none", name) for name in ("acc", "begins"))
+    return (
+        '**Matching.** ACC counts an answer only if it is the wanted word letter by letter. So "tense," or "edify '
+        'them" count as wrong. If it is enough that the answer begins with the word, as in the bench `facts`, the '
+        f"unpatched model has {percent(begins, 1)} instead of {percent(strict, 1)}. *Ignores* compares first words "
+        f'only: of the unpatched model\'s {len(held)} hits {idle} are "the", "a", "an" or an empty answer.'
+    )
 
 
 def _controls(task: str) -> str:
@@ -146,4 +177,5 @@ def context_costs() -> str:
         lines.append(
             [f"{label}: an answer of {rules['new_tokens']} tokens", f"{ratio:.2f} × a plain generation of two rows"]
         )
-    return table(("what", "time, or ratio"), lines)
+    asked = f"The ratios are medians over repeats of n = {rules['questions']} question, without an error."
+    return table(("what", "time, or ratio"), lines) + f"\n\n{asked}"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 
 from .rows import Row, of
 from .stats import Mean, mean
 
 Value = Callable[[Row], float | None]
 ARTICLES = ("a ", "an ", "the ")
+MARKER = re.compile(r"<[a-z_]+>")
+"""A special token that a base model writes into its answer."""
 
 
 def normalise(text: str) -> str:
@@ -39,7 +45,7 @@ def twice(row: Row) -> float | None:
     if row.get("text") is None:
         return None
     said = normalise(row["text"])
-    return float(any(said.count(normalise(alias)) >= 2 for alias in row["aliases"]))
+    return float(any(said.count(word) >= 2 for alias in row["aliases"] if (word := normalise(alias))))
 
 
 def distinct(row: Row) -> float | None:
@@ -49,6 +55,27 @@ def distinct(row: Row) -> float | None:
     words = row["text"].casefold().split()
     pairs = list(pairwise(words))
     return len(set(pairs)) / len(pairs) if pairs else 1.0
+
+
+def once(row: Row) -> float | None:
+    """The answer states the target, and does not say it again."""
+    said = twice(row)
+    return None if said is None else float(row["em"] and not said)
+
+
+@lru_cache
+def paraphrases() -> dict[str, frozenset[str]]:
+    """CounterFact's reworded prompts in two parts, ``asks_the_same`` and ``suggests``; the file says by which rule."""
+    found = json.loads((Path(__file__).parent / "paraphrases.json").read_text(encoding="utf-8"))
+    return {part: frozenset(found[part]) for part in ("asks_the_same", "suggests")}
+
+
+def part(name: str, same: bool) -> Value:
+    """A field, over the reworded prompts that ask the same, or over those that only suggest the fact.
+
+    Those of zsRE and wiki all ask the same and are not in the file.
+    """
+    return lambda row: None if (row["prompt"] in paraphrases()["suggests"]) == same else field(name)(row)
 
 
 def unchanged(row: Row) -> float | None:
@@ -61,8 +88,10 @@ def unchanged(row: Row) -> float | None:
 METRICS: dict[str, tuple[str, Value]] = {
     "stated": ("edit", field("em")),
     "twice": ("edit", twice),
+    "once": ("edit", once),
     "distinct": ("edit", distinct),
-    "reworded": ("rephrase", field("em")),
+    "reworded": ("rephrase", part("em", same=True)),
+    "suggested": ("rephrase", part("em", same=False)),
     "kept near": ("loc/same_relation", unchanged),
     "kept far": ("loc/unrelated", unchanged),
     "kept subject": ("loc/same_subject", unchanged),
@@ -73,7 +102,8 @@ METRICS: dict[str, tuple[str, Value]] = {
     "logic": ("port/logical_generalization", field("contains")),
     "composition": ("port/reasoning", field("contains")),
     "tf stated": ("edit", field("tf_acc")),
-    "tf reworded": ("rephrase", field("tf_acc")),
+    "tf reworded": ("rephrase", part("tf_acc", same=True)),
+    "tf suggested": ("rephrase", part("tf_acc", same=False)),
     "tf near": ("loc/same_relation", field("tf_same")),
     "tf far": ("loc/unrelated", field("tf_same")),
 }
@@ -84,6 +114,18 @@ ANSWERED = ("tf near", "tf far")
 
 def metric(folder: str, run: str, name: str, when: str = "final") -> Mean | None:
     """One number of one run; None where no prompt was asked."""
+    found = by_case(folder, run, name, when)
+    return mean(list(found.values())) if found else None
+
+
+def difference(folder: str, run: str, other: str, name: str) -> Mean:
+    """One run minus another on the same cases, case by case."""
+    one, two = by_case(folder, run, name), by_case(folder, other, name)
+    return mean([one[case] - two[case] for case in one if case in two])
+
+
+def by_case(folder: str, run: str, name: str, when: str = "final") -> dict[str, float]:
+    """Case -> mean of its prompts."""
     kind, value = METRICS[name]
     cases: defaultdict[str, list[float]] = defaultdict(list)
     for row in of(folder, run):
@@ -91,9 +133,17 @@ def metric(folder: str, run: str, name: str, when: str = "final") -> Mean | None
             found = value(row)
             if found is not None:
                 cases[row["case_id"]].append(found)
-    return mean([sum(values) / len(values) for values in cases.values()]) if cases else None
+    return {case: sum(values) / len(values) for case, values in cases.items()}
 
 
-def final(folder: str, run: str) -> dict[str, Mean | None]:
-    """Every number with all edits in place."""
-    return {name: metric(folder, run, name) for name in METRICS}
+def still_right(folder: str, run: str, kind: str) -> tuple[int, int]:
+    """How many prompts are answered rightly, of how many that the unpatched model answers rightly."""
+    rows = [row for row in of(folder, run) if row["kind"] == kind and row["when"] == "final" and row.get("was_right")]
+    return sum(bool(row["em"]) for row in rows), len(rows)
+
+
+def empty(folder: str, run: str, kind: str) -> tuple[int, int]:
+    """How many answers have no word, markers such as ``<start_of_image>`` apart, of how many."""
+    rows = [row for row in of(folder, run) if row["kind"] == kind and row["when"] == "final"]
+    texts = [row["text"] for row in rows if row.get("text") is not None]
+    return sum(not normalise(MARKER.sub(" ", text)) for text in texts), len(texts)

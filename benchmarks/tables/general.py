@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from math import exp
 
+from .facts_rows import metric
 from .rows import Row, of
-from .stats import Mean, mean, points, table
+from .stats import Mean, mean, percent, points, table
 
 TASKS = (
     ("CSQA", "csqa", "cloze-v1"),
@@ -14,6 +15,8 @@ TASKS = (
     ("SQuAD", "squad", "recipe-general-v1"),
 )
 LETTERS = (("CSQA", "csqa"), ("ANLI", "anli"), ("MMLU", "mmlu"))
+FACTS = "general-facts"
+"""What became of the facts themselves."""
 EDITORS = (
     ("`recipe`", "recipe"),
     ("`memit`", "memit"),
@@ -40,6 +43,11 @@ def level(folder: str, run: str, task: str, protocol: str) -> Mean:
     return mean([row["value"] for row in values(folder, run, task, protocol).values()])
 
 
+def _level(folder: str, run: str, task: str, protocol: str) -> str:
+    found = level(folder, run, task, protocol)
+    return f"{100 * found.value:.1f} ± {100 * found.half:.1f}"
+
+
 def perplexity(folder: str, run: str) -> Mean:
     """Of plain text; the interval is that of the mean nats, carried over."""
     rows = values(folder, run, "perplexity", "perplexity-v1").values()
@@ -53,16 +61,17 @@ def _perplexity(folder: str, run: str) -> str:
 
 
 def general_table() -> str:
-    """After 1,000 facts."""
-    first = ["unpatched, %", _perplexity("general", "none")]
-    first += [f"{100 * level('general', 'none', task, protocol).value:.1f}" for _, task, protocol in TASKS]
+    """After 1,000 facts, and how many of them the patch states."""
+    first = ["unpatched, %", percent(metric(FACTS, "none", "stated")), _perplexity("general", "none")]
+    first += [_level("general", "none", task, protocol) for _, task, protocol in TASKS]
     lines = [first]
     for label, run in EDITORS:
         tasks = [points(moved("general", run, task, protocol)) for _, task, protocol in TASKS]
-        lines.append([label, _perplexity("general", run), *tasks])
-    n = moved("general", "recipe", "csqa", "cloze-v1").n
-    head = ("1,000 facts written by", "perplexity of plain text", *(f"{title}, points" for title, *_ in TASKS))
-    return table(head, lines) + f"\n\nn = {n} records per task, 64 windows of text; bf16."
+        lines.append([label, percent(metric(FACTS, run, "stated")), _perplexity("general", run), *tasks])
+    n, asked = moved("general", "recipe", "csqa", "cloze-v1").n, metric(FACTS, "recipe", "stated")
+    head = ("1,000 facts written by", "efficacy", "perplexity of plain text")
+    told = f"n = {n} records per task, 64 windows of text, {asked.n if asked else 0} of the facts; bf16."
+    return table((*head, *(f"{title}, points" for title, *_ in TASKS)), lines) + f"\n\n{told}"
 
 
 def elsewhere(folder: str, run: str) -> str:
@@ -72,8 +81,8 @@ def elsewhere(folder: str, run: str) -> str:
             for title, task, protocol in TASKS]  # fmt: skip
     both += [(title, "option letters", task, "recipe-general-v1") for title, task in LETTERS]
     for title, form, task, protocol in both:
-        before, after = (100 * level(folder, name, task, protocol).value for name in ("none", run))
-        lines.append([title, form, f"{before:.1f}", f"{after:.1f}", points(moved(folder, run, task, protocol))])
+        both_levels = [_level(folder, name, task, protocol) for name in ("none", run)]
+        lines.append([title, form, *both_levels, points(moved(folder, run, task, protocol))])
     n = moved(folder, run, "csqa", "cloze-v1").n
     head = ("task", "scored by", "unpatched, %", f"with `{run}`, %", "difference, points")
     return table(head, lines) + f"\n\nn = {n} records per task, 64 windows of text."

@@ -8,11 +8,13 @@ from .stats import NORMAL, Mean, number, percent, size, table
 
 Line = tuple[str, str, str]
 QUALITY: tuple[Line, ...] = (
-    ("fact in the prompt", "recipe-counterfact-1000", "fact_in_prompt"),
+    ("**baseline of 1, 10, 100**: fact in the prompt", "recipe-counterfact-100", "fact_in_prompt"),
     ("1", "recipe-counterfact-1", "recipe"),
     ("10", "recipe-counterfact-10", "recipe"),
     ("100", "recipe-counterfact-100", "recipe"),
+    ("**baseline of 1,000**: fact in the prompt", "recipe-counterfact-1000", "fact_in_prompt"),
     ("1,000", "recipe-counterfact-1000", "recipe"),
+    ("**baseline of 5,000**: fact in the prompt", "recipe-counterfact-5000", "fact_in_prompt"),
     ("5,000", "recipe-counterfact-5000", "recipe"),
     ("5,000, the fact as text (RAG)", "recipe-counterfact-5000", "recipe_text"),
     ("5,000, a cosine in place of the sentinel", "recipe-counterfact-5000", "recipe_cosine"),
@@ -36,25 +38,27 @@ def _shares(folder: str, run: str, names: tuple[str, ...]) -> list[str]:
 
 def memory_quality() -> str:
     """CounterFact as the memory grows; generated, and teacher-forced beside it."""
-    names = ("stated", "reworded", "kept near", "kept far", "twice")
+    names = ("stated", "once", "reworded", "suggested", "kept near", "kept far", "twice")
     lines = []
     for label, folder, run in QUALITY:
         cells = _shares(folder, run, names)
         lines.append([label, *cells, number(metric(folder, run, "distinct"))])
-    head = ("facts in the memory", "n", "efficacy", "paraphrase", "same relation unchanged")
-    return table((*head, "unrelated unchanged", "says it twice or more", "distinct-2"), lines)
+    head = ("facts in the memory", "n", "efficacy", "states it once", "paraphrase", "suggested")
+    kept = ("same relation unchanged", "unrelated unchanged")
+    return table((*head, *kept, "says it twice or more", "distinct-2"), lines)
 
 
 def memory_teacher_forced() -> str:
     """The same runs as papers give them, and over 1,000 cases."""
-    names = ("tf stated", "tf reworded", "tf near", "tf far")
+    names = ("tf stated", "tf reworded", "tf suggested", "tf near", "tf far")
     lines = [[label, *_shares(folder, run, names)] for label, folder, run in QUALITY]
     forced = summary("recipe-forced.json")["results"]
     for n in (1000, 5000):
         parts = [forced[f"{n}/{name}"] for name in ("tf_reliability", "tf_generality")]
         means = [Mean(part["value"], NORMAL * part["stderr"], part["n"]) for part in parts]
-        lines.append([f"{n:,}, more cases", str(means[0].n), *(percent(m, 1) for m in means), "", ""])
-    head = ("facts in the memory", "n", "efficacy", "paraphrase", "same relation unchanged")
+        stated, mixed = (percent(m, 1) for m in means)
+        lines.append([f"{n:,}, more cases", str(means[0].n), stated, f"both parts: {mixed}", "", "", ""])
+    head = ("facts in the memory", "n", "efficacy", "paraphrase", "suggested", "same relation unchanged")
     return table((*head, "unrelated unchanged"), lines)
 
 
@@ -72,7 +76,7 @@ def memory_retrieval() -> str:
         "facts in the memory",
         "facts asked",
         "edit prompts that retrieve their fact",
-        "paraphrases that do",
+        "reworded prompts that do",
     )
     return table((*head, "neighbours that retrieve one", "unrelated that retrieve one"), lines)
 
@@ -81,25 +85,40 @@ def memory_names() -> str:
     """Facts of other sets, no training saw them; what follows from a fact."""
     lines = []
     for label, folder, run in NAMES:
-        names = ("stated", "reworded", "tf stated", "tf reworded", "twice", "kept subject", "kept far")
+        names = ("stated", "once", "reworded", "tf stated", "tf reworded", "twice", "kept subject", "kept far")
         lines.append([label, *_shares(folder, run, (*names, "alias", "composition"))])
     head = (
-        "facts, method", "n", "efficacy", "paraphrase", "efficacy, teacher-forced", "paraphrase, teacher-forced",
-        "says it twice or more", "same subject unchanged", "unrelated unchanged", "alias of the subject", "composition",
+        "facts, method", "n", "efficacy", "states it once", "paraphrase", "efficacy, teacher-forced",
+        "paraphrase, teacher-forced", "says it twice or more", "same subject unchanged", "unrelated unchanged",
+        "alias of the subject", "composition",
     )  # fmt: skip
     return table(head, lines)
 
 
+SETS_ASKED = {"counterfact": "CounterFact", "zsre": "zsRE", "wiki": "wiki"}
+
+
 def recipe_training() -> str:
-    """What the packaged editor had seen of what it is asked."""
+    """What the packaged editor had seen of what it is asked, in two sentences."""
     seen = summary("recipe-exposure.json")
-    shares = [f"{100 * seen[f'{name}_seen']:.1f} %" for name in ("template", "target", "subject")]
+    shares = [f"{100 * seen[name]['template_seen']:.1f} % of {title}'s" for name, title in SETS_ASKED.items()]
     return (
-        f"The packaged editor was trained on {seen['training_facts']:,} facts, CounterFact's training half among them. "
-        f"Of the {seen['evaluation_facts']:,} facts of the evaluation half {shares[0]} use a template that was in "
-        f"its training data (the prompt without its subject), {shares[1]} such a target word and {shares[2]} such a "
-        "subject. No evaluation prompt was trained on."
+        f"The packaged editor was trained on {seen['training_facts']:,} other facts of the same three sets. No prompt "
+        "that is asked was among them. But most templates were (the prompt without its subject): those of "
+        f"{', '.join(shares[:2])} and {shares[2]} evaluation facts."
     )
+
+
+def recipe_exposure() -> str:
+    """The same, set by set."""
+    seen = summary("recipe-exposure.json")
+    parts = {"template": "template", "rewording": "reworded template", "target": "target", "subject": "subject"}
+    lines = []
+    for name, title in SETS_ASKED.items():
+        shares = [f"{100 * seen[name][f'{part}_seen']:.1f} %" for part in parts]
+        lines.append([title, f"{seen[name]['evaluation_facts']:,}", *shares])
+    head = ("evaluation facts of", "n", *(f"{part} seen in training" for part in parts.values()))
+    return table(head, lines)
 
 
 def memory_costs() -> str:
@@ -109,8 +128,8 @@ def memory_costs() -> str:
     exact = [f"{search[10**k]['median_ms']:.1f}" for k in (3, 4, 5)]
     million, single = search[10**6], made["add"]
     disk = million["disk_bytes_per_fact"], million["disk_bytes_per_fact_compacted"]
-    ram = search[10**5]["ram_bytes_per_fact"], million["ram_bytes_per_fact"]
-    extra = 1e3 * (speed["answer_s_memory"] - speed["answer_s_unpatched"])
+    ram = {k: search[10**k]["ram_bytes_per_fact"] / 1e3 for k in (3, 4, 5, 6)}
+    extra, noise = (1e3 * (speed[f"answer_s_{name}"] - speed["answer_s_unpatched"]) for name in ("memory", "patch"))
     lines = [
         [
             "one edit: encoder pass and key",
@@ -122,7 +141,8 @@ def memory_costs() -> str:
         ],
         [
             f"an answer of 32 tokens with {speed['facts']:,} facts on disk",
-            f"{speed['answer_s_memory']:.2f} s, {extra:.0f} ms more than unpatched",
+            f"{speed['answer_s_memory']:.2f} s, {extra:+.0f} ms against unpatched; the same facts as a patch in RAM "
+            f"{noise:+.0f} ms, so the difference is about as large as the noise",
         ],
         ["exact search among 10³, 10⁴, 10⁵ random keys", f"{', '.join(exact)} ms"],
         [
@@ -144,7 +164,8 @@ def memory_costs() -> str:
         ],
         [
             "RAM per fact, after the first search",
-            f"{ram[0] / 1e3:.1f} kB at 10⁵, {ram[1] / 1e3:.1f} kB at 10⁶ (index on disk)",
+            f"{', '.join(f'{ram[k]:.1f}' for k in (3, 4, 5))} kB at 10³, 10⁴, 10⁵; {ram[6]:.1f} kB at 10⁶ (index on "
+            "disk)",
         ],
         ["building the index of 10⁶ facts", f"{million['compact_s']:.0f} s"],
     ]
@@ -160,6 +181,6 @@ def memory_bytes() -> str:
         ("FT-M, commits of 100", "facts-commit", "ft_m"),
     )
     own = size(summary("recipe-speed.json")["results"]["bytes_per_edit"])
-    lines = [["`recipe`, plus an editor of 13.7 MiB", own]]
+    lines = [["`recipe`: the retrieval key alone; plus its text, and an editor of 13.7 MiB", own]]
     lines += [[label, size(runs(folder)[run]["bytes_per_edit"])] for label, folder, run in rows]
     return table(("method", "per fact"), lines)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from . import context, facts, facts_summary, general, memory
+from . import context, facts, facts_summary, general, memory, settings
 from .rows import HERE, RESULTS
 
 ROOT = HERE.parent
@@ -19,12 +19,15 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "facts-verdict": facts.facts_verdict,
     "facts-short": facts.facts_short,
     "facts-table": facts.facts_table,
-    "facts-settings": facts.facts_settings,
+    "facts-elsewhere": facts.facts_elsewhere,
+    "facts-blanks": facts.facts_blanks,
+    "facts-settings": settings.facts_settings,
     "facts-stream": facts.facts_stream,
     "facts-summary": facts_summary.facts_summary,
     "facts-axes": facts_summary.facts_axes,
     "general-table": general.general_table,
     "recipe-training": memory.recipe_training,
+    "recipe-exposure": memory.recipe_exposure,
     "memory-quality": memory.memory_quality,
     "memory-teacher-forced": memory.memory_teacher_forced,
     "memory-retrieval": memory.memory_retrieval,
@@ -34,6 +37,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "context-table": context.context_table,
     "context-costs": context.context_costs,
     "memotrap-table": context.memotrap_table,
+    "memotrap-matching": context.memotrap_matching,
     "memotrap-controls": context.memotrap_controls,
     "memotrap-elsewhere": general.memotrap_elsewhere,
     "cose-table": context.cose_table,

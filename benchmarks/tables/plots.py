@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .facts_rows import metric
+from .facts_rows import METRICS, metric
 from .rows import RESULTS, of, summary
 
 Point = tuple[int, str, str]
@@ -23,19 +23,20 @@ SERIES: dict[str, tuple[Point, ...]] = {
     ),
     "memit, commits of 100, at the end": ((500, "facts-stream", "memit"),),
 }  # fmt: skip
-PANELS = {"tf stated": "states the new fact", "tf reworded": "in other words", "locality": "leaves other facts alone"}
+PANELS = {
+    "tf stated": "states the new fact", "tf reworded": "paraphrase", "tf near": "same relation, unchanged",
+    "tf far": "unrelated, unchanged",
+}  # fmt: skip
 WRITTEN = "facts-stream"
 """Its run stopped: of those asked, the facts that were never written do not count here."""
 
 
 def _value(folder: str, run: str, panel: str) -> float:
-    if panel == "locality":
-        return (_value(folder, run, "tf near") + _value(folder, run, "tf far")) / 2
     if folder == WRITTEN and panel in ("tf stated", "tf reworded"):
-        kind = "edit" if panel == "tf stated" else "rephrase"
-        rows = [row for row in of(folder, run) if row["when"] == "final" and row["kind"] == kind]
-        values = [row["tf_acc"] for row in rows if "flag" not in row]
-        return 100 * float(sum(values)) / len(values)
+        kind, value = METRICS[panel]
+        rows = [row for row in of(folder, run) if row["when"] == "final" and row["kind"] == kind and "flag" not in row]
+        values = [one for one in map(value, rows) if one is not None]
+        return 100 * sum(values) / len(values)
     found = metric(folder, run, panel)
     return 100 * found.value if found else float("nan")
 
@@ -49,7 +50,7 @@ def _figure(width: float, panels: int) -> tuple[Any, Any]:
 
 def facts_plot() -> None:
     """Teacher-forced accuracy against the number of facts in the model."""
-    figure, axes = _figure(13.5, len(PANELS))
+    figure, axes = _figure(16.5, len(PANELS))
     for axis, (panel, title) in zip(axes, PANELS.items(), strict=True):
         for marker, (label, points) in zip("oPsv^<D>Xd", SERIES.items(), strict=True):
             xs, ys = [n for n, *_ in points], [_value(folder, run, panel) for _, folder, run in points]

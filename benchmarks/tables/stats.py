@@ -39,8 +39,18 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Mea
 
 
 def percent(found: Mean | None, digits: int = 0, n: int | None = None) -> str:
-    """``97 ± 3 %``; ``100 %`` where no value differs from the mean. A much smaller n than the row's is added."""
-    return "" if found is None else f"{_with_half(found, 100, digits)} %{_other(found, n)}"
+    """``97 ± 3 %``; ``100 % (≥ 96)`` where all cases agree. A much smaller n than the row's is added."""
+    if found is None:
+        return ""
+    return f"{_with_half(found, 100, digits)} %{_bound(found, digits)}{_other(found, n)}"
+
+
+def _bound(found: Mean, digits: int) -> str:
+    """Where all cases are 0 or all are 1: the other end of Wilson's interval (1927), in %."""
+    off = 100 * NORMAL**2 / (found.n + NORMAL**2)
+    if found.half or found.value not in (0.0, 1.0):
+        return ""
+    return f" (≤ {off:.{digits}f})" if found.value == 0.0 else f" (≥ {100 - off:.{digits}f})"
 
 
 def points(found: Mean | None, digits: int = 1) -> str:
