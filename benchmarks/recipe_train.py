@@ -2,8 +2,9 @@
 
     python benchmarks/recipe_train.py DATA [--out WORK]
 
-reads counterfact/train, knowedit/wiki_counterfact_train, the second half of knowedit/zsre and of nq; never an
-evaluation file, and no fact whose prompt is asked there. Writes the editor into the package and the curves to
+reads counterfact/train, knowedit/wiki_counterfact_train, the second half of knowedit/zsre and of nq, and popqa, whose
+questions are asked in other words by the templates below; never an evaluation file, and no fact whose prompt is asked
+there. Writes the editor into the package and the curves to
 results/recipe-train.jsonl. Resumable: the same command goes on where it stopped.
 """
 
@@ -23,7 +24,35 @@ from lmpatch.patches.editor import PACKAGED
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
+WORDINGS = {
+    "What genre is {}?": ("Which genre does {} belong to?", "{} is a work of which genre?", "The genre of {} is"),
+    "Who was the producer of {}?": ("Who produced {}?", "By whom was {} produced?", "The producer of {} is"),
+    "Who was the director of {}?": ("Who directed {}?", "{} was made by which director?", "{} was directed by"),
+    "In what country is {}?": ("Which country is {} in?", "Where is {} located?", "{} is a place in the country of"),
+    "In what city was {} born?": ("Where was {} born?", "What is the birthplace of {}?", "{} was born in the city of"),
+    "Who is the father of {}?": ("Who is {}'s father?", "{} is whose child?", "The father of {} is"),
+    "What is {}'s occupation?": ("What does {} do for a living?", "What is the job of {}?", "The occupation of {} is"),
+}
+"""How PopQA asks, and the same in other words."""
+ELSE = ("When did {} begin?", "How long is {}?", "What is {} best known for?", "Who owns {}?", "How old is {}?")
+"""Questions about the same subject that no fact of PopQA answers."""
 EVALUATION = ("counterfact/eval.jsonl.gz", "knowedit/wiki_counterfact_test.jsonl.gz")
+
+
+def questions(file: Path) -> list[lp.Edit]:
+    """PopQA's answers as facts. A question about the same subject is to be left alone; its answer only says how many
+    tokens are compared."""
+    draw, facts = random.Random(0), []
+    for ask in read_asks(file):
+        for form, others in WORDINGS.items():
+            head, tail = form.split("{}")
+            if ask.prompt.startswith(head) and ask.prompt.endswith(tail):
+                subject = ask.prompt[len(head) : len(ask.prompt) - len(tail)]
+                near = draw.choice(ELSE + tuple(other for other in WORDINGS if other != form)).format(subject)
+                rephrases = [wording.format(subject) for wording in others]
+                locality = {"same subject": [lp.Ask(near, ask.answers)]}
+                facts.append(lp.Edit(ask.prompt, ask.answers[0], subject, rephrases=rephrases, locality=locality))
+    return facts
 
 
 def data(folder: Path) -> tuple[list[lp.Edit], list[lp.Ask]]:
@@ -34,6 +63,7 @@ def data(folder: Path) -> tuple[list[lp.Edit], list[lp.Ask]]:
         *read_edits(folder / "counterfact/train.jsonl.gz"),
         *read_edits(folder / "knowedit/wiki_counterfact_train.jsonl.gz"),
         *zsre[half:],
+        *questions(folder / "popqa/popqa.jsonl.gz"),
     ]
     held = [edit for name in EVALUATION for edit in read_edits(folder / name)] + zsre[:half]
     kept = without(facts, held)

@@ -27,9 +27,10 @@ from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, appl
 from lmpatch.distributed import World
 from lmpatch.errors import LmpatchError, UnknownLayout
 from lmpatch.inference.forward import blocks, frozen, logits, positions
+from lmpatch.inference.generate import continuations
 from lmpatch.inference.interventions import prepare
 from lmpatch.inference.states import hidden
-from lmpatch.inference.tokens import encode, encode_all, join
+from lmpatch.inference.tokens import Row, encode, encode_all, join
 from lmpatch.methods import recipe
 from lmpatch.methods.recipe import losses
 from lmpatch.methods.recipe.data import batch, drawable, exchanged, sample, without, words
@@ -38,7 +39,7 @@ from lmpatch.methods.recipe.trainer import CHECKPOINT, CURVES
 from lmpatch.patches.editor import Editor, load_editor
 from lmpatch.patches.memory.patch import MemoryPatch
 from lmpatch.retrieval.encoder import load_encoder, pooled, shared_encoder
-from lmpatch.retrieval.network import Network, Shape, target_embeddings
+from lmpatch.retrieval.network import Network, Shape, Targets, target_embeddings
 from lmpatch.retrieval.recipe import Recipe
 
 PLACES = [
@@ -142,6 +143,26 @@ def test_answer_losses_equal_a_plain_forward_with_the_vectors_in_front(family: s
     assert (vectors.grad - leaf.grad).norm() <= 1e-4 * leaf.grad.norm()
 
 
+def test_what_stands_behind_a_target_stays_as_likely_as_it_was_and_an_end_is_said() -> None:
+    lm = tiny_lm("llama")
+    row, (more,) = encode(lm, "The tower of Paris is in", "Rome"), continuations(lm, [encode(lm, "The tower", "is")], 3)
+    longer = replace(row, ids=(*row.ids, *more, 5))
+    vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    base = losses.base_states(lm, [Row((*row.ids, *more), len(row.ids))])
+    placed, after = losses.behind(lm, [longer], [0], 3, "after_bos"), [(len(row.ids) - row.target, base[0])]
+    with frozen(lm):
+        total, count = losses.statement_loss(lm, placed, vectors, margin=None, after=after)
+        embedded = lm.module(lm.layout.embed)(torch.tensor([longer.ids]))
+        x = torch.cat([embedded[:, :1], vectors.detach()[None], embedded[:, 1:]], 1)
+        logp = lm.model(inputs_embeds=x).logits[0].float().log_softmax(-1)[3:]
+        clean = lm.model(torch.tensor([longer.ids])).logits[0].float().log_softmax(-1)
+    kept = range(len(row.ids), len(longer.ids) - 1)
+    wanted = -sum(logp[at - 1, longer.ids[at]] for at in range(row.target, len(longer.ids)) if at not in kept)
+    wanted = wanted + sum((clean[at - 1].exp() * (clean[at - 1] - logp[at - 1])).sum() for at in kept)
+    assert count == len(longer.ids) - row.target and len(kept) == 3
+    assert float(total) == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_the_locality_loss_is_the_kl_from_the_model_without_the_prompt() -> None:
     lm = tiny_lm("llama")
     row = encode(lm, "The capital of France is", "Paris and Rome")
@@ -193,13 +214,38 @@ def test_questions_are_compared_with_the_first_part_of_a_key_and_vectors_made_of
         keys, queries = net.keys([(e.prompt, e.target) for e in FACTS]), net.queries([e.prompt for e in FACTS])
         assert queries.shape == (len(FACTS), 10) and net.sentinel().shape == (10,)
         moved, said = torch.cat([keys[:, :10] + 1, keys[:, 10:]], 1), torch.randn(len(FACTS), 6, 8)
-        vectors = net.prompts(keys, said)
-        assert torch.equal(net.prompts(moved, said), vectors)
-        assert not torch.allclose(net.prompts(keys.roll(1, 0), said), vectors)
+
+        def prompts(keys: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+            return torch.stack(net.prompts(keys, Targets(said, [6] * len(said))))
+
+        vectors = prompts(keys, said)
+        assert torch.equal(prompts(moved, said), vectors)
+        assert not torch.allclose(prompts(keys.roll(1, 0), said), vectors)
         for place in range(6):  # every token of the target has its say
             other = said.clone()
             other[:, place] += 1
-            assert not torch.allclose(net.prompts(keys, other), vectors)
+            assert not torch.allclose(prompts(keys, other), vectors)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_fact_has_a_vector_for_each_token_of_its_target_and_one_end(ends: bool) -> None:
+    encoder = shared_encoder("all-MiniLM-L6-v2")
+    shape = Shape(encoder=encoder.name, features=encoder.width, d_model=8, width=16, content=6, ends=ends)
+    net = Network(shape, encoder)
+    net.start(0, torch.ones(4, 8))
+    said, content = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(1)), torch.randn(1, 6)
+    for tokens, length in (1, 2), (3, 4), (5, 6), (6, 6):
+        targets = Targets(said, [tokens])
+        assert net.lengths(targets) == [length if ends else 6]
+        with torch.no_grad():
+            vectors, other = net.prompts_of(content, targets), said.clone()
+            other[:, tokens:] += 1  # what stands behind the target
+            assert torch.equal(net.prompts_of(content, Targets(other, [tokens])), vectors) == (ends or tokens == 6)
+            if ends:  # the end acts where it stands and nowhere else
+                net.end.add_(1)
+                moved = (net.prompts_of(content, targets) != vectors).any(-1)[0]
+                net.end.sub_(1)
+                assert moved.tolist() == [place == length - 1 for place in range(6)]
 
 
 def test_what_is_said_is_the_embeddings_of_the_targets_first_tokens_behind_the_prompt() -> None:
@@ -210,7 +256,7 @@ def test_what_is_said_is_the_embeddings_of_the_targets_first_tokens_behind_the_p
     assert len(long) > 3 and len(short) == 2
     table = lm.module(lm.layout.embed)
     wanted = table(torch.tensor([long[:3], [*short, short[-1]]]))
-    assert torch.equal(found, wanted.float())
+    assert torch.equal(found.embeddings, wanted.float()) and found.counts == [3, 2]
 
 
 def test_prompt_vectors_are_three_times_as_long_as_the_models_own_embeddings() -> None:
@@ -222,7 +268,7 @@ def test_prompt_vectors_are_three_times_as_long_as_the_models_own_embeddings() -
     with torch.no_grad():
         net.out.weight.mul_(50)
         facts = [(edit.prompt, edit.target) for edit in FACTS]
-        p = net.prompts(net.keys(facts), target_embeddings(lm, facts, 6))  # [n, P, d]
+        p = torch.stack(net.prompts(net.keys(facts), target_embeddings(lm, facts, 6)))  # [n, P, d]
     wanted = 3 * float(table.pow(2).mean().sqrt())
     assert torch.allclose(p.pow(2).mean(-1).sqrt(), torch.full(p.shape[:2], wanted), rtol=1e-4)
 
@@ -596,7 +642,7 @@ def test_a_fact_that_fires_is_its_vectors_in_front(family: str, at: str) -> None
     with torch.no_grad():
         assert isinstance(patch.retriever, Recipe)
         targets = target_embeddings(lm, [(FACTS[0].prompt, FACTS[0].target)], patch.retriever.shape.target_tokens)
-        p = patch.retriever.network.prompts(patch.keys.float(), targets)
+        p = torch.stack(patch.retriever.network.prompts(patch.keys.float(), targets))
         ids = encode(lm, "Where is it?").ids
         embedded = lm.module(lm.layout.embed)(torch.tensor([ids]))
         cut = int(at == "after_bos" and ids[0] == lm.tokenizer.bos_token_id)

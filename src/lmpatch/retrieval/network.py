@@ -37,6 +37,9 @@ class Sizes:
     target_tokens: int = 6
     """T, the first tokens of a target whose embeddings in the language model prompt vectors are made of too; at least
     P. Published: 0."""
+    ends: bool = False
+    """A fact has as many vectors as its target has tokens, at most P - 1, and one learned end behind them; without it,
+    always P, the last token repeating, which makes the model repeat it too. Published: no."""
     sentinel_tokens: int = 10
     """Learned input embeddings of the sentinel."""
     adapt: int | None = 0
@@ -98,6 +101,8 @@ class Network(nn.Module):
         self.mix = _linear(shape.content, shape.content)
         self.out = _linear(shape.content, shape.prompt_tokens * shape.d_model)
         self.turn = _linear(shape.d_model, shape.d_model, bias=False)
+        if shape.ends:
+            self.end = nn.Parameter(torch.zeros(shape.d_model))
         self.sentinel_embeddings = nn.Parameter(torch.zeros(shape.sentinel_tokens, shape.features))
         self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
         self.centre = nn.Parameter(torch.zeros(inputs), requires_grad=False)
@@ -152,6 +157,8 @@ class Network(nn.Module):
             if name.endswith("/lora_a"):
                 p.normal_(0, p.shape[1] ** -0.5, generator=draw)
         self.turn.weight.copy_(torch.eye(self.shape.d_model))
+        if self.shape.ends:
+            self.end.normal_(0, 1, generator=draw)
         self.key.first.weight.mul_(GAIN)
         self.query.load_state_dict(self.key.state_dict())
         features = self.features([join(*fact) for fact in facts] + [prompt for prompt, _ in facts])
@@ -218,34 +225,56 @@ class Network(nn.Module):
         states = encoder.stack(self.sentinel_embeddings)
         return self.matched_of(self._pooled(encoder, states, torch.ones(states.shape[:2], device=states.device)))[0]
 
-    def prompts(self, keys: Tensor, targets: Tensor) -> Tensor:
-        """``prompts_of`` of whole keys [n, R]."""
-        return self.prompts_of(keys[:, self.shape.matched :], targets)
+    def prompts(self, keys: Tensor, targets: Targets) -> list[Tensor]:
+        """For each whole key [n, R] its prompt vectors [p, d_model]; p is P, or what ``lengths`` says."""
+        vectors = self.prompts_of(keys[:, self.shape.matched :], targets)
+        return [own[:p] for own, p in zip(vectors, self.lengths(targets), strict=True)]
 
-    def prompts_of(self, content: Tensor, targets: Tensor) -> Tensor:
-        """Prompt vectors [n, P, d_model] of the second part of keys [n, R - M] and ``target_embeddings`` [n, T, d].
+    def lengths(self, targets: Targets) -> list[int]:
+        """How many of the P vectors of each fact are used."""
+        most = self.shape.prompt_tokens
+        return [min(count, most - 1) + 1 if self.shape.ends else most for count in targets.counts]
+
+    def prompts_of(self, content: Tensor, targets: Targets) -> Tensor:
+        """Prompt vectors [n, P, d_model] of the second part of keys [n, R - M], those beyond ``lengths`` included.
 
         Each is ``LENGTH`` times as long as a typical embedding. Left free, they grew to fifty times that in training,
         where the model's norms pass no gradient back.
         """
-        targets = targets / self.scale
+        shape, said = self.shape, targets.embeddings.to(content.device) / self.scale
+        spoken = said[:, : shape.prompt_tokens]
+        if shape.ends:
+            at = torch.arange(shape.target_tokens, device=content.device)[None, :, None]
+            counts = torch.tensor(targets.counts, device=content.device)[:, None, None]
+            said = said * (at < counts)
+            last = counts.clamp(max=shape.prompt_tokens - 1)
+            spoken = torch.where(at[:, : shape.prompt_tokens] == last, self.end, said[:, : shape.prompt_tokens])
         content = nn.functional.layer_norm(content, content.shape[-1:])  # else steps of Adam grow with the keys
-        content = content + self.say(targets.flatten(1))
+        content = content + self.say(said.flatten(1))
         mixed = self.mix(content).relu() + content
-        vectors = self.out(mixed).float().reshape(len(content), self.shape.prompt_tokens, self.shape.d_model)
-        vectors = vectors + self.turn(targets[:, : self.shape.prompt_tokens])
+        vectors = self.out(mixed).float().reshape(len(content), shape.prompt_tokens, shape.d_model)
+        vectors = vectors + self.turn(spoken)
         scaled: Tensor = vectors * (LENGTH * self.scale / vectors.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
         return scaled
 
 
+@dataclass(frozen=True)
+class Targets:
+    """The first T tokens of targets as the language model embeds them."""
+
+    embeddings: Tensor
+    """[n, T, d_model] fp32; the last token of a shorter target repeats."""
+    counts: list[int]
+    """How many of the T are the target's own, for each."""
+
+
 @torch.no_grad()
-def target_embeddings(lm: LM, facts: Sequence[Fact], count: int) -> Tensor:
-    """Embeddings [n, count, d_model] fp32 of each target's first tokens behind its prompt; the last one repeats."""
+def target_embeddings(lm: LM, facts: Sequence[Fact], count: int) -> Targets:
+    """Embeddings of each target's first ``count`` tokens behind its prompt."""
     rows = encode_all(lm, [prompt for prompt, _ in facts], [target for _, target in facts])
     targets = [row.ids[row.target :][:count] for row in rows]
     ids = torch.tensor([[*own, *[own[-1]] * (count - len(own))] for own in targets], device=lm.device)
-    out: Tensor = lm.module(lm.layout.embed)(ids)
-    return out.float()
+    return Targets(lm.module(lm.layout.embed)(ids).float(), [len(own) for own in targets])
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:

@@ -88,7 +88,7 @@ class Recipe:
         """P prompt vectors, from the fact's key [R] and the embeddings of its target; or the fact as a sentence."""
         if form == "text":
             return [Insert(text=f"{statement(*fact)} ") for fact in facts]
-        targets = target_embeddings(lm, facts, self.shape.target_tokens).cpu()  # [n, T, d]
+        targets = target_embeddings(lm, facts, self.shape.target_tokens)
         return [Insert(vectors=vectors) for vectors in self.network.prompts(keys, targets)]
 
     def check(self, lm: LM, scope: Scope) -> None:

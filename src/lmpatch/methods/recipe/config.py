@@ -22,6 +22,10 @@ class Config(Scope):
 class Training(Sizes):
     """How the editor is trained. Defaults for a 270M model on a CPU; the paper's numbers stand in the meanings."""
 
+    ends: bool = True
+    prompt_tokens: int = 8
+    target_tokens: int = 8
+
     key_steps: int = 1200
     """Steps of the first part, which never asks the language model: heads and sentinel learn retrieval. Published: one
     part, all losses together."""
@@ -57,6 +61,10 @@ class Training(Sizes):
     """Share of the unrelated questions that go through the language model in a step, drawn anew. Published: 1."""
     answer_tokens: int | None = 8
     """An answer's tokens beyond these are left out of the language model's rows. none: all, as published."""
+    after_tokens: int = 6
+    """So many tokens that the model itself would say behind a target, up to the end of the sentence, cost the KL
+    divergence from what it says with the target and without the vectors; an end of the answer behind such a sentence is
+    said like a target. Published: 0."""
     at: Literal["front", "after_bos"] = "after_bos"
     """Where the vectors go; see ``Config``."""
     seed: int = 0

@@ -14,6 +14,7 @@ from ...data.edits import Ask, Edit
 from ...distributed import World, world
 from ...errors import BadInput
 from ...inference.forward import frozen, logits
+from ...inference.generate import StopTokens, continuations
 from ...inference.tokens import Row, encode_all, join
 from ...models.lm import LM
 from ...progress import Progress
@@ -26,7 +27,7 @@ from . import losses
 from .config import Training
 from .data import Sample, batch, drawable, exchanged, sample, words
 
-MAP = ("content", "say", "mix", "out", "turn")  # the submodules that make prompt vectors
+MAP = ("content", "say", "mix", "out", "turn", "end")  # the submodules that make prompt vectors
 CROWD = 1000  # trained facts among which the held-out ones are searched
 TOGETHER = 2048  # texts encoded between two reports of progress
 CHECKPOINT, CURVES = "checkpoint.safetensors", "curves.jsonl"
@@ -53,6 +54,8 @@ class Trainer(Task):
         self.features = Features(net, self.world, cfg.bf16)
         self.pools = [words(lm.tokenizer), sorted({edit.target for edit in self.edits})]
         self.base: dict[tuple[str, str], Tensor] = {}
+        self.ends, newline = StopTokens(lm, None), lm.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        self.end = lm.tokenizer.eos_token_id if lm.chat else newline[-1]
         data = [[asdict(edit) for edit in edits], [asdict(ask) for ask in unrelated]]
         self.stamp = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), data])
 
@@ -119,14 +122,17 @@ class Trainer(Task):
     def _learn_prompts(self, samples: list[Sample], draw: random.Random) -> dict[str, float]:
         """The language model's terms, backpropagated into what makes the prompt vectors."""
         samples = exchanged(samples, self.pools, self.cfg.exchanged, draw)
-        prompts = self._prompts([(s.prompt, s.target) for s in samples])  # [b, P, d]
+        prompts, lengths = self._prompts([(s.prompt, s.target) for s in samples])  # [b, P, d]
         wordings = [(s.prompt, s.target) if draw.random() < 0.5 else (s.again, s.answer) for s in samples]
         some = [i for i in range(len(samples)) if draw.random() < self.cfg.other_share] or [0]
         others = [(samples[i].other, samples[i].other_answer) for i in some]
-        answers, unrelated = self._rows(wordings, range(len(samples))), self._rows(others, some)
+        told, after = self._continued(self._rows(wordings))
+        answers, unrelated = (
+            self._behind(rows, at, lengths) for rows, at in ((told, range(len(samples))), (self._rows(others), some))
+        )
         base, flat = self._base(others), prompts.detach().flatten(0, 1).to(self.lm.device)
         lm, margin, world = self.lm, self.cfg.margin, self.world
-        stated, gradient = self._mean(flat, lambda leaf: losses.statement_loss(lm, answers, leaf, margin, world))
+        stated, gradient = self._mean(flat, lambda leaf: losses.statement_loss(lm, answers, leaf, margin, world, after))
         locality, other = self._mean(flat, lambda leaf: losses.locality_loss(lm, unrelated, leaf, base, world))
         prompts.backward((gradient + other).to(prompts.device).reshape(prompts.shape))
         return {"told": stated, "other": locality}
@@ -140,20 +146,52 @@ class Trainer(Task):
         total, count = summed.tolist()
         return total / max(1, count), gradient / max(1, count)
 
-    def _prompts(self, facts: Sequence[Fact]) -> Tensor:
-        """Prompt vectors [n, P, d] of facts."""
+    def _prompts(self, facts: Sequence[Fact]) -> tuple[Tensor, list[int]]:
+        """Prompt vectors [n, P, d] of facts, and how many of each are used."""
         content = self.net.content_of(self.features([join(*fact) for fact in facts]))
-        targets = target_embeddings(self.lm, facts, self.net.shape.target_tokens).to(content.device)
-        return self.net.prompts_of(content, targets)
+        targets = target_embeddings(self.lm, facts, self.net.shape.target_tokens)
+        return self.net.prompts_of(content, targets), self.net.lengths(targets)
 
-    def _rows(self, pairs: Sequence[tuple[str, str]], facts: Sequence[int] | None = None) -> list[Row]:
-        """Prompts with answers, those cut to the length that is trained on, behind the vectors of these facts of the
-        batch."""
+    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+        """Prompts with answers, those cut to the length that is trained on."""
         longest = self.cfg.answer_tokens
         rows = encode_all(self.lm, *map(list, zip(*pairs, strict=True)))
-        rows = [replace(row, ids=row.ids[: row.target + longest]) for row in rows] if longest else rows
-        width, at = self.net.shape.prompt_tokens, self.cfg.at
-        return rows if facts is None else losses.behind(self.lm, rows, facts, width, at)
+        return [replace(row, ids=row.ids[: row.target + longest]) for row in rows] if longest else rows
+
+    def _behind(self, rows: Sequence[Row], facts: Sequence[int], lengths: Sequence[int]) -> list[Row]:
+        """The rows behind the vectors of these facts of the batch."""
+        return losses.behind(self.lm, rows, facts, self.net.shape.prompt_tokens, self.cfg.at, lengths)
+
+    def _continued(self, rows: Sequence[Row]) -> tuple[list[Row], list[tuple[int, Tensor]]]:
+        """Rows with the rest of the sentence as the unpatched model says it, and an end of the answer where it ends;
+        how many tokens each target has, and the model's states [k, d] at the rest."""
+        count = self.cfg.after_tokens
+        if not count:
+            return list(rows), []
+        new = continuations(self.lm, rows, count)
+        rest = [self._sentence(own, row.ids[row.target]) for row, own in zip(rows, new, strict=True)]
+        behind = [Row((*row.ids, *kept), len(row.ids)) for row, (kept, _) in zip(rows, rest, strict=True)]
+        longer = [
+            Row((*row.ids, *[self.end] * ended), told.target)
+            for row, told, (_, ended) in zip(behind, rows, rest, strict=True)
+        ]
+        states = [torch.zeros(0, self.lm.layout.d_model)] * len(rows)
+        some = [i for i, (kept, _) in enumerate(rest) if kept]
+        for i, own in zip(some, losses.base_states(self.lm, [behind[i] for i in some]), strict=True):
+            states[i] = own
+        return longer, [(len(row.ids) - row.target, own) for row, own in zip(rows, states, strict=True)]
+
+    def _sentence(self, ids: list[int], target: int) -> tuple[list[int], bool]:
+        """The ids up to the end of a sentence, and whether it ends. One that says the target again ends before it
+        begins."""
+        for k, token in enumerate(ids):
+            if token == target:
+                return [], True
+            if token in self.ends:
+                return ids[:k], True
+            if self.lm.tokenizer.decode([token]).strip() in (".", "!", "?"):
+                return ids[: k + 1], True
+        return ids, False
 
     def _base(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
         """States of the unpatched model at the answers of unrelated questions; each is computed once in a run."""
@@ -193,11 +231,13 @@ class Trainer(Task):
     def _accuracy(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Teacher-forced answers behind the vectors of the right facts."""
         told, again = [(s.prompt, s.target) for s in samples], [(s.again, s.answer) for s in samples]
-        vectors = self._prompts(told).flatten(0, 1).to(self.lm.device)
+        prompts, lengths = self._prompts(told)
+        vectors = prompts.flatten(0, 1).to(self.lm.device)
         shares = {}
         for name, pairs in (("tf_told", told), ("tf_again", again)):
             hits = torch.zeros(len(samples), 2)
-            for states, labels, owners in losses.answers(self.lm, self._rows(pairs, range(len(samples))), vectors):
+            rows = self._behind(self._rows(pairs), range(len(samples)), lengths)
+            for states, labels, owners in losses.answers(self.lm, rows, vectors):
                 best = torch.cat([logits(self.lm, part).argmax(-1) for part in states.split(64)])
                 right = torch.stack([(best == labels).float().cpu(), torch.ones(len(owners))], 1)
                 hits.index_add_(0, torch.tensor(owners), right)
