@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from .errors import (
         BadInput as BadInput, BadPatch as BadPatch, BadRecord as BadRecord, CannotMerge as CannotMerge,
         CannotMount as CannotMount, Contradiction as Contradiction, Diverged as Diverged,
-        ForeignWrite as ForeignWrite, LayerOutOfRange as LayerOutOfRange, LmpatchError as LmpatchError,
-        MissingExtra as MissingExtra, NotEnoughMemory as NotEnoughMemory, SubjectNotFound as SubjectNotFound,
-        UnknownLayout as UnknownLayout, UnknownName as UnknownName, WrongModel as WrongModel,
+        ForeignWrite as ForeignWrite, Harmful as Harmful, LayerOutOfRange as LayerOutOfRange,
+        LmpatchError as LmpatchError, MissingExtra as MissingExtra, NotEnoughMemory as NotEnoughMemory,
+        SubjectNotFound as SubjectNotFound, UnknownLayout as UnknownLayout, UnknownName as UnknownName,
+        WrongModel as WrongModel,
     )
     from .inference.generate import generate as generate, stream as stream
     from .inference.multiple_choice import next_logits as next_logits

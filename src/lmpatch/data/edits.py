@@ -43,6 +43,9 @@ class Ask:
     answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise BadInput(f"a question needs a text, found {self.prompt!r}.")
+        object.__setattr__(self, "answers", _texts("answers", self.answers))
         check_text(vars(self))
 
 
@@ -89,15 +92,19 @@ class Edit(Record):
         id: str = "",
         relation: str = "",
     ) -> None:
+        words = {"prompt": prompt, "target": as_text(target), "subject": subject, "id": id, "relation": relation}
+        if wrong := [name for name, value in words.items() if not isinstance(value, str)]:
+            raise BadInput(f"{wrong[0]} of an edit is a text, found {words[wrong[0]]!r}.")
+        target = words["target"]
         if not prompt.strip():
             raise BadInput("an edit has an empty prompt. Give the text that stands before the answer.")
         if not target.strip():
             raise BadInput(f"the edit {prompt!r} has an empty target. Give the answer the model should state.")
         values = {
             "prompt": prompt.rstrip(), "target": target.strip(), "subject": subject.strip(),
-            "old": (old,) if isinstance(old, str) else tuple(old), "aliases": tuple(aliases),
-            "rephrases": tuple(rephrases), "locality": _groups(locality), "portability": _groups(portability),
-            "id": id, "relation": relation,
+            "old": _texts("old", old), "aliases": _texts("aliases", aliases),
+            "rephrases": _texts("rephrases", rephrases), "locality": _groups(locality),
+            "portability": _groups(portability), "id": id, "relation": relation,
         }  # fmt: skip
         check_text(values)
         for name, value in values.items():
@@ -129,8 +136,20 @@ class Edit(Record):
             )
 
 
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """One text or several; None is none."""
+    texts = () if value is None else (value,) if isinstance(value, str) else value
+    found: tuple[Any, ...] = tuple(texts) if isinstance(texts, Iterable) else (texts,)
+    if not all(isinstance(text, str) for text in found):
+        raise BadInput(f"{name} is a text or a list of texts, found {value!r}.")
+    return found
+
+
 def _groups(groups: Any) -> tuple[tuple[str, tuple[Ask, ...]], ...]:
-    return tuple((kind, tuple(asks)) for kind, asks in (groups.items() if isinstance(groups, dict) else groups))
+    found = tuple((kind, tuple(asks)) for kind, asks in (groups.items() if isinstance(groups, dict) else groups or ()))
+    if odd := [ask for _, asks in found for ask in asks if not isinstance(ask, Ask)]:
+        raise BadInput(f"locality and portability hold lists of Ask by kind, found {odd[0]!r}.")
+    return found
 
 
 def prompt_key(prompt: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -35,10 +35,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise BadInput(f"temperature is {self.temperature}. Give a number from 0; 0 is greedy.")
-        if not 0 < self.top_p <= 1:
-            raise BadInput(f"top_p is {self.top_p}. Give a number in 0..1 above 0; 1 draws from all tokens.")
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature < math.inf:
+            raise BadInput(f"temperature is {self.temperature!r}. Give a number from 0; 0 is greedy.")
+        if not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1:
+            raise BadInput(f"top_p is {self.top_p!r}. Give a number in 0..1 above 0; 1 draws from all tokens.")
+        if not isinstance(self.seed, Integral) or not -(2**63) <= self.seed < 2**63:
+            raise BadInput(f"seed is {self.seed!r}. Give a whole number of at most 63 bits.")
 
     def numbers(self, n: int, steps: int, device: torch.device | None = None) -> Tensor:
         """One uniform number for each token to come, [n, steps]; a view of zeros where none is drawn."""
@@ -47,15 +49,16 @@ class Sampling:
             raise BadInput(f"max_new_tokens is {steps!r}. Give a whole number in 0..{most:,}.")
         if not self.temperature:
             return torch.zeros(1, 1, device=device).expand(n, steps)
-        return torch.rand(n, steps, generator=torch.Generator().manual_seed(self.seed)).to(device)
+        return torch.rand(n, steps, generator=torch.Generator().manual_seed(int(self.seed))).to(device)
 
     def take(self, z: Tensor, u: Tensor) -> Tensor:
         """Tokens [n] from logits [n, V] and uniform numbers [n]."""
         if not self.temperature:
             return z.argmax(-1)
-        p, order = (z / self.temperature).softmax(-1).sort(-1, descending=True)
+        below = (z - z.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)  # finite in fp32
+        p, order = below.softmax(-1).sort(-1, descending=True)
         mass = p.cumsum(-1)
-        last = (mass - p < self.top_p).sum(-1, keepdim=True) - 1  # [n, 1] of the likeliest that reach top_p
+        last = ((mass - p < self.top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # of the likeliest that reach top_p
         place = torch.searchsorted(mass, u[:, None] * mass.gather(-1, last), right=True)
         return order.gather(-1, place.minimum(last))[:, 0]
 
@@ -177,7 +180,10 @@ class StopTokens:
         config = getattr(lm.model, "generation_config", None)
         end = [getattr(config, "eos_token_id", None), lm.tokenizer.eos_token_id]
         self.known = {i: True for e in end for i in (e if isinstance(e, list) else [e]) if isinstance(i, int)}
-        self.stop, self.tokenizer = (() if lm.chat else ("\n",)) if stop is None else tuple(stop), lm.tokenizer
+        own = (() if lm.chat else ("\n",)) if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        if odd := [text for text in own if not isinstance(text, str) or not text]:
+            raise BadInput(f"stop holds {odd[0]!r}. Give texts that end an answer, or () for none.")
+        self.stop, self.tokenizer = own, lm.tokenizer
 
     def __contains__(self, token: int) -> bool:
         if token not in self.known:

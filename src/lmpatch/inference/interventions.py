@@ -103,6 +103,12 @@ def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = N
         BadInput: a rule is on, and a prompt does not say what it is without its context; or a row, with so many new
             tokens, is longer than the model's window.
     """
+    if isinstance(prompts, str) or isinstance(targets, str):
+        raise BadInput("prompts and targets are lists of texts here. Put the one text into a list.")
+    if odd := [prompt for prompt in [*prompts, *(targets or ())] if not isinstance(prompt, str | InContext)]:
+        raise BadInput(f"a prompt or target is a text, found {odd[0]!r}.")
+    if targets is not None and len(targets) != len(prompts):
+        raise BadInput(f"{len(prompts)} prompts were given with {len(targets)} targets. Give one for each.")
     rules = tuple(rule for intervention in interventions(lm) for rule in intervention.rules)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if rules and texts:

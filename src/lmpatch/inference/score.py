@@ -55,6 +55,8 @@ def score(
             raise BadInput(
                 f"nothing stands before the target of {prompt!r}: the tokenizer adds no start token. Give a prompt."
             )
+        if any(row.target == len(row.ids) for row in rows):
+            raise BadInput(f"the target of {prompt!r} is empty. Give what is to be scored.")
     keys: list[_Key] = [(tuple(row.ids for row in rows), tuple(row.target for row in rows)) for rows in inputs.rows]
     scores: dict[_Key, Score] = {}
     for batch in each_once(keys, lambda key: longest(key[0]), batch_size // inputs.width, progress, "scoring"):

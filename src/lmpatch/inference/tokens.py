@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..data.lines import check_text
 from ..data.matching import find
 from ..errors import BadInput, SubjectNotFound
 from ..models.lm import LM
@@ -79,14 +80,16 @@ def encode_all(
     head, tail = (lm.chat.head, lm.chat.tail) if lm.chat else ("", "")
     prompts = [head + prompt + tail for prompt in prompts]
     texts = [prompt + t if lm.chat else join(prompt, t) for prompt, t in zip(prompts, targets, strict=True)]
-    encoded = lm.tokenizer(texts, return_offsets_mapping=True)
-    added = lm.tokenizer("x", return_special_tokens_mask=True)["special_tokens_mask"]
-    behind = next((k for k, special in enumerate(reversed(added)) if not special), 0)
+    check_text(texts)
+    encoded = lm.tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
     known, bos = len(lm.parameter(lm.layout.weight(lm.layout.embed))), lm.tokenizer.bos_token_id
     rows = []
     for i, (prompt, target, subject) in enumerate(zip(prompts, targets, subjects, strict=True)):
-        ids, offsets = (encoded[key][i] for key in ("input_ids", "offset_mapping"))
-        ids, offsets = ids[: len(ids) - behind], offsets[: len(offsets) - behind]
+        ids, offsets, added = (encoded[key][i] for key in ("input_ids", "offset_mapping", "special_tokens_mask"))
+        count = len(ids)
+        while count and added[count - 1] and offsets[count - 1][0] == offsets[count - 1][1]:  # behind the text
+            count -= 1
+        ids, offsets = ids[:count], offsets[:count]
         while bos is not None and ids[:2] == [bos, bos]:  # one was typed
             ids, offsets = ids[1:], offsets[1:]
         if odd := [token for token in ids if token >= known]:
