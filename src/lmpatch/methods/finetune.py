@@ -74,6 +74,8 @@ def fit(lm: LM, edits: Sequence[Edit], cfg: Config, *, progress: Progress | None
         Diverged: the loss left the finite numbers.
     Source: Zhu et al. 2020 (arXiv:2012.00363) for ``limit``; Hu et al. 2021 (arXiv:2106.09685) for ``rank``.
     """
+    if cfg.batch < 1 or (cfg.limit or 0) < 0:
+        raise BadInput(f"batch is {cfg.batch} and limit {cfg.limit}. Give a batch from 1 and no limit below 0.")
     if cfg.limit is not None and cfg.rank is not None:
         raise BadInput("limit holds for a full weight and rank for a LoRA. Set one of them.")
     check_contradictions(edits)
