@@ -215,10 +215,10 @@ def printed(sentences: Sequence[str], grids: Sequence[Grid]) -> Group:
         table = Table(
             title=grid.title, caption=grid.note, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD
         )
-        names = [len(row[0].text) for row in (grid.columns, *grid.rows) if len(row) > 1]
+        names = [len(row[0].text) for row in (grid.columns, *grid.rows)]
         for i, column in enumerate(grid.columns):
             justify: Any = "left" if i == 0 or grid.title == "Flagged" else "right"
-            width = min(NAME, max(names)) if i == 0 else None  # a name stays whole, headings may break
+            width = min(NAME, max(names)) if i == 0 else None  # a name stays whole
             table.add_column(Text(column.text), justify=justify, overflow="fold", width=width)
         for row in grid.rows:
             table.add_row(*([Text(row[0].text, style="italic")] if len(row) == 1 else map(_text, row)))
