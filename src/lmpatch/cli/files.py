@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from ..errors import BadInput
 from .options import Out, Source, arg, open_patches, opt
 from .screen import say
 
@@ -31,6 +32,8 @@ def merge(
     from ..patches.file import load_patch
     from ..patches.merge import merge as merged
 
+    if len(patches) < 2:
+        raise BadInput(f"merge makes one patch of several, and {patches[0]} is one. Give two or more.")
     patch = merged(*(load_patch(path) for path in patches))
     patch.save(out)
     _say(patch)
@@ -64,4 +67,12 @@ def export(
 def _say(patch: Patch) -> None:
     known = {"kind": patch.kind, "method": patch.method, "config": patch.config, "made": patch.made}
     base = {"name": patch.base.name, "fingerprint": patch.base.fingerprint}
-    say(patch.summary(), **known, base=base, edits=list(patch.edits), bytes=patch.nbytes, hash=patch.hash())
+    say(about(patch), **known, base=base, edits=list(patch.edits), bytes=patch.nbytes, hash=patch.hash())
+
+
+def about(patch: Patch) -> str:
+    """Its summary; of one that was made of settings alone, these."""
+    if patch.edits or patch.nbytes:
+        return patch.summary()
+    settings = ", ".join(f"{name}={value}" for name, value in patch.config.items())
+    return f"{patch.method} for {patch.base.name} ({patch.base.fingerprint[:12]}): {settings}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..errors import BadInput
 from .options import Device, Download, EditorFile, Partial, Source, arg, new_path, opt, out_option
-from .screen import progress, say, table
+from .screen import note, progress, say, table
 
 if TYPE_CHECKING:
     from ..memory.entry import Entry
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, arg("STORE", "The folder of a memory.")]
 History = Annotated[bool, opt("Also facts that no longer hold, with what ended them.", None, "--history")]
+
+Told = Annotated[str, opt("Where facts come from, kept with them.", "TEXT")]
 
 
 def create(
@@ -56,7 +58,7 @@ def add(
     store: Folder,
     prompt: Annotated[str, arg("PROMPT", 'The beginning of a sentence: "The Eiffel Tower is in".')],
     target: Annotated[str, arg("TARGET", 'How the model shall continue it: "Rome".')],
-    source: Annotated[str, opt("Where the fact comes from, kept with it.", "TEXT")] = "",
+    source: Told = "",
 ) -> None:
     """Add a fact. If the prompt is there already, the new target supersedes the old one.
 
@@ -66,11 +68,15 @@ def add(
 
     opened = _memory(store)
     old = opened.store.get(prompt)
-    version = opened.add([Edit(prompt, target)], source={"told": source} if source else None)
+    version = opened.add([Edit(prompt, target)], source=_told(source))
     _say(f"version {version}" + (f", in place of {old.edit.target!r}" if old else ""), opened, version)
 
 
-def import_(store: Folder, facts: Annotated[list[Path], arg("FACTS...", "Files as lmpatch fit reads them.")]) -> None:
+def import_(
+    store: Folder,
+    facts: Annotated[list[Path], arg("FACTS...", "Files as lmpatch fit reads them.")],
+    source: Told = "",
+) -> None:
     """Add the facts of files, each file as one version. Later facts supersede earlier ones of the same prompt.
 
     lmpatch memory import store facts.jsonl
@@ -80,7 +86,7 @@ def import_(store: Folder, facts: Annotated[list[Path], arg("FACTS...", "Files a
     opened = _memory(store)
     with progress() as bar:
         for path, edits in [(path, read_edits(path)) for path in facts]:
-            version = opened.add(edits, source={"file": path.name}, progress=bar)
+            version = opened.add(edits, source={"file": path.name, **_told(source)}, progress=bar)
             _say(f"{path}: {len(edits)} facts, version {version}", opened, version)
 
 
@@ -110,13 +116,14 @@ def list_(
     store: Folder,
     history: History = False,
     at: Annotated[int | None, opt("As it was after this version.", "VERSION", min=0)] = None,
+    limit: Annotated[int | None, opt("At most this many, the newest.", "N", min=1)] = None,
 ) -> None:
     """The facts that hold, oldest first.
 
-    lmpatch memory list store
+    lmpatch memory list store --limit 10
     lmpatch memory list store --history --at 7
     """
-    _show(_open(store).facts(history=history, version=at), history)
+    _show(_open(store).facts(history=history, version=at), history, limit)
 
 
 def find(
@@ -213,10 +220,18 @@ def _memory(path: Path) -> Memory:
     return Memory.open(path)
 
 
-def _show(entries: Iterable[Entry], history: bool) -> None:
+def _told(source: str) -> dict[str, str]:
+    return {"told": source} if source else {}
+
+
+def _show(entries: Sequence[Entry], history: bool, limit: int | None = None) -> None:
+    """A line a fact; when it was added is for ``--json``."""
+    if limit is not None and len(entries) > limit:
+        note(f"the newest {limit} of {len(entries)} facts")
+        entries = entries[-limit:]
     columns = ["version", "added", "prompt", "target", *(["state"] if history else [])]
     rows = [(e.version, e.added, e.edit.prompt, e.edit.target, *([e.state] if history else [])) for e in entries]
-    table(columns, rows)
+    table(columns, rows, hidden=("added",))
 
 
 def _say(text: str, store: Store | Memory, version: int, end: str = "") -> None:
