@@ -343,6 +343,7 @@ def test_a_patch_for_another_model_gets_one_line(folder: Path) -> None:
         (["apply"], "'apply'[.] A patch acts where -p names it"),
         (["undo"], "leave -p out"),
         (["list"], "lmpatch memory list"),
+        (["memory", "lst"], "Did you mean 'list'[?] See"),
         (["ask", "{}/model", "--tokn", "0"], "No such option.*--tokn[^.]*[.] See .* ask --help[.]"),
         (["export", "{}/model", "-p", "{}/patch", "-o", "{}/facts.jsonl"], "exists already"),
     ],

@@ -54,9 +54,9 @@ def test_a_long_list_is_a_line_a_fact_and_can_be_cut(tmp_path: Path, monkeypatch
     store.add([Edit(f"The tower number {i} on the hill is found in", "Paris") for i in range(33)], np.ones((33, 8)))
     runner = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
     whole = runner.invoke(build(), ["memory", "list", str(tmp_path / "store")])
-    assert len([line for line in whole.stdout.splitlines() if line.strip()]) == 35
+    assert len([line for line in whole.stdout.splitlines() if line.strip()]) == 33
     some = run("list", tmp_path / "store", "--limit", 2)
-    assert "number 32" in some.stdout and "number 30" not in some.stdout and "newest 2 of 33" in some.stderr
+    assert "number 32" in some.stdout and "number 30" not in some.stdout and len(some.stdout.splitlines()) == 2
     (first, *_) = json.loads(run("list", tmp_path / "store", "--json").stdout)["rows"]
     assert [*first] == ["version", "added", "prompt", "target"]
 

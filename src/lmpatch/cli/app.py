@@ -20,9 +20,8 @@ from typer.core import TyperGroup
 from ..errors import LmpatchError
 from . import data, memory
 from .ask import ask
-from .cache import cache
 from .demo import demo, example
-from .files import export, merge, show
+from .files import cache, export, merge, show
 from .fit import fit, train
 from .measure import bench, doctor, probe
 from .methods import methods
@@ -88,9 +87,9 @@ def one_line(meta: Mapping[str, Any]) -> Iterator[None]:
         if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", "lmpatch")
-        text = error.format_message().rstrip(".")
-        hint = next((f" {HINTS[word]}" for word in HINTS if text == f"No such command '{word}'"), "")
-        complain(f"{text}.{hint} See {where} --help.")
+        text = error.format_message()
+        hint = next((f" {HINTS[word]}" for word in HINTS if text.startswith(f"No such command '{word}'")), "")
+        complain(f"{text}{'' if text[-1] in '.?!' else '.'}{hint} See {where} --help.")
         raise typer.Exit(2) from None
 
 

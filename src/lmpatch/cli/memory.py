@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from ..errors import BadInput
 from .options import Device, Download, EditorFile, Partial, Source, arg, new_path, opt, out_option
-from .screen import note, progress, say, table
+from .screen import progress, say, table
 
 if TYPE_CHECKING:
     from ..memory.entry import Entry
@@ -68,7 +68,7 @@ def add(
 
     opened = _memory(store)
     old = opened.store.get(prompt)
-    version = opened.add([Edit(prompt, target)], source=_told(source))
+    version = opened.add([Edit(prompt, target)], source={"told": source} if source else None)
     _say(f"version {version}" + (f", in place of {old.edit.target!r}" if old else ""), opened, version)
 
 
@@ -83,10 +83,10 @@ def import_(
     """
     from ..data.edits import read_edits
 
-    opened = _memory(store)
+    opened, told = _memory(store), {"told": source} if source else {}
     with progress() as bar:
         for path, edits in [(path, read_edits(path)) for path in facts]:
-            version = opened.add(edits, source={"file": path.name, **_told(source)}, progress=bar)
+            version = opened.add(edits, source={"file": path.name} | told, progress=bar)
             _say(f"{path}: {len(edits)} facts, version {version}", opened, version)
 
 
@@ -220,18 +220,14 @@ def _memory(path: Path) -> Memory:
     return Memory.open(path)
 
 
-def _told(source: str) -> dict[str, str]:
-    return {"told": source} if source else {}
-
-
 def _show(entries: Sequence[Entry], history: bool, limit: int | None = None) -> None:
-    """A line a fact; when it was added is for ``--json``."""
-    if limit is not None and len(entries) > limit:
-        note(f"the newest {limit} of {len(entries)} facts")
-        entries = entries[-limit:]
-    columns = ["version", "added", "prompt", "target", *(["state"] if history else [])]
-    rows = [(e.version, e.added, e.edit.prompt, e.edit.target, *([e.state] if history else [])) for e in entries]
-    table(columns, rows, hidden=("added",))
+    """A line a fact, the newest of them; when it was added is for ``--json``."""
+    rows, lines = [], []
+    for e in entries if limit is None else entries[-limit:]:
+        state = {"state": e.state} if history else {}
+        rows.append({"version": e.version, "added": e.added, "prompt": e.edit.prompt, "target": e.edit.target} | state)
+        lines.append("  ".join([f"{e.version:>4}", f"{e.edit.prompt} -> {e.edit.target}", *state.values()]))
+    say("\n".join(lines) or "no facts", rows=rows)
 
 
 def _say(text: str, store: Store | Memory, version: int, end: str = "") -> None:

@@ -91,14 +91,9 @@ def keep(context: typer.Context, text: str) -> None:
 
 
 def table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[object]],
-    title: str | None = None,
-    *,
-    key: str = "rows",
-    hidden: Sequence[str] = (),
+    columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None, *, key: str = "rows"
 ) -> None:
-    """A table on stdout; numbers to the right. With ``--json`` a list of objects under ``key``, with what is hidden."""
+    """A table on stdout; numbers to the right. With ``--json`` a list of objects under ``key``."""
     if not _shown({key: [dict(zip(columns, row, strict=True)) for row in rows]}):
         return
     from rich import box
@@ -106,13 +101,11 @@ def table(
     from rich.table import Table
 
     grid = Table(title=title and escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    shown = [i for i, column in enumerate(columns) if column not in hidden]
-    for i in shown:
+    for i, column in enumerate(columns):
         numbers = rows and all(isinstance(row[i], (int, float)) for row in rows)
-        grid.add_column(columns[i], justify="right" if numbers else "left", overflow="fold")
+        grid.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        values = [row[i] for i in shown]
-        grid.add_row(*(escape(f"{value:.3g}" if isinstance(value, float) else str(value)) for value in values))
+        grid.add_row(*(escape(f"{value:.3g}" if isinstance(value, float) else str(value)) for value in row))
     draw(grid)
 
 

@@ -159,15 +159,14 @@ class Report:
 
     def summary(self, every: bool = False) -> Json:
         """What ``table`` shows, as values: of each run its numbers and differences with error and n."""
-
-        def short(numbers: dict[str, Number], names: Sequence[str]) -> Json:
-            return {n: {"value": x.value, "error": x.error, "n": x.n} for n, x in numbers.items() if n in names}
-
         runs = []
         for run in self.runs:
-            names, moved = kept(run, every), self._moved[run.name]
-            numbers = {"metrics": short(run.metrics(), names), "differences": short(moved, names)}
-            runs.append({"run_id": run.name, **numbers})
+            names, both = kept(run, every), {"metrics": run.metrics(), "differences": self._moved[run.name]}
+            short = {
+                key: {n: {"value": x.value, "error": x.error, "n": x.n} for n, x in found.items() if n in names}
+                for key, found in both.items()
+            }
+            runs.append({"run_id": run.name, **short})
         return {"bench": self.bench.name, "verdict": self.verdict(), "runs": runs}
 
     def save_html(self, path: str | Path) -> Path:

@@ -71,7 +71,7 @@ def run(
     _refuse(adapter, lm, patches, bool(make or make_each), run_id)
     store = Store(Path(out) if out is not None else None, adapter.Row.read)
     cfg = adapter.settle(cfg or adapter.Config(), data, bool(patches))
-    stage = Stage(progress) if progress else None
+    stage = Stage(progress)
     items, _ = _items(adapter, lm, data, cfg, bool(patches), stage)
     maker = Maker(patches, make, make_each, adapter.fit_batch(cfg))
     maker.settle([adapter.commits(item) for item in items] if adapter.commits else [])
@@ -98,10 +98,9 @@ def run(
 
 @dataclass
 class Stage:
-    """One counter over the prompts of a run, which ``plan`` and ``warm`` are given: what a bench tells while it asks a
-    part becomes the part's share."""
+    """One counter over a run's prompts: what a bench tells of a part, through the one ``plan`` had, is its share."""
 
-    progress: Progress
+    progress: Progress | None
     name: str = ""
     done: int = 0
     part: int = 0
@@ -110,7 +109,8 @@ class Stage:
     def __call__(self, done: int, total: int, what: str) -> None:
         if self.name:
             done, total, what = self.done + self.part * done // total, self.total, f"scoring {self.name}"
-        self.progress(done, total, what)
+        if self.progress:
+            self.progress(done, total, what)
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Session:
     items: Sequence[Any]
     store: Store[Any]
     mount: Mount | None
-    stage: Stage | None
+    stage: Stage
 
     @cached_property
     def parts(self) -> list[list[Any]]:
@@ -152,7 +152,7 @@ class Session:
                 self.asked(name, ask)
             return
         left = [(number, part[0]) for number, part in self.left(name)]
-        if left and self.stage:
+        if left:
             self.begin(name, left[0][0])
             self.stage(0, 1, "")
         fits = maker.fits(self.lm, [self.adapter.commits(item) for _, item in left])
@@ -165,10 +165,9 @@ class Session:
 
     def begin(self, name: str, number: int) -> float:
         """Count on from the parts of this run that are done; the time."""
-        if self.stage:
-            sizes = [sum(map(self.adapter.size, part)) for part in self.parts]
-            done = sum(sizes[i] for run, i in self.store.chunks if run == name and i < len(sizes))
-            self.stage.name, self.stage.done, self.stage.part, self.stage.total = name, done, sizes[number], sum(sizes)
+        sizes = [sum(map(self.adapter.size, part)) for part in self.parts]
+        done = sum(sizes[i] for run, i in self.store.chunks if run == name and i < len(sizes))
+        self.stage.name, self.stage.done, self.stage.part, self.stage.total = name, done, sizes[number], sum(sizes)
         return perf_counter()
 
     def keep(self, name: str, number: int, rows: Sequence[Any], start: float, note: Json) -> None:
@@ -176,8 +175,7 @@ class Session:
         synchronise(self.lm)
         record = {"run_id": name, "chunk": number, **note, "seconds": perf_counter() - start}
         self.store.add(record, [replace(row, run_id=name, chunk=number) for row in rows])
-        if self.stage:
-            self.stage(1, 1, "")
+        self.stage(1, 1, "")
 
 
 class Estimate(NamedTuple):

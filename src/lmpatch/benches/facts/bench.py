@@ -137,7 +137,6 @@ def write(lm: LM, item: Item, cfg: Config, fits: Iterable[Fitted], writer: Write
         pass_.probes = frozenset(chunk.probes())
     speed = {"base": latency(lm)} if cfg.latency and chunk.index == 0 else {}
     rows: list[Row] = []
-    pass_.steps = len(chunk.commits)
     for number, fitted in enumerate(fits):
         commit, before = chunk.commits[number], writer.edits
         pass_.notes |= {commit[i]: why for i, why in fitted.refused.items()}
@@ -145,8 +144,7 @@ def write(lm: LM, item: Item, cfg: Config, fits: Iterable[Fitted], writer: Write
         pass_.after |= dict.fromkeys(commit, writer.edits)
         if number + 1 < len(chunk.commits):
             rows += pass_.early(number, before)
-        pass_.step = number + 1
-        pass_.tell(0, 1)
+        pass_.tell(number + 1 - len(chunk.commits), 1)
         if writer.collapsed_at is not None:
             pass_.notes |= {i: STOPPED for rest in chunk.commits[number + 1 :] for i in rest}
             break
@@ -173,14 +171,12 @@ class _Pass:
     notes: dict[int, str] = field(default_factory=dict)
     """Edit → why it is not in the model."""
     probes: frozenset[int] = frozenset()
-    steps: int = 0
-    """Commits, which come before the last questions; ``step`` of them are done."""
-    step: int = 0
 
     def tell(self, done: int, total: int, what: str = "") -> None:
-        """How far the chunk is: its commits count as much as its last questions, each."""
+        """How far the last questions are; the commits before them, each, count as much as they do."""
         if self.item.base.progress:
-            self.item.base.progress(self.step * total + done, (self.steps + 1) * total, what)
+            n = len(self.item.chunk.commits)
+            self.item.base.progress(n * total + done, (n + 1) * total, what)
 
     def early(self, commit: int, before: int) -> list[Row]:
         """Rows taken between commits: the commit's own edits, and older probes where the curve has a point.
@@ -201,8 +197,8 @@ class _Pass:
 
     def score(self, questions: Sequence[Question], when: str, now: Answers | None = None) -> list[Row]:
         """Rows of what the model says now, or of answers that are there already, with their place in the run."""
-        last = self.tell if when == "final" else None
-        now = asking.ask(self.lm, questions, self.cfg, last) if now is None else now
+        if now is None:
+            now = asking.ask(self.lm, questions, self.cfg, self.tell if when == "final" else None)
         kl = self.writer is None or not self.writer.tail_touched
         rows = asking.rows(self.lm, questions, self.item.base.answers, now, self.cfg, kl=kl)
         edits = self.writer.edits if self.writer else 0
