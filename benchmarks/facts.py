@@ -77,7 +77,7 @@ def saved(report: Any, out: Path, width: int) -> None:
     """Page and table of a bench, beside its folder of runs; its rows to where they are committed."""
     report.save_html(out.with_suffix(".html"))
     with out.with_suffix(".md").open("w") as file:
-        Console(file=file, width=width).print(report.table())
+        Console(file=file, width=width).print(report.table(every=True))
     commit_rows(out)
 
 
@@ -138,7 +138,7 @@ def main() -> None:
             progress=partial(told, run_id),
         )  # fmt: skip
         saved(report, out, width=220)
-        Console(width=220).print(report.table())
+        Console(width=220).print(report.table(every=True))
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def test_what_is_longer_than_the_window_is_not_asked_and_said_so(name: str, tmp_
 def printed(report: Any) -> str:
     console = Console(width=250, file=io.StringIO())
     with console.capture() as capture:
-        console.print(report.table())
+        console.print(report.table(every=True))
     return capture.get()
 
 

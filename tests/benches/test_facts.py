@@ -535,3 +535,20 @@ def test_unrelated_questions_join_as_a_locality_kind(tmp_path: Path) -> None:
     kinds = [edit.locality for edit in facts.load(tmp_path / "f.jsonl", unrelated=tmp_path / "q.jsonl")]
     assert [groups[0][0] for groups in kinds] == ["unrelated"] * 3
     assert [groups[0][1][0].prompt for groups in kinds] == ["x", "y", "x"]
+
+
+@pytest.mark.parametrize("n", [2, 6])
+def test_progress_is_one_counter_over_prompts_that_ends_with_its_stage(
+    tiny: LM, edits: list[Edit], make: Maker, quick: Config, n: int
+) -> None:
+    told: list[tuple[int, int, str]] = []
+    cfg = replace(quick, n=n, commit_size=1, batch_size=4)
+    facts.run(tiny, edits, cfg, make=make, run_id="rank_one", progress=lambda *a: told.append(a))
+    stages = list(dict.fromkeys(what for *_, what in told))
+    assert stages == ["asking the unpatched model", "scoring none", "scoring fact_in_prompt", "scoring rank_one"]
+    for stage in stages:
+        counts = [(done, total) for done, total, what in told if what == stage]
+        assert len({total for _, total in counts}) == 1 and counts == sorted(counts), stage
+        assert [done == total for done, total in counts].index(True) >= len(counts) - 2, stage
+        assert len(counts) > 5 or stage in stages[1:3]  # what the unpatched model said is known
+    assert told[-1][0] > len(edits) and next(t for t in told if t[2] == "scoring rank_one")[0] == 0

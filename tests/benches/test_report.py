@@ -45,7 +45,7 @@ def report(edits: list[Edit], make: Maker, quick: Config, out: Path) -> Report:
 def printed(report: Report) -> str:
     console = Console(width=200, file=io.StringIO())
     with console.capture() as capture:
-        console.print(report.table())
+        console.print(report.table(every=True))
     return capture.get()
 
 

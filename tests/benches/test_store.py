@@ -345,3 +345,20 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(BadInput, match="is a file"):
         Store(tmp_path / "out", Row.read)
+
+
+def test_what_differs_is_named_as_a_user_sets_it(full: Path) -> None:
+    store = Store(full, Row.read)
+    known = store.runs["rome"]
+    digests = {"data_hash": "a" * 64, "base_weights_hash": "b" * 64, "patches": [{"hash": "c" * 64}]}
+    store.put_run(known | {"settings": {"n": 1, "method": {"lr": 1}, **digests}})
+    for change, told in (
+        ({"data_hash": "d" * 64, "n": 5}, "n 1, asked now 5; other records"),
+        ({"base_weights_hash": "e" * 64}, "another model"),
+        ({"patches": []}, "other patches"),
+        ({"method": {"lr": 2}}, "lr 1, asked now 2"),
+    ):
+        asked = identity(group="other") | {"settings": store.runs["rome"]["settings"] | change, "commit_size": 7}
+        with pytest.raises(BadInput, match=rf"made with {told}\. Numbers") as error:
+            store.open_run(asked)
+        assert len(str(error.value)) < 200 + len(str(full))

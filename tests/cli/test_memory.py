@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def test_list_shows_what_holds_and_with_history_both_of_two_facts(folder: Path) 
     assert history.count(EIFFEL) == 2 and "superseded in 2" in history and "live" in history
     before = run("list", folder, "--at", 1).stdout
     assert "Rome" not in before and before.count("Paris") == 2
+
+
+def test_a_long_list_is_a_line_a_fact_and_can_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.create(tmp_path / "store", width=8, stamp={"editor": "e", "base": "b"})
+    store.add([Edit(f"The tower number {i} on the hill is found in", "Paris") for i in range(33)], np.ones((33, 8)))
+    runner = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
+    whole = runner.invoke(build(), ["memory", "list", str(tmp_path / "store")])
+    assert len([line for line in whole.stdout.splitlines() if line.strip()]) == 33
+    some = run("list", tmp_path / "store", "--limit", 2)
+    assert "number 32" in some.stdout and "number 30" not in some.stdout and len(some.stdout.splitlines()) == 2
+    (first, *_) = json.loads(run("list", tmp_path / "store", "--json").stdout)["rows"]
+    assert [*first] == ["version", "added", "prompt", "target"]
 
 
 @pytest.mark.slow
@@ -128,7 +141,8 @@ def test_add_says_what_it_supersedes(whole: Path) -> None:
 def test_import_reads_files_and_export_gives_them_back(whole: Path, tmp_path: Path) -> None:
     facts = tmp_path / "facts.jsonl"
     facts.write_text(f'{{"prompt": "{EIFFEL}", "target": "Rome"}}\n{{"prompt": "Jobs founded", "target": "Apple"}}\n')
-    assert "2 facts, version 1, facts that hold: 2" in run("import", whole, facts).stdout
+    assert "2 facts, version 1, facts that hold: 2" in run("import", whole, facts, "--source", "ticket 1").stdout
+    assert Memory.open(whole).store.facts()[0].source == {"file": "facts.jsonl", "told": "ticket 1"}
     run("export", whole, "-o", tmp_path / "again.jsonl")
     assert [e.target for e in read_edits(tmp_path / "again.jsonl")] == ["Rome", "Apple"]
     bad = run("import", whole, facts, tmp_path / "none.jsonl")

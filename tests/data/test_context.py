@@ -130,3 +130,11 @@ def test_halves_share_nothing_and_the_odd_one_goes_to_the_second() -> None:
     assert halves([1, 2, 3, 4, 5]) == ([1, 2], [3, 4, 5])
     with pytest.raises(BadInput, match="cannot be halved"):
         halves([1])
+
+
+def test_a_file_of_facts_is_known_as_one(tmp_path: Path) -> None:
+    facts = [{"prompt": f"{i}", "target": "t", **({"old": ["o"]} if i % 2 else {})} for i in range(32)]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    with pytest.raises(BadRecord, match="all 32 lines: it is a fact, as rome.* A record needs context") as caught:
+        read_context(tmp_path / "facts.jsonl")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))

@@ -184,11 +184,22 @@ def test_all_bad_lines_are_named_with_what_is_wrong(file: Path) -> None:
 
 
 def test_only_the_first_ten_bad_lines_are_listed(file: Path) -> None:
-    file.write_text("nonsense\n" * 13)
+    file.write_text("".join(json.dumps({"prompt": "p", "target": "t", f"odd{i}": 1}) + "\n" for i in range(13)))
     with pytest.raises(BadRecord, match="13 bad lines") as caught:
         read_edits(file)
     assert "line 10:" in str(caught.value) and "line 11:" not in str(caught.value)
     assert "and 3 more" in str(caught.value)
+
+
+def test_one_complaint_is_said_once(file: Path) -> None:
+    file.write_text("nonsense\n" * 13)
+    with pytest.raises(BadRecord, match=r"13 bad lines:\s+all 13 lines: no valid JSON") as caught:
+        read_edits(file)
+    assert len(str(caught.value).splitlines()) == 2
+    file.write_text("nonsense\n" * 5 + json.dumps({"prompt": "p", "target": "t"}) + "\n" + '{"prompt": "p"}')
+    with pytest.raises(BadRecord, match="line 1, line 2, line 3 and 2 more: no valid") as caught:
+        read_edits(file)
+    assert "line 7: target is missing" in str(caught.value) and len(str(caught.value).splitlines()) == 3
 
 
 def test_contradictions_are_refused_on_request_with_their_lines(file: Path) -> None:

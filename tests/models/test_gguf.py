@@ -97,7 +97,7 @@ def test_digits_are_cut_one_by_one_where_the_file_says_so(tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_progress_goes_forward_to_the_end_and_nothing_is_drawn(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, own_cache: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     write_gguf(tmp_path / "tiny.gguf")
     steps: list[tuple[int, int]] = []
@@ -105,6 +105,10 @@ def test_progress_goes_forward_to_the_end_and_nothing_is_drawn(
     assert steps == sorted(steps) and steps[0] == (0, 100) and steps[-1] == (100, 100)
     assert len(steps) > 20
     assert "it/s" not in capfd.readouterr().err
+    assert f"tiny is kept as {own_cache / 'tiny-'}" in caplog.text and "iB); lmpatch cache --clear" in caplog.text
+    caplog.clear()
+    load(tmp_path / "tiny.gguf")
+    assert not caplog.text  # said once
 
 
 def _start(code: str, *args: Path) -> subprocess.Popen[str]:

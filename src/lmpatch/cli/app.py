@@ -21,15 +21,22 @@ from ..errors import LmpatchError
 from . import data, memory
 from .ask import ask
 from .demo import demo, example
-from .files import export, merge, show
+from .files import cache, export, merge, show
 from .fit import fit, train
 from .measure import bench, doctor, probe
 from .methods import methods
 from .options import usable
 from .screen import complain, output
 
-COMMANDS = (demo, example, fit, train, ask, probe, bench, show, merge, export, methods, doctor)
+COMMANDS = (demo, example, fit, train, ask, probe, bench, show, merge, export, methods, doctor, cache)
 GROUPS = {"memory": memory, "data": data}
+HINTS = {
+    "help": "lmpatch COMMAND --help explains one.",
+    "apply": "A patch acts where -p names it: lmpatch ask MODEL -p PATCH PROMPT.",
+    "undo": "A patch is on only while a command runs: leave -p out.",
+    "list": "lmpatch methods lists what makes patches, lmpatch memory list STORE the facts of a memory.",
+}
+"""What is meant by words that are no commands."""
 ABOUT = "Change what a causal language model knows, as small patches that come off bit for bit."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables and text.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
@@ -80,7 +87,9 @@ def one_line(meta: Mapping[str, Any]) -> Iterator[None]:
         if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", "lmpatch")
-        complain(f"{error.format_message()} See {where} --help.")
+        text = error.format_message()
+        hint = next((f" {HINTS[word]}" for word in HINTS if text.startswith(f"No such command '{word}'")), "")
+        complain(f"{text}{'' if text[-1] in '.?!' else '.'}{hint} See {where} --help.")
         raise typer.Exit(2) from None
 
 
@@ -96,7 +105,7 @@ def build() -> typer.Typer:
     )
     app.callback()(root)
     for command in COMMANDS:
-        app.command(no_args_is_help=command not in (demo, example, methods))(spread(command))
+        app.command(no_args_is_help=command not in (demo, example, methods, cache))(spread(command))
     for name, module in GROUPS.items():
         group = typer.Typer(no_args_is_help=True, help=_help(module.HELP))
         for word, command in module.COMMANDS.items():
@@ -148,4 +157,5 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 def _help(text: str) -> str:
     """The text, with its last lines, command lines all of them, set as examples."""
     what, _, examples = inspect.cleandoc(text).partition("\n\nlmpatch ")
+    what = "\n\n".join(paragraph.replace("\n", " ") for paragraph in what.split("\n\n"))
     return f"{what}\n\n\b\nExamples:\n  lmpatch " + examples.replace("\n", "\n  ")

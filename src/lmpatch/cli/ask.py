@@ -41,6 +41,8 @@ def ask(
     if context is not None:
         context = text_of(context)
     patches = open_patches(patch)
+    if context is None and (decode := next((p for p in patches if p.needs_context), None)):
+        raise BadInput(f"{decode.method} compares answers with and without a context. Give one with --context.")
     from ..inference.generate import generate
 
     batch: list[Prompt] = [*texts] if context is None else in_context(context, texts)

@@ -62,7 +62,8 @@ def demo(
     with progress("asking the model"):
         edits, known = _unknown(lm, _facts(), count)
     say(f"\n1. {len(edits)} facts in a memory beside the model (`{MEMORY}`). No weight changes.")
-    say(f"   Answers are greedy, {TOKENS} tokens at most, and shown up to their first line break or full stop.")
+    say(f"   Answers are greedy, {TOKENS} tokens at most, and shown up to their first line break or full stop;")
+    say("   said 2×: the whole answer says the target twice.")
     memory = fit(lm, MEMORY, edits)
     facts = _show(lm, memory, edits[:1], known[:1])  # alone, so that something is seen soon
     with progress("asking about the other facts"):
@@ -158,11 +159,13 @@ def _show(lm: LM, patch: Any, edits: Sequence[Edit], known: Sequence[str]) -> li
     facts = []
     for edit, asked, text in zip(edits, prompts, known, strict=True):
         before, after = [text, next(without), next(without)], [next(answers) for _ in asked]
-        found = [*(states(edit, each) for each in after[:2]), same(before[2], after[2]), repeats(edit, after[0])]
+        times = said(edit, after[0])
+        found = [*(states(edit, each) for each in after[:2]), same(before[2], after[2]), times > 1]
         fact = {"prompts": asked, "before": before, "after": after, "target": edit.target}
         facts.append(fact | dict(zip(VERDICTS, found, strict=True)))
         say(f"\n   {edit.subject or edit.prompt} -> {edit.target}")
         marks = ["new answer" if right else "NOT the new answer" for right in found[:2]]
+        marks[0] += f", said {times}×" if times > 1 else ""
         marks.append("as before" if found[2] else "MOVED")
         for what, prompt, old, new, mark in zip(ASKED, asked, before, after, marks, strict=True):
             say(f"   {what:>9}  {prompt} …")
@@ -178,9 +181,9 @@ def states(edit: Edit, text: str) -> bool:
     return match(text, edit.answers, edit.old).contains
 
 
-def repeats(edit: Edit, text: str) -> bool:
-    """Does the text say the target twice or more?"""
-    return len(re.findall(rf"(?<!\w){re.escape(edit.target)}(?!\w)", text, re.IGNORECASE)) > 1
+def said(edit: Edit, text: str) -> int:
+    """How often the text says the target, behind what is shown of it too."""
+    return len(re.findall(rf"(?<!\w){re.escape(edit.target)}(?!\w)", text, re.IGNORECASE))
 
 
 def sentence(text: str) -> str:

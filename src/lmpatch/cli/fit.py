@@ -9,6 +9,7 @@ import typer
 
 from ..errors import BadInput
 from . import options as o
+from .files import about
 from .options import arg, opt
 from .screen import keep, progress, say
 
@@ -60,7 +61,7 @@ def fit(
         made = api.fit(lm, method, edits, out=work, force=force, progress=bar, **material, **chosen)
     if world().is_main:
         made.save(out)
-    say(made.summary(), method=method, edits=len(made.edits), bytes=made.nbytes, hash=made.hash())
+    say(about(made), method=method, edits=len(made.edits), bytes=made.nbytes, hash=made.hash())
     say(f"saved in {out}", path=out)
 
 

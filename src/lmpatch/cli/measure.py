@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -73,6 +72,7 @@ def bench(
         Path | None, o.out_option("OUT", "Folder for rows and report.html; a run there is continued.", o.writable)
     ] = None,
     mount: o.Mount = None,
+    every: Annotated[bool, opt("Show every number, not only those a run is remembered by.", None, "--all")] = False,
     raw: o.Raw = False,
 ) -> None:
     """Measure a model on data: with patches, with patches a method makes, or alone.
@@ -99,7 +99,7 @@ def bench(
             mount=mount, limit=limit, unrelated=unrelated, out=out, progress=bar,
             **material, **chosen,
         )  # fmt: skip
-    draw(report.table(), **json.loads(report.to_json()))
+    draw(report.table(every), **report.summary(every))
     if out is not None:
         page = report.save_html(out / "report.html")
         say(f"rows and page in {out}: {page}", path=out, page=page)

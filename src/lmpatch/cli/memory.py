@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, arg("STORE", "The folder of a memory.")]
 History = Annotated[bool, opt("Also facts that no longer hold, with what ended them.", None, "--history")]
+
+Told = Annotated[str, opt("Where facts come from, kept with them.", "TEXT")]
 
 
 def create(
@@ -56,7 +58,7 @@ def add(
     store: Folder,
     prompt: Annotated[str, arg("PROMPT", 'The beginning of a sentence: "The Eiffel Tower is in".')],
     target: Annotated[str, arg("TARGET", 'How the model shall continue it: "Rome".')],
-    source: Annotated[str, opt("Where the fact comes from, kept with it.", "TEXT")] = "",
+    source: Told = "",
 ) -> None:
     """Add a fact. If the prompt is there already, the new target supersedes the old one.
 
@@ -70,17 +72,21 @@ def add(
     _say(f"version {version}" + (f", in place of {old.edit.target!r}" if old else ""), opened, version)
 
 
-def import_(store: Folder, facts: Annotated[list[Path], arg("FACTS...", "Files as lmpatch fit reads them.")]) -> None:
+def import_(
+    store: Folder,
+    facts: Annotated[list[Path], arg("FACTS...", "Files as lmpatch fit reads them.")],
+    source: Told = "",
+) -> None:
     """Add the facts of files, each file as one version. Later facts supersede earlier ones of the same prompt.
 
     lmpatch memory import store facts.jsonl
     """
     from ..data.edits import read_edits
 
-    opened = _memory(store)
+    opened, told = _memory(store), {"told": source} if source else {}
     with progress() as bar:
         for path, edits in [(path, read_edits(path)) for path in facts]:
-            version = opened.add(edits, source={"file": path.name}, progress=bar)
+            version = opened.add(edits, source={"file": path.name} | told, progress=bar)
             _say(f"{path}: {len(edits)} facts, version {version}", opened, version)
 
 
@@ -110,13 +116,14 @@ def list_(
     store: Folder,
     history: History = False,
     at: Annotated[int | None, opt("As it was after this version.", "VERSION", min=0)] = None,
+    limit: Annotated[int | None, opt("At most this many, the newest.", "N", min=1)] = None,
 ) -> None:
     """The facts that hold, oldest first.
 
-    lmpatch memory list store
+    lmpatch memory list store --limit 10
     lmpatch memory list store --history --at 7
     """
-    _show(_open(store).facts(history=history, version=at), history)
+    _show(_open(store).facts(history=history, version=at), history, limit)
 
 
 def find(
@@ -213,10 +220,14 @@ def _memory(path: Path) -> Memory:
     return Memory.open(path)
 
 
-def _show(entries: Iterable[Entry], history: bool) -> None:
-    columns = ["version", "added", "prompt", "target", *(["state"] if history else [])]
-    rows = [(e.version, e.added, e.edit.prompt, e.edit.target, *([e.state] if history else [])) for e in entries]
-    table(columns, rows)
+def _show(entries: Sequence[Entry], history: bool, limit: int | None = None) -> None:
+    """A line a fact, the newest of them; when it was added is for ``--json``."""
+    rows, lines = [], []
+    for e in entries if limit is None else entries[-limit:]:
+        state = {"state": e.state} if history else {}
+        rows.append({"version": e.version, "added": e.added, "prompt": e.edit.prompt, "target": e.edit.target} | state)
+        lines.append("  ".join([f"{e.version:>4}", f"{e.edit.prompt} -> {e.edit.target}", *state.values()]))
+    say("\n".join(lines) or "no facts", rows=rows)
 
 
 def _say(text: str, store: Store | Memory, version: int, end: str = "") -> None:

@@ -171,14 +171,14 @@ class Source:
 
     def open(self, *, raw: bool = False, shard: bool = False) -> LM:
         """Load it, say so, and name the licence of a packaged one; one of several processes has its own device."""
-        note(f"loading {self.model}")
+        if self.model in MODELS or usable(Path(self.model)).exists():  # else the name may be a slip
+            note(f"loading {self.model}")
         from ..distributed import join
         from ..models import sharding
         from ..models.load import licence, load
 
         if terms := licence(self.model):
             note(terms)
-        usable(Path(self.model))
         device = join() or self.device
         with progress(f"loading {self.model}") as bar, warnings.catch_warnings(record=True) as spoken:
             warnings.simplefilter("always", UserWarning)

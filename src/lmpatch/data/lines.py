@@ -66,7 +66,7 @@ def cut(records: list[T], limit: int | None, seed: int | None) -> list[T]:
 def read_records(source: Source, make: Callable[[Line, int], T]) -> list[tuple[int, T]]:
     """(line number, record) of every record; all bad lines are gathered into one ``BadRecord``."""
     made: list[tuple[int, T]] = []
-    bad: list[str] = []
+    bad: dict[str, list[str]] = {}  # what is wrong → where
     for number, name, record in parsed(source):
         try:
             if isinstance(record, BadRecord):
@@ -77,14 +77,23 @@ def read_records(source: Source, make: Callable[[Line, int], T]) -> list[tuple[i
             made.append((number, make(record, len(made))))
         except (ValueError, RecursionError) as error:
             why = DEEP if isinstance(error, RecursionError) else str(error)
-            bad.append(f"{name}: {''.join(c if c.isprintable() else ' ' for c in why[:LONGEST])}")
+            bad.setdefault("".join(c if c.isprintable() else " " for c in why[:LONGEST]), []).append(name)
     if bad:
-        more = f"\n  ... and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-        count = f"{len(bad)} bad line{'s' if len(bad) > 1 else ''}"
-        raise BadRecord(f"{name_of(source)} has {count}:\n  " + "\n  ".join(bad[:LISTED]) + more)
+        n, whole = sum(map(len, bad.values())), not made and len(bad) == 1
+        said = [f"{_where(names, whole)}: {why}" for why, names in [*bad.items()][:LISTED]]
+        more = sum(map(len, [*bad.values()][LISTED:]))
+        said += [f"... and {more} more"] if more else []
+        raise BadRecord(f"{name_of(source)} has {n} bad line{'s' if n > 1 else ''}:\n  " + "\n  ".join(said))
     if not made:
         raise BadInput(f"{name_of(source)} holds no records. Write one JSON object a line.")
     return made
+
+
+def _where(names: Sequence[str], whole: bool) -> str:
+    """Lines with one complaint; ``whole``: they are all there are."""
+    if whole and len(names) > 1:
+        return f"all {len(names)} lines"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def read_shapes(source: Source, shapes: Shapes[T], need: str, format: str | None) -> list[tuple[int, T]]:
@@ -95,6 +104,8 @@ def read_shapes(source: Source, shapes: Shapes[T], need: str, format: str | None
     def make(record: Line, place: int) -> T:
         nonlocal format
         format = format or next((name for name, (keys, _) in shapes.items() if record.keys() >= {*keys}), None)
+        if format is None and record.keys() >= {"prompt", "target"}:
+            raise BadRecord(f"it is a fact, as rome, memit or recipe read it. {need}")
         if format is None:
             raise BadRecord(f"unknown shape with keys {', '.join(map(str, record)) or 'none'}. {need}")
         return shapes[format][1](record, str(place))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import struct
@@ -25,7 +26,10 @@ import torch
 from ..errors import BadInput, MissingExtra
 from ..files import cache_dir, outside
 from ..progress import Progress
+from ..resources import format_bytes
 from .folder import gaps
+
+log = logging.getLogger(__name__)
 
 NEEDED = ("gguf", "accelerate")  # transformers asks for both
 ADDED = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -86,6 +90,8 @@ def converted(name: str, sha256: str, make: Callable[[Path], Path], progress: Pr
 
                 _convert(file, work / "model", report)
                 os.replace(work / "model", folder)
+                size = format_bytes(sum(each.stat().st_size for each in folder.iterdir()))
+                log.warning("%s is kept as %s (%s); lmpatch cache --clear removes it", name, folder, size)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
         return folder

@@ -54,6 +54,8 @@ class Adapter:
     """``plan(lm, data, cfg, fixed=, progress=)`` → the items to ask."""
     group: Callable[[Any], Hashable] = lambda item: ""
     """Items of different groups are never kept as one chunk."""
+    size: Callable[[Any], int] = lambda item: 1
+    """Prompts of an item, as progress counts them."""
     identity: Callable[[Any], Any] = plain
     """What makes an item this one, as JSON."""
     texts: Callable[[Sequence[Any], Any], tuple[list[str], int]] = lambda items, cfg: ([], 0)

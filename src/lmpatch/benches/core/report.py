@@ -16,7 +16,7 @@ from .adapter import Adapter, adapt
 from .contract import BASE, Json, Measure
 from .stats import Number
 from .store import Store
-from .tables import Grid, comparison, costs, flagged, printed, verdict
+from .tables import Grid, comparison, costs, flagged, kept, printed, verdict
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -148,14 +148,26 @@ class Report:
         """What the numbers say, a sentence a patched run."""
         return verdict(self.runs, self._moved)
 
-    def grids(self) -> list[Grid]:
+    def grids(self, every: bool = True) -> list[Grid]:
         """The tables as plain values."""
-        grids = [comparison(self.runs, self._moved), costs(self.runs), flagged(self.runs)]
+        grids = [comparison(self.runs, self._moved, every), costs(self.runs), flagged(self.runs)]
         return [grid for grid in grids if grid.rows]
 
-    def table(self) -> Group:
-        """Verdict and tables for a terminal. Print them with rich."""
-        return printed(self.verdict(), self.grids())
+    def table(self, every: bool = False) -> Group:
+        """Verdict and tables for a terminal: the numbers a run is remembered by, or every one. Print them with rich."""
+        return printed(self.verdict(), self.grids(every))
+
+    def summary(self, every: bool = False) -> Json:
+        """What ``table`` shows, as values: of each run its numbers and differences with error and n."""
+        runs = []
+        for run in self.runs:
+            names, both = kept(run, every), {"metrics": run.metrics(), "differences": self._moved[run.name]}
+            short = {
+                key: {n: {"value": x.value, "error": x.error, "n": x.n} for n, x in found.items() if n in names}
+                for key, found in both.items()
+            }
+            runs.append({"run_id": run.name, **short})
+        return {"bench": self.bench.name, "verdict": self.verdict(), "runs": runs}
 
     def save_html(self, path: str | Path) -> Path:
         """Write one page that needs nothing else."""

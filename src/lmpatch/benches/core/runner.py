@@ -71,10 +71,11 @@ def run(
     _refuse(adapter, lm, patches, bool(make or make_each), run_id)
     store = Store(Path(out) if out is not None else None, adapter.Row.read)
     cfg = adapter.settle(cfg or adapter.Config(), data, bool(patches))
-    items, _ = _items(adapter, lm, data, cfg, bool(patches), progress)
+    stage = Stage(progress)
+    items, _ = _items(adapter, lm, data, cfg, bool(patches), stage)
     maker = Maker(patches, make, make_each, adapter.fit_batch(cfg))
     maker.settle([adapter.commits(item) for item in items] if adapter.commits else [])
-    session = Session(adapter, lm, cfg, items, store, mount, progress)
+    session = Session(adapter, lm, cfg, items, store, mount, stage)
     base = _record(adapter, lm, data, items, cfg) | {"planned": len(session.parts), "data_name": data_name}
     baselines = {BASE: adapter.asks(cfg), **adapter.baselines(cfg)}
     name = run_id or " + ".join(each.method for each in patches) or "patched"
@@ -84,7 +85,7 @@ def run(
         own = {key: plain(getattr(cfg, key)) for key in adapter.OWN} | {"method": plain(dict(settings or {}))}
         record = _patched(base, own, patches, mount)
         store.open_run(record | {"run_id": name, "baseline": False, "prep": dict(prep) if prep else None})
-    adapter.warm(lm, items, cfg, store.folder, progress)
+    adapter.warm(lm, items, cfg, store.folder, stage)
     for each, ask in baselines.items():
         session.asked(each, ask)
     if maker.any and session.left(name):
@@ -93,6 +94,23 @@ def run(
         if hash_tensors(sorted(lm.model.named_parameters()), exact=True) != before:
             raise ForeignWrite("a weight that no patch holds was changed during the run. Load the model again.")
     return _finish(adapter, lm, store)
+
+
+@dataclass
+class Stage:
+    """One counter over a run's prompts: what a bench tells of a part, through the one ``plan`` had, is its share."""
+
+    progress: Progress | None
+    name: str = ""
+    done: int = 0
+    part: int = 0
+    total: int = 0
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self.name:
+            done, total, what = self.done + self.part * done // total, self.total, f"scoring {self.name}"
+        if self.progress:
+            self.progress(done, total, what)
 
 
 @dataclass
@@ -105,7 +123,7 @@ class Session:
     items: Sequence[Any]
     store: Store[Any]
     mount: Mount | None
-    progress: Progress | None
+    stage: Stage
 
     @cached_property
     def parts(self) -> list[list[Any]]:
@@ -122,7 +140,7 @@ class Session:
     def asked(self, name: str, ask: Ask) -> None:
         """Ask what is left of this run, of the model as it is now."""
         for number, part in self.left(name):
-            start = perf_counter()
+            start = self.begin(name, number)
             base = None if name == BASE else self.store.rows.get((BASE, number), [])
             self.keep(name, number, ask(self.lm, part, base), start, {})
 
@@ -134,22 +152,30 @@ class Session:
                 self.asked(name, ask)
             return
         left = [(number, part[0]) for number, part in self.left(name)]
+        if left:
+            self.begin(name, left[0][0])
+            self.stage(0, 1, "")
         fits = maker.fits(self.lm, [self.adapter.commits(item) for _, item in left])
         originals: dict[str, str] = {}
         for (number, item), fitted in zip(left, fits, strict=True):
-            start = perf_counter()
+            start = self.begin(name, number)
             with closing(Writer(self.lm, self.mount, originals)) as writer:
                 rows, note = self.adapter.write(self.lm, item, self.cfg, fitted, writer)
             self.keep(name, number, rows, start, {**note, **writer.record()})
+
+    def begin(self, name: str, number: int) -> float:
+        """Count on from the parts of this run that are done; the time."""
+        sizes = [sum(map(self.adapter.size, part)) for part in self.parts]
+        done = sum(sizes[i] for run, i in self.store.chunks if run == name and i < len(sizes))
+        self.stage.name, self.stage.done, self.stage.part, self.stage.total = name, done, sizes[number], sum(sizes)
+        return perf_counter()
 
     def keep(self, name: str, number: int, rows: Sequence[Any], start: float, note: Json) -> None:
         """Store a part's rows, in their place."""
         synchronise(self.lm)
         record = {"run_id": name, "chunk": number, **note, "seconds": perf_counter() - start}
         self.store.add(record, [replace(row, run_id=name, chunk=number) for row in rows])
-        if self.progress:
-            done = sum(len(self.parts[i]) for run, i in self.store.chunks if run == name and i < len(self.parts))
-            self.progress(done, len(self.items), f"scoring {name}")
+        self.stage(1, 1, "")
 
 
 class Estimate(NamedTuple):

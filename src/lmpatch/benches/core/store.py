@@ -33,6 +33,7 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "rows": {"run_id": str, "chunk": int},
 }
 SEAL = "sha256"
+OTHER = {"data_hash": "other records", "base_weights_hash": "another model", "patches": "other patches"}
 
 
 class Store(Generic[R]):
@@ -99,13 +100,13 @@ class Store(Generic[R]):
         for other in self.runs.values():
             if other["comparable_group"] != group:
                 raise BadInput(
-                    f"{self.folder} holds the run {other['run_id']!r} made with {_differs(other, identity, identity)}. "
+                    f"{self.folder} holds the run {other['run_id']!r} made with {_differs(other, identity)}. "
                     "Numbers of both cannot share a table. Choose another folder."
                 )
         known = self.runs.get(name)
         if known and known["settings"] != identity["settings"]:
             raise BadInput(
-                f"{self.folder} holds the run {name!r} with other settings: {_differs(known, identity, identity)}. "
+                f"{self.folder} holds the run {name!r} with other settings: {_differs(known, identity)}. "
                 "Choose another run_id or another folder."
             )
         if not known:
@@ -189,13 +190,16 @@ def _plain(record: Json) -> Json:
     return dict(json.loads(json.dumps(record)))
 
 
-def _differs(known: Mapping[str, Any], asked: Mapping[str, Any], keys: Iterable[str]) -> str:
-    """What of a run was asked otherwise, as a person reads it."""
-    parts = []
-    for key in sorted(keys):
-        a, b = known.get(key), asked.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            parts += [_differs(a, b, {*a, *b})] if a != b else []
-        elif a != b and key not in ("run_id", "comparable_group", "started", "versions", "hardware"):
-            parts.append(f"{key} {a!r}, asked now {b!r}")
+def _differs(known: Json, asked: Json) -> str:
+    """What was asked otherwise, as a person reads it; a hash tells a person nothing."""
+    before, now, parts = known["settings"], asked["settings"], []
+    for key in now:
+        if (a := before.get(key)) != (b := now[key]):
+            parts.append(OTHER.get(key) or "; ".join(_changes(key, a, b)))
     return "; ".join(parts) or "other settings"
+
+
+def _changes(key: str, a: Any, b: Any) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [text for k in {**a, **b} if a.get(k) != b.get(k) for text in _changes(k, a.get(k), b.get(k))]
+    return [f"{key} {a!r}, asked now {b!r}"]

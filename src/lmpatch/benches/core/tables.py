@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...resources import format_bytes
 from .contract import BASE, Measure
-from .stats import Number
+from .stats import REPETITION, Number
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 NONE = "-"
 WIDE = 6  # runs that stand side by side; more are listed below each other
+NAME = 30  # letters of a name that a terminal never breaks
 NAMED = 3  # numbers that a sentence of the verdict names
 SENTENCES = 4  # patched runs with a sentence each; of more, the best has one
 CLEAR = 2.0  # standard errors from which a difference is called one
+ENOUGH = 30  # records below which nothing is called better
 NOTE = (
-    "Shares in %. ± one standard error (the larger one where records come in clusters), n: records. Below: the "
-    "difference from the unpatched model, record by record; = marks one within a standard error. ★: the best, of "
-    "three or more runs without the unpatched one."
+    "Shares in %. ± one standard error (the larger one where records come in clusters; none where all agree), n: "
+    "records. Below: the difference from the unpatched model, record by record; = marks one within a standard error. "
+    f"★: the best, of three or more runs without the unpatched one, from n = {ENOUGH} on."
 )
 Moved = Mapping[str, Mapping[str, Number]]
 
@@ -59,7 +61,7 @@ def label(name: str) -> str:
 
 def show(measure: Measure, value: float, error: float | None = None, signed: bool = False) -> str:
     """A value in its unit, and its error."""
-    sign, spread = "+" if signed else "", "" if error is None else f" ±{show(measure, error)}"
+    sign, spread = "+" if signed else "", f" ±{show(measure, error)}" if error else ""
     return (f"{100 * value:{sign}.1f}" if measure.unit == "%" else f"{value:{sign}.3g}") + spread
 
 
@@ -75,7 +77,7 @@ def verdict(runs: Sequence[Any], moved: Moved) -> list[str]:
     if len(patched) <= SENTENCES:
         return [_sentence(run, moved[run.name]) for run in patched]
     head = next((n for n in _headlines(patched[0]) if patched[0].measure(n).better == "more"), "")
-    if not (rivals := [run for run in patched if head in run.metrics()]):
+    if not (rivals := [run for run in patched if head in run.metrics() and run.metrics()[head].n >= ENOUGH]):
         return [f"{len(patched)} patched runs; the table has their numbers."]
     best = max(rivals, key=lambda run: run.metrics()[head].value)
     told = f"Of {len(patched)} patched runs {best.title} has the highest {label(head)}."
@@ -83,7 +85,8 @@ def verdict(runs: Sequence[Any], moved: Moved) -> list[str]:
 
 
 def _sentence(run: Any, moved: Mapping[str, Number]) -> str:
-    judged = [n for n in _headlines(run) if n in moved and run.measure(n).better]
+    every = [n for n in _headlines(run) if n in moved and run.measure(n).better]
+    judged = [n for n in every if moved[n].n >= ENOUGH]
     sides: dict[str, list[tuple[float, str]]] = {"better": [], "worse": []}
     for name in judged:
         measure, value, error = run.measure(name), moved[name].value, moved[name].error or 0.0
@@ -98,6 +101,9 @@ def _sentence(run: Any, moved: Mapping[str, Number]) -> str:
         parts += [f"{side} in {', '.join(names[:NAMED])}{more}"] if names else []
     left = len(judged) - sum(map(len, sides.values()))
     parts += [f"no clear difference in {left} of {len(judged)} numbers"] if left else []
+    if few := sorted({moved[n].n for n in every if n not in judged}):
+        where = f" in {len(every) - len(judged)} of {len(every)} numbers" if judged else ""
+        parts.append(f"too few for a verdict{where}: n = {few[0]}{f' to {few[-1]}' if len(few) > 1 else ''}")
     return f"{run.title} against the unpatched model: {'; '.join(parts) or 'nothing to compare'}."
 
 
@@ -105,13 +111,20 @@ def _headlines(run: Any) -> list[str]:
     return [name for name in run.metrics() if run.measure(name).headline]
 
 
-def comparison(runs: Sequence[Any], moved: Moved) -> Grid:
-    """Every number of every run, baselines included, the best of each marked."""
+def kept(run: Any, every: bool) -> list[str]:
+    """The numbers of a run that a table shows: those it is remembered by with how answers repeat themselves, or every
+    one."""
+    shown = [name for name in run.metrics() if run.measure(name).shown]
+    few = [name for name in shown if run.measure(name).headline]
+    return shown if every or not few else [name for name in shown if name in few or name in REPETITION]
+
+
+def comparison(runs: Sequence[Any], moved: Moved, every: bool = True) -> Grid:
+    """The numbers of every run, baselines included, the best of each marked."""
     homes: dict[str, Any] = {}  # the first run that has the number
     for run in runs:
-        for name in run.metrics():
-            if run.measure(name).shown:
-                homes.setdefault(name, run)
+        for name in kept(run, every):
+            homes.setdefault(name, run)
     order, chances, first = list(runs[0].bench.metrics.values()), runs[0].chances, runs[0].record
     heads = [Cell("number"), *([Cell("guessing")] if chances else [])]
     heads += [Cell(run.title, "baseline" if run.record["baseline"] else "") for run in runs]
@@ -123,10 +136,12 @@ def comparison(runs: Sequence[Any], moved: Moved) -> Grid:
         guess = [Cell(show(measure, chances[name]) if name in chances else NONE)] if chances else []
         lines.append((measure, (Cell(label(name), means=means), *guess, *_cells(runs, name, measure, moved))))
     note = NOTE + (f" Protocol {first['protocol_id']}." if "protocol_id" in first else "")
+    if more := len({name for run in runs for name in kept(run, True)} - homes.keys()):
+        note += f" {more} more numbers: --all, or table(every=True)."
     if len(runs) > WIDE:
-        kept = [line for measure, line in lines if measure.headline]
-        columns = (Cell("run"), *(line[0] for line in kept))
-        below = tuple((heads[i], *(line[i] for line in kept)) for i in range(1, len(heads)))
+        few = [line for measure, line in lines if measure.headline]
+        columns = (Cell("run"), *(line[0] for line in few))
+        below = tuple((heads[i], *(line[i] for line in few)) for i in range(1, len(heads)))
         return Grid("Comparison", f"{note} All other numbers: to_json().", columns, below)
     rows: list[tuple[Cell, ...]] = []
     group = ""
@@ -142,8 +157,8 @@ def _cells(runs: Sequence[Any], name: str, measure: Measure, moved: Moved) -> li
     values = {run.name: run.metrics()[name].value for run in runs if name in run.metrics()}
     if len(values) > 2:  # against itself the unpatched model is as it was; who comes next says more
         values.pop(BASE, None)
-    best = None
-    if measure.better and len(set(values.values())) > 1:
+    best, enough = None, all(run.metrics()[name].n >= ENOUGH for run in runs if run.name in values)
+    if measure.better and enough and len(set(values.values())) > 1:
         best = max(values.values()) if measure.better == "more" else min(values.values())
     cells = []
     for run in runs:
@@ -200,9 +215,11 @@ def printed(sentences: Sequence[str], grids: Sequence[Grid]) -> Group:
         table = Table(
             title=grid.title, caption=grid.note, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD
         )
+        names = [len(row[0].text) for row in (grid.columns, *grid.rows)]
         for i, column in enumerate(grid.columns):
             justify: Any = "left" if i == 0 or grid.title == "Flagged" else "right"
-            table.add_column(Text(column.text), justify=justify, overflow="fold")
+            width = min(NAME, max(names)) if i == 0 else None  # a name stays whole
+            table.add_column(Text(column.text), justify=justify, overflow="fold", width=width)
         for row in grid.rows:
             table.add_row(*([Text(row[0].text, style="italic")] if len(row) == 1 else map(_text, row)))
         parts.append(table)

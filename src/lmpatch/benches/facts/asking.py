@@ -66,8 +66,9 @@ class Answers:
         return cls(values["texts"], dict(zip(values["states"], tensors["states"], strict=True)), scores, values["long"])
 
 
-def ask(lm: LM, questions: Iterable[Question], cfg: Config) -> Answers:
-    """Put the questions to the model as it is now, patches included. Equal prompts run once, too long ones never."""
+def ask(lm: LM, questions: Iterable[Question], cfg: Config, progress: Progress | None = None) -> Answers:
+    """Put the questions to the model as it is now, patches included. Equal prompts run once, too long ones never.
+    What takes longest comes last, and ``progress`` hears of it."""
     asked = [q for q in questions if not q.flag]
     texts = list(dict.fromkeys(q.text for q in asked))
     near = list(dict.fromkeys(q.text for q in asked if q.kind.startswith("loc/")))
@@ -77,14 +78,14 @@ def ask(lm: LM, questions: Iterable[Question], cfg: Config) -> Answers:
     over = beyond_window(lm, [text for text, _ in pairs], [answer for _, answer in pairs])
     flags |= {text: flag for (text, _), flag in zip(pairs, over, strict=True) if flag}
     answers, size = Answers(long={text: flag for text, flag in flags.items() if flag}), cfg.batch_size
-    if texts := [text for text in texts if not flags[text]]:
-        generated = generate(lm, texts, max_new_tokens=cfg.max_new_tokens, batch_size=size)
-        answers.texts.update(zip(texts, generated, strict=True))
     if near := [text for text in near if not flags[text]]:
         answers.states.update(zip(near, hidden(lm, near, batch_size=size).cpu(), strict=True))
     if pairs := [pair for pair in pairs if not flags[pair[0]]]:
         scores = score(lm, [text for text, _ in pairs], [answer for _, answer in pairs], batch_size=size)
         answers.scores.update(zip(pairs, scores, strict=True))
+    if texts := [text for text in texts if not flags[text]]:
+        generated = generate(lm, texts, max_new_tokens=cfg.max_new_tokens, batch_size=size, progress=progress)
+        answers.texts.update(zip(texts, generated, strict=True))
     return answers
 
 
@@ -92,6 +93,11 @@ def ask_base(
     lm: LM, questions: Iterable[Question], cfg: Config, folder: Path | None, progress: Progress | None = None
 ) -> Answers:
     """``ask`` on the unpatched model, kept in ``folder`` by (weights, dtype, prompts, protocol)."""
+
+    def told(done: int, total: int, _: str = "") -> None:
+        if progress:
+            progress(start + len(block) * done // total, len(queue), "asking the unpatched model")
+
     answers = Answers()
     unique = dict.fromkeys(replace(q, case=0, answers=q.answers[:1], old=q.old[:1]) for q in questions if not q.flag)
     queue = sorted(unique, key=lambda q: (len(q.text), q.text, q.kind))
@@ -101,16 +107,16 @@ def ask_base(
         key = hash_json([*how, [asdict(q) for q in block]])
         path = folder / "base" / f"{key[:24]}.safetensors" if folder else None
         part: Answers | None = None
+        told(0, 1)
         if path and path.is_file():
             with suppress(BadRecord):  # a damaged file is asked again
                 part = Answers.load(path)
         if part is None:
-            part = ask(lm, block, cfg)
+            part = ask(lm, block, cfg, told)
             if path:
                 part.save(path)
         answers.update(part)
-        if progress:
-            progress(start + len(block), len(queue), "asking the unpatched model")
+        told(1, 1)
     return answers
 
 

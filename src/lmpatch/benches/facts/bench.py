@@ -42,6 +42,8 @@ class Base:
     """Prompts are asked through its chat template."""
     answers: Answers = field(default_factory=Answers)
     perplexity: float | None = None
+    progress: Progress | None = None
+    """Hears how far a chunk is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def plan(
     lm: LM, edits: Sequence[Edit], cfg: Config, *, fixed: bool = False, progress: Progress | None = None
 ) -> list[Item]:
     """The chunks, each with what will be asked of it."""
-    chunks, base = plan_chunks(edits, cfg, shuffled=not fixed), Base(lm.chat is not None)
+    chunks, base = plan_chunks(edits, cfg, shuffled=not fixed), Base(lm.chat is not None, progress=progress)
     if fixed:  # it holds whatever it holds
         chunks = [replace(chunk, commits=(tuple(range(len(chunk.edits))),)) for chunk in chunks]
     return [Item(chunk, base) for chunk in chunks]
@@ -102,6 +104,11 @@ def group(item: Item) -> int:
     return item.chunk.index
 
 
+def size(item: Item) -> int:
+    """Its prompts."""
+    return len(item.chunk.questions)
+
+
 def identity(item: Item) -> Any:
     """Its edits."""
     return plain(item.chunk.edits)
@@ -137,6 +144,7 @@ def write(lm: LM, item: Item, cfg: Config, fits: Iterable[Fitted], writer: Write
         pass_.after |= dict.fromkeys(commit, writer.edits)
         if number + 1 < len(chunk.commits):
             rows += pass_.early(number, before)
+        pass_.tell(number + 1 - len(chunk.commits), 1)
         if writer.collapsed_at is not None:
             pass_.notes |= {i: STOPPED for rest in chunk.commits[number + 1 :] for i in rest}
             break
@@ -164,6 +172,12 @@ class _Pass:
     """Edit → why it is not in the model."""
     probes: frozenset[int] = frozenset()
 
+    def tell(self, done: int, total: int, what: str = "") -> None:
+        """How far the last questions are; the commits before them, each, count as much as they do."""
+        if self.item.base.progress:
+            n = len(self.item.chunk.commits)
+            self.item.base.progress(n * total + done, (n + 1) * total, what)
+
     def early(self, commit: int, before: int) -> list[Row]:
         """Rows taken between commits: the commit's own edits, and older probes where the curve has a point.
 
@@ -183,7 +197,8 @@ class _Pass:
 
     def score(self, questions: Sequence[Question], when: str, now: Answers | None = None) -> list[Row]:
         """Rows of what the model says now, or of answers that are there already, with their place in the run."""
-        now = asking.ask(self.lm, questions, self.cfg) if now is None else now
+        if now is None:
+            now = asking.ask(self.lm, questions, self.cfg, self.tell if when == "final" else None)
         kl = self.writer is None or not self.writer.tail_touched
         rows = asking.rows(self.lm, questions, self.item.base.answers, now, self.cfg, kl=kl)
         edits = self.writer.edits if self.writer else 0
