@@ -22,6 +22,7 @@ from ..models.gguf import quiet
 from ..models.hooks import hooked
 from ..models.lm import LM
 from ..resources import require_memory
+from .file import as_patch
 from .ledger import applied, apply, check, rebuild
 from .lora import Lora
 from .patch import Patch
@@ -45,7 +46,7 @@ class Exported:
 
 
 def export(
-    lm: LM, patch: Patch, to: Literal["peft", "checkpoint"], out: str | Path, *, rank: int | None = None
+    lm: LM, patch: Patch | str | Path, to: Literal["peft", "checkpoint"], out: str | Path, *, rank: int | None = None
 ) -> Exported:
     """Write a patch as a LoRA adapter (``peft``) or a whole patched model (``checkpoint``).
 
@@ -69,6 +70,7 @@ def export(
         raise BadInput(f"cannot export to {to!r}. There are peft and checkpoint.")
     if rank is not None and to == "checkpoint":
         raise BadInput("a rank was given, but a checkpoint has none. Leave rank out, or export to='peft'.")
+    patch = as_patch(patch)
     if applied(lm):
         raise BadInput(f"{len(applied(lm))} patches are on {lm.name}. Take them off, or merge them with this one.")
     path = Path(out)

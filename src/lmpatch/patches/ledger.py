@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from ..errors import BadInput, CannotMount
 from ..inference.interventions import Intervention
 from ..models.lm import LM
+from ..models.load import require_lm
+from .file import as_patch
 from .handle import Handle
 from .patch import Mount, Patch
 
@@ -70,10 +73,11 @@ class Applied:
         return f"<{self.patch.method} patch {where} {self.lm.name}, mount {self.mount}{lost}>"
 
 
-def apply(lm: LM, patch: Patch, mount: Mount | None = None, *, strict: bool = True) -> Applied:
+def apply(lm: LM, patch: Patch | str | Path, mount: Mount | None = None, *, strict: bool = True) -> Applied:
     """Put a patch on a model: all of it, or an error and nothing.
 
     Args:
+        patch: it, or the path of its folder.
         mount: ``bake`` writes the weights and keeps the originals; ``side`` adds the change by hooks; ``run`` acts
             in lmpatch's own calls. None: ``bake`` for changes of weights, ``run`` for patches that touch none.
         strict: the model must be the one the patch was made for, weight by weight (compared after rounding to
@@ -85,6 +89,8 @@ def apply(lm: LM, patch: Patch, mount: Mount | None = None, *, strict: bool = Tr
         CannotMount: this mount cannot work on one of the weights; the message names the other.
         ForeignWrite: a weight that another patch is baked into was written by someone else.
     """
+    require_lm(lm)
+    patch = as_patch(patch)
     if not patch.mounts:
         raise CannotMount(f"a {patch.kind} patch makes a new model. Call rebuild(lm, patch), which returns it.")
     mount = mount or patch.mounts[0]
@@ -113,13 +119,14 @@ def check(lm: LM, patch: Patch, *, strict: bool = True) -> None:
         patch.base.require(lm)
 
 
-def rebuild(lm: LM, patch: Patch, *, strict: bool = True) -> LM:
+def rebuild(lm: LM, patch: Patch | str | Path, *, strict: bool = True) -> LM:
     """The new model that a patch makes of ``lm``, which is left as it was.
 
     Raises:
         BadInput: the patch is of a kind that is put on a model (``apply``), or ``lm`` carries patches.
         WrongModel: as in ``apply``; so is ``strict``.
     """
+    patch = as_patch(patch)
     if on := applied(lm):
         raise BadInput(f"{lm.name} carries {len(on)} patches. Take them off, and apply them to the new model.")
     with lm.lock:
@@ -129,6 +136,7 @@ def rebuild(lm: LM, patch: Patch, *, strict: bool = True) -> LM:
 
 def applied(lm: LM) -> tuple[Applied, ...]:
     """The patches on a model, in the order they went on."""
+    require_lm(lm)
     return tuple(_ledger(lm.model).applied)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,23 +12,24 @@ from torch import Tensor
 
 from ..errors import CannotMerge, WrongModel
 from ..provenance import now, versions
+from .file import as_patch
 from .patch import Patch
 
 
-def merge(first: Patch, *others: Patch) -> Patch:
+def merge(first: Patch | str | Path, *others: Patch | str | Path) -> Patch:
     """One patch that does what all of them do together: changes of weights add up, memories hold the facts of all,
     decode rules act one after the other.
 
     Args:
-        first, others: patches of one kind for one model. Edits are kept in this order; extras of one name are
-            joined along their first axis.
+        first, others: patches, or their paths, of one kind for one model. Edits are kept in this order; extras of one
+            name are joined along their first axis.
     Returns:
         a new patch whose method names theirs, ``rome+memit``. Low-rank changes stay low-rank while that is smaller.
     Raises:
         WrongModel: they were made for different models.
         CannotMerge: different kinds, a scale meets an addition on one weight, or extras do not fit together.
     """
-    patches = (first, *others)
+    patches = [as_patch(patch) for patch in (first, *others)]
     kinds = sorted({p.kind for p in patches})
     if len(kinds) > 1:
         raise CannotMerge(f"cannot merge patches of kind {' and '.join(kinds)}. Apply both instead.")
@@ -35,7 +37,7 @@ def merge(first: Patch, *others: Patch) -> Patch:
     if len(prints) > 1:
         models = " and ".join(f"{name} ({print[:12]})" for print, name in prints.items())
         raise WrongModel(f"cannot merge patches for different models: {models}. Fit them on one model.")
-    return first.merged(others)
+    return patches[0].merged(patches[1:])
 
 
 def merged_fields(patches: Sequence[Patch]) -> dict[str, Any]:
