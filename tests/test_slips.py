@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import tiny_lm
 
 import lmpatch as lp
@@ -52,6 +53,38 @@ def test_one_record_is_as_good_as_a_list_of_one(model: LM, patch: lp.Patch) -> N
     assert len(lp.bench(model, "facts", EDIT).runs[0].rows) == len(lp.bench(model, "facts", [EDIT]).runs[0].rows)
 
 
+def test_patches_whose_handles_were_lost_come_off_together(model: LM, patch: lp.Patch, tmp_path: Path) -> None:
+    was = model.fingerprint(), [p.clone() for p in model.model.parameters()]
+    lp.apply(model, patch)
+    lp.apply(model, lp.merge(patch, patch), mount="side")
+    for refused in (
+        lambda: lp.bench(model, "facts", [EDIT]),
+        lambda: lp.export(model, patch, "peft", tmp_path / "out"),
+        lambda: lp.rebuild(model, patch),
+    ):
+        with pytest.raises(lp.BadInput, match=r"remove\(lm\)"):
+            refused()
+    lp.remove(model)
+    assert lp.applied(model) == () and model.fingerprint() == was[0]
+    assert all(map(torch.equal, model.model.parameters(), was[1]))
+    lp.remove(model)
+
+
+def test_a_foreign_write_keeps_all_patches_on_unless_forced(patch: lp.Patch) -> None:
+    lm = tiny_lm("llama")
+    was = lm.fingerprint()
+    lp.apply(lm, patch)
+    lp.apply(lm, patch, mount="side")
+    weight = lm.parameter(next(iter(patch.base.touched)))
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(lp.ForeignWrite):
+        lp.remove(lm)
+    assert len(lp.applied(lm)) == 2
+    lp.remove(lm, force=True)
+    assert lp.applied(lm) == () and lm.fingerprint() == was
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -60,6 +93,7 @@ def test_one_record_is_as_good_as_a_list_of_one(model: LM, patch: lp.Patch) -> N
         (lambda lm, patch: lp.apply(patch, lm), r"WeightPatch is no LM.*wrap"),
         (lambda lm, patch: lp.apply(lm.model, patch), r"LlamaForCausalLM is no LM.*wrap"),
         (lambda lm, patch: lp.applied(lm.model), r"is no LM.*wrap"),
+        (lambda lm, patch: lp.remove(lm.model), r"is no LM.*wrap"),
         (lambda lm, patch: lp.rebuild(lm, lm), r"found LM.*load_patch"),
         (lambda lm, patch: lp.merge([patch, patch]), r"found list.*load_patch"),
         (lambda lm, patch: lp.merge(patch, lm), r"found LM.*load_patch"),

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from .errors import (
         BadInput as BadInput, BadPatch as BadPatch, BadRecord as BadRecord, CannotMerge as CannotMerge,
         CannotMount as CannotMount, Contradiction as Contradiction, Diverged as Diverged,
-        ForeignWrite as ForeignWrite, LayerOutOfRange as LayerOutOfRange, LmpatchError as LmpatchError,
-        MissingExtra as MissingExtra, NotEnoughMemory as NotEnoughMemory, SubjectNotFound as SubjectNotFound,
-        UnknownLayout as UnknownLayout, UnknownName as UnknownName, WrongModel as WrongModel,
+        ForeignWrite as ForeignWrite, Harmful as Harmful, LayerOutOfRange as LayerOutOfRange,
+        LmpatchError as LmpatchError, MissingExtra as MissingExtra, NotEnoughMemory as NotEnoughMemory,
+        SubjectNotFound as SubjectNotFound, UnknownLayout as UnknownLayout, UnknownName as UnknownName,
+        WrongModel as WrongModel,
     )
     from .inference.generate import generate as generate, stream as stream
     from .inference.multiple_choice import next_logits as next_logits
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     from .patches.export import export as export
     from .patches.file import load_patch as load_patch
     from .patches.hook.patch import SteerPatch as SteerPatch
-    from .patches.ledger import Applied as Applied, applied as applied, apply as apply, rebuild as rebuild
+    from .patches.ledger import (
+        Applied as Applied, applied as applied, apply as apply, rebuild as rebuild, remove as remove,
+    )
     from .patches.memory.patch import MemoryPatch as MemoryPatch
     from .patches.merge import merge as merge
     from .patches.patch import Patch as Patch

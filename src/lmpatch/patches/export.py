@@ -72,7 +72,7 @@ def export(
         raise BadInput("a rank was given, but a checkpoint has none. Leave rank out, or export to='peft'.")
     patch = as_patch(patch)
     if applied(lm):
-        raise BadInput(f"{len(applied(lm))} patches are on {lm.name}. Take them off, or merge them with this one.")
+        raise BadInput(f"{len(applied(lm))} patches are on {lm.name}. Call remove(lm), or merge them with this one.")
     path = Path(out)
     if to == "peft":
         check(lm, patch)

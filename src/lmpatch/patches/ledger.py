@@ -128,10 +128,29 @@ def rebuild(lm: LM, patch: Patch | str | Path, *, strict: bool = True) -> LM:
     """
     patch = as_patch(patch)
     if on := applied(lm):
-        raise BadInput(f"{lm.name} carries {len(on)} patches. Take them off, and apply them to the new model.")
+        raise BadInput(
+            f"{lm.name} carries {len(on)} patches. Take them off with remove(lm), and apply them to the new model."
+        )
     with lm.lock:
         check(lm, patch, strict=strict)
         return patch.rebuild(lm)
+
+
+def remove(lm: LM, *, force: bool = False) -> None:
+    """Take every patch off a model, the last one first; a model without patches is left as it is.
+
+    Args:
+        force: as in ``Applied.remove``.
+    Raises:
+        ForeignWrite: someone else wrote a weight that a patch is baked into. All patches stay on.
+    """
+    require_lm(lm)
+    with lm.lock:
+        on = applied(lm)
+        for one in () if force else on:
+            one.handle.check()
+        for one in reversed(on):
+            one.remove(force=force)
 
 
 def applied(lm: LM) -> tuple[Applied, ...]:
