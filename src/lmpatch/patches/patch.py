@@ -154,15 +154,17 @@ class Patch(ABC):
         tensors = hash_tensors(sorted(self.all_tensors().items()), exact=True)
         return hash_json([self.kind, self.method, self.config, list(self.edits), self.parts(), tensors])
 
-    def save(self, path: str | Path) -> None:
-        """Write the patch as a folder; all of it or nothing. A patch that is there already is replaced.
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the patch as a folder; all of it or nothing. The same patch may be there already.
 
+        Args:
+            overwrite: replace another patch that is there.
         Raises:
-            BadInput: something else is there.
+            BadInput: another patch is there, or something else, which is never replaced.
         """
         header = {name: getattr(self, name) for name in ("kind", "method", "config", "made", "notes")}
         header |= {"base": asdict(self.base), "edits": list(self.edits), "parts": self.parts()}
-        format.write(Path(path), header, self.all_tensors())
+        format.write(Path(path), header, self.all_tensors(), overwrite)
 
     def summary(self) -> str:
         """A few lines for a person."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from textwrap import shorten
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ...errors import BadInput, MissingExtra
