@@ -85,6 +85,58 @@ def test_a_foreign_write_keeps_all_patches_on_unless_forced(patch: lp.Patch) -> 
     assert lp.applied(lm) == () and lm.fingerprint() == was
 
 
+def test_a_patch_put_on_twice_is_named_in_a_warning(
+    model: LM, patch: lp.Patch, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with lp.apply(model, patch):
+        assert not caplog.messages
+        with lp.apply(model, patch.scaled(0.5)), lp.apply(model, lp.fit(model, "cad", [])):  # type: ignore[attr-defined]
+            assert not caplog.messages
+        for again in (patch, folder):  # the same one, and an equal one
+            with lp.apply(model, again, mount="side"):
+                assert len(lp.applied(model)) == 2
+            (message,) = caplog.messages
+            assert repr(patch) in message and "counts twice" in message
+            caplog.clear()
+    with lp.apply(model, patch) as on:
+        pass
+    with on:  # a second block of one handle puts it on once
+        assert not caplog.messages
+
+
+def test_a_patch_merged_with_itself_is_named_in_a_warning(
+    patch: lp.Patch, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lp.merge(patch, patch.scaled(0.5))  # type: ignore[attr-defined]
+    assert not caplog.messages
+    lp.merge(patch, folder)
+    (message,) = caplog.messages
+    assert repr(patch) in message and "counts twice" in message
+
+
+def test_a_patch_fitted_on_top_of_others_says_so(
+    model: LM, patch: lp.Patch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    settings = {"layer": 2, "epochs": 1}
+    assert "on" not in lp.fit(model, "finetune", EDIT, **settings).made
+    with lp.apply(model, patch):
+        new = lp.fit(model, "finetune", EDIT, **settings)
+        assert new.made["on"] == {patch.hash(): "finetune"}
+        with lp.apply(model, new):
+            assert not caplog.messages
+    new.save(tmp_path / "new")
+    new = lp.load_patch(tmp_path / "new")
+    assert f"fitted on a model with finetune ({patch.hash()[:12]}) on" in new.summary()
+    with lp.apply(model, new):
+        (message,) = caplog.messages
+        assert repr(new) in message and f"finetune ({patch.hash()[:12]})" in message
+    caplog.clear()
+    both = lp.merge(patch, new)
+    assert "on" not in both.made and lp.merge(new, new.scaled(0.5)).made["on"] == new.made["on"]  # type: ignore
+    with lp.apply(model, both):
+        assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [

@@ -17,6 +17,7 @@ from .models.load import require_lm
 from .patches.editor import Editor
 from .patches.file import as_patch
 from .patches.guard import check_harm
+from .patches.ledger import applied
 from .patches.patch import Mount, Patch
 from .progress import Progress
 from .registry import get, keywords, taken
@@ -38,6 +39,8 @@ def fit(
     **settings: Any,
 ) -> Patch:
     """Make a patch that writes ``edits`` into the model, which stays as it was, to the bit.
+
+    Patches that are on the model meanwhile are noted in ``made["on"]``: the new one is for a model that has them.
 
     Args:
         method: a name from ``names("methods")``.
@@ -66,6 +69,8 @@ def fit(
     if chosen.estimate:
         require_memory(chosen.estimate(lm, len(records), config), lm.device, f"{method} with {len(records)} edits")
     patch: Patch = chosen.fit(lm, records, config, progress=progress, **material)
+    if on := {one.patch.hash(): one.patch.method for one in applied(lm)}:
+        patch.made["on"] = on
     check_harm(lm, patch, force=force)
     return patch
 

@@ -261,6 +261,15 @@ def test_saving_the_same_patch_again_passes_and_another_one_is_not_lost(patch: W
     assert load_patch(folder).hash() == patch.hash()
 
 
+@pytest.mark.parametrize("on", [[1], "rome", 3])
+def test_what_a_patch_was_fitted_on_top_of_is_named_or_refused(patch: WeightPatch, folder: Path, on: Any) -> None:
+    reseal(folder, made={"on": {"0" * 64: "rome\x1b[2J"}})
+    assert "rome" in load_patch(folder).summary() and "\x1b" not in load_patch(folder).summary()
+    reseal(folder, made={"on": on})
+    with pytest.raises(BadPatch, match="on top of"):
+        load_patch(folder)
+
+
 @pytest.mark.parametrize("name", [HEADER, TENSORS])
 def test_a_broken_patch_is_replaced_only_when_that_is_asked_for(patch: WeightPatch, folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"{}")

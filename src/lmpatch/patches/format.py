@@ -85,6 +85,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     made, notes = header["made"], header["notes"]
     norms = made.get("weight_norms", {})
     numbers = [made.get("seconds", 0), notes.get("strength", 1), *(norms.values() if isinstance(norms, dict) else [""])]
+    if not isinstance(made.get("on", {}), dict):
+        raise BadPatch(f"{where} is not as lmpatch writes it: the patches it was fitted on top of are no names.")
     if not all(type(n) is float or (type(n) is int and abs(n) < 2**63) for n in numbers):
         raise BadPatch(f"{where} is not as lmpatch writes it: seconds, norms or the strength are no numbers.")
     if hashlib.sha256(data).hexdigest() != header["tensors_sha256"]:

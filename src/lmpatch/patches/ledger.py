@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from ..models.lm import LM
 from ..models.load import require_lm
 from .file import as_patch
 from .handle import Handle
-from .patch import Mount, Patch
+from .patch import Mount, Patch, listed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -74,7 +77,7 @@ class Applied:
 
 
 def apply(lm: LM, patch: Patch | str | Path, mount: Mount | None = None, *, strict: bool = True) -> Applied:
-    """Put a patch on a model: all of it, or an error and nothing.
+    """Put a patch on a model: all of it, or an error and nothing. One that is on goes on again, with a warning.
 
     Args:
         patch: it, or the path of its folder.
@@ -105,11 +108,24 @@ def apply(lm: LM, patch: Patch | str | Path, mount: Mount | None = None, *, stri
     try:
         with lm.lock:
             check(lm, patch, strict=strict)
+            _warn(lm, patch)
             _ledger(lm.model).put(on)
         return on
     except BaseException:  # a Ctrl-C behind the last line: nobody would have what takes it off
         on.remove(force=True)
         raise
+
+
+def _warn(lm: LM, patch: Patch) -> None:
+    """Log what is legal and seldom meant: a patch that is on already, or one without those it was fitted on top of."""
+    on, missing = [one.patch for one in applied(lm)], dict(patch.made.get("on", {}))
+    alike = [one for one in on if one.method == patch.method and one.describe() == patch.describe()]
+    if any(one is patch or one.hash() == patch.hash() for one in alike):  # two memories on disk differ in their path
+        log.warning("%r is on %s already: its change counts twice. remove(lm) takes all patches off.", patch, lm.name)
+    for one in on if missing else ():
+        missing.pop(one.hash(), None)
+    if missing:
+        log.warning("%r was fitted on a model with %s on, which is not on %s.", patch, listed(missing), lm.name)
 
 
 def check(lm: LM, patch: Patch, *, strict: bool = True) -> None:

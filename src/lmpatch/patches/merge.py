@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 from ..errors import CannotMerge, WrongModel
 from ..provenance import now, versions
 from .file import as_patch
-from .patch import Patch
+from .patch import Law, Patch
+
+log = logging.getLogger(__name__)
 
 
 def merge(first: Patch | str | Path, *others: Patch | str | Path) -> Patch:
@@ -46,6 +49,12 @@ def merged_fields(patches: Sequence[Patch]) -> dict[str, Any]:
     Raises:
         CannotMerge: extras of one name do not fit together.
     """
+    hashes = [p.hash() for p in patches]
+    for i, p in enumerate(patches):
+        if hashes[i] in hashes[:i] and p.law() is Law.STACK:
+            log.warning("%r is in this merge already: its change counts twice.", p)
+    on = {key: method for p in patches for key, method in p.made.get("on", {}).items() if key not in hashes}
+    made = {"on": on} if on else {}
     norms = {name: norm for p in patches for name, norm in p.made.get("weight_norms", {}).items()}
     seconds = sum(p.made.get("seconds", 0.0) for p in patches)
     groups: dict[str, list[Tensor]] = {}
@@ -58,9 +67,11 @@ def merged_fields(patches: Sequence[Patch]) -> dict[str, Any]:
         raise CannotMerge(f"extras of one name do not fit together ({error}). Merge without them.") from None
     return {
         "method": "+".join(dict.fromkeys(m for p in patches for m in p.method.split("+"))),
-        "config": {"merged": [{"method": p.method, "config": p.config, "hash": p.hash()} for p in patches]},
+        "config": {
+            "merged": [{"method": p.method, "config": p.config, "hash": hashes[i]} for i, p in enumerate(patches)]
+        },
         "base": replace(patches[0].base, touched={k: v for p in patches for k, v in p.base.touched.items()}),
         "edits": tuple(edit for p in patches for edit in p.edits),
-        "made": {"finished": now(), "versions": versions(), "seconds": seconds, "weight_norms": norms},
+        "made": {"finished": now(), "versions": versions(), "seconds": seconds, "weight_norms": norms, **made},
         "extras": extras,
     }

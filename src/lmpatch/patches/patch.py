@@ -172,6 +172,7 @@ class Patch(ABC):
         edits += [f"  and {len(self.edits) - 3} more"] if len(self.edits) > 3 else []
         seconds = f", made in {self.made['seconds']:.1f} s" if "seconds" in self.made else ""
         size = f"{format_bytes(self.nbytes)}{seconds}"
+        size += f"\nfitted on a model with {listed(on)} on" if (on := self.made.get("on")) else ""
         return printable("\n".join([f"{self.method}: {self._size()}", *edits, *self.describe(), size]))
 
     def _size(self) -> str:
@@ -211,6 +212,11 @@ class RunPatch(Patch):
 def printable(text: str) -> str:
     """Without what would steer a terminal: a file from outside may hold it in any name."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def listed(on: Mapping[str, str]) -> str:
+    """What ``made["on"]`` holds, the method of every patch by its hash, for a person."""
+    return printable(", ".join(f"{method} ({key[:12]})" for key, method in on.items()))
 
 
 def plain(value: Any) -> Any:
