@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -233,6 +234,15 @@ def test_the_report_says_it_all_and_needs_nothing(case: Case, report: Any, out: 
     assert [asdict(row) for row in again.rows_of("none")] == [asdict(row) for row in report.run("none").rows]
     if any(row.generation() for row in report.rows):
         assert {"repeats", "distinct_2"} <= report.run("none").metrics().keys()
+
+
+def test_the_extra_bench_installs_all_that_a_report_offers_in_tested_versions() -> None:
+    root = Path(__file__).parents[1]
+    (extra,) = re.findall(r"^bench = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.M)
+    names = re.findall(r'"(\w+)>=', extra)
+    assert names == ["jinja2", "pandas", "scipy"]
+    held = (root / "constraints.txt").read_text()
+    assert all(re.search(f"^{name}==", held, re.M) for name in names)
 
 
 @pytest.mark.slow

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from .patches.export import export as export
     from .patches.file import load_patch as load_patch
     from .patches.hook.patch import SteerPatch as SteerPatch
-    from .patches.ledger import Applied as Applied, applied as applied, apply as apply, rebuild as rebuild
+    from .patches.ledger import (
+        Applied as Applied, applied as applied, apply as apply, rebuild as rebuild, remove as remove,
+    )
     from .patches.memory.patch import MemoryPatch as MemoryPatch
     from .patches.merge import merge as merge
     from .patches.patch import Patch as Patch

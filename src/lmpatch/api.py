@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from .data.edits import Ask, Edit
 from .data.record import Record
 from .errors import BadInput, Harmful
 from .models.lm import LM
+from .models.load import require_lm
 from .patches.editor import Editor
+from .patches.file import as_patch
 from .patches.guard import check_harm
+from .patches.ledger import applied
 from .patches.patch import Mount, Patch
 from .progress import Progress
 from .registry import get, keywords, taken
@@ -25,7 +28,7 @@ from .resources import require_memory
 def fit(
     lm: LM,
     method: str,
-    edits: Sequence[Any] | str | Path,
+    edits: Record | Sequence[Any] | str | Path,
     *,
     text: Sequence[str] | None = None,
     anchors: Sequence[Edit] | None = None,
@@ -36,6 +39,8 @@ def fit(
     **settings: Any,
 ) -> Patch:
     """Make a patch that writes ``edits`` into the model, which stays as it was, to the bit.
+
+    Patches that are on the model meanwhile are noted in ``made["on"]``: the new one is for a model that has them.
 
     Args:
         method: a name from ``names("methods")``.
@@ -53,8 +58,9 @@ def fit(
         Contradiction: two edits ask for different answers to one prompt.
         NotEnoughMemory: the method's estimate is above what is free.
     """
+    require_lm(lm)
     chosen = find_method(method)
-    config, records = resolve(chosen.config, settings, method), _records(chosen.record, edits)
+    config, records = resolve(chosen.config, settings, method), _records(method, chosen.record, edits)
     if not records and chosen.needs_records:
         raise BadInput(f"{method} was given no edits. Give at least one.")
     if chosen.record:
@@ -63,23 +69,32 @@ def fit(
     if chosen.estimate:
         require_memory(chosen.estimate(lm, len(records), config), lm.device, f"{method} with {len(records)} edits")
     patch: Patch = chosen.fit(lm, records, config, progress=progress, **material)
+    if on := {one.patch.hash(): one.patch.method for one in applied(lm)}:
+        patch.made["on"] = on
     check_harm(lm, patch, force=force)
     return patch
 
 
-def _records(record: type[Record] | None, data: Sequence[Any] | str | Path, limit: int | None = None) -> Sequence[Any]:
-    """The records themselves, or those of a file."""
-    if not isinstance(data, (str, Path)):
-        return data
-    if record is None:
+def _records(name: str, record: type[Record] | None, data: Any, limit: int | None = None) -> Sequence[Any]:
+    """The records themselves, one alone as a list, or those of a file."""
+    if record is None and isinstance(data, (str, Path)):
         raise BadInput(f"nothing is read from {data} here. Leave it out.")
-    return record.read(data, limit=limit)
+    if record is None:
+        return data  # type: ignore[no-any-return]
+    if isinstance(data, (str, Path)):
+        return record.read(data, limit=limit)
+    records = list(data) if isinstance(data, Iterable) else [data]
+    for one in records:
+        if not isinstance(one, record):
+            kind, found = record.__name__, type(one).__name__
+            raise BadInput(f"{name} reads {kind} records, found {found}. Give a list of {kind}, or the path of a file.")
+    return records
 
 
 def train(
     lm: LM,
     method: str,
-    edits: Sequence[Any] | str | Path,
+    edits: Record | Sequence[Any] | str | Path,
     *,
     unrelated: Sequence[Ask] = (),
     out: str | Path | None = None,
@@ -101,10 +116,11 @@ def train(
     Raises:
         BadInput: the method has no editor, or as the method says.
     """
+    require_lm(lm)
     chosen = find_method(method)
     if chosen.train is None or chosen.training is None:
         raise BadInput(f"{method} learns nothing ahead of its edits. Call fit.")
-    config, records = resolve(chosen.training, settings, method), _records(chosen.record, edits)
+    config, records = resolve(chosen.training, settings, method), _records(method, chosen.record, edits)
     extra = {"unrelated": unrelated or None, "encoder": encoder, "download": download or None}
     editor: Editor = chosen.train(lm, chosen.training_data(records, extra), config, out=out, progress=progress)
     return editor
@@ -113,7 +129,7 @@ def train(
 def probe(
     lm: LM,
     name: str,
-    data: Sequence[Any] | str | Path,
+    data: Record | Sequence[Any] | str | Path,
     *,
     limit: int | None = None,
     out: str | Path | None = None,
@@ -132,9 +148,10 @@ def probe(
     Raises:
         BadInput: no such probe, an unknown setting, or one of another type.
     """
+    require_lm(lm)
     module = get("probes", name)
     config = resolve(module.Config, settings, name)
-    records = _records(module.Record, data, limit)
+    records = _records(name, module.Record, data, limit)
     return module.run(lm, records, config, progress=progress, **taken(name, keywords(module.run), {"out": out}))
 
 
@@ -143,7 +160,7 @@ def bench(
     name: str,
     data: Any,
     *,
-    patch: Patch | Sequence[Patch] | None = None,
+    patch: Patch | str | Path | Sequence[Patch | str | Path] | None = None,
     method: str | None = None,
     method_settings: Mapping[str, Any] | None = None,
     mount: Mount | None = None,
@@ -161,7 +178,7 @@ def bench(
     Args:
         name: a name from ``names("benches")``.
         data: what the bench's ``load`` gives, or the path it reads: a file of facts, a folder of tasks for ``general``.
-        patch: scored on all records. Several are put on in this order.
+        patch: scored on all records; it, or the path of its folder. Several are put on in this order.
         method: makes the patches of each commit; ``method_settings``, ``text``, ``anchors``, ``editor`` as in ``fit``.
         limit: at most this many records of a file.
         unrelated: a file of questions that edits must leave alone.
@@ -175,11 +192,16 @@ def bench(
     """
     if patch is not None and method is not None:
         raise BadInput("give either a patch or a method that makes patches, not both.")
+    require_lm(lm)
+    if patch is not None:
+        several: Sequence[Any] = patch if isinstance(patch, (list, tuple)) else [patch]
+        patch = [as_patch(one) for one in several]
     module = get("benches", name)
     config = resolve(module.Config, settings, name)
     path = data if isinstance(data, (str, Path)) else None
     if path is not None:
         data = module.load(path, limit=limit, **taken(name, keywords(module.load), {"unrelated": unrelated}))
+    data = [data] if isinstance(data, Record) else data
     material = {"text": text, "anchors": anchors, "editor": editor}
     makers = {"patch": patch} if method is None else _makers(method, dict(method_settings or {}), material)
     source = "" if path is None else Path(path).name

@@ -68,7 +68,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # of its own: several processes may write one cache
     try:
+        work.touch()
+        rights = stat.S_IMODE(work.stat().st_mode)
         yield work
+        work.chmod(rights)  # safetensors writes files that nobody else may read
         os.replace(work, path)
     finally:
         work.unlink(missing_ok=True)
@@ -100,7 +103,10 @@ def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        rights = new.stat().st_mode & 0o666
         for file in (*new.rglob("*"), new):
+            if file.is_file():
+                file.chmod(rights)  # as in ``replacing``
             sync(file)
         if path.exists():
             os.replace(path, old)  # a folder cannot be renamed over a full one

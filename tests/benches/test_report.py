@@ -42,6 +42,15 @@ def report(edits: list[Edit], make: Maker, quick: Config, out: Path) -> Report:
     return facts.run(lm, edits, cfg, make=make, run_id="fake", out=out, data_name="six.jsonl", prep={"seconds": 3})
 
 
+def test_a_report_and_a_run_are_one_line_each(report: Report) -> None:
+    line = repr(report)
+    assert "\n" not in line and len(line) <= 310
+    names = ", ".join(run.name for run in report.runs)
+    assert line.startswith(f"Report(facts: {names}; n = ") and report.verdict()[0][:60] in line
+    assert re.fullmatch(r"Run\(fake, n = \d+\)", repr(report.run("fake")))
+    assert int(line.partition("n = ")[2].partition(";")[0]) >= 6
+
+
 def printed(report: Report) -> str:
     console = Console(width=200, file=io.StringIO())
     with console.capture() as capture:

@@ -98,6 +98,16 @@ def test_an_empty_memory_changes_nothing(editor: Editor, tmp_path: Path) -> None
     assert empty.add([]) == 0
 
 
+def test_one_memory_on_twice_is_a_warning_and_two_memories_are_none(
+    editor: Editor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm, one, other = tiny_lm("gemma3"), Memory.create(tmp_path / "one", editor), Memory.create(tmp_path / "b", editor)
+    with apply(lm, one.patch()), apply(lm, other.patch()):
+        assert not caplog.messages
+        with apply(lm, one.patch()):
+            assert "counts twice" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_live_patch_is_not_saved_or_merged_but_its_snapshot_is(memory: Memory, tmp_path: Path) -> None:
     live = memory.patch()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from tiny import tiny_lm, tiny_tokenizer
 from typer.testing import CliRunner
 
 import lmpatch as lp
+from lmpatch import tensor_file
 from lmpatch.cli.app import build
 from lmpatch.errors import BadInput, BadPatch, CannotMount, WrongModel
+from lmpatch.methods.recipe.method import example_editor
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
 from lmpatch.patches.export import export
@@ -102,6 +106,42 @@ def test_a_full_rank_change_needs_a_rank_and_says_what_it_cuts_off(kind, random_
         want = logits(lm)
     assert (with_adapter(tmp_path / "base", whole.path) - want).abs().max() < 1e-4
     assert (with_adapter(tmp_path / "base", done.path) - want).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("place", ["models/gemma-3-270m-a5fd", "snapshots/0123"])
+def test_an_adapter_names_a_cached_base_and_its_terms_and_not_where_this_machine_keeps_it(
+    place: str, random_patch, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LMPATCH_CACHE", str(tmp_path / "models"))
+    monkeypatch.setattr("lmpatch.patches.lora.HF_HUB_CACHE", str(tmp_path / "snapshots"))
+    lm = tiny_lm("llama")
+    lm.name, lm.model.config._name_or_path = "gemma-3-270m", str(tmp_path / place)
+    export(lm, random_patch(lm), "peft", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "gemma-3-270m"
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert lm.fingerprint() in text and "Gemma Terms of Use" in text and str(tmp_path) not in text
+    lm.name = "mine"
+    export(lm, random_patch(lm), "peft", tmp_path / "b")
+    assert "mine" in (tmp_path / "b" / "README.md").read_text()
+    assert "Terms" not in (tmp_path / "b" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_is_written_has_the_rights_that_the_umask_says(umask: int, random_patch, tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    before = os.umask(umask)
+    try:
+        export(lm, random_patch(lm), "peft", tmp_path / "adapter")
+        export(lm, random_patch(lm), "checkpoint", tmp_path / "checkpoint")
+        random_patch(lm).save(tmp_path / "patch")
+        example_editor(lm).save(tmp_path / "editor.safetensors")
+        tensor_file.write(tmp_path / "answers", {}, {"x": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 9
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
 
 
 def test_a_rank_above_the_true_one_changes_nothing(random_patch, tmp_path) -> None:

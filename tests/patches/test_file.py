@@ -251,9 +251,37 @@ def names(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir()}
 
 
+def test_saving_the_same_patch_again_passes_and_another_one_is_not_lost(patch: WeightPatch, folder: Path) -> None:
+    again = replace(patch, made={"seconds": 99.0})
+    again.save(folder)
+    assert load_patch(folder).made == again.made
+    for other in (patch.scaled(0.5), replace(patch, method="other"), replace(patch, config={"seed": 7})):
+        with pytest.raises(BadInput, match=r"holds another patch.*overwrite=True"):
+            other.save(str(folder))
+    assert load_patch(folder).hash() == patch.hash()
+
+
+@pytest.mark.parametrize("on", [[1], "rome", 3])
+def test_what_a_patch_was_fitted_on_top_of_is_named_or_refused(patch: WeightPatch, folder: Path, on: Any) -> None:
+    reseal(folder, made={"on": {"0" * 64: "rome\x1b[2J"}})
+    assert "rome" in load_patch(folder).summary() and "\x1b" not in load_patch(folder).summary()
+    reseal(folder, made={"on": on})
+    with pytest.raises(BadPatch, match="on top of"):
+        load_patch(folder)
+
+
+@pytest.mark.parametrize("name", [HEADER, TENSORS])
+def test_a_broken_patch_is_replaced_only_when_that_is_asked_for(patch: WeightPatch, folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"{}")
+    with pytest.raises(BadInput, match="another path"):
+        patch.save(folder)
+    patch.save(folder, overwrite=True)
+    assert load_patch(folder).hash() == patch.hash()
+
+
 def test_saving_again_replaces_a_patch_and_nothing_else(patch: WeightPatch, folder: Path, tmp_path: Path) -> None:
     half = patch.scaled(0.5)
-    half.save(folder)
+    half.save(folder, overwrite=True)
     assert load_patch(folder).hash() == half.hash()
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(BadInput, match="another path"):
@@ -287,7 +315,7 @@ def test_a_save_that_fails_keeps_the_old_patch_and_leaves_no_litter(
 
     monkeypatch.setattr(where, step, failing)
     with pytest.raises(OSError, match="disk full"):
-        patch.scaled(0.5).save(folder)
+        patch.scaled(0.5).save(folder, overwrite=True)
     monkeypatch.undo()
     assert load_patch(folder).hash() == patch.hash() and names(tmp_path) == {"patch"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lmpatch.inference.tokens import encode
 from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.probes import causal_trace
-from lmpatch.probes.causal_trace import Config, Trace
+from lmpatch.probes.causal_trace import Config, Trace, Traces
 
 FACTS = [
     Edit("The Eiffel Tower is in the city of", subject="Eiffel Tower", target="Paris"),
@@ -116,6 +117,25 @@ def test_the_heat_map_is_written_as_a_picture(lm: LM, tmp_path: Path) -> None:
     (trace,) = causal_trace.run(lm, FACTS[:1], Config(samples=1))
     trace.plot(tmp_path / "trace.png")
     assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_noise_lowers_nothing_no_place_is_called_best(tmp_path: Path) -> None:
+    scores = torch.tensor([[0.1, 0.4], [0.2, 0.3]])
+    lost, risen, same = (
+        Trace("The Louvre is in", " Paris", (" Louvre", " is"), 1, "state", 0.277, noisy, scores)
+        for noisy in (0.1, 0.374, 0.277)
+    )
+    said = "noise did not lower the probability"
+    assert "best at ' Louvre', layer 1" in repr(lost) and said not in repr(lost) and lost.lowered
+    for trace in (risen, same):
+        assert "best" not in repr(trace) and said in repr(trace) and not trace.lowered
+    columns, rows = Traces([lost, risen]).table()
+    assert dict(zip(columns, rows[0], strict=True))["layer"] == 1 and said not in rows[0]
+    assert rows[1] == ("The Louvre is in", " Paris", 0.277, 0.374, "", said, "")
+    pytest.importorskip("matplotlib")
+    Traces([lost, risen]).save(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "causal_trace.jsonl").read_text().splitlines()]
+    assert [record["lowered"] for record in records] == [True, False]
 
 
 def test_a_prompt_without_its_subject_is_refused(lm: LM) -> None:

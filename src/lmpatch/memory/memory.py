@@ -140,7 +140,7 @@ class LivePatch(MemoryPatch):
         """Where its facts are looked up."""
         return StoreFacts(self.memory.store)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         raise BadInput(f"the facts are in {self.memory.store.path}. Save memory.snapshot() to have them as a patch.")
 
     def merged(self, others: Sequence[MemoryPatch]) -> MemoryPatch:

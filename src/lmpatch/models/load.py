@@ -59,6 +59,8 @@ def load(
     """
     from transformers import AutoTokenizer
 
+    if not isinstance(source, (str, Path)):
+        raise BadInput(f"{type(source).__name__} is no name and no path. Call wrap(model, tokenizer) for a model.")
     where = _device(device)
     dtype = number_format.default_dtype(where) if dtype is None else dtype
     number = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
@@ -139,6 +141,8 @@ def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | No
         BadInput: a slow tokenizer, no token to pad with, or adapters still on the model.
         UnknownLayout: the parts could not be found, or the given layout does not hold.
     """
+    if not hasattr(model, "get_input_embeddings"):
+        raise BadInput(f"{type(model).__name__} is no transformers model. Call load for a name or a path.")
     if hasattr(model, "peft_config"):
         raise BadInput("the model carries PEFT adapters. Merge them first: model = model.merge_and_unload().")
     if not getattr(tokenizer, "is_fast", False):
@@ -158,6 +162,12 @@ def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | No
     else:
         verify(model, layout, probe_ids(model, tokenizer))
     return LM(model, tokenizer, layout, name, raw)
+
+
+def require_lm(lm: object) -> None:
+    """Raise ``BadInput`` where something else stands for an ``LM``, and say how to make one."""
+    if not isinstance(lm, LM):
+        raise BadInput(f"{type(lm).__name__} is no LM. Make one: load(name or path), or wrap(model, tokenizer).")
 
 
 def licence(source: str | Path) -> str:

@@ -21,10 +21,12 @@ from ..inference.states import hidden
 from ..models.gguf import quiet
 from ..models.hooks import hooked
 from ..models.lm import LM
+from ..models.load import licence
 from ..resources import require_memory
+from .file import as_patch
 from .ledger import applied, apply, check, rebuild
 from .lora import Lora
-from .patch import Patch
+from .patch import Patch, printable
 
 log = logging.getLogger(__name__)
 PROMPTS = 8  # asked of what was written
@@ -45,7 +47,7 @@ class Exported:
 
 
 def export(
-    lm: LM, patch: Patch, to: Literal["peft", "checkpoint"], out: str | Path, *, rank: int | None = None
+    lm: LM, patch: Patch | str | Path, to: Literal["peft", "checkpoint"], out: str | Path, *, rank: int | None = None
 ) -> Exported:
     """Write a patch as a LoRA adapter (``peft``) or a whole patched model (``checkpoint``).
 
@@ -69,14 +71,16 @@ def export(
         raise BadInput(f"cannot export to {to!r}. There are peft and checkpoint.")
     if rank is not None and to == "checkpoint":
         raise BadInput("a rank was given, but a checkpoint has none. Leave rank out, or export to='peft'.")
+    patch = as_patch(patch)
     if applied(lm):
-        raise BadInput(f"{len(applied(lm))} patches are on {lm.name}. Take them off, or merge them with this one.")
+        raise BadInput(f"{len(applied(lm))} patches are on {lm.name}. Call remove(lm), or merge them with this one.")
     path = Path(out)
     if to == "peft":
         check(lm, patch)
         lora = patch.lora(lm, rank)
         with new_folder(path) as folder:
             lora.write(lm, folder)
+            (folder / "README.md").write_text(_readme(lm, patch), encoding="utf-8")
             with hooked(*Lora.read(folder).hooks(lm)):
                 found = _logits(lm, patch)
             with hooked(*lora.hooks(lm)) if rank else apply(lm, patch):
@@ -93,6 +97,13 @@ def export(
             again = replace(whole, model=type(whole.model).from_pretrained(folder, dtype=whole.dtype).to(whole.device))
             _prove(_logits(again, patch), _logits(whole, patch), "checkpoint", lm)
     return Exported(path, left_out=left_out)
+
+
+def _readme(lm: LM, patch: Patch) -> str:
+    """What the adapter is for, which its config has no words for."""
+    base = f"Its base is {lm.name}, SHA-256 of the weights rounded to bf16: {patch.base.fingerprint}."
+    terms = f"\n{licence(lm.name)}.\n" if licence(lm.name) else ""
+    return printable(f"# {patch.method}, a LoRA adapter made with lmpatch\n\n{base} It fits no other copy.\n{terms}")
 
 
 def _logits(lm: LM, patch: Patch) -> Tensor:

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import iter_modules
 
-from ..errors import BadPatch
+from ..errors import BadInput, BadPatch
 from . import format
 from .base import Base
 from .patch import Patch
@@ -47,6 +47,18 @@ def load_patch(path: str | Path) -> Patch:
         raise BadPatch(f"{path} is no usable patch: {error}") from None
     except (TypeError, ValueError) as error:  # an edit that is no dict
         raise BadPatch(f"{path / format.HEADER} is not as lmpatch writes it ({error}).") from None
+
+
+def as_patch(patch: Patch | str | Path) -> Patch:
+    """The patch, or the one in the folder of that path; ``BadInput`` for anything else."""
+    if isinstance(patch, (str, Path)):
+        return load_patch(patch)
+    if not isinstance(patch, Patch):
+        kind = type(patch).__name__
+        raise BadInput(
+            f"a patch is needed, found {kind}. Give one from fit or load_patch, or its path; several one by one."
+        )
+    return patch
 
 
 def kinds(first: str = "") -> Iterator[type[Patch]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import BadPatch
+from ..errors import BadInput, BadPatch
 from ..files import new_folder, outside, read_bytes
 from ..provenance import hash_json
 from ..resources import free_bytes
@@ -25,21 +26,27 @@ FIELDS = {
     "schema": int, "kind": str, "method": str, "config": dict, "base": dict, "edits": list, "made": dict,
     "notes": dict, "parts": dict, "tensors_sha256": str, "sha256": str,
 }  # fmt: skip
+CONTENT = ("kind", "method", "config", "edits", "parts", "tensors_sha256")
+"""What makes two patches the same, see ``Patch.hash``."""
 DEPTH = 100  # levels of the header
 TENSORS, HEADER = "patch.safetensors", "patch.json"
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
-def write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a patch folder; all of it or nothing. A patch that is there already is replaced.
+def write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool = False) -> None:
+    """Write a patch folder; all of it or nothing.
 
     Args:
         header: ``FIELDS`` but for the schema and the hashes.
+        overwrite: replace a patch that is there, which is one with other ``CONTENT``.
     Raises:
         BadInput: something else is there.
     """
+    path = path.expanduser()
     data = safetensors.torch.save({n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()})
     whole = {"schema": SCHEMA, **header, "tensors_sha256": hashlib.sha256(data).hexdigest()}
+    if not overwrite and (path / HEADER).exists() and not _holds(path, whole):
+        raise BadInput(f"{path} holds another patch. Give another path, or replace it: save(path, overwrite=True).")
     with new_folder(path, replace=(TENSORS, HEADER)) as folder:
         (folder / TENSORS).write_bytes(data)
         (folder / HEADER).write_bytes(sealed(whole))
@@ -78,6 +85,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     made, notes = header["made"], header["notes"]
     norms = made.get("weight_norms", {})
     numbers = [made.get("seconds", 0), notes.get("strength", 1), *(norms.values() if isinstance(norms, dict) else [""])]
+    if not isinstance(made.get("on", {}), dict):
+        raise BadPatch(f"{where} is not as lmpatch writes it: the patches it was fitted on top of are no names.")
     if not all(type(n) is float or (type(n) is int and abs(n) < 2**63) for n in numbers):
         raise BadPatch(f"{where} is not as lmpatch writes it: seconds, norms or the strength are no numbers.")
     if hashlib.sha256(data).hexdigest() != header["tensors_sha256"]:
@@ -91,6 +100,14 @@ def sealed(header: Mapping[str, Any]) -> bytes:
     content = {key: value for key, value in header.items() if key != "sha256"}
     whole = {**content, "sha256": hash_json(content)}
     return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _holds(path: Path, header: Mapping[str, Any]) -> bool:
+    """A whole patch of the same content is there."""
+    with suppress(BadPatch):
+        old, new = (hash_json([one[name] for name in CONTENT]) for one in (read(path)[0], header))
+        return old == new
+    return False
 
 
 def _bytes(path: Path) -> bytes:

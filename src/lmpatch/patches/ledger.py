@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from torch import Tensor
@@ -12,8 +14,12 @@ from torch import Tensor
 from ..errors import BadInput, CannotMount
 from ..inference.interventions import Intervention
 from ..models.lm import LM
+from ..models.load import require_lm
+from .file import as_patch
 from .handle import Handle
-from .patch import Mount, Patch
+from .patch import Mount, Patch, listed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -70,10 +76,11 @@ class Applied:
         return f"<{self.patch.method} patch {where} {self.lm.name}, mount {self.mount}{lost}>"
 
 
-def apply(lm: LM, patch: Patch, mount: Mount | None = None, *, strict: bool = True) -> Applied:
-    """Put a patch on a model: all of it, or an error and nothing.
+def apply(lm: LM, patch: Patch | str | Path, mount: Mount | None = None, *, strict: bool = True) -> Applied:
+    """Put a patch on a model: all of it, or an error and nothing. One that is on goes on again, with a warning.
 
     Args:
+        patch: it, or the path of its folder.
         mount: ``bake`` writes the weights and keeps the originals; ``side`` adds the change by hooks; ``run`` acts
             in lmpatch's own calls. None: ``bake`` for changes of weights, ``run`` for patches that touch none.
         strict: the model must be the one the patch was made for, weight by weight (compared after rounding to
@@ -85,6 +92,8 @@ def apply(lm: LM, patch: Patch, mount: Mount | None = None, *, strict: bool = Tr
         CannotMount: this mount cannot work on one of the weights; the message names the other.
         ForeignWrite: a weight that another patch is baked into was written by someone else.
     """
+    require_lm(lm)
+    patch = as_patch(patch)
     if not patch.mounts:
         raise CannotMount(f"a {patch.kind} patch makes a new model. Call rebuild(lm, patch), which returns it.")
     mount = mount or patch.mounts[0]
@@ -99,11 +108,24 @@ def apply(lm: LM, patch: Patch, mount: Mount | None = None, *, strict: bool = Tr
     try:
         with lm.lock:
             check(lm, patch, strict=strict)
+            _warn(lm, patch)
             _ledger(lm.model).put(on)
         return on
     except BaseException:  # a Ctrl-C behind the last line: nobody would have what takes it off
         on.remove(force=True)
         raise
+
+
+def _warn(lm: LM, patch: Patch) -> None:
+    """Log what is legal and seldom meant: a patch that is on already, or one without those it was fitted on top of."""
+    on, missing = [one.patch for one in applied(lm)], dict(patch.made.get("on", {}))
+    alike = [one for one in on if one.method == patch.method and one.describe() == patch.describe()]
+    if any(one is patch or one.hash() == patch.hash() for one in alike):  # two memories on disk differ in their path
+        log.warning("%r is on %s already: its change counts twice. remove(lm) takes all patches off.", patch, lm.name)
+    for one in on if missing else ():
+        missing.pop(one.hash(), None)
+    if missing:
+        log.warning("%r was fitted on a model with %s on, which is not on %s.", patch, listed(missing), lm.name)
 
 
 def check(lm: LM, patch: Patch, *, strict: bool = True) -> None:
@@ -113,22 +135,43 @@ def check(lm: LM, patch: Patch, *, strict: bool = True) -> None:
         patch.base.require(lm)
 
 
-def rebuild(lm: LM, patch: Patch, *, strict: bool = True) -> LM:
+def rebuild(lm: LM, patch: Patch | str | Path, *, strict: bool = True) -> LM:
     """The new model that a patch makes of ``lm``, which is left as it was.
 
     Raises:
         BadInput: the patch is of a kind that is put on a model (``apply``), or ``lm`` carries patches.
         WrongModel: as in ``apply``; so is ``strict``.
     """
+    patch = as_patch(patch)
     if on := applied(lm):
-        raise BadInput(f"{lm.name} carries {len(on)} patches. Take them off, and apply them to the new model.")
+        raise BadInput(
+            f"{lm.name} carries {len(on)} patches. Take them off with remove(lm), and apply them to the new model."
+        )
     with lm.lock:
         check(lm, patch, strict=strict)
         return patch.rebuild(lm)
 
 
+def remove(lm: LM, *, force: bool = False) -> None:
+    """Take every patch off a model, the last one first; a model without patches is left as it is.
+
+    Args:
+        force: as in ``Applied.remove``.
+    Raises:
+        ForeignWrite: someone else wrote a weight that a patch is baked into. All patches stay on.
+    """
+    require_lm(lm)
+    with lm.lock:
+        on = applied(lm)
+        for one in () if force else on:
+            one.handle.check()
+        for one in reversed(on):
+            one.remove(force=force)
+
+
 def applied(lm: LM) -> tuple[Applied, ...]:
     """The patches on a model, in the order they went on."""
+    require_lm(lm)
     return tuple(_ledger(lm.model).applied)
 
 

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import safetensors.torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..files import cache_dir
 from ..models.hooks import Hook
 from ..models.lm import LM
 
@@ -42,10 +44,12 @@ class Lora:
             tensors[f"base_model.model.{module}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a))).contiguous()
             tensors[f"base_model.model.{module}.lora_B.weight"] = pad(b, (0, rank - len(a))).contiguous()
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        source = str(getattr(lm.model.config, "_name_or_path", ""))
+        cached = any(Path(source).is_relative_to(cache) for cache in (cache_dir(), HF_HUB_CACHE))
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": getattr(lm.model.config, "_name_or_path", "") or lm.name,
+            "base_model_name_or_path": lm.name if cached or not source else source,
             "r": rank,
             "lora_alpha": rank,
             "target_modules": sorted(self.factors),

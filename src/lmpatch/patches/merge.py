@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,23 +13,26 @@ from torch import Tensor
 
 from ..errors import CannotMerge, WrongModel
 from ..provenance import now, versions
-from .patch import Patch
+from .file import as_patch
+from .patch import Law, Patch
+
+log = logging.getLogger(__name__)
 
 
-def merge(first: Patch, *others: Patch) -> Patch:
+def merge(first: Patch | str | Path, *others: Patch | str | Path) -> Patch:
     """One patch that does what all of them do together: changes of weights add up, memories hold the facts of all,
     decode rules act one after the other.
 
     Args:
-        first, others: patches of one kind for one model. Edits are kept in this order; extras of one name are
-            joined along their first axis.
+        first, others: patches, or their paths, of one kind for one model. Edits are kept in this order; extras of one
+            name are joined along their first axis.
     Returns:
         a new patch whose method names theirs, ``rome+memit``. Low-rank changes stay low-rank while that is smaller.
     Raises:
         WrongModel: they were made for different models.
         CannotMerge: different kinds, a scale meets an addition on one weight, or extras do not fit together.
     """
-    patches = (first, *others)
+    patches = [as_patch(patch) for patch in (first, *others)]
     kinds = sorted({p.kind for p in patches})
     if len(kinds) > 1:
         raise CannotMerge(f"cannot merge patches of kind {' and '.join(kinds)}. Apply both instead.")
@@ -35,7 +40,7 @@ def merge(first: Patch, *others: Patch) -> Patch:
     if len(prints) > 1:
         models = " and ".join(f"{name} ({print[:12]})" for print, name in prints.items())
         raise WrongModel(f"cannot merge patches for different models: {models}. Fit them on one model.")
-    return first.merged(others)
+    return patches[0].merged(patches[1:])
 
 
 def merged_fields(patches: Sequence[Patch]) -> dict[str, Any]:
@@ -44,6 +49,12 @@ def merged_fields(patches: Sequence[Patch]) -> dict[str, Any]:
     Raises:
         CannotMerge: extras of one name do not fit together.
     """
+    hashes = [p.hash() for p in patches]
+    for i, p in enumerate(patches):
+        if hashes[i] in hashes[:i] and p.law() is Law.STACK:
+            log.warning("%r is in this merge already: its change counts twice.", p)
+    on = {key: method for p in patches for key, method in p.made.get("on", {}).items() if key not in hashes}
+    made = {"on": on} if on else {}
     norms = {name: norm for p in patches for name, norm in p.made.get("weight_norms", {}).items()}
     seconds = sum(p.made.get("seconds", 0.0) for p in patches)
     groups: dict[str, list[Tensor]] = {}
@@ -56,9 +67,11 @@ def merged_fields(patches: Sequence[Patch]) -> dict[str, Any]:
         raise CannotMerge(f"extras of one name do not fit together ({error}). Merge without them.") from None
     return {
         "method": "+".join(dict.fromkeys(m for p in patches for m in p.method.split("+"))),
-        "config": {"merged": [{"method": p.method, "config": p.config, "hash": p.hash()} for p in patches]},
+        "config": {
+            "merged": [{"method": p.method, "config": p.config, "hash": hashes[i]} for i, p in enumerate(patches)]
+        },
         "base": replace(patches[0].base, touched={k: v for p in patches for k, v in p.base.touched.items()}),
         "edits": tuple(edit for p in patches for edit in p.edits),
-        "made": {"finished": now(), "versions": versions(), "seconds": seconds, "weight_norms": norms},
+        "made": {"finished": now(), "versions": versions(), "seconds": seconds, "weight_norms": norms, **made},
         "extras": extras,
     }

@@ -154,15 +154,17 @@ class Patch(ABC):
         tensors = hash_tensors(sorted(self.all_tensors().items()), exact=True)
         return hash_json([self.kind, self.method, self.config, list(self.edits), self.parts(), tensors])
 
-    def save(self, path: str | Path) -> None:
-        """Write the patch as a folder; all of it or nothing. A patch that is there already is replaced.
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the patch as a folder; all of it or nothing. The same patch may be there already.
 
+        Args:
+            overwrite: replace another patch that is there.
         Raises:
-            BadInput: something else is there.
+            BadInput: another patch is there, or something else, which is never replaced.
         """
         header = {name: getattr(self, name) for name in ("kind", "method", "config", "made", "notes")}
         header |= {"base": asdict(self.base), "edits": list(self.edits), "parts": self.parts()}
-        format.write(Path(path), header, self.all_tensors())
+        format.write(Path(path), header, self.all_tensors(), overwrite)
 
     def summary(self) -> str:
         """A few lines for a person."""
@@ -170,6 +172,7 @@ class Patch(ABC):
         edits += [f"  and {len(self.edits) - 3} more"] if len(self.edits) > 3 else []
         seconds = f", made in {self.made['seconds']:.1f} s" if "seconds" in self.made else ""
         size = f"{format_bytes(self.nbytes)}{seconds}"
+        size += f"\nfitted on a model with {listed(on)} on" if (on := self.made.get("on")) else ""
         return printable("\n".join([f"{self.method}: {self._size()}", *edits, *self.describe(), size]))
 
     def _size(self) -> str:
@@ -209,6 +212,11 @@ class RunPatch(Patch):
 def printable(text: str) -> str:
     """Without what would steer a terminal: a file from outside may hold it in any name."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def listed(on: Mapping[str, str]) -> str:
+    """What ``made["on"]`` holds, the method of every patch by its hash, for a person."""
+    return printable(", ".join(f"{method} ({key[:12]})" for key, method in on.items()))
 
 
 def plain(value: Any) -> Any:

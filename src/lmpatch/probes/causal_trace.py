@@ -26,6 +26,7 @@ from ..patches.patch import plain
 from ..progress import Progress
 
 Record = Edit
+NOT_LOWERED = "noise did not lower the probability"
 Kind = Literal["state", "mlp", "attention"]
 
 
@@ -64,12 +65,18 @@ class Trace:
     scores: Tensor
     """[tokens, layers] p(answer) with noise and that place restored, mean over samples."""
 
+    @property
+    def lowered(self) -> bool:
+        """The noise lowered p(answer). Else nothing was lost that a place could bring back: leave it out of means."""
+        return self.corrupted < self.clean
+
     def __repr__(self) -> str:
         token, layer = self.best()
-        return f"Trace({self.prompt!r} -> {self.answer!r}: best at {self.tokens[token]!r}, layer {layer})"
+        found = f"best at {self.tokens[token]!r}, layer {layer}" if self.lowered else NOT_LOWERED
+        return f"Trace({self.prompt!r} -> {self.answer!r}: {found})"
 
     def best(self) -> tuple[int, int]:
-        """(token, layer) whose restoration brings back most."""
+        """(token, layer) whose restoration brings back most; it means nothing unless the noise ``lowered`` p."""
         return divmod(int(self.scores.argmax()), self.scores.shape[1])
 
     def plot(self, path: str | Path) -> None:
@@ -85,7 +92,8 @@ class Trace:
         labels = [t.replace("$", r"\$") + "*" * (i < self.subject) for i, t in enumerate(self.tokens)]
         axes.set_yticks(range(len(labels)), labels)
         axes.set_xlabel("layer")
-        axes.set_title(f"restoring {what}; * noised", fontsize=10)
+        title = f"restoring {what}; * noised"
+        axes.set_title(title if self.lowered else f"{title}\n{NOT_LOWERED}", fontsize=10)
         answer = self.answer.strip().replace("$", r"\$")
         label = f"p({answer}), clean {self.clean:.2f}, noised {self.corrupted:.2f}"
         figure.colorbar(image, ax=axes).set_label(label, fontsize=8)
@@ -100,13 +108,15 @@ class Traces(list[Trace]):
         rows: list[tuple[object, ...]] = []
         for trace in self:
             token, layer = trace.best()
-            best = float(trace.scores[token, layer])
-            rows.append((trace.prompt, trace.answer, trace.clean, trace.corrupted, best, trace.tokens[token], layer))
+            best = float(trace.scores[token, layer]), trace.tokens[token], layer
+            found = best if trace.lowered else ("", NOT_LOWERED, "")
+            rows.append((trace.prompt, trace.answer, trace.clean, trace.corrupted, *found))
         return ["prompt", "answer", "p clean", "p noisy", "p restored", "best at token", "layer"], rows
 
     def save(self, folder: Path) -> None:
         """Write the traces as JSON lines, and one heat map a record, into a folder that is there."""
-        lines = [json.dumps(plain(trace), ensure_ascii=False) + "\n" for trace in self]
+        records = [plain(trace) | {"lowered": trace.lowered} for trace in self]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         (folder / "causal_trace.jsonl").write_text("".join(lines), encoding="utf-8")
         for i, trace in enumerate(self):
             trace.plot(folder / f"{i:03d}.png")

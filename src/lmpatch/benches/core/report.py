@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,14 @@ class Run:
                 if (member := measure.of(row)) is not None and (share := measure.chance(row)) is not None:
                     shares.setdefault(f"{name}/{member}" if member else name, []).append(share)
         return {name: stats.mean(values) for name, values in shares.items()}
+
+    @property
+    def _n(self) -> int:
+        """Units of its largest number."""
+        return max((number.n for number in self._numbers.values()), default=0)
+
+    def __repr__(self) -> str:
+        return f"Run({self.title}, n = {self._n})"
 
     @property
     def settled(self) -> Json:
@@ -174,6 +183,11 @@ class Report:
         path = Path(path)
         path.write_text(page.document(self.bench, self.runs, self.verdict(), self.grids()), encoding="utf-8")
         return path
+
+    def __repr__(self) -> str:
+        runs = shorten(", ".join(run.title for run in self.runs), 100, placeholder=" …")
+        text = f"{self.bench.name}: {runs}; n = {self.runs[0]._n}; {' '.join(self.verdict())}"
+        return f"Report({shorten(text, 300, placeholder=' …')})"
 
     def _repr_html_(self) -> str:
         """Verdict and tables in a notebook."""

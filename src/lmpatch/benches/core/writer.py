@@ -27,7 +27,7 @@ def refuse_patched(lm: LM) -> None:
     """Raise ``BadInput`` if the model carries patches: what it says then is not the base's answer."""
     if applied(lm):
         names = ", ".join(on.patch.method for on in applied(lm))
-        raise BadInput(f"the model carries patches ({names}), so it is not the base. Remove them, or pass patch=.")
+        raise BadInput(f"the model carries patches ({names}), so it is not the base. Call remove(lm), or pass patch=.")
 
 
 @dataclass
