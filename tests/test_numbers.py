@@ -20,7 +20,7 @@ BENCHMARKS = ROOT / "benchmarks"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((BENCHMARKS / "results").glob("*.md"))]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def pages() -> Iterator[ModuleType]:
     """``benchmarks/tables/pages.py``, as the command imports it."""
     sys.path.insert(0, str(BENCHMARKS))
