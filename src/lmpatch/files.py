@@ -68,10 +68,13 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # of its own: several processes may write one cache
     try:
-        yield work
-        os.replace(work, path)
+        try:
+            yield work
+            os.replace(work, path)
+        finally:
+            work.unlink(missing_ok=True)
     finally:
-        work.unlink(missing_ok=True)
+        work.unlink(missing_ok=True)  # an interrupt may have stopped the first
 
 
 def sync(path: Path) -> None:
@@ -85,7 +88,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` once the block ends well; after an error nothing is left of it.
+    """A folder to fill, which becomes ``path`` once the block ends well; after an error ``path`` is as it was.
 
     Args:
         replace: a folder that is there already is replaced if it holds these files and no others.
@@ -97,20 +100,24 @@ def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
         raise BadInput(f"{path} exists and is not what would be replaced. Give another path, or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.{end}" for end in ("new", "old"))
-    new.mkdir()
-    try:
-        yield new
-        for file in (*new.rglob("*"), new):
-            sync(file)
-        if path.exists():
-            os.replace(path, old)  # a folder cannot be renamed over a full one
-        try:
-            os.replace(new, path)
-        except BaseException:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        sync(path.parent)
-    finally:
+
+    def clear() -> None:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        try:
+            new.mkdir()
+            yield new
+            for file in (*new.rglob("*"), new):
+                sync(file)
+            if path.exists():
+                os.replace(path, old)  # a folder cannot be renamed over a full one
+            os.replace(new, path)
+            sync(path.parent)
+        finally:
+            clear()
+    finally:
+        clear()  # an interrupt may have stopped the first
