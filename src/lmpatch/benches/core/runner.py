@@ -21,7 +21,7 @@ from .adapter import Adapter, Ask, adapt
 from .contract import BASE, Json
 from .health import peak_memory, synchronise, working_memory
 from .report import Report
-from .store import Store
+from .store import Store, alone
 from .writer import Fitted, Make, MakeEach, Maker, Writer, refuse_patched
 
 BLOCK = 64  # items that are kept as one, so an interrupted run loses little
@@ -62,37 +62,39 @@ def run(
             is not asked again for another patch.
     Raises:
         BadInput: the model carries patches, a patch the bench cannot measure, nothing to ask, or the folder holds
-            something else.
+            something else, or another run is at work there. Threads with one model wait for each other.
         NotEnoughMemory: asking would need more than is free.
         ForeignWrite: the model did not come back as it was.
     """
     adapter = adapt(bench)
     patches = () if patch is None else (patch,) if isinstance(patch, Patch) else tuple(patch)
-    _refuse(adapter, lm, patches, bool(make or make_each), run_id)
-    store = Store(Path(out) if out is not None else None, adapter.Row.read)
-    cfg = adapter.settle(cfg or adapter.Config(), data, bool(patches))
-    items, _ = _items(adapter, lm, data, cfg, bool(patches), progress)
-    maker = Maker(patches, make, make_each, adapter.fit_batch(cfg))
-    maker.settle([adapter.commits(item) for item in items] if adapter.commits else [])
-    session = Session(adapter, lm, cfg, items, store, mount, progress)
-    base = _record(adapter, lm, data, items, cfg) | {"planned": len(session.parts), "data_name": data_name}
-    baselines = {BASE: adapter.asks(cfg), **adapter.baselines(cfg)}
-    name = run_id or " + ".join(each.method for each in patches) or "patched"
-    for each in baselines:
-        store.open_run(base | {"run_id": each, "baseline": True})
-    if maker.any:
-        own = {key: plain(getattr(cfg, key)) for key in adapter.OWN} | {"method": plain(dict(settings or {}))}
-        record = _patched(base, own, patches, mount)
-        store.open_run(record | {"run_id": name, "baseline": False, "prep": dict(prep) if prep else None})
-    adapter.warm(lm, items, cfg, store.folder, progress)
-    for each, ask in baselines.items():
-        session.asked(each, ask)
-    if maker.any and session.left(name):
-        before = hash_tensors(sorted(lm.model.named_parameters()), exact=True)
-        session.patched(name, maker, baselines[BASE])
-        if hash_tensors(sorted(lm.model.named_parameters()), exact=True) != before:
-            raise ForeignWrite("a weight that no patch holds was changed during the run. Load the model again.")
-    return _finish(adapter, lm, store)
+    folder = Path(out) if out is not None else None
+    with lm.lock, alone(folder):
+        _refuse(adapter, lm, patches, bool(make or make_each), run_id)
+        store = Store(folder, adapter.Row.read)
+        cfg = adapter.settle(cfg or adapter.Config(), data, bool(patches))
+        items, _ = _items(adapter, lm, data, cfg, bool(patches), progress)
+        maker = Maker(patches, make, make_each, adapter.fit_batch(cfg))
+        maker.settle([adapter.commits(item) for item in items] if adapter.commits else [])
+        session = Session(adapter, lm, cfg, items, store, mount, progress)
+        base = _record(adapter, lm, data, items, cfg) | {"planned": len(session.parts), "data_name": data_name}
+        baselines = {BASE: adapter.asks(cfg), **adapter.baselines(cfg)}
+        name = run_id or " + ".join(each.method for each in patches) or "patched"
+        for each in baselines:
+            store.open_run(base | {"run_id": each, "baseline": True})
+        if maker.any:
+            own = {key: plain(getattr(cfg, key)) for key in adapter.OWN} | {"method": plain(dict(settings or {}))}
+            record = _patched(base, own, patches, mount)
+            store.open_run(record | {"run_id": name, "baseline": False, "prep": dict(prep) if prep else None})
+        adapter.warm(lm, items, cfg, store.folder, progress)
+        for each, ask in baselines.items():
+            session.asked(each, ask)
+        if maker.any and session.left(name):
+            before = hash_tensors(sorted(lm.model.named_parameters()), exact=True)
+            session.patched(name, maker, baselines[BASE])
+            if hash_tensors(sorted(lm.model.named_parameters()), exact=True) != before:
+                raise ForeignWrite("a weight that no patch holds was changed during the run. Load the model again.")
+        return _finish(adapter, lm, store)
 
 
 @dataclass
