@@ -22,7 +22,7 @@ from ..models.gguf import quiet
 from ..models.hooks import hooked
 from ..models.lm import LM
 from ..resources import require_memory
-from .ledger import applied, apply, check, rebuild
+from .ledger import applied, check, rebuild, trial
 from .lora import Lora
 from .patch import Patch
 
@@ -79,7 +79,7 @@ def export(
             lora.write(lm, folder)
             with hooked(*Lora.read(folder).hooks(lm)):
                 found = _logits(lm, patch)
-            with hooked(*lora.hooks(lm)) if rank else apply(lm, patch):
+            with hooked(*lora.hooks(lm)) if rank else trial(lm, patch, patch.mounts[0]):
                 _prove(found, _logits(lm, patch), "adapter", lm)
         return Exported(path, {f"{module}.weight": r for module, r in lora.ranks.items()}, lora.discarded)
     if patch.mounts and "bake" not in patch.mounts:
@@ -87,7 +87,7 @@ def export(
     with lm.lock:
         whole = lm if patch.mounts else rebuild(lm, patch)
         require_memory(sum(p.nbytes for p in whole.model.parameters()), whole.device, "reading the checkpoint again")
-        with new_folder(path) as folder, apply(lm, patch, "bake") if patch.mounts else nullcontext(), quiet():
+        with new_folder(path) as folder, trial(lm, patch, "bake") if patch.mounts else nullcontext(), quiet():
             left_out = _save(whole.model, folder)
             whole.tokenizer.save_pretrained(folder)
             again = replace(whole, model=type(whole.model).from_pretrained(folder, dtype=whole.dtype).to(whole.device))
@@ -95,11 +95,11 @@ def export(
     return Exported(path, left_out=left_out)
 
 
+@torch.no_grad()
 def _logits(lm: LM, patch: Patch) -> Tensor:
     """Logits [n, V] behind the first prompts of the patch, or behind the beginnings of plain sentences."""
     own = [edit["prompt"] for edit in patch.edits if isinstance(edit.get("prompt"), str)]
-    with torch.no_grad():
-        return logits(lm, hidden(lm, (own or [start for start, _ in TEXT])[:PROMPTS]).to(lm.dtype))
+    return logits(lm, hidden(lm, (own or [start for start, _ in TEXT])[:PROMPTS]).to(lm.dtype))
 
 
 def _prove(found: Tensor, want: Tensor, what: str, lm: LM) -> None:

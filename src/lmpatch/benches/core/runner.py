@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from .contract import BASE, Json
 from .health import peak_memory, synchronise, working_memory
 from .report import Report
 from .store import Store, alone
-from .writer import Fitted, Make, MakeEach, Maker, Writer, refuse_patched
+from .writer import Fitted, Make, MakeEach, Maker, refuse_patched, writing
 
 BLOCK = 64  # items that are kept as one, so an interrupted run loses little
 COSTS = ("batch_size", "bootstrap")
@@ -131,7 +130,7 @@ class Session:
     def patched(self, name: str, maker: Maker, ask: Ask) -> None:
         """The same with patches on, and everything taken off again, proved."""
         if self.adapter.write is None or self.adapter.commits is None:
-            with closing(Writer(self.lm, self.mount, {})) as writer:
+            with writing(self.lm, self.mount, {}) as writer:
                 writer.write(Fitted(maker.patches, 0.0, sum(len(patch.edits) for patch in maker.patches)))
                 self.asked(name, ask)
             return
@@ -140,7 +139,7 @@ class Session:
         originals: dict[str, str] = {}
         for (number, item), fitted in zip(left, fits, strict=True):
             start = perf_counter()
-            with closing(Writer(self.lm, self.mount, originals)) as writer:
+            with writing(self.lm, self.mount, originals) as writer:
                 rows, note = self.adapter.write(self.lm, item, self.cfg, fitted, writer)
             self.keep(name, number, rows, start, {**note, **writer.record()})
 
