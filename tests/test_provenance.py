@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from snapshot import Lines, name
 
-from lmpatch.files import replacing
+from lmpatch.files import new_folder, replacing
 from lmpatch.provenance import made_now
 
 
@@ -27,6 +29,48 @@ def test_a_file_that_fails_halfway_leaves_the_old_one_and_no_litter(tmp_path: Pa
         work.write_text("ha")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_interrupt_at_any_line_leaves_the_old_one_or_the_new_one_and_no_litter(kind: str, tmp_path: Path) -> None:
+    path, text = tmp_path / "x", "old"
+
+    def run() -> None:
+        if kind == "file":
+            with replacing(path) as work:
+                work.write_text(text)
+        else:
+            with new_folder(path, replace=("one", "two")) as folder:
+                (folder / "one").write_text(text)
+                (folder / "two").write_text(text)
+
+    lines = Lines(run)
+    for line, times in lines.times.items():
+        for time in range(1, times + 1):
+            text = "old"
+            run()
+            text = "new"
+            assert lines.interrupted(line, time)
+            found = {file.read_text() for file in ([path] if kind == "file" else path.iterdir())}
+            assert len(found) == 1 and [*tmp_path.iterdir()] == [path], f"{name(line)}, time {time}"
+            assert kind == "file" or len([*path.iterdir()]) == 2
+
+
+def test_a_rename_that_is_interrupted_behind_its_end_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(source: Path, target: Path) -> None:
+        rename(source, target)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    rename = os.replace
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "one").write_text("old")
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "x", replace=("one",)) as folder:
+        (folder / "one").write_text("new")
+        monkeypatch.setattr(os, "replace", stopped)
+    assert [*tmp_path.iterdir()] == [tmp_path / "x"] and (tmp_path / "x" / "one").read_text() == "old"
 
 
 def test_two_that_write_one_file_do_not_mix(tmp_path: Path) -> None:

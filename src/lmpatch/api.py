@@ -68,10 +68,11 @@ def fit(
     material = chosen.material({"text": text, "anchors": anchors, "editor": editor, "out": out})
     if chosen.estimate:
         require_memory(chosen.estimate(lm, len(records), config), lm.device, f"{method} with {len(records)} edits")
-    patch: Patch = chosen.fit(lm, records, config, progress=progress, **material)
-    if on := {one.patch.hash(): one.patch.method for one in applied(lm)}:
-        patch.made["on"] = on
-    check_harm(lm, patch, force=force)
+    with lm.lock:  # a patch of another thread goes on or off before or after
+        patch: Patch = chosen.fit(lm, records, config, progress=progress, **material)
+        if on := {one.patch.hash(): one.patch.method for one in applied(lm)}:
+            patch.made["on"] = on
+        check_harm(lm, patch, force=force)
     return patch
 
 
@@ -122,7 +123,8 @@ def train(
         raise BadInput(f"{method} learns nothing ahead of its edits. Call fit.")
     config, records = resolve(chosen.training, settings, method), _records(method, chosen.record, edits)
     extra = {"unrelated": unrelated or None, "encoder": encoder, "download": download or None}
-    editor: Editor = chosen.train(lm, chosen.training_data(records, extra), config, out=out, progress=progress)
+    with lm.lock:
+        editor: Editor = chosen.train(lm, chosen.training_data(records, extra), config, out=out, progress=progress)
     return editor
 
 
@@ -152,7 +154,8 @@ def probe(
     module = get("probes", name)
     config = resolve(module.Config, settings, name)
     records = _records(name, module.Record, data, limit)
-    return module.run(lm, records, config, progress=progress, **taken(name, keywords(module.run), {"out": out}))
+    with lm.lock:
+        return module.run(lm, records, config, progress=progress, **taken(name, keywords(module.run), {"out": out}))
 
 
 def bench(

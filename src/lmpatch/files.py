@@ -68,13 +68,16 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # of its own: several processes may write one cache
     try:
-        work.touch()
-        rights = stat.S_IMODE(work.stat().st_mode)
-        yield work
-        work.chmod(rights)  # safetensors writes files that nobody else may read
-        os.replace(work, path)
+        try:
+            work.touch()
+            rights = stat.S_IMODE(work.stat().st_mode)
+            yield work
+            work.chmod(rights)  # safetensors writes files that nobody else may read
+            os.replace(work, path)
+        finally:
+            work.unlink(missing_ok=True)
     finally:
-        work.unlink(missing_ok=True)
+        work.unlink(missing_ok=True)  # an interrupt may have stopped the first
 
 
 def sync(path: Path) -> None:
@@ -88,7 +91,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` once the block ends well; after an error nothing is left of it.
+    """A folder to fill, which becomes ``path`` once the block ends well; after an error ``path`` is as it was.
 
     Args:
         replace: a folder that is there already is replaced if it holds these files and no others.
@@ -100,23 +103,27 @@ def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
         raise BadInput(f"{path} exists and is not what would be replaced. Give another path, or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.{end}" for end in ("new", "old"))
-    new.mkdir()
-    try:
-        yield new
-        rights = new.stat().st_mode & 0o666
-        for file in (*new.rglob("*"), new):
-            if file.is_file():
-                file.chmod(rights)  # as in ``replacing``
-            sync(file)
-        if path.exists():
-            os.replace(path, old)  # a folder cannot be renamed over a full one
-        try:
-            os.replace(new, path)
-        except BaseException:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        sync(path.parent)
-    finally:
+
+    def clear() -> None:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        try:
+            new.mkdir()
+            yield new
+            rights = new.stat().st_mode & 0o666
+            for file in (*new.rglob("*"), new):
+                if file.is_file():
+                    file.chmod(rights)  # as in ``replacing``
+                sync(file)
+            if path.exists():
+                os.replace(path, old)  # a folder cannot be renamed over a full one
+            os.replace(new, path)
+            sync(path.parent)
+        finally:
+            clear()
+    finally:
+        clear()  # an interrupt may have stopped the first

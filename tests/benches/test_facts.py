@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -552,3 +553,42 @@ def test_progress_is_one_counter_over_prompts_that_ends_with_its_stage(
         assert [done == total for done, total in counts].index(True) >= len(counts) - 2, stage
         assert len(counts) > 5 or stage in stages[1:3]  # what the unpatched model said is known
     assert told[-1][0] > len(edits) and next(t for t in told if t[2] == "scoring rank_one")[0] == 0
+
+
+# Two at once
+
+
+def test_a_folder_where_a_run_is_at_work_is_refused_and_stays_whole(
+    tiny: LM, edits: list[Edit], make: Maker, tmp_path: Path
+) -> None:
+    patch = make(tiny, edits)
+
+    def run(out: Path, progress: Any = None) -> Any:
+        return facts.run(tiny, edits, QUICK, patch=patch, out=out, progress=progress)
+
+    other, refused = tiny_lm("llama"), []
+
+    def meanwhile(*_: object) -> None:  # of another model, as another process has it
+        with pytest.raises(BadInput, match="another run is at work in .*Wait for its end") as error:
+            facts.run(other, edits, QUICK, patch=patch, out=tmp_path / "out")
+        refused.append(error)
+
+    report = run(tmp_path / "out", meanwhile)
+    assert refused and plainly(run(tmp_path / "out").rows) == plainly(report.rows)
+    assert plainly(report.rows) == plainly(run(tmp_path / "alone").rows)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_threads_with_one_model_and_one_folder_take_turns(
+    count: int, tiny: LM, edits: list[Edit], make: Maker, tmp_path: Path
+) -> None:
+    patch, was = make(tiny, edits), bits(tiny)
+    alone = facts.run(tiny, edits, QUICK, patch=patch)
+
+    def work(_: int) -> Any:
+        return facts.run(tiny, edits, QUICK, patch=patch, out=tmp_path / "out")
+
+    with ThreadPoolExecutor(count) as pool:
+        reports = [*pool.map(work, range(count))]
+    assert bits(tiny) == was and applied(tiny) == ()
+    assert all(plainly(report.rows) == plainly(alone.rows) for report in reports)

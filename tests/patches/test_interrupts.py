@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,18 +11,24 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from snapshot import Lines, name
 from tiny import tiny_model, tiny_tokenizer
 from torch import nn
 
 import lmpatch
+from lmpatch.benches.facts import Config
+from lmpatch.benches.facts import run as facts_run
+from lmpatch.data.edits import Edit
 from lmpatch.inference.interventions import Intervention
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
 from lmpatch.patches.base import Base
 from lmpatch.patches.decode.patch import DecodePatch
 from lmpatch.patches.decode.rules import Power
+from lmpatch.patches.export import export
+from lmpatch.patches.guard import check_harm
 from lmpatch.patches.hook.patch import SteerPatch
-from lmpatch.patches.ledger import applied, apply, suspended
+from lmpatch.patches.ledger import Applied, applied, apply, suspended
 from lmpatch.patches.patch import Law, Patch, RunPatch
 from lmpatch.patches.weight.delta import LowRank, Scale
 from lmpatch.patches.weight.patch import WeightPatch
@@ -215,6 +223,51 @@ def test_a_second_block_begins_with_its_patch_or_can_be_ended(way: tuple[LM, Pat
             on.__enter__()
         assert run.hit
     on.__exit__()
+
+
+@pytest.mark.slow
+def test_a_with_statement_that_is_interrupted_leaves_no_patch() -> None:
+    lm = small_lm()
+    patch, before = weight_patch(lm), snapshot(lm)
+
+    def block() -> None:
+        with apply(lm, patch):
+            pass
+
+    ends = {inspect.getsourcelines(end)[1] + 1 for end in (Applied.__enter__, Applied.__exit__)}
+    for n in each_line(block):
+        with Line(n) as run:
+            block()
+        file, line = run.lines[-1]
+        if file == inspect.getsourcefile(Applied) and line in ends:  # neither inside nor outside: nothing has begun
+            for on in applied(lm):
+                on.remove()
+        assert run.hit and differ(before, snapshot(lm)) == [], run.lines[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["checkpoint", "guard", "bench"])
+def test_a_patch_that_is_on_for_a_while_comes_off_wherever_the_interrupt_arrives(what: str, tmp_path: Path) -> None:
+    lm = small_lm()
+    patch, before = weight_patch(lm), snapshot(lm)
+    edits, cfg = [Edit("The tower is in", "Rome", "tower")], Config(max_new_tokens=2, latency=False, bootstrap=0)
+
+    def run() -> None:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        if what == "checkpoint":
+            export(lm, patch, "checkpoint", tmp_path / "out")
+        elif what == "guard":
+            check_harm(lm, patch, force=True)
+        else:
+            facts_run(lm, edits, cfg, patch=patch)
+
+    lines = Lines(run)
+    near = [line for line in lines.times if Path(line[0].co_filename).stem in ("ledger", "lm", "export", "writer")]
+    for line in near:
+        for time in sorted({1, lines.times[line]}):
+            assert lines.interrupted(line, time)
+            assert differ(before, snapshot(lm), "attributes") == [], f"{name(line)}, time {time}"
+    assert what != "checkpoint" or [*tmp_path.iterdir()] in ([], [tmp_path / "out"])
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tiny import tiny_lm
 
+from lmpatch.api import fit
+from lmpatch.data.edits import Edit
 from lmpatch.models.lm import _locks
 from lmpatch.patches.ledger import applied, apply, suspended
 
@@ -88,3 +90,38 @@ def test_a_model_in_use_waits_for_nobody_once_a_thread_failed(random_patch) -> N
     run(4, work)
     assert _locks[lm.model].acquire(timeout=1)
     _locks[lm.model].release()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("finetune", {"epochs": 20}), ("memit", {"steps": 4, "layers": [1, 2]}), ("rome", {"layer": 1})],
+)
+def test_a_fit_makes_the_same_patch_while_others_put_theirs_on_and_off(method, settings, random_patch, bits) -> None:
+    lm = tiny_lm("llama")
+    was, edits = bits(lm), [Edit("The Eiffel Tower is in", "Rome", "Eiffel Tower")]
+    patch, text = random_patch(lm, layers=(0, 1, 2, 3)), ["The tower of Rome is in Italy ."] * 120
+
+    def make() -> dict[str, torch.Tensor]:
+        more = {} if method == "finetune" else {"text": text}
+        return fit(lm, method, edits, force=True, **more, **settings).tensors()
+
+    wanted = [make()]
+    with apply(lm, patch):  # the other thread's patch is on from the beginning to the end of a fit, or not at all
+        wanted.append(make())
+    done, found = threading.Event(), []
+
+    def work(i: int) -> None:
+        if i == 0:
+            try:
+                for _ in range(3):
+                    found.append(make())
+            finally:
+                done.set()
+        while not done.is_set():
+            apply(lm, patch).remove()
+
+    run(2, work)
+    assert bits(lm) == was and applied(lm) == ()
+    for one in found:
+        assert any(all(torch.equal(t, one[name]) for name, t in whole.items()) for whole in wanted)

@@ -26,21 +26,22 @@ HEAD_CHUNK = 128  # positions per head call: 128 x 262,144 fp32 logits are 134 M
 
 @contextmanager
 def frozen(lm: LM) -> Iterator[None]:
-    """No weight asks for a gradient inside; the flags are as before outside."""
-    trainable = [p for p in lm.model.parameters() if p.requires_grad]
+    """No weight asks for a gradient inside, nor does another thread change one; the flags are as before outside."""
+    with lm.lock:
+        trainable = [p for p in lm.model.parameters() if p.requires_grad]
 
-    def ask(flag: bool) -> None:
-        for p in trainable:
-            p.requires_grad_(flag)
+        def ask(flag: bool) -> None:
+            for p in trainable:
+                p.requires_grad_(flag)
 
-    try:
         try:
-            ask(False)
-            yield
+            try:
+                ask(False)
+                yield
+            finally:
+                ask(True)
         finally:
-            ask(True)
-    finally:
-        ask(True)  # an interrupt may have stopped the first
+            ask(True)  # an interrupt may have stopped the first
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ from ..locate import covariance, value_search
 from ..locate.covariance import Covariance, cholesky, estimate_covariance, null_space
 from ..locate.prefixes import prefixed, prefixes
 from ..locate.solve import projected, woodbury
-from ..locate.trial import trial
 from ..locate.value_search import Values, search
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
-from ..patches.ledger import applied
+from ..patches.ledger import applied, trial
 from ..patches.weight.delta import Delta, LowRank
 from ..patches.weight.patch import WeightPatch
 from ..progress import Progress

@@ -24,7 +24,7 @@ from ..models.lm import LM
 from ..models.load import licence
 from ..resources import require_memory
 from .file import as_patch
-from .ledger import applied, apply, check, rebuild
+from .ledger import applied, check, rebuild, trial
 from .lora import Lora
 from .patch import Patch, printable
 
@@ -83,7 +83,7 @@ def export(
             (folder / "README.md").write_text(_readme(lm, patch), encoding="utf-8")
             with hooked(*Lora.read(folder).hooks(lm)):
                 found = _logits(lm, patch)
-            with hooked(*lora.hooks(lm)) if rank else apply(lm, patch):
+            with hooked(*lora.hooks(lm)) if rank else trial(lm, patch, patch.mounts[0]):
                 _prove(found, _logits(lm, patch), "adapter", lm)
         return Exported(path, {f"{module}.weight": r for module, r in lora.ranks.items()}, lora.discarded)
     if patch.mounts and "bake" not in patch.mounts:
@@ -91,7 +91,7 @@ def export(
     with lm.lock:
         whole = lm if patch.mounts else rebuild(lm, patch)
         require_memory(sum(p.nbytes for p in whole.model.parameters()), whole.device, "reading the checkpoint again")
-        with new_folder(path) as folder, apply(lm, patch, "bake") if patch.mounts else nullcontext(), quiet():
+        with new_folder(path) as folder, trial(lm, patch, "bake") if patch.mounts else nullcontext(), quiet():
             left_out = _save(whole.model, folder)
             whole.tokenizer.save_pretrained(folder)
             again = replace(whole, model=type(whole.model).from_pretrained(folder, dtype=whole.dtype).to(whole.device))
@@ -106,11 +106,11 @@ def _readme(lm: LM, patch: Patch) -> str:
     return printable(f"# {patch.method}, a LoRA adapter made with lmpatch\n\n{base} It fits no other copy.\n{terms}")
 
 
+@torch.no_grad()
 def _logits(lm: LM, patch: Patch) -> Tensor:
     """Logits [n, V] behind the first prompts of the patch, or behind the beginnings of plain sentences."""
     own = [edit["prompt"] for edit in patch.edits if isinstance(edit.get("prompt"), str)]
-    with torch.no_grad():
-        return logits(lm, hidden(lm, (own or [start for start, _ in TEXT])[:PROMPTS]).to(lm.dtype))
+    return logits(lm, hidden(lm, (own or [start for start, _ in TEXT])[:PROMPTS]).to(lm.dtype))
 
 
 def _prove(found: Tensor, want: Tensor, what: str, lm: LM) -> None:

@@ -12,7 +12,7 @@ from ..distributed import world
 from ..errors import Harmful
 from ..inference.plain_text import perplexity
 from ..models.lm import LM
-from .ledger import apply
+from .ledger import trial
 from .patch import Patch
 
 LIMIT = 1.5  # of the perplexity on plain text with the patch, over that without
@@ -27,7 +27,7 @@ def check_harm(lm: LM, patch: Patch, *, force: bool = False) -> None:
     if "bake" not in patch.mounts or world().size > 1:  # the weights of a sharded model are not written
         return
     before = perplexity(lm)
-    with apply(lm, patch, strict=False):
+    with trial(lm, patch, "bake", strict=False):
         after = perplexity(lm)
     ratio = after / before
     patch.made["perplexity_ratio"] = round(ratio, 4) if math.isfinite(ratio) else None

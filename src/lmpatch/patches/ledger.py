@@ -54,14 +54,20 @@ class Applied:
             _ledger(self.lm.model).take(self, force)
 
     def __enter__(self) -> Applied:
-        with self.lm.lock:
-            if self.entered and self in applied(self.lm):
-                raise BadInput("this Applied is in a with block already, which ends first. Call apply once for each.")
-            if self not in applied(self.lm):  # a second block: it is put on again
-                check(self.lm, self.patch, strict=self.strict)
-                _ledger(self.lm.model).put(self)
-            self.entered = True
-            return self
+        try:
+            with self.lm.lock:
+                if self.entered and self in applied(self.lm):
+                    raise BadInput(
+                        "this Applied is in a with block already, which ends first. Call apply once for each."
+                    )
+                if self not in applied(self.lm):  # a second block: it is put on again
+                    check(self.lm, self.patch, strict=self.strict)
+                    _ledger(self.lm.model).put(self)
+                self.entered = True
+                return self
+        except KeyboardInterrupt:  # no block begins, so none takes it off
+            self.remove(force=True)
+            raise
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -198,6 +204,40 @@ def suspended(lm: LM) -> Iterator[None]:
         for one in reversed(on):
             one.remove()
         yield
+
+
+@contextmanager
+def trial(lm: LM, patch: Patch, *mounts: Mount, strict: bool = True) -> Iterator[None]:
+    """The patch is on inside the block, by the first of these mounts that its weights allow, and off behind it.
+
+    Unlike ``with apply(...)`` it comes off wherever Ctrl-C arrives, also between the block's last line and the next.
+    Other threads do not meet it: they wait for the end of the block.
+    """
+    with lm.lock:
+        try:
+            try:
+                _put(lm, patch, mounts, strict)
+                yield
+            finally:
+                _remove(lm, patch)
+        finally:
+            _remove(lm, patch)  # an interrupt may have stopped the first
+
+
+def _put(lm: LM, patch: Patch, mounts: tuple[Mount, ...], strict: bool) -> None:
+    for mount in mounts:
+        try:
+            apply(lm, patch, mount=mount, strict=strict)
+            return
+        except CannotMount:  # offloaded or quantised weights are not written
+            if mount == mounts[-1]:
+                raise
+
+
+def _remove(lm: LM, patch: Patch) -> None:
+    for on in applied(lm):
+        if on.patch is patch:
+            on.remove()
 
 
 class Ledger:

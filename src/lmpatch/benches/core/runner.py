@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,8 +20,8 @@ from .adapter import Adapter, Ask, adapt
 from .contract import BASE, Json
 from .health import peak_memory, synchronise, working_memory
 from .report import Report
-from .store import Store
-from .writer import Fitted, Make, MakeEach, Maker, Writer, refuse_patched
+from .store import Store, alone
+from .writer import Fitted, Make, MakeEach, Maker, refuse_patched, writing
 
 BLOCK = 64  # items that are kept as one, so an interrupted run loses little
 COSTS = ("batch_size", "bootstrap")
@@ -62,38 +61,40 @@ def run(
             is not asked again for another patch.
     Raises:
         BadInput: the model carries patches, a patch the bench cannot measure, nothing to ask, or the folder holds
-            something else.
+            something else, or another run is at work there. Threads with one model wait for each other.
         NotEnoughMemory: asking would need more than is free.
         ForeignWrite: the model did not come back as it was.
     """
     adapter = adapt(bench)
     patches = () if patch is None else (patch,) if isinstance(patch, Patch) else tuple(patch)
-    _refuse(adapter, lm, patches, bool(make or make_each), run_id)
-    store = Store(Path(out) if out is not None else None, adapter.Row.read)
-    cfg = adapter.settle(cfg or adapter.Config(), data, bool(patches))
-    stage = Stage(progress)
-    items, _ = _items(adapter, lm, data, cfg, bool(patches), stage)
-    maker = Maker(patches, make, make_each, adapter.fit_batch(cfg))
-    maker.settle([adapter.commits(item) for item in items] if adapter.commits else [])
-    session = Session(adapter, lm, cfg, items, store, mount, stage)
-    base = _record(adapter, lm, data, items, cfg) | {"planned": len(session.parts), "data_name": data_name}
-    baselines = {BASE: adapter.asks(cfg), **adapter.baselines(cfg)}
-    name = run_id or " + ".join(each.method for each in patches) or "patched"
-    for each in baselines:
-        store.open_run(base | {"run_id": each, "baseline": True})
-    if maker.any:
-        own = {key: plain(getattr(cfg, key)) for key in adapter.OWN} | {"method": plain(dict(settings or {}))}
-        record = _patched(base, own, patches, mount)
-        store.open_run(record | {"run_id": name, "baseline": False, "prep": dict(prep) if prep else None})
-    adapter.warm(lm, items, cfg, store.folder, stage)
-    for each, ask in baselines.items():
-        session.asked(each, ask)
-    if maker.any and session.left(name):
-        before = hash_tensors(sorted(lm.model.named_parameters()), exact=True)
-        session.patched(name, maker, baselines[BASE])
-        if hash_tensors(sorted(lm.model.named_parameters()), exact=True) != before:
-            raise ForeignWrite("a weight that no patch holds was changed during the run. Load the model again.")
-    return _finish(adapter, lm, store)
+    folder = Path(out) if out is not None else None
+    with lm.lock, alone(folder):
+        _refuse(adapter, lm, patches, bool(make or make_each), run_id)
+        store = Store(folder, adapter.Row.read)
+        cfg = adapter.settle(cfg or adapter.Config(), data, bool(patches))
+        stage = Stage(progress)
+        items, _ = _items(adapter, lm, data, cfg, bool(patches), stage)
+        maker = Maker(patches, make, make_each, adapter.fit_batch(cfg))
+        maker.settle([adapter.commits(item) for item in items] if adapter.commits else [])
+        session = Session(adapter, lm, cfg, items, store, mount, stage)
+        base = _record(adapter, lm, data, items, cfg) | {"planned": len(session.parts), "data_name": data_name}
+        baselines = {BASE: adapter.asks(cfg), **adapter.baselines(cfg)}
+        name = run_id or " + ".join(each.method for each in patches) or "patched"
+        for each in baselines:
+            store.open_run(base | {"run_id": each, "baseline": True})
+        if maker.any:
+            own = {key: plain(getattr(cfg, key)) for key in adapter.OWN} | {"method": plain(dict(settings or {}))}
+            record = _patched(base, own, patches, mount)
+            store.open_run(record | {"run_id": name, "baseline": False, "prep": dict(prep) if prep else None})
+        adapter.warm(lm, items, cfg, store.folder, stage)
+        for each, ask in baselines.items():
+            session.asked(each, ask)
+        if maker.any and session.left(name):
+            before = hash_tensors(sorted(lm.model.named_parameters()), exact=True)
+            session.patched(name, maker, baselines[BASE])
+            if hash_tensors(sorted(lm.model.named_parameters()), exact=True) != before:
+                raise ForeignWrite("a weight that no patch holds was changed during the run. Load the model again.")
+        return _finish(adapter, lm, store)
 
 
 @dataclass
@@ -147,7 +148,7 @@ class Session:
     def patched(self, name: str, maker: Maker, ask: Ask) -> None:
         """The same with patches on, and everything taken off again, proved."""
         if self.adapter.write is None or self.adapter.commits is None:
-            with closing(Writer(self.lm, self.mount, {})) as writer:
+            with writing(self.lm, self.mount, {}) as writer:
                 writer.write(Fitted(maker.patches, 0.0, sum(len(patch.edits) for patch in maker.patches)))
                 self.asked(name, ask)
             return
@@ -159,7 +160,7 @@ class Session:
         originals: dict[str, str] = {}
         for (number, item), fitted in zip(left, fits, strict=True):
             start = self.begin(name, number)
-            with closing(Writer(self.lm, self.mount, originals)) as writer:
+            with writing(self.lm, self.mount, originals) as writer:
                 rows, note = self.adapter.write(self.lm, item, self.cfg, fitted, writer)
             self.keep(name, number, rows, start, {**note, **writer.record()})
 

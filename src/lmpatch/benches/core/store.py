@@ -15,11 +15,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from filelock import FileLock, Timeout
 
 from ...errors import BadInput, BadRecord
 from ...files import outside, read_bytes, replacing
@@ -34,10 +36,30 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
 }
 SEAL = "sha256"
 OTHER = {"data_hash": "other records", "base_weights_hash": "another model", "patches": "other patches"}
+LOCK = ".lock"
+
+
+@contextmanager
+def alone(folder: Path | None) -> Iterator[None]:
+    """No other run is at work in the folder inside the block. The system frees the lock of a process that dies.
+
+    Raises:
+        BadInput: another is, in this process or in another.
+    """
+    with ExitStack() as stack:
+        try:
+            if folder is not None and not folder.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(folder / LOCK, timeout=0))
+        except Timeout:
+            raise BadInput(f"another run is at work in {folder}. Wait for its end, or choose another folder.") from None
+        except OSError:  # nobody can write there, which the store says where it matters
+            pass
+        yield
 
 
 class Store(Generic[R]):
-    """The folder, or only memory without one. One process writes at a time."""
+    """The folder, or only memory without one. Who writes is ``alone`` there."""
 
     def __init__(self, folder: Path | None, read: Callable[[Json], R]) -> None:
         """Open the folder. ``read`` makes a row of its JSON form.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -186,14 +187,28 @@ class Writer:
     def close(self) -> None:
         """Take everything off; ``ForeignWrite`` where a patch is still there, or a weight is not what it was."""
         touched = {name for on in self.stack for name in on.patch.base.touched}
-        while self.stack:
-            self.stack.pop().remove()
+        for on in reversed(self.stack):
+            on.remove()
         if applied(self.lm):
             raise ForeignWrite("a patch is still on the model after the chunk was taken off. Load the model again.")
         if changed := [
             n for n in sorted(touched) if hash_tensor(self.lm.parameter(n), exact=True) != self.originals[n]
         ]:
             raise ForeignWrite(f"{', '.join(changed)} did not come back as it was. Load the model again.")
+        self.stack.clear()
+
+
+@contextmanager
+def writing(lm: LM, mount: Mount | None, originals: dict[str, str]) -> Iterator[Writer]:
+    """A writer whose patches are off behind the block, wherever Ctrl-C arrives, and proved to be."""
+    writer = Writer(lm, mount, originals)
+    try:
+        try:
+            yield writer
+        finally:
+            writer.close()
+    finally:
+        writer.close()  # an interrupt may have stopped the first
 
 
 def _change(patch: Patch) -> dict[str, float]:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from ...data.context import ContextRecord, brief
 from ...errors import BadInput
 from ...locate import neurons as _neurons
-from ...locate.trial import trial
 from ...models.lm import LM
 from ...models.units import Neuron
+from ...patches.ledger import trial
 from ...patches.weight.patch import WeightPatch
 from ...probes.integrated_gradients import probe as integrated_gradients
 from ...probes.integrated_gradients.scores import Scores, differing
