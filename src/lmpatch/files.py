@@ -103,10 +103,9 @@ def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
-        rights = new.stat().st_mode & 0o666
         for file in (*new.rglob("*"), new):
             if file.is_file():
-                file.chmod(rights)  # as in ``replacing``
+                file.chmod(new.stat().st_mode & 0o666)  # as in ``replacing``
             sync(file)
         if path.exists():
             os.replace(path, old)  # a folder cannot be renamed over a full one
