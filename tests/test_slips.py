@@ -126,13 +126,13 @@ def test_a_patch_fitted_on_top_of_others_says_so(
             assert not caplog.messages
     new.save(tmp_path / "new")
     new = lp.load_patch(tmp_path / "new")
-    assert f"fitted on a model with finetune ({patch.hash()[:12]}) on" in new.summary()
+    assert f"fitted with finetune ({patch.hash()[:12]}) on" in new.summary()
     with lp.apply(model, new):
         (message,) = caplog.messages
         assert repr(new) in message and f"finetune ({patch.hash()[:12]})" in message
     caplog.clear()
     both = lp.merge(patch, new)
-    assert "on" not in both.made and lp.merge(new, new.scaled(0.5)).made["on"] == new.made["on"]  # type: ignore
+    assert not both.made["on"] and lp.merge(new, new.scaled(0.5)).made["on"] == new.made["on"]  # type: ignore
     with lp.apply(model, both):
         assert not caplog.messages
 
@@ -163,8 +163,6 @@ def test_a_patch_fitted_on_top_of_others_says_so(
         (lambda lm, patch: lp.probe(lm, "causal_trace", 3), r"causal_trace reads Edit records, found int"),
         (lambda lm, patch: lp.load(lm.model), r"LlamaForCausalLM is no name and no path.*wrap"),
         (lambda lm, patch: lp.load(None), r"NoneType is no name and no path"),
-        (lambda lm, patch: lp.wrap("gemma-3-270m", lm.tokenizer), r"str is no transformers model.*load"),
-        (lambda lm, patch: lp.wrap(lm, lm.tokenizer), r"LM is no transformers model"),
     ],
 )  # fmt: skip
 def test_anything_else_is_refused_in_one_line(

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from .doctor import examine as examine
     from .errors import (
         BadInput as BadInput, BadPatch as BadPatch, BadRecord as BadRecord, CannotMerge as CannotMerge,
-        CannotMount as CannotMount, Contradiction as Contradiction, Diverged as Diverged,
-        ForeignWrite as ForeignWrite, Harmful as Harmful, LayerOutOfRange as LayerOutOfRange,
-        LmpatchError as LmpatchError, MissingExtra as MissingExtra, NotEnoughMemory as NotEnoughMemory,
-        SubjectNotFound as SubjectNotFound, UnknownLayout as UnknownLayout, UnknownName as UnknownName,
-        WrongModel as WrongModel,
+        CannotMount as CannotMount, Contradiction as Contradiction, Diverged as Diverged, ForeignWrite as ForeignWrite,
+        Harmful as Harmful, LayerOutOfRange as LayerOutOfRange, LmpatchError as LmpatchError,
+        MissingExtra as MissingExtra, NotEnoughMemory as NotEnoughMemory, SubjectNotFound as SubjectNotFound,
+        UnknownLayout as UnknownLayout, UnknownName as UnknownName, WrongModel as WrongModel,
     )
     from .inference.generate import generate as generate, stream as stream
     from .inference.multiple_choice import next_logits as next_logits
@@ -40,9 +39,8 @@ if TYPE_CHECKING:
     from .patches.export import export as export
     from .patches.file import load_patch as load_patch
     from .patches.hook.patch import SteerPatch as SteerPatch
-    from .patches.ledger import (
-        Applied as Applied, applied as applied, apply as apply, rebuild as rebuild, remove as remove,
-    )
+    from .patches.ledger import Applied as Applied, applied as applied, apply as apply
+    from .patches.ledger import rebuild as rebuild, remove as remove
     from .patches.memory.patch import MemoryPatch as MemoryPatch
     from .patches.merge import merge as merge
     from .patches.patch import Patch as Patch

@@ -40,8 +40,6 @@ def fit(
 ) -> Patch:
     """Make a patch that writes ``edits`` into the model, which stays as it was, to the bit.
 
-    Patches that are on the model meanwhile are noted in ``made["on"]``: the new one is for a model that has them.
-
     Args:
         method: a name from ``names("methods")``.
         edits: the facts of one commit, or whatever records the method reads (``ircan``: questions with contexts), or
@@ -78,17 +76,13 @@ def fit(
 
 def _records(name: str, record: type[Record] | None, data: Any, limit: int | None = None) -> Sequence[Any]:
     """The records themselves, one alone as a list, or those of a file."""
-    if record is None and isinstance(data, (str, Path)):
-        raise BadInput(f"nothing is read from {data} here. Leave it out.")
-    if record is None:
-        return data  # type: ignore[no-any-return]
     if isinstance(data, (str, Path)):
+        if record is None:
+            raise BadInput(f"nothing is read from {data} here. Leave it out.")
         return record.read(data, limit=limit)
     records = list(data) if isinstance(data, Iterable) else [data]
-    for one in records:
-        if not isinstance(one, record):
-            kind, found = record.__name__, type(one).__name__
-            raise BadInput(f"{name} reads {kind} records, found {found}. Give a list of {kind}, or the path of a file.")
+    if record and (wrong := [type(one).__name__ for one in records if not isinstance(one, record)]):
+        raise BadInput(f"{name} reads {record.__name__} records, found {wrong[0]}. Give a list of them, or a file.")
     return records
 
 
@@ -196,9 +190,8 @@ def bench(
     if patch is not None and method is not None:
         raise BadInput("give either a patch or a method that makes patches, not both.")
     require_lm(lm)
-    if patch is not None:
-        several: Sequence[Any] = patch if isinstance(patch, (list, tuple)) else [patch]
-        patch = [as_patch(one) for one in several]
+    several: Any = patch if isinstance(patch, (list, tuple)) else [] if patch is None else [patch]
+    patches = [as_patch(one) for one in several]
     module = get("benches", name)
     config = resolve(module.Config, settings, name)
     path = data if isinstance(data, (str, Path)) else None
@@ -206,7 +199,7 @@ def bench(
         data = module.load(path, limit=limit, **taken(name, keywords(module.load), {"unrelated": unrelated}))
     data = [data] if isinstance(data, Record) else data
     material = {"text": text, "anchors": anchors, "editor": editor}
-    makers = {"patch": patch} if method is None else _makers(method, dict(method_settings or {}), material)
+    makers = {"patch": patches} if method is None else _makers(method, dict(method_settings or {}), material)
     source = "" if path is None else Path(path).name
     return run(module, lm, data, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
 

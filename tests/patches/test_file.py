@@ -266,7 +266,7 @@ def test_what_a_patch_was_fitted_on_top_of_is_named_or_refused(patch: WeightPatc
     reseal(folder, made={"on": {"0" * 64: "rome\x1b[2J"}})
     assert "rome" in load_patch(folder).summary() and "\x1b" not in load_patch(folder).summary()
     reseal(folder, made={"on": on})
-    with pytest.raises(BadPatch, match="on top of"):
+    with pytest.raises(BadPatch, match="or on no names"):
         load_patch(folder)
 
 

@@ -141,8 +141,6 @@ def wrap(model: Any, tokenizer: Any, name: str = "model", *, layout: Layout | No
         BadInput: a slow tokenizer, no token to pad with, or adapters still on the model.
         UnknownLayout: the parts could not be found, or the given layout does not hold.
     """
-    if not hasattr(model, "get_input_embeddings"):
-        raise BadInput(f"{type(model).__name__} is no transformers model. Call load for a name or a path.")
     if hasattr(model, "peft_config"):
         raise BadInput("the model carries PEFT adapters. Merge them first: model = model.merge_and_unload().")
     if not getattr(tokenizer, "is_fast", False):

@@ -80,7 +80,8 @@ def export(
         lora = patch.lora(lm, rank)
         with new_folder(path) as folder:
             lora.write(lm, folder)
-            (folder / "README.md").write_text(_readme(lm, patch), encoding="utf-8")
+            text = f"LoRA adapter for {lm.name} of fingerprint {patch.base.fingerprint} alone.\n{licence(lm.name)}\n"
+            (folder / "README.md").write_text(printable(text), encoding="utf-8")
             with hooked(*Lora.read(folder).hooks(lm)):
                 found = _logits(lm, patch)
             with hooked(*lora.hooks(lm)) if rank else trial(lm, patch, patch.mounts[0]):
@@ -97,13 +98,6 @@ def export(
             again = replace(whole, model=type(whole.model).from_pretrained(folder, dtype=whole.dtype).to(whole.device))
             _prove(_logits(again, patch), _logits(whole, patch), "checkpoint", lm)
     return Exported(path, left_out=left_out)
-
-
-def _readme(lm: LM, patch: Patch) -> str:
-    """What the adapter is for, which its config has no words for."""
-    base = f"Its base is {lm.name}, SHA-256 of the weights rounded to bf16: {patch.base.fingerprint}."
-    terms = f"\n{licence(lm.name)}.\n" if licence(lm.name) else ""
-    return printable(f"# {patch.method}, a LoRA adapter made with lmpatch\n\n{base} It fits no other copy.\n{terms}")
 
 
 @torch.no_grad()

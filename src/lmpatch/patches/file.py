@@ -51,14 +51,9 @@ def load_patch(path: str | Path) -> Patch:
 
 def as_patch(patch: Patch | str | Path) -> Patch:
     """The patch, or the one in the folder of that path; ``BadInput`` for anything else."""
-    if isinstance(patch, (str, Path)):
-        return load_patch(patch)
-    if not isinstance(patch, Patch):
-        kind = type(patch).__name__
-        raise BadInput(
-            f"a patch is needed, found {kind}. Give one from fit or load_patch, or its path; several one by one."
-        )
-    return patch
+    if not isinstance(patch, (str, Path, Patch)):
+        raise BadInput(f"a patch or its path is needed, found {type(patch).__name__}. Give one of load_patch or fit.")
+    return patch if isinstance(patch, Patch) else load_patch(patch)
 
 
 def kinds(first: str = "") -> Iterator[type[Patch]]:

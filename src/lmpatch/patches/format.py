@@ -26,23 +26,20 @@ FIELDS = {
     "schema": int, "kind": str, "method": str, "config": dict, "base": dict, "edits": list, "made": dict,
     "notes": dict, "parts": dict, "tensors_sha256": str, "sha256": str,
 }  # fmt: skip
-CONTENT = ("kind", "method", "config", "edits", "parts", "tensors_sha256")
-"""What makes two patches the same, see ``Patch.hash``."""
+CONTENT = ("kind", "method", "config", "edits", "parts", "tensors_sha256")  # as in ``Patch.hash``
 DEPTH = 100  # levels of the header
 TENSORS, HEADER = "patch.safetensors", "patch.json"
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
 def write(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool = False) -> None:
-    """Write a patch folder; all of it or nothing.
+    """Write a patch folder; all of it or nothing. A patch of other ``CONTENT`` is replaced with ``overwrite`` alone.
 
     Args:
         header: ``FIELDS`` but for the schema and the hashes.
-        overwrite: replace a patch that is there, which is one with other ``CONTENT``.
     Raises:
         BadInput: something else is there.
     """
-    path = path.expanduser()
     data = safetensors.torch.save({n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()})
     whole = {"schema": SCHEMA, **header, "tensors_sha256": hashlib.sha256(data).hexdigest()}
     if not overwrite and (path / HEADER).exists() and not _holds(path, whole):
@@ -83,12 +80,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if wrong or set(header) != set(FIELDS):
         raise BadPatch(f"{where} is not as lmpatch writes it: {wrong or sorted(set(header) - set(FIELDS))}.")
     made, notes = header["made"], header["notes"]
-    norms = made.get("weight_norms", {})
-    numbers = [made.get("seconds", 0), notes.get("strength", 1), *(norms.values() if isinstance(norms, dict) else [""])]
-    if not isinstance(made.get("on", {}), dict):
-        raise BadPatch(f"{where} is not as lmpatch writes it: the patches it was fitted on top of are no names.")
+    norms, on = made.get("weight_norms", {}), made.get("on", {})
+    values = norms.values() if isinstance(norms, dict) and isinstance(on, dict) else [""]
+    numbers = [made.get("seconds", 0), notes.get("strength", 1), *values]
     if not all(type(n) is float or (type(n) is int and abs(n) < 2**63) for n in numbers):
-        raise BadPatch(f"{where} is not as lmpatch writes it: seconds, norms or the strength are no numbers.")
+        raise BadPatch(f"{where} is not as lmpatch writes it: seconds, norms, strength are no numbers, or on no names.")
     if hashlib.sha256(data).hexdigest() != header["tensors_sha256"]:
         raise BadPatch(f"{path / TENSORS} is truncated or was altered. Take a fresh copy.")
     with outside(f"{path / TENSORS} is no safetensors file: it", BadPatch):

@@ -17,7 +17,7 @@ from ..models.lm import LM
 from ..models.load import require_lm
 from .file import as_patch
 from .handle import Handle
-from .patch import Mount, Patch, listed
+from .patch import Mount, Patch
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,6 @@ def apply(lm: LM, patch: Patch | str | Path, mount: Mount | None = None, *, stri
     """Put a patch on a model: all of it, or an error and nothing. One that is on goes on again, with a warning.
 
     Args:
-        patch: it, or the path of its folder.
         mount: ``bake`` writes the weights and keeps the originals; ``side`` adds the change by hooks; ``run`` acts
             in lmpatch's own calls. None: ``bake`` for changes of weights, ``run`` for patches that touch none.
         strict: the model must be the one the patch was made for, weight by weight (compared after rounding to
@@ -124,14 +123,11 @@ def apply(lm: LM, patch: Patch | str | Path, mount: Mount | None = None, *, stri
 
 def _warn(lm: LM, patch: Patch) -> None:
     """Log what is legal and seldom meant: a patch that is on already, or one without those it was fitted on top of."""
-    on, missing = [one.patch for one in applied(lm)], dict(patch.made.get("on", {}))
-    alike = [one for one in on if one.method == patch.method and one.describe() == patch.describe()]
-    if any(one is patch or one.hash() == patch.hash() for one in alike):  # two memories on disk differ in their path
+    on, below = [one.patch for one in applied(lm)], patch.made.get("on", {})
+    if any(one is patch or (one.describe() == patch.describe() and one.hash() == patch.hash()) for one in on):
         log.warning("%r is on %s already: its change counts twice. remove(lm) takes all patches off.", patch, lm.name)
-    for one in on if missing else ():
-        missing.pop(one.hash(), None)
-    if missing:
-        log.warning("%r was fitted on a model with %s on, which is not on %s.", patch, listed(missing), lm.name)
+    if missing := [f"{method} ({key[:12]})" for key, method in below.items() if key not in {p.hash() for p in on}]:
+        log.warning("%r was fitted on a model with %s on, which is not on %s.", patch, missing, lm.name)
 
 
 def check(lm: LM, patch: Patch, *, strict: bool = True) -> None:
@@ -150,25 +146,20 @@ def rebuild(lm: LM, patch: Patch | str | Path, *, strict: bool = True) -> LM:
     """
     patch = as_patch(patch)
     if on := applied(lm):
-        raise BadInput(
-            f"{lm.name} carries {len(on)} patches. Take them off with remove(lm), and apply them to the new model."
-        )
+        raise BadInput(f"{lm.name} carries {len(on)} patches. Call remove(lm), and apply them to the new model.")
     with lm.lock:
         check(lm, patch, strict=strict)
         return patch.rebuild(lm)
 
 
 def remove(lm: LM, *, force: bool = False) -> None:
-    """Take every patch off a model, the last one first; a model without patches is left as it is.
+    """Take every patch off a model, the last one first; ``force`` as in ``Applied.remove``.
 
-    Args:
-        force: as in ``Applied.remove``.
     Raises:
         ForeignWrite: someone else wrote a weight that a patch is baked into. All patches stay on.
     """
-    require_lm(lm)
+    on = applied(lm)
     with lm.lock:
-        on = applied(lm)
         for one in () if force else on:
             one.handle.check()
         for one in reversed(on):

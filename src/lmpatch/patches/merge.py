@@ -49,12 +49,12 @@ def merged_fields(patches: Sequence[Patch]) -> dict[str, Any]:
     Raises:
         CannotMerge: extras of one name do not fit together.
     """
-    hashes = [p.hash() for p in patches]
+    merged = [{"method": p.method, "config": p.config, "hash": p.hash()} for p in patches]
+    hashes = [one["hash"] for one in merged]
     for i, p in enumerate(patches):
         if hashes[i] in hashes[:i] and p.law() is Law.STACK:
             log.warning("%r is in this merge already: its change counts twice.", p)
     on = {key: method for p in patches for key, method in p.made.get("on", {}).items() if key not in hashes}
-    made = {"on": on} if on else {}
     norms = {name: norm for p in patches for name, norm in p.made.get("weight_norms", {}).items()}
     seconds = sum(p.made.get("seconds", 0.0) for p in patches)
     groups: dict[str, list[Tensor]] = {}
@@ -67,11 +67,9 @@ def merged_fields(patches: Sequence[Patch]) -> dict[str, Any]:
         raise CannotMerge(f"extras of one name do not fit together ({error}). Merge without them.") from None
     return {
         "method": "+".join(dict.fromkeys(m for p in patches for m in p.method.split("+"))),
-        "config": {
-            "merged": [{"method": p.method, "config": p.config, "hash": hashes[i]} for i, p in enumerate(patches)]
-        },
+        "config": {"merged": merged},
         "base": replace(patches[0].base, touched={k: v for p in patches for k, v in p.base.touched.items()}),
         "edits": tuple(edit for p in patches for edit in p.edits),
-        "made": {"finished": now(), "versions": versions(), "seconds": seconds, "weight_norms": norms, **made},
+        "made": {"finished": now(), "versions": versions(), "seconds": seconds, "weight_norms": norms, "on": on},
         "extras": extras,
     }

@@ -46,7 +46,7 @@ class Patch(ABC):
     base: Base
     edits: tuple[dict[str, Any], ...] = ()
     made: dict[str, Any] = field(default_factory=dict)
-    """How it was made: seconds, versions, hardware, when."""
+    """How it was made: seconds, versions, hardware, when; ``on``: the patches that were on (hash -> method)."""
     notes: dict[str, Any] = field(default_factory=dict)
     """What the method has to say about the run."""
     extras: dict[str, Tensor] = field(default_factory=dict)
@@ -155,16 +155,14 @@ class Patch(ABC):
         return hash_json([self.kind, self.method, self.config, list(self.edits), self.parts(), tensors])
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the patch as a folder; all of it or nothing. The same patch may be there already.
+        """Write the patch as a folder; all of it or nothing. The same patch, made again, replaces what is there.
 
-        Args:
-            overwrite: replace another patch that is there.
         Raises:
-            BadInput: another patch is there, or something else, which is never replaced.
+            BadInput: another patch is there, and ``overwrite`` is not set; or something else, which stays.
         """
         header = {name: getattr(self, name) for name in ("kind", "method", "config", "made", "notes")}
         header |= {"base": asdict(self.base), "edits": list(self.edits), "parts": self.parts()}
-        format.write(Path(path), header, self.all_tensors(), overwrite)
+        format.write(Path(path).expanduser(), header, self.all_tensors(), overwrite)
 
     def summary(self) -> str:
         """A few lines for a person."""
@@ -172,7 +170,7 @@ class Patch(ABC):
         edits += [f"  and {len(self.edits) - 3} more"] if len(self.edits) > 3 else []
         seconds = f", made in {self.made['seconds']:.1f} s" if "seconds" in self.made else ""
         size = f"{format_bytes(self.nbytes)}{seconds}"
-        size += f"\nfitted on a model with {listed(on)} on" if (on := self.made.get("on")) else ""
+        size += "".join(f"\nfitted with {name} ({key[:12]}) on" for key, name in self.made.get("on", {}).items())
         return printable("\n".join([f"{self.method}: {self._size()}", *edits, *self.describe(), size]))
 
     def _size(self) -> str:
@@ -212,11 +210,6 @@ class RunPatch(Patch):
 def printable(text: str) -> str:
     """Without what would steer a terminal: a file from outside may hold it in any name."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def listed(on: Mapping[str, str]) -> str:
-    """What ``made["on"]`` holds, the method of every patch by its hash, for a person."""
-    return printable(", ".join(f"{method} ({key[:12]})" for key, method in on.items()))
 
 
 def plain(value: Any) -> Any:

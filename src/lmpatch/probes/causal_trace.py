@@ -92,8 +92,7 @@ class Trace:
         labels = [t.replace("$", r"\$") + "*" * (i < self.subject) for i, t in enumerate(self.tokens)]
         axes.set_yticks(range(len(labels)), labels)
         axes.set_xlabel("layer")
-        title = f"restoring {what}; * noised"
-        axes.set_title(title if self.lowered else f"{title}\n{NOT_LOWERED}", fontsize=10)
+        axes.set_title(f"restoring {what}; * noised" + f"\n{NOT_LOWERED}" * (not self.lowered), fontsize=10)
         answer = self.answer.strip().replace("$", r"\$")
         label = f"p({answer}), clean {self.clean:.2f}, noised {self.corrupted:.2f}"
         figure.colorbar(image, ax=axes).set_label(label, fontsize=8)
@@ -108,15 +107,13 @@ class Traces(list[Trace]):
         rows: list[tuple[object, ...]] = []
         for trace in self:
             token, layer = trace.best()
-            best = float(trace.scores[token, layer]), trace.tokens[token], layer
-            found = best if trace.lowered else ("", NOT_LOWERED, "")
+            found = (float(trace.scores.max()), trace.tokens[token], layer) if trace.lowered else ("", NOT_LOWERED, "")
             rows.append((trace.prompt, trace.answer, trace.clean, trace.corrupted, *found))
         return ["prompt", "answer", "p clean", "p noisy", "p restored", "best at token", "layer"], rows
 
     def save(self, folder: Path) -> None:
         """Write the traces as JSON lines, and one heat map a record, into a folder that is there."""
-        records = [plain(trace) | {"lowered": trace.lowered} for trace in self]
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        lines = [json.dumps(plain(trace) | {"lowered": trace.lowered}, ensure_ascii=False) + "\n" for trace in self]
         (folder / "causal_trace.jsonl").write_text("".join(lines), encoding="utf-8")
         for i, trace in enumerate(self):
             trace.plot(folder / f"{i:03d}.png")

@@ -78,13 +78,8 @@ class Run:
                     shares.setdefault(f"{name}/{member}" if member else name, []).append(share)
         return {name: stats.mean(values) for name, values in shares.items()}
 
-    @property
-    def _n(self) -> int:
-        """Units of its largest number."""
-        return max((number.n for number in self._numbers.values()), default=0)
-
     def __repr__(self) -> str:
-        return f"Run({self.title}, n = {self._n})"
+        return f"Run({self.title}, n = {max((number.n for number in self._numbers.values()), default=0)})"
 
     @property
     def settled(self) -> Json:
@@ -185,9 +180,8 @@ class Report:
         return path
 
     def __repr__(self) -> str:
-        runs = shorten(", ".join(run.title for run in self.runs), 100, placeholder=" …")
-        text = f"{self.bench.name}: {runs}; n = {self.runs[0]._n}; {' '.join(self.verdict())}"
-        return f"Report({shorten(text, 300, placeholder=' …')})"
+        text = f"{self.bench.name}: {self.runs}; {' '.join(self.verdict())}"
+        return f"Report({shorten(text, 400, placeholder=' …')})"
 
     def _repr_html_(self) -> str:
         """Verdict and tables in a notebook."""
