@@ -85,6 +85,12 @@ def test_the_folder_gives_the_same_report_again(report: Report, out: Path, tmp_p
         facts.read_report(tmp_path)
 
 
+def test_a_table_is_text_when_it_is_printed(report: Report) -> None:
+    text = str(report.table())
+    assert "object at" not in text and max(map(len, text.splitlines())) <= 100
+    assert all(run.name in text for run in report.runs) and " ".join(report.verdict())[:40] in " ".join(text.split())
+
+
 @pytest.mark.slow
 def test_the_tables_hold_every_run_with_interval_and_count(report: Report) -> None:
     text = printed(report)

@@ -206,7 +206,7 @@ def flagged(runs: Sequence[Any]) -> Grid:
 def printed(sentences: Sequence[str], grids: Sequence[Grid]) -> Group:
     """Sentences and one rich table per grid."""
     from rich import box
-    from rich.console import Group
+    from rich.console import Console, Group
     from rich.table import Table
     from rich.text import Text
 
@@ -226,7 +226,17 @@ def printed(sentences: Sequence[str], grids: Sequence[Grid]) -> Group:
     named = [cell for grid in grids for row in (grid.columns, *grid.rows) for cell in row if cell.means]
     legend = {(cell.text.partition("/")[0], cell.means): cell.text for cell in reversed(named)}
     meanings = [Text(f"{text}: {means}", style="dim") for (_, means), text in reversed(legend.items())]
-    return Group(*parts, *meanings)
+
+    class Printed(Group):
+        """Also as plain text, 100 columns wide."""
+
+        def __str__(self) -> str:
+            console = Console(width=100, color_system=None)
+            with console.capture() as capture:
+                console.print(self)
+            return capture.get()
+
+    return Printed(*parts, *meanings)
 
 
 def _text(cell: Cell) -> Text:
