@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from snapshot import Lines, name
+from tiny import tiny_lm
 
+from lmpatch.cli.demo import example
+from lmpatch.errors import CannotWrite
 from lmpatch.files import new_folder, replacing
+from lmpatch.patches.base import Base
+from lmpatch.patches.editor import Editor
+from lmpatch.patches.export import export
+from lmpatch.patches.weight.patch import WeightPatch
 from lmpatch.provenance import made_now
 
 
@@ -71,6 +81,34 @@ def test_a_rename_that_is_interrupted_behind_its_end_leaves_the_old_folder(
         (folder / "one").write_text("new")
         monkeypatch.setattr(os, "replace", stopped)
     assert [*tmp_path.iterdir()] == [tmp_path / "x"] and (tmp_path / "x" / "one").read_text() == "old"
+
+
+@pytest.mark.parametrize("what", ["patch", "editor", "adapter", "checkpoint", "facts"])
+def test_a_full_disk_gets_one_line_and_leaves_what_was_there(what: str, tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    patch = WeightPatch.trial(lm, 0, 0.1)
+    editor = Editor("m", {}, Base("f", "n"), {}, {"x": torch.zeros(2000)})
+    path = tmp_path / "out"
+    write: dict[str, Callable[[], object]] = {
+        "patch": lambda: patch.save(path),
+        "editor": lambda: editor.save(path),
+        "adapter": lambda: export(lm, patch, "peft", path),
+        "checkpoint": lambda: export(lm, patch, "checkpoint", path),
+        "facts": lambda: example(path),
+    }
+    if what in ("patch", "editor"):
+        write[what]()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as if there were no room for more
+    try:
+        with pytest.raises(CannotWrite, match=f"{path} cannot be written") as error:
+            write[what]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert [*tmp_path.iterdir()] == ([path] if before else [])
 
 
 def test_two_that_write_one_file_do_not_mix(tmp_path: Path) -> None:

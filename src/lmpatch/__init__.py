@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from .doctor import examine as examine
     from .errors import (
         BadInput as BadInput, BadPatch as BadPatch, BadRecord as BadRecord, CannotMerge as CannotMerge,
-        CannotMount as CannotMount, Contradiction as Contradiction, Diverged as Diverged, ForeignWrite as ForeignWrite,
-        Harmful as Harmful, LayerOutOfRange as LayerOutOfRange, LmpatchError as LmpatchError,
+        CannotMount as CannotMount, CannotWrite as CannotWrite, Contradiction as Contradiction, Diverged as Diverged,
+        ForeignWrite as ForeignWrite, Harmful as Harmful, LayerOutOfRange as LayerOutOfRange,
+        LmpatchError as LmpatchError,
         MissingExtra as MissingExtra, NotEnoughMemory as NotEnoughMemory, SubjectNotFound as SubjectNotFound,
         UnknownLayout as UnknownLayout, UnknownName as UnknownName, WrongModel as WrongModel,
     )

@@ -35,6 +35,10 @@ class LayerOutOfRange(BadInput):
     """A layer index the model does not have."""
 
 
+class CannotWrite(LmpatchError, OSError):
+    """The disk is full, or refuses. What was there is whole."""
+
+
 class WrongModel(LmpatchError, ValueError):
     """A patch was made for another model, other weights or other shapes."""
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import BadInput, LmpatchError
+from .errors import BadInput, CannotWrite, LmpatchError
+
+FULL = ("No space left", "File too large", "quota exceeded", "os error 28", "os error 27", "os error 122")
 
 
 def cache_dir() -> Path:
@@ -59,25 +61,43 @@ def read_bytes(path: Path, what: str = "", error: type[LmpatchError] = BadInput,
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def _refused(path: Path, error: type[LmpatchError] = CannotWrite) -> Iterator[None]:
+    """What the disk refuses inside the block becomes one line of ours, whichever library was told."""
+    try:
+        yield
+    except LmpatchError:
+        raise
+    except Exception as cause:
+        why = (str(cause).splitlines() or [type(cause).__name__])[0]
+        if not isinstance(cause, OSError) and not any(sign in why for sign in FULL):
+            raise
+        raise error(f"{path} cannot be written ({why}). What was there is whole. Make some room.") from cause
+
+
+@contextmanager
+def replacing(path: Path, error: type[LmpatchError] = CannotWrite) -> Iterator[Path]:
     """A name beside ``path`` to write a file under, which takes its place once the block ends well.
 
     After an error nothing is left of it and ``path`` is as it was. Folders on the way are made. A file that must
     outlast a power cut is synced in the block.
+
+    Raises:
+        error: the disk is full, or refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # of its own: several processes may write one cache
-    try:
+    with _refused(path, error):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            work.touch()
-            rights = stat.S_IMODE(work.stat().st_mode)
-            yield work
-            work.chmod(rights)  # safetensors writes files that nobody else may read
-            os.replace(work, path)
+            try:
+                work.touch()
+                rights = stat.S_IMODE(work.stat().st_mode)
+                yield work
+                work.chmod(rights)  # safetensors writes files that nobody else may read
+                os.replace(work, path)
+            finally:
+                work.unlink(missing_ok=True)
         finally:
-            work.unlink(missing_ok=True)
-    finally:
-        work.unlink(missing_ok=True)  # an interrupt may have stopped the first
+            work.unlink(missing_ok=True)  # an interrupt may have stopped the first
 
 
 def sync(path: Path) -> None:
@@ -97,11 +117,11 @@ def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
         replace: a folder that is there already is replaced if it holds these files and no others.
     Raises:
         BadInput: something else is there.
+        CannotWrite: the disk is full, or refuses.
     """
     path = Path(os.path.realpath(path.expanduser()))
     if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} in (set(), set(replace))):
         raise BadInput(f"{path} exists and is not what would be replaced. Give another path, or remove it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.parent / f".{path.name}.{uuid.uuid4().hex}.{end}" for end in ("new", "old"))
 
     def clear() -> None:
@@ -110,20 +130,22 @@ def new_folder(path: Path, *, replace: tuple[str, ...] = ()) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-    try:
+    with _refused(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            new.mkdir()
-            yield new
-            rights = new.stat().st_mode & 0o666
-            for file in (*new.rglob("*"), new):
-                if file.is_file():
-                    file.chmod(rights)  # as in ``replacing``
-                sync(file)
-            if path.exists():
-                os.replace(path, old)  # a folder cannot be renamed over a full one
-            os.replace(new, path)
-            sync(path.parent)
+            try:
+                new.mkdir()
+                yield new
+                rights = new.stat().st_mode & 0o666
+                for file in (*new.rglob("*"), new):
+                    if file.is_file():
+                        file.chmod(rights)  # as in ``replacing``
+                    sync(file)
+                if path.exists():
+                    os.replace(path, old)  # a folder cannot be renamed over a full one
+                os.replace(new, path)
+                sync(path.parent)
+            finally:
+                clear()
         finally:
-            clear()
-    finally:
-        clear()  # an interrupt may have stopped the first
+            clear()  # an interrupt may have stopped the first

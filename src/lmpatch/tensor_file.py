@@ -21,15 +21,12 @@ def write(path: Path, head: Mapping[str, str], tensors: Mapping[str, Tensor]) ->
     """Write the file at once or not at all, and have it on the disk.
 
     Raises:
-        LmpatchError: the disk is full or cannot be written; the file before is whole.
+        CannotWrite: the disk is full, or refuses; the file before is whole.
     """
     whole = {name: t.detach().contiguous() for name, t in tensors.items()}
-    try:
-        with replacing(path) as work:
-            safetensors.torch.save_file(whole, work, {**head, SEAL: _seal(head, whole)})
-            sync(work)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise LmpatchError(f"{path} cannot be written ({error}). The file before is whole: free some space.") from error
+    with replacing(path) as work:
+        safetensors.torch.save_file(whole, work, {**head, SEAL: _seal(head, whole)})
+        sync(work)
 
 
 def read(path: Path, error: type[LmpatchError] = BadPatch) -> tuple[dict[str, str], dict[str, Tensor]]:

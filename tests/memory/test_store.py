@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -616,3 +618,32 @@ def machine(tmp_path: Path, store: Store) -> Iterator[type[Machine]]:
 @pytest.mark.slow
 def test_any_sequence_of_calls_leaves_what_a_dictionary_would_hold(machine: type[Machine]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=15, deadline=None))
+
+
+# Threads
+
+
+@pytest.mark.parametrize("exact", [1000, 20], ids=["exact", "with an index"])
+def test_threads_may_ask_a_store_while_another_adds_to_it(store: Store, exact: int) -> None:
+    store = Store.open(store.path, stamp=STAMP, exact=exact)
+    vectors, done = keys(64), Event()
+
+    def add() -> None:
+        try:
+            for i in range(0, 64, 4):
+                store.add(facts(4, i), vectors[i : i + 4])
+        finally:
+            done.set()
+
+    def ask(i: int) -> None:
+        while not done.is_set():
+            _, hits = store.search(vectors[i : i + 3].astype(np.float32), 2)
+            assert all(store.get(entry.edit.prompt) for line in hits for entry in line)
+            assert len(store.facts()) <= len(store) and store.version <= 16
+
+    with ThreadPoolExecutor(8) as pool:
+        for call in [pool.submit(add), *(pool.submit(ask, i) for i in range(7))]:
+            call.result()
+    assert told(store) == [(edit.prompt, edit.target) for edit in facts(64)]
+    fresh, wanted = Store.open(store.path, stamp=STAMP), vectors.astype(np.float32)
+    assert [line[0].seq for line in store.search(wanted)[1]] == [line[0].seq for line in fresh.search(wanted)[1]]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files import replacing
 from .options import Source, opt, out_option
 from .screen import keep, note, progress, say
 
@@ -103,8 +104,8 @@ def example(
     lmpatch example -o my-facts.jsonl
     """
     text = own_facts().read_text(encoding="utf-8")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    with replacing(out) as work:
+        work.write_text(text, encoding="utf-8")
     facts = text.count("\n")
     say(f"{facts} facts written to {out}", facts=facts, path=out)
 

@@ -12,10 +12,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..errors import LmpatchError, MissingExtra
-from ..files import sync
+from ..files import FULL, sync
 
 PATIENCE = 600.0  # seconds to wait for another writer, who may be building an index
-FULL = ("No space left", "File too large", "quota exceeded", "os error 28", "os error 27", "os error 122")
 _user = 0  # the process that used LanceDB first
 
 

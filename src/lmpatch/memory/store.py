@@ -14,8 +14,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from threading import RLock
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,12 +27,24 @@ from . import _search
 from ._log import TEXTS, Log, Row
 from .entry import Entry, Version, columns, entry_of, record
 
+C = TypeVar("C", bound=Callable[..., Any])
 EXACT = 100_000
 CONTENT = TEXTS[2:-1]  # what a row says, not when
 
 
+def _alone(method: C) -> C:
+    """One thread at a time: each call brings the log and the block of keys up to date."""
+
+    @wraps(method)
+    def run(store: Store, *args: Any, **given: Any) -> Any:
+        with store._lock:
+            return method(store, *args, **given)
+
+    return run  # type: ignore[return-value]
+
+
 class Store:
-    """An open memory. Every call sees what all processes committed before it. One thread uses it at a time.
+    """An open memory. Every call sees what all processes committed before it. Threads take turns.
 
     In RAM are the texts and, once something was searched, the keys that are searched exactly: all that hold up to
     ``exact``, above that those the index does not cover yet.
@@ -38,7 +52,7 @@ class Store:
 
     def __init__(self, log: Log, exact: int = EXACT) -> None:
         self.path, self.width, self.stamp = log.path, log.width, log.stamp
-        self._log, self._exact = log, exact
+        self._log, self._exact, self._lock = log, exact, RLock()
         self._search = _search.Search(log, exact)
 
     @classmethod
@@ -82,10 +96,12 @@ class Store:
             )
         return cls(log, exact)
 
+    @_alone
     def __len__(self) -> int:
         return len(self._log.refresh().live)
 
     @property
+    @_alone
     def version(self) -> int:
         """The number of the last commit; 0 before the first."""
         return self._log.refresh().version
@@ -151,6 +167,7 @@ class Store:
 
         return self._commit(difference)
 
+    @_alone
     def compact(self) -> None:
         """Join small files, remove what killed writers left, and index the keys anew if there are many.
 
@@ -164,7 +181,7 @@ class Store:
     def _commit(self, make: Callable[[], tuple[list[Row], np.ndarray | None]]) -> int:
         """Append what ``make`` says of this moment: rows, and the vectors of the first of them."""
         log = self._log
-        with self._log.writing():
+        with self._lock, log.writing():
             log.refresh()
             changes, vectors = make()
             if not changes:
@@ -174,11 +191,12 @@ class Store:
                 log.tidy(always=False)
         if len(log.live) > self._exact and log.count - _search.newest(self.path) > self._exact:
             with suppress(LmpatchError):  # a search does without
-                _search.build(log)
+                _search.build(Log(self.path))  # its own: other threads go on with this one
         return version
 
     # Reading
 
+    @_alone
     def facts(self, *, history: bool = False, version: int | None = None) -> list[Entry]:
         """The facts that hold, oldest first.
 
@@ -209,11 +227,13 @@ class Store:
             if wanted in "\n".join((entry.edit.prompt, entry.edit.subject, entry.edit.target)).casefold()
         ]
 
+    @_alone
     def get(self, prompt: str) -> Entry | None:
         """The fact with this prompt, whatever its case and white space; None: there is none."""
         seq = self._log.refresh().live.get(prompt_key(prompt))
         return None if seq is None else entry_of(self._log.rows([seq])[0])
 
+    @_alone
     def versions(self) -> list[Version]:
         """All commits, oldest first."""
         texts = self._log.refresh().texts
@@ -228,10 +248,12 @@ class Store:
             commits[number] = Version(number, added, old.put + put, old.dropped + (not put), len(live))
         return list(commits.values())
 
+    @_alone
     def vectors(self, entries: Sequence[Entry]) -> np.ndarray:
         """The keys [n, width] float16 of these facts."""
         return self._log.vectors([entry.seq for entry in entries])
 
+    @_alone
     def search(self, queries: np.ndarray, k: int = 1) -> tuple[np.ndarray, list[list[Entry]]]:
         """The facts whose keys have the largest inner product with each query.
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from .. import tensor_file
 from ..distributed import world
-from ..errors import BadInput, Diverged, LmpatchError
+from ..errors import BadInput, Diverged
 from ..files import outside, replacing
 from ..progress import Progress
 from ..provenance import hash_json
@@ -248,11 +248,8 @@ class Loop:
             state = json.dumps([self.step, self.seconds, self.losses, self.curve])
             tensor_file.write(self.file, {"stamp": self.stamp, "state": state}, tensors)
         if self.curves is not None and self.curve:
-            try:
-                with replacing(self.curves) as work:
-                    work.write_text("".join(json.dumps(point) + "\n" for point in self.curve), encoding="utf-8")
-            except OSError as error:
-                raise LmpatchError(f"{self.curves} cannot be written ({error}).") from error
+            with replacing(self.curves) as work:
+                work.write_text("".join(json.dumps(point) + "\n" for point in self.curve), encoding="utf-8")
 
     @torch.no_grad()
     def _resume(self, file: Path) -> None:

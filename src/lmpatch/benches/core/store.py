@@ -191,7 +191,7 @@ class Store(Generic[R]):
         path = self.folder / f"{name}.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) if anew else nullcontext(path) as work, work.open("ab") as file:
+            with replacing(path, BadInput) if anew else nullcontext(path) as work, work.open("ab") as file:
                 for record in records:
                     whole = record if name == "rows" else {**record, SEAL: hash_json(record)}
                     file.write(json.dumps(whole, ensure_ascii=False).encode() + b"\n")
@@ -199,6 +199,8 @@ class Store(Generic[R]):
                 os.fsync(file.fileno())
             if anew:
                 path.with_suffix(".jsonl.gz").unlink(missing_ok=True)  # it is in the plain file now
+        except BadInput:
+            raise
         except (OSError, ValueError) as error:
             raise BadInput(f"{path} cannot be written ({error}). Choose another folder, or make room.") from error
 
