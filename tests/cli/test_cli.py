@@ -592,3 +592,19 @@ def test_the_cache_is_listed_and_cleared_and_nothing_else(tmp_path: Path, monkey
     assert [row["folder"] for row in shown("cache")["rows"]] == ["moments", "tiny-0123456789abcdef"]
     assert "moments" in run("cache", "--clear").stdout
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(names[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    "words", [["methods"], ["methods", "--json"], ["--help"], ["--version"], ["example", "-o", "OUT"]]
+)
+def test_a_stdout_that_cannot_be_written_gets_one_line(words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "facts.jsonl"
+    command = [sys.executable, "-m", "lmpatch", *(str(out) if word == "OUT" else word for word in words)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    kept = f" {out} was written." if "OUT" in words else ""
+    said = f"lmpatch: stdout cannot be written: No space left on device.{kept}\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert out.exists() == bool(kept)

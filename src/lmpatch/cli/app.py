@@ -44,7 +44,7 @@ Version = Annotated[bool, typer.Option("--version", help="Show the version and e
 
 class Boundary(TyperGroup):
     """Turns an ``LmpatchError`` and a command line that cannot be read into one line and exit code 2, Ctrl-C into exit
-    code 130, a reader of stdout that went away into exit code 0.
+    code 130, a reader of stdout that went away into exit code 0. A stdout that cannot be written gets one line, too.
 
     Any other exception is a mistake of this library and keeps its traceback.
     """
@@ -78,6 +78,14 @@ def one_line(meta: Mapping[str, Any]) -> Iterator[None]:
     except BrokenPipeError:  # `| head` has read enough; Python must not flush into the pipe once more at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
+    except OSError as error:
+        try:
+            print(flush=True)  # an empty line tells whether it was stdout
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            complain(f"stdout cannot be written: {error.strerror}.")
+            raise typer.Exit(2) from None
+        raise
     except (MemoryError, OverflowError, RuntimeError) as error:  # torch has no class of its own for the first two
         if isinstance(error, RuntimeError) and not re.search("allocate|out of memory|overflow", str(error)):
             raise
@@ -144,8 +152,13 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     def run(as_json: bool = False, **given: Any) -> None:
         given = {name: usable(value) for name, value in given.items()}
         values = {name: of(**{field: given.pop(field) for field in own}) for name, (of, own) in bundles.items()}
-        with output(as_json):
-            command(**given, **values)
+        try:
+            with output(as_json):
+                command(**given, **values)
+        except OSError as error:
+            if (out := given.get("out")) and out.exists() and not isinstance(error, LmpatchError):
+                error.strerror = f"{error.strerror}. {out} was written"
+            raise
 
     run.__doc__ = _help(command.__doc__ or "")
     parameters = [*first, *last, json]
