@@ -33,6 +33,8 @@ def test_a_script_imports_and_help_does_nothing_else(
         for module in set(sys.modules) - known:  # names such as `facts` are another module's elsewhere
             if not module.startswith("lmpatch") and str(FOLDER) in str(getattr(sys.modules[module], "__file__", "")):
                 del sys.modules[module]
+                parent, _, child = module.rpartition(".")
+                vars(sys.modules[parent]).pop(child, None) if parent in sys.modules else None
     assert not end.value.code
     assert f"{name}.py" in capsys.readouterr().out
     after = {path: path.stat().st_mtime_ns for path in FOLDER.rglob("*") if path.suffix != ".pyc" and path.is_file()}

@@ -71,7 +71,9 @@ def _refused(path: Path, error: type[LmpatchError] = CannotWrite) -> Iterator[No
         why = (str(cause).splitlines() or [type(cause).__name__])[0]
         if not isinstance(cause, OSError) and not any(sign in why for sign in FULL):
             raise
-        raise error(f"{path} cannot be written ({why}). What was there is whole. Make some room.") from cause
+        raise error(
+            f"{path} cannot be written ({why}). What was there is whole; free some space or write elsewhere."
+        ) from cause
 
 
 @contextmanager

@@ -173,7 +173,8 @@ def rag_records(lm: lp.LM) -> list[Any]:
 
 
 def train_editor(lm: lp.LM) -> lp.Editor:
-    return lp.train(lm, "recipe", LESSONS, **TRAINING)
+    first = {"ends": False, "prompt_tokens": 6, "target_tokens": 6, "after_tokens": 0}  # what the first release trained
+    return lp.train(lm, "recipe", LESSONS, **{**first, **TRAINING})
 
 
 def make_patch(lm: lp.LM, method: str, editor: lp.Editor | None = None) -> lp.Patch:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from ..errors import BadInput
 from ..files import cache_dir
-from ..resources import format_bytes
 from .options import Out, Source, arg, naming, open_patches, opt
 from .screen import say, table
 
@@ -82,6 +81,8 @@ def cache(
     lmpatch cache
     lmpatch cache --clear
     """
+    from ..resources import format_bytes  # needs torch
+
     found = {path: what for path in sorted(cache_dir().glob("*")) if (what := _cached(path))}
     sizes = [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in found]
     rows = [(path.name, what, format_bytes(size)) for (path, what), size in zip(found.items(), sizes, strict=True)]
