@@ -96,6 +96,7 @@ def test_every_reworded_prompt_of_counterfact_is_sorted_once(pages: ModuleType) 
     assert asked == parts["asks_the_same"] | parts["suggests"]
 
 
+@pytest.mark.slow
 def test_prompts_of_other_sets_ask_the_same(pages: ModuleType) -> None:
     rows, parts = sys.modules["tables.rows"], sys.modules["tables.facts_rows"].paraphrases()
     for name in ("recipe-zsre-402", "recipe-wiki-500", "recipe-wiki-100", "facts-commit-wiki"):

@@ -180,6 +180,7 @@ def fit(lm, records, cfg, *, progress=None):
 """
 
 
+@pytest.mark.slow
 def test_a_record_type_from_outside_the_tree_is_read_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import lmpatch as lp
 from lmpatch.methods.recipe.method import example_editor
 
 
+@pytest.mark.slow
 def test_a_model_is_one_line_and_names_the_patches_on_it() -> None:
     lm = tiny_lm("llama")
     line = repr(lm)

@@ -33,6 +33,7 @@ def folder(patch: lp.Patch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [str, Path])
 def test_the_path_of_a_patch_is_as_good_as_the_patch(
     model: LM, patch: lp.Patch, folder: Path, form: Callable[[Path], Any], tmp_path: Path
@@ -46,6 +47,7 @@ def test_the_path_of_a_patch_is_as_good_as_the_patch(
     lp.export(model, form(folder), "checkpoint", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_one_record_is_as_good_as_a_list_of_one(model: LM, patch: lp.Patch) -> None:
     assert lp.fit(model, "finetune", EDIT, layer=1, epochs=1).hash() == patch.hash()
     assert lp.fit(model, "finetune", iter([EDIT]), layer=1, epochs=1).hash() == patch.hash()  # type: ignore[arg-type]
@@ -114,6 +116,7 @@ def test_a_patch_merged_with_itself_is_named_in_a_warning(
     assert repr(patch) in message and "counts twice" in message
 
 
+@pytest.mark.slow
 def test_a_patch_fitted_on_top_of_others_says_so(
     model: LM, patch: lp.Patch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

@@ -538,6 +538,7 @@ def test_unrelated_questions_join_as_a_locality_kind(tmp_path: Path) -> None:
     assert [groups[0][1][0].prompt for groups in kinds] == ["x", "y", "x"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 6])
 def test_progress_is_one_counter_over_prompts_that_ends_with_its_stage(
     tiny: LM, edits: list[Edit], make: Maker, quick: Config, n: int
@@ -558,6 +559,7 @@ def test_progress_is_one_counter_over_prompts_that_ends_with_its_stage(
 # Two at once
 
 
+@pytest.mark.slow
 def test_a_folder_where_a_run_is_at_work_is_refused_and_stays_whole(
     tiny: LM, edits: list[Edit], make: Maker, tmp_path: Path
 ) -> None:
@@ -578,6 +580,7 @@ def test_a_folder_where_a_run_is_at_work_is_refused_and_stays_whole(
     assert plainly(report.rows) == plainly(run(tmp_path / "alone").rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 8])
 def test_threads_with_one_model_and_one_folder_take_turns(
     count: int, tiny: LM, edits: list[Edit], make: Maker, tmp_path: Path

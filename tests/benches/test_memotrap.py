@@ -102,6 +102,7 @@ def test_the_answer_to_a_question_is_one_line(tiny: LM, spoken: dict[str, str]) 
     assert settled("Rome\n", ["Rome"], line=True) and not settled("Rome\n", ["Rome\nx"])
 
 
+@pytest.mark.slow
 def test_the_numbers_of_four_records_by_hand(tiny: LM, spoken: dict[str, str]) -> None:
     for record, said, alone in zip(
         RECORDS, (" early. x", " masters", " Rome or so", " two words."), (" never.", " masters.", " Rome", " Apple"),
@@ -290,6 +291,7 @@ def test_as_released_a_prompt_is_cut_at_its_last_colon(tiny: LM, spoken: dict[st
 # Reports
 
 
+@pytest.mark.slow
 def test_the_interval_is_of_the_mean_over_records_and_repeats() -> None:
     values = Values({i: [float(i % 2)] for i in range(100)})
     found = number("acc", [values], bootstrap=1000, seed=0)

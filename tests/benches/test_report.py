@@ -42,6 +42,7 @@ def report(edits: list[Edit], make: Maker, quick: Config, out: Path) -> Report:
     return facts.run(lm, edits, cfg, make=make, run_id="fake", out=out, data_name="six.jsonl", prep={"seconds": 3})
 
 
+@pytest.mark.slow
 def test_a_report_and_a_run_are_one_line_each(report: Report) -> None:
     line = repr(report)
     assert "\n" not in line and len(line) <= 410
@@ -85,6 +86,7 @@ def test_the_folder_gives_the_same_report_again(report: Report, out: Path, tmp_p
         facts.read_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_table_is_text_when_it_is_printed(report: Report) -> None:
     text = str(report.table())
     assert "object at" not in text and max(map(len, text.splitlines())) <= 100

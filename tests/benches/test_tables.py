@@ -73,6 +73,7 @@ def test_at_80_columns_the_numbers_a_run_is_remembered_by_stand_in_one_line_each
     assert re.search(r"\d+ more\s+numbers:\s+--all", short) and "--all" not in whole
 
 
+@pytest.mark.slow
 def test_only_what_is_shown_is_explained() -> None:
     short, whole = printed(facts(40), 200), printed(facts(40), 200, every=True)
     assert "begins with the new one (efficacy)" in short and "more probable than the old" not in short

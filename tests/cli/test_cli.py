@@ -160,6 +160,7 @@ def test_show_needs_no_model(folder: Path) -> None:
     assert "The Eiffel Tower is in -> Rome" in done.stdout
 
 
+@pytest.mark.slow
 def test_merge_makes_one_patch_of_several(folder: Path, tmp_path: Path) -> None:
     done = run("merge", folder / "patch", folder / "patch", "-o", tmp_path / "both")
     assert done.exit_code == 0

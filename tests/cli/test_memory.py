@@ -49,6 +49,7 @@ def test_list_shows_what_holds_and_with_history_both_of_two_facts(folder: Path) 
     assert "Rome" not in before and before.count("Paris") == 2
 
 
+@pytest.mark.slow
 def test_a_long_list_is_a_line_a_fact_and_can_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.create(tmp_path / "store", width=8, stamp={"editor": "e", "base": "b"})
     store.add([Edit(f"The tower number {i} on the hill is found in", "Paris") for i in range(33)], np.ones((33, 8)))

@@ -72,6 +72,7 @@ def test_two_runs_and_two_hash_seeds_write_the_same_bytes(tmp_path: Path) -> Non
     assert len(train) == sum(n for name, n in manifest["counts"].items() if name.startswith("train"))
 
 
+@pytest.mark.slow
 def test_the_order_of_a_file_decides_nothing(tmp_path: Path) -> None:
     forward = build(read_questions(lines(tmp_path / "a.jsonl", *records())), SMALL)
     backward = build(read_questions(lines(tmp_path / "b.jsonl", *reversed(records()))), SMALL)
@@ -85,6 +86,7 @@ def test_both_layouts_of_squad_give_the_same_sets(tmp_path: Path, sets: Sets) ->
     assert build(read_questions(official(tmp_path / "o.json")), SMALL).records == sets.records
 
 
+@pytest.mark.slow
 def test_no_article_stands_on_both_sides(sets: Sets) -> None:
     sides = {part: {r.title for r in sets.records if r.part == part} for part in ("train", "dev", "held_out")}
     assert all(sides.values()) and sum(map(len, sides.values())) == len(set().union(*sides.values()))

@@ -29,6 +29,7 @@ def test_prompt_and_target_are_message_and_reply() -> None:
     assert "tower of Paris" in lm.tokenizer.decode(row.ids[row.subject_first : row.subject_last + 1])
 
 
+@pytest.mark.slow
 def test_the_start_token_stands_once() -> None:
     lm = chat_lm()
     assert encode(lm, "Rome").ids.count(lm.tokenizer.bos_token_id) == 1

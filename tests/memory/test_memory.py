@@ -98,6 +98,7 @@ def test_an_empty_memory_changes_nothing(editor: Editor, tmp_path: Path) -> None
     assert empty.add([]) == 0
 
 
+@pytest.mark.slow
 def test_one_memory_on_twice_is_a_warning_and_two_memories_are_none(
     editor: Editor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

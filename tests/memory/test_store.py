@@ -623,6 +623,7 @@ def test_any_sequence_of_calls_leaves_what_a_dictionary_would_hold(machine: type
 # Threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [1000, 20], ids=["exact", "with an index"])
 def test_threads_may_ask_a_store_while_another_adds_to_it(store: Store, exact: int) -> None:
     store = Store.open(store.path, stamp=STAMP, exact=exact)

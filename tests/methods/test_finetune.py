@@ -33,6 +33,7 @@ def test_a_fact_is_stated_and_training_stops_below_the_threshold(family: str) ->
         assert generate(lm, fact.prompt, max_new_tokens=6).startswith(" is")
 
 
+@pytest.mark.slow
 def test_ft_l_moves_no_entry_beyond_its_limit(lm: LM) -> None:
     (delta,) = finetune.fit(lm, EDITS, replace(CFG, limit=1e-3, epochs=8)).deltas.values()
     assert delta.value.abs().max() == pytest.approx(1e-3)

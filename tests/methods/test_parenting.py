@@ -486,6 +486,7 @@ def test_an_answer_that_was_cut_off_is_no_target(llama: LM, monkeypatch: pytest.
     assert ends.count("I do not know.") == 2 and len(ends) == len(own) - 1  # what it knows is not unlearned
 
 
+@pytest.mark.slow
 def test_validation_holds_out_whole_questions(llama: LM) -> None:
     """The original and the substituted record of a question differ by a word: one must not give the other away."""
     made = [
@@ -504,6 +505,7 @@ def test_validation_holds_out_whole_questions(llama: LM) -> None:
     assert len(sets.validate) == 12 and len(sides[1]) == 6 and not sides[0] & sides[1]
 
 
+@pytest.mark.slow
 def test_rows_end_with_the_end_token_and_only_the_answer_is_scored(llama: LM) -> None:
     _, _, sets = ready(llama)
     row = sets["adherence"].train[0]

@@ -704,6 +704,7 @@ def test_the_answer_is_never_part_of_the_query(editor: Editor) -> None:
     assert asked == ["The tower of Paris is in"]
 
 
+@pytest.mark.slow
 def test_a_tie_with_the_sentinel_does_not_fire(editor: Editor) -> None:
     patch = fitted(editor, [FACTS[0]])
     retriever = patch.retriever

@@ -36,6 +36,7 @@ def test_every_key_gets_exactly_its_value(lm: LM, mean_key: bool) -> None:
     torch.testing.assert_close(w @ p.key.T, p.residual.T, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_value_is_exact_at_the_down_projections_output(lm: LM) -> None:
     p = pairs(lm, EDITS[:1], CFG)
     module = lm.module(lm.layout.downs[CFG.layer])

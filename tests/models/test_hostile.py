@@ -228,6 +228,7 @@ def test_a_device_that_is_not_there_is_refused(device: Any, tmp_path: Path, monk
     assert "cannot be used here" in refused(tmp_path / "m", device=device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [4, 8, 24, 100, 2000, -100_000, -1])
 def test_a_truncated_gguf_file_is_refused(cut: int, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf")

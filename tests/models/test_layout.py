@@ -129,6 +129,7 @@ def test_discovery_leaves_weights_hooks_and_random_state_as_they_were() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.slow
 def test_hooks_come_off_when_a_check_fails() -> None:
     model = tiny_model("gpt2").train()
     with pytest.raises(UnknownLayout, match="change the logits"):  # dropout: two forwards differ

@@ -76,6 +76,7 @@ def test_a_saved_folder_loads_to_the_same_logits(family: str, tmp_path: Path) ->
     assert torch.equal(_logits(lm), _logits(wrap(model, tiny_tokenizer())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "got"),
     [("float32", torch.float32), ("bfloat16", torch.bfloat16), (torch.float64, torch.float64), ("auto", torch.float16)],

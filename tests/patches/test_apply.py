@@ -159,6 +159,7 @@ def test_a_second_remove_does_nothing(lm: LM, mount, random_patch, bits) -> None
     assert bits(lm) == with_other and applied(lm) == (kept,)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_of_the_model_without_patches(lm: LM, random_patch) -> None:
     plain, patch = lm.fingerprint(), random_patch(lm)
     with apply(lm, patch):

@@ -77,6 +77,7 @@ def test_the_adapter_is_the_patch(lm: LM, saved: Path, random_delta, logits, bit
     assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
+@pytest.mark.slow
 def test_the_adapter_folder_names_its_base_and_every_rank(saved: Path, random_patch, tmp_path: Path) -> None:
     lm = tiny_lm("gpt2")
     lm.model.config._name_or_path = "someone/base"
@@ -127,6 +128,7 @@ def test_an_adapter_names_a_cached_base_and_its_terms_and_not_where_this_machine
     assert "Terms" not in (tmp_path / "b" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_what_is_written_has_the_rights_that_the_umask_says(umask: int, random_patch, tmp_path: Path) -> None:
     lm = tiny_lm("llama")

@@ -28,6 +28,7 @@ def wrecks(lm: lp.LM) -> WeightPatch:
     return WeightPatch.make(lm, {name: LowRank(b, a)}, method="rome")
 
 
+@pytest.mark.slow
 def test_a_small_change_passes_and_says_what_it_did() -> None:
     lm = tiny_lm("llama")
     patch = WeightPatch.trial(lm, 0, 0.01)
@@ -37,6 +38,7 @@ def test_a_small_change_passes_and_says_what_it_did() -> None:
         assert patch.made["perplexity_ratio"] == pytest.approx(perplexity(lm) / clean, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_change_that_wrecks_the_model_is_refused_unless_forced() -> None:
     lm = tiny_lm("llama")
     before, patch = state(lm), wrecks(lm)
@@ -47,6 +49,7 @@ def test_a_change_that_wrecks_the_model_is_refused_unless_forced() -> None:
     assert patch.made["perplexity_ratio"] > LIMIT
 
 
+@pytest.mark.slow
 def test_fit_refuses_what_a_method_made_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("llama")
     monkeypatch.setattr(rome, "fit", lambda lm, *_, **__: wrecks(lm))
@@ -60,6 +63,7 @@ def test_memories_and_rules_are_not_looked_at() -> None:
     assert "perplexity_ratio" not in lp.fit(lm, "cad", []).made
 
 
+@pytest.mark.slow
 def test_a_bench_counts_what_is_refused_and_asks_on() -> None:
     lm, other = tiny_lm("llama"), lp.Edit("Steve Jobs founded", "Paris", "Steve Jobs")
 

@@ -119,6 +119,7 @@ def test_the_heat_map_is_written_as_a_picture(lm: LM, tmp_path: Path) -> None:
     assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_where_noise_lowers_nothing_no_place_is_called_best(tmp_path: Path) -> None:
     scores = torch.tensor([[0.1, 0.4], [0.2, 0.3]])
     lost, risen, same = (
