@@ -12,6 +12,7 @@ from .config import resolve
 from .data.edits import Ask, Edit
 from .data.record import Record
 from .errors import BadInput, Harmful
+from .inference.plain_text import perplexity
 from .models.lm import LM
 from .models.load import require_lm
 from .patches.editor import Editor
@@ -210,14 +211,17 @@ def _makers(name: str, settings: dict[str, Any], material: dict[str, Any]) -> di
     config, given, each = resolve(chosen.config, settings, name), chosen.material(material), chosen.fit_each
     makers: dict[str, Any] = {"make": lambda lm, edits: fit(lm, name, edits, **material, **settings)}
     if each:
-        makers["make_each"] = lambda lm, edits: [_passed(lm, patch) for patch in each(lm, edits, config, **given)]
+        makers["make_each"] = lambda lm, edits: _passed(lm, each(lm, edits, config, **given))
     return {**makers, "settings": asdict(config), "run_id": name}
 
 
-def _passed(lm: LM, patch: Patch) -> Patch | Harmful:
-    """The patch, or why it is refused."""
-    try:
-        check_harm(lm, patch)
-    except Harmful as error:
-        return error
-    return patch
+def _passed(lm: LM, patches: Sequence[Patch]) -> list[Patch | Harmful]:
+    """Each patch, or why it is refused."""
+    before, passed = perplexity(lm), list[Patch | Harmful]()
+    for patch in patches:
+        try:
+            check_harm(lm, patch, before=before)
+            passed.append(patch)
+        except Harmful as error:
+            passed.append(error)
+    return passed

@@ -192,17 +192,14 @@ def head_loss(lm: LM, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], *
     return out
 
 
-def nll(lm: LM, hidden: Tensor, labels: Tensor, *, hits: list[Tensor] | None = None, chunk: int = HEAD_CHUNK) -> Tensor:
+def nll(lm: LM, hidden: Tensor, labels: Tensor, *, chunk: int = HEAD_CHUNK) -> Tensor:
     """-log p(label) at each row, [n] nats, differentiable in ``hidden`` [n, d].
 
     Args:
         labels: [n] token ids.
-        hits: if given, bool tensors are appended that together say [n] where the label is the argmax.
     """
 
     def loss(z: Tensor, rows: slice) -> Tensor:
-        if hits is not None:
-            hits.append(z.argmax(-1) == labels[rows])
         return F.cross_entropy(z, labels[rows], reduction="none")
 
     return head_loss(lm, hidden, loss, chunk=chunk)

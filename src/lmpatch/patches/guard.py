@@ -18,15 +18,17 @@ from .patch import Patch
 LIMIT = 1.5  # of the perplexity on plain text with the patch, over that without
 
 
-def check_harm(lm: LM, patch: Patch, *, force: bool = False) -> None:
+def check_harm(lm: LM, patch: Patch, *, force: bool = False, before: float | None = None) -> None:
     """Note what a patch that writes weights does to the perplexity of plain text, in ``made``. Other kinds pass.
 
+    Args:
+        before: the perplexity without the patch, where it is known.
     Raises:
         Harmful: it is multiplied by more than ``LIMIT``, or is no number, and ``force`` is not set.
     """
     if "bake" not in patch.mounts or world().size > 1:  # the weights of a sharded model are not written
         return
-    before = perplexity(lm)
+    before = perplexity(lm) if before is None else before
     with trial(lm, patch, "bake", strict=False):
         after = perplexity(lm)
     ratio = after / before

@@ -158,7 +158,7 @@ class Report:
         return [grid for grid in grids if grid.rows]
 
     def table(self, every: bool = False) -> Group:
-        """Verdict and tables for a terminal: the numbers a run is remembered by, or every one. Print them with rich."""
+        """Verdict and tables for a terminal: the numbers a run is remembered by, or every one. ``print`` shows them."""
         return printed(self.verdict(), self.grids(every))
 
     def summary(self, every: bool = False) -> Json:

@@ -164,9 +164,14 @@ class Session:
                 rows, note = self.adapter.write(self.lm, item, self.cfg, fitted, writer)
             self.keep(name, number, rows, start, {**note, **writer.record()})
 
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Prompts of each part."""
+        return [sum(map(self.adapter.size, part)) for part in self.parts]
+
     def begin(self, name: str, number: int) -> float:
         """Count on from the parts of this run that are done; the time."""
-        sizes = [sum(map(self.adapter.size, part)) for part in self.parts]
+        sizes = self.sizes
         done = sum(sizes[i] for run, i in self.store.chunks if run == name and i < len(sizes))
         self.stage.name, self.stage.done, self.stage.part, self.stage.total = name, done, sizes[number], sum(sizes)
         return perf_counter()

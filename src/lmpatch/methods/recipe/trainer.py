@@ -55,7 +55,7 @@ class Trainer(Task):
         self.pools = [words(lm.tokenizer), sorted({edit.target for edit in self.edits})]
         self.base: dict[tuple[str, str], Tensor] = {}
         self.ends, newline = StopTokens(lm, None), lm.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        self.end = lm.tokenizer.eos_token_id if lm.chat else newline[-1]
+        self.end = newline[-1] if newline and not lm.chat else lm.tokenizer.eos_token_id
         data = [[asdict(edit) for edit in edits], [asdict(ask) for ask in unrelated]]
         self.stamp = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), data])
 

@@ -48,7 +48,7 @@ class MemoryPatch(RunPatch):
     @classmethod
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> MemoryPatch:
         own = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
-        retriever = _retriever(parts.get("retriever", FIRST), parts, own)
+        retriever = load_retriever(parts.get("retriever", FIRST), parts, own)
         try:
             patch = cls(**common, retriever=retriever, scope=resolve(Scope, {**parts["scope"]}), keys=tensors["keys"])
             if not all(isinstance(edit[word], str) for edit in patch.edits for word in ("prompt", "target")):
@@ -115,26 +115,7 @@ def _identity(retriever: Retriever) -> str:
 def retriever_of(editor: Editor) -> Retriever:
     """The retriever an editor is about: the one its parts name, else the one called as its method."""
     name = editor.parts.get("retriever", editor.method)
-    return _retriever(name, {**editor.parts, "editor_hash": editor.hash()}, editor.tensors)
-
-
-def _retriever(name: str, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Retriever:
-    """The retriever of a file. Its network is made when a question comes; that its sizes are those of a network with no
-    more numbers than the file holds is checked here.
-
-    Raises:
-        BadPatch: there is none of that name, or it is of other sizes.
-    """
-    retriever = load_retriever(name, parts, tensors)
-    shape, held = getattr(retriever, "shape", None), sum(t.numel() + sum(t.shape) for t in tensors.values())
-    try:
-        sizes = asdict(resolve(type(shape), asdict(shape))) if shape is not None else {}
-        wrong = {size: n for size, n in sizes.items() if type(n) is int and not 0 <= n <= held}
-        if wrong or not 0 < retriever.matched <= retriever.width or not isinstance(parts.get("encoder", ""), str):
-            raise BadInput(f"it holds {held} numbers and asks for {wrong or 'other keys'}")
-    except (TypeError, BadInput) as error:
-        raise BadPatch(f"it holds no {name} retriever ({error}).") from None
-    return retriever
+    return load_retriever(name, {**editor.parts, "editor_hash": editor.hash()}, editor.tensors)
 
 
 def scope_of(editor: Editor, scope: Scope | None = None) -> Scope:
