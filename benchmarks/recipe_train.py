@@ -1,11 +1,13 @@
-"""Train the RECIPE editor that ships with lmpatch.
+"""Train the RECIPE editors that ship with lmpatch.
 
-    python benchmarks/recipe_train.py DATA [--out WORK]
+    python benchmarks/recipe_train.py DATA retrieval          which fact is a question about? For any model
+    python benchmarks/recipe_train.py DATA gemma-3-270m       prompt vectors of a model; --out WORK, --set KEY=VALUE
+    python benchmarks/recipe_train.py DATA smollm2-135m-instruct
 
 reads counterfact/train, knowedit/wiki_counterfact_train, the second half of knowedit/zsre and of nq, and popqa, whose
 questions are asked in other words by the templates below; never an evaluation file, and no fact whose prompt is asked
-there. Writes the editor into the package and the curves to
-results/recipe-train.jsonl. Resumable: the same command goes on where it stopped.
+there. Writes the editor into the package and the curves to results/recipe-train-*.jsonl. Resumable: the same command
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import lmpatch as lp
@@ -55,12 +59,38 @@ def questions(file: Path) -> list[lp.Edit]:
     return facts
 
 
+def beside(facts: list[lp.Edit], each: int = 2, often: int = 20, alike: float = 0.02) -> list[lp.Edit]:
+    """The facts, each with questions about its subject that it does not answer: what other facts ask of theirs.
+
+    Two wordings ask the same, or nearly, if the answers to them are alike; only others are taken.
+    """
+    wordings: dict[str, Counter[str]] = {}
+    for fact in facts:
+        wordings.setdefault(fact.prompt.replace(fact.subject, "{}"), Counter())[fact.target] += 1
+    common = {
+        wording: answers for wording, answers in wordings.items()
+        if answers.total() >= often and "{}" in wording and len(wording.split()) > 3  # "{} is in" asks many things
+    }  # fmt: skip
+
+    def overlap(one: Counter[str], two: Counter[str]) -> float:
+        return sum(min(count / one.total(), two[word] / two.total()) for word, count in one.items())
+
+    other = {one: [two for two in common if overlap(common[one], common[two]) < alike] for one in common}
+    draw, told = random.Random(0), []
+    for fact in facts:
+        choices = other.get(fact.prompt.replace(fact.subject, "{}"), [])
+        questions = [wording.format(fact.subject) for wording in draw.sample(choices, min(each, len(choices)))]
+        asks = tuple(lp.Ask(question, (fact.target,)) for question in questions)  # the answer only has a length
+        told.append(replace(fact, locality=(*fact.locality, ("same subject", asks))) if asks else fact)
+    return told
+
+
 def data(folder: Path) -> tuple[list[lp.Edit], list[lp.Ask]]:
     """Facts and unrelated questions to train on."""
     zsre = read_edits(folder / "knowedit/zsre.jsonl.gz")
     half = len(zsre) // 2  # the first half is for evaluation
     facts = [
-        *read_edits(folder / "counterfact/train.jsonl.gz"),
+        *beside(read_edits(folder / "counterfact/train.jsonl.gz")),
         *read_edits(folder / "knowedit/wiki_counterfact_train.jsonl.gz"),
         *zsre[half:],
         *questions(folder / "popqa/popqa.jsonl.gz"),
@@ -75,6 +105,7 @@ def data(folder: Path) -> tuple[list[lp.Edit], list[lp.Ask]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("part", help="retrieval, or a model")
     parser.add_argument("--out", type=Path, default=Path("recipe-work"))
     parser.add_argument("--limit", type=int, help="facts, for a trial")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of recipe.Training")
@@ -82,14 +113,17 @@ def main() -> None:
     facts, asks = data(args.data)
     if args.limit:
         facts = random.Random(0).sample(facts, args.limit)
-    cfg = resolve(recipe.Training, parse(recipe.Training, args.set))
-    lm = lp.load("gemma-3-270m", dtype="bfloat16", device="cpu")
+    retrieval = args.part == "retrieval"
+    own = {"key_steps": 1200, "prompt_steps": 0} if retrieval else {}
+    cfg = resolve(recipe.Training, own | parse(recipe.Training, args.set))
+    lm = lp.load("gemma-3-270m" if retrieval else args.part, dtype="bfloat16", device="cpu")
     editor = recipe.train(
-        lm, recipe.TrainingData(facts, asks), cfg, out=args.out,
+        lm, recipe.TrainingData(facts, asks), cfg, out=args.out / args.part,
         progress=lambda done, total, what: print(f"{what} {done}/{total}", flush=True),
     )  # fmt: skip
-    editor.save(PACKAGED / "recipe-gemma-3-270m.safetensors")
-    shutil.copy(args.out / "curves.jsonl", RESULTS / "recipe-train.jsonl")
+    editor.save(PACKAGED / f"recipe-{args.part}.safetensors")
+    curves = args.out / args.part / ("retrieval.jsonl" if retrieval else "prompts.jsonl")
+    shutil.copy(curves, RESULTS / f"recipe-train-{args.part}.jsonl")
     print(editor.summary())
 
 

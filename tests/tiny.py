@@ -120,6 +120,16 @@ def tiny_lm(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> L
     return LM(deepcopy(kept.model), tiny_tokenizer(), kept.layout, kept.name)
 
 
+TEMPLATE = "{{ bos_token }}user: {{ messages[0]['content'] }} model: "
+
+
+def chat_lm(raw: bool = False, template: str | None = TEMPLATE) -> LM:
+    """A small model with a chat template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return wrap(tiny_model("llama"), tokenizer, raw=raw)
+
+
 @cache
 def real_gemma() -> LM:
     """The packaged Gemma-3-270M in fp32, loaded once for all tests marked ``real``. Leave it as you found it."""

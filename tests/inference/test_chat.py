@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import chat_lm
 
-from lmpatch import LM, generate, score, wrap
+from lmpatch import generate, score
 from lmpatch.inference.tokens import encode
-
-TEMPLATE = "{{ bos_token }}user: {{ messages[0]['content'] }} model: "
-
-
-def chat_lm(raw: bool = False, template: str | None = TEMPLATE) -> LM:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return wrap(tiny_model("llama"), tokenizer, raw=raw)
 
 
 @pytest.mark.slow

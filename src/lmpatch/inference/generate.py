@@ -19,7 +19,7 @@ from ..models.lm import LM
 from ..progress import Progress
 from .forward import blocks, positions
 from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
-from .tokens import Row, each_once, padded
+from .tokens import each_once, padded
 
 CONTROL = frozenset({"<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"})
 """Tokens of Gemma that no text holds and that a tokenizer read from a .gguf file does not mark as special."""
@@ -161,18 +161,6 @@ def _pairs(inputs: Streams) -> list[Pair]:
     return pairs
 
 
-@torch.no_grad()
-def continuations(lm: LM, rows: Sequence[Row], count: int) -> list[list[int]]:
-    """The next ``count`` tokens that the model says behind each row, greedily and past any end."""
-    inputs, sampling = Streams((), [(row,) for row in rows], None), Sampling()
-    new: list[list[int]] = [[] for _ in rows]
-    numbers = sampling.numbers(len(rows), count, lm.device)
-    for tokens in steps(lm, inputs, _pairs(inputs), (), sampling, numbers, [False] * len(rows)):
-        for i, token in tokens:
-            new[i].append(token)
-    return new
-
-
 class StopTokens:
     """Which token ids end an answer. Ids are decoded once each, when they first come up."""
 
@@ -196,7 +184,7 @@ def steps(
     lm: LM,
     inputs: Streams,
     batch: Sequence[Pair],
-    ends: StopTokens | tuple[()],
+    ends: StopTokens,
     sampling: Sampling,
     numbers: Tensor,
     ended: list[bool],

@@ -8,7 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +38,8 @@ class Insert:
     vectors: Tensor | None = None
     """[P, d] in the space of the embedding module's output."""
     at: Literal["front", "after_bos"] = "after_bos"
-    """Where vectors go: before everything, or behind the beginning-of-sequence token where there is one."""
+    """Where vectors go: before everything, or behind the beginning-of-sequence token where there is one; in a chat at
+    the beginning of the user's message."""
 
 
 class Rule(ABC):
@@ -168,10 +171,17 @@ def need_window(lm: LM, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> N
 
 
 def inserted(lm: LM, row: Row, ids: tuple[int, ...], at: str) -> Row:
-    """The row with ids put before it, or behind its beginning-of-sequence token."""
-    bos = lm.tokenizer.bos_token_id
-    start = int(at == "after_bos" and bos is not None and row.ids[:1] == (bos,))
+    """The row with ids put before it, or behind its beginning-of-sequence token and what opens a chat."""
+    opening = () if at == "front" else _opening(lm.tokenizer, lm.chat.head if lm.chat else "")
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opening, row.ids, strict=False)))
     return Row((*row.ids[:start], *ids, *row.ids[start:]), row.target + len(ids))
+
+
+@lru_cache(maxsize=8)
+def _opening(tokenizer: Any, head: str) -> tuple[int, ...]:
+    """Ids before the first one of a prompt."""
+    bos = tokenizer.bos_token_id
+    return tuple(tokenizer(head)["input_ids"]) if head else () if bos is None else (bos,)
 
 
 def combined(lm: LM, states: Tensor, rules: Sequence[Rule], state: Tensor) -> Iterator[tuple[slice, Tensor]]:

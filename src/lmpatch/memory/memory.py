@@ -45,7 +45,7 @@ class Memory:
         with new_folder(path) as folder:
             retriever = retriever_of(editor)
             Store.create(folder, width=retriever.width, matched=retriever.matched, stamp=_stamp(editor))
-            editor.save(folder / EDITOR)
+            editor.save(folder / EDITOR, whole=True)
         return cls.open(path)
 
     @classmethod

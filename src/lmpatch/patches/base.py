@@ -24,6 +24,11 @@ class Base:
     touched: dict[str, str] = field(default_factory=dict)
     """Parameter name -> SHA-256 of that tensor rounded to bf16, for every parameter the patch changes."""
 
+    @property
+    def any_model(self) -> bool:
+        """Whether it is made for no model in particular."""
+        return self == ANY
+
     @classmethod
     def read(cls, header: Mapping[str, Any]) -> Base:
         """From its fields in a file. BadPatch: they are others."""
@@ -39,6 +44,8 @@ class Base:
 
     def require(self, lm: LM) -> None:
         """Raise ``WrongModel`` unless ``lm`` without its patches is this model, weight by weight."""
+        if self.any_model:
+            return
         who = self.misfit(lm)
         way = f"Load {self.name} as it was then, or pass strict=False to take any model of these shapes."
         hashes = {name: hash_of(original(lm.model, name)) for name in self.touched}
@@ -50,6 +57,10 @@ class Base:
             raise WrongModel(f"{who} for certain: offloaded or quantised weights cannot be compared. {way}")
         if whole != self.fingerprint:
             raise WrongModel(f"{who} ({whole[:12]}): weights it does not change differ. {way}")
+
+
+ANY = Base("any", "any model")
+"""The base of what asks nothing of a model."""
 
 
 def original(model: nn.Module, name: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from ..errors import BadInput, BadPatch, WrongModel
 from ..files import outside, replacing
 from ..models.lm import LM
 from ..provenance import hash_json, hash_tensors
-from .base import Base, fingerprint
+from .base import ANY, Base, fingerprint
 
 SCHEMA = 2  # of schema 1 the hash covers method, parts and tensors alone
 KEY = "lmpatch_editor"
+ON = "on"  # in a file: the hash of the editor that it is the rest of
 PACKAGED = Path(__file__).parents[1] / "editors"
 FIELDS = {"method": str, "config": dict, "base": dict, "parts": dict, "made": dict, "sha256": str}
 
@@ -39,18 +40,33 @@ class Editor:
     """What its tensors are: enough to build the network again."""
     tensors: dict[str, Tensor]
     made: dict[str, Any] = field(default_factory=dict)
+    on: Editor | None = None
+    """An editor whose parts and tensors are among these and need not be written again: that of any model, of which a
+    model's own one is the rest."""
 
     def hash(self) -> str:
         """SHA-256 of what it does: method, parts and tensors."""
         return hash_json([self.method, self.parts, hash_tensors(sorted(self.tensors.items()), exact=True)])
 
-    def save(self, path: str | Path) -> None:
-        """Write the file; a file that is there is replaced, at once or not at all."""
-        head = {"schema": SCHEMA, **{name: getattr(self, name) for name in ("method", "config", "parts", "made")}}
+    def save(self, path: str | Path, *, whole: bool = False) -> None:
+        """Write the file; a file that is there is replaced, at once or not at all.
+
+        Args:
+            whole: what ``on`` holds is written too, else its hash: the reader finds it beside the file or in lmpatch.
+        """
+        on = None if whole else self.on
+        own = self if on is None else self._rest(on)
+        head = {"schema": SCHEMA, **{name: getattr(own, name) for name in ("method", "config", "parts", "made")}}
         head |= {"base": {"fingerprint": self.base.fingerprint, "name": self.base.name}}
-        head |= {"sha256": self._seal(head)}
+        head |= {} if on is None else {ON: on.hash()}
+        head |= {"sha256": own._seal(head)}
         with replacing(Path(path)) as work:
-            safetensors.torch.save_file(dict(self.tensors), work, {KEY: json.dumps(head, ensure_ascii=False)})
+            safetensors.torch.save_file(dict(own.tensors), work, {KEY: json.dumps(head, ensure_ascii=False)})
+
+    def _rest(self, on: Editor) -> Editor:
+        """Without the parts and tensors of the other."""
+        parts = {name: part for name, part in self.parts.items() if name not in on.parts}
+        return replace(self, parts=parts, tensors={k: t for k, t in self.tensors.items() if k not in on.tensors})
 
     def _seal(self, head: dict[str, Any]) -> str:
         """The hash in a file with this header: what the editor does, and every other field."""
@@ -80,7 +96,32 @@ def load_editor(path: str | Path) -> Editor:
     editor = Editor(head["method"], head["config"], Base(**head["base"]), head["parts"], tensors, head["made"])
     if head["sha256"] != editor._seal(head):
         raise BadPatch(f"{path} was altered: it does not match its own hash. Take a fresh copy.")
-    return editor
+    return joined(editor, _by_hash(head[ON], path)) if ON in head else editor
+
+
+def joined(editor: Editor, on: Editor) -> Editor:
+    """The editor with the parts and tensors of the one it is the rest of."""
+    return replace(editor, parts=on.parts | editor.parts, tensors=on.tensors | editor.tensors, on=on)
+
+
+def _by_hash(wanted: Any, needed_by: Path) -> Editor:
+    """The editor of any model with this hash, beside the file or in a package."""
+    for path in [*sorted(needed_by.parent.glob("*.safetensors")), *_files()]:
+        if path != needed_by and path.is_file() and _fits_all(path):
+            found = load_editor(path)
+            if found.hash() == wanted:
+                return found
+    raise BadPatch(
+        f"{needed_by} is the rest of another editor ({str(wanted)[:12]}), which neither lies beside it nor comes with "
+        "lmpatch. Put it there."
+    )
+
+
+def _fits_all(path: Path) -> bool:
+    try:
+        return bool(_head(path)["base"]["fingerprint"] == ANY.fingerprint)
+    except BadPatch:
+        return False
 
 
 def find_editor(method: str, lm: LM, editor: Editor | str | Path | None = None) -> Editor:
@@ -100,16 +141,17 @@ def find_editor(method: str, lm: LM, editor: Editor | str | Path | None = None) 
         chosen = editor if isinstance(editor, Editor) else load_editor(editor)
         if chosen.method != method:
             raise BadPatch(f"this is an editor of {chosen.method}, {method} was asked for. Give one of {method}.")
-        if chosen.base.fingerprint != fingerprint(lm):
+        if chosen.base.fingerprint not in (ANY.fingerprint, fingerprint(lm)):
             raise WrongModel(
                 f"the editor was trained for {chosen.base.name} ({chosen.base.fingerprint[:12]}), this is {lm.name} "
                 f"({fingerprint(lm)[:12]}). Train one for this model."
             )
         return chosen
-    for path in sorted(folder.glob("*.safetensors")) if folder else _files():
-        head = _head(path)
-        if head["method"] == method and head["base"]["fingerprint"] == fingerprint(lm):
-            return load_editor(path)
+    heads = {path: _head(path) for path in (sorted(folder.glob("*.safetensors")) if folder else _files())}
+    for base in (fingerprint(lm), ANY.fingerprint):
+        for path, head in heads.items():
+            if head["method"] == method and head["base"]["fingerprint"] == base:
+                return load_editor(path)
     where = f"is in {editor}" if editor is not None else "comes with lmpatch or an installed package"
     raise BadInput(
         f"no {method} editor for {lm.name} {where}. Train one (lmpatch train MODEL {method} FACTS -o EDITOR) and pass "

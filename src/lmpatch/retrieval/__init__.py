@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Fact = tuple[str, str]
 """A fact as prompt and target."""
-Form = Literal["vectors", "text"]
-"""What goes before a question: continuous prompt vectors, or text."""
+Form = Literal["vectors", "text", "both"]
+"""What goes before a question: continuous prompt vectors, the fact as a sentence (RAG), or both, the text last."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Scope:
     threshold: float = 0.0
     """Cosine of query and key that ``gate=cosine`` asks for."""
     insert: Form = "vectors"
-    """What goes before the question: continuous prompt vectors, or the fact as a sentence (RAG)."""
+    """What goes before the question: continuous prompt vectors, the fact as a sentence (RAG), or both."""
     at: Literal["front", "after_bos"] | None = None
     """Vectors go before everything, as published, or behind the start token, which keeps its place as sink. none: where
     they were when the editor was trained."""

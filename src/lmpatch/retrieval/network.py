@@ -26,20 +26,10 @@ NOTHING = "This is something that nobody has said anything about so far, and nob
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is chosen of the network's sizes. Published: Chen et al. 2024 (arXiv:2405.03279)."""
+    """What is chosen of the retrieval's sizes. Published: Chen et al. 2024 (arXiv:2405.03279)."""
 
-    width: int = 1024
+    width: int = 512
     """R, the width of keys. Published: 4096."""
-    content: int = 512
-    """How many of these hold what is to be said and are compared with no query. Published: 0."""
-    prompt_tokens: int = 6
-    """P, prompt vectors of one fact. Published: 3."""
-    target_tokens: int = 6
-    """T, the first tokens of a target whose embeddings in the language model prompt vectors are made of too; at least
-    P. Published: 0."""
-    ends: bool = False
-    """A fact has as many vectors as its target has tokens, at most P - 1, and one learned end behind them; without it,
-    always P, the last token repeating, which makes the model repeat it too. Published: no."""
     sentinel_tokens: int = 10
     """Learned input embeddings of the sentinel."""
     adapt: int | None = 0
@@ -51,14 +41,22 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape(Sizes):
-    """What decides the sizes of the network."""
+    """What decides the sizes of the network. A network with ``d_model`` makes prompt vectors of its keys: the published
+    one of whole keys, that of the first release of a part of them and of the target's embeddings."""
 
     encoder: str
     """Name of the sentence encoder."""
     features: int
     """Width of one encoder state."""
-    d_model: int
-    """Width of the language model's embeddings."""
+    d_model: int = 0
+    """Width of the language model's embeddings; 0: keys are for retrieval alone, see ``retrieval.prompts``."""
+    content: int = 0
+    """How many components of a key hold what is to be said and are compared with no query. Published: 0."""
+    prompt_tokens: int = 0
+    """P, prompt vectors of one fact. Published: 3."""
+    target_tokens: int = 0
+    """T, the first tokens of a target whose embeddings in the language model prompt vectors are made of too; at least
+    P. Published: 0."""
 
     @property
     def matched(self) -> int:
@@ -83,9 +81,6 @@ class Network(nn.Module):
     """Heads, sentinel and prompt map, and how the encoder is adapted. The encoder itself is shared and never written.
 
     Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.
-    Differs: a key has two parts. Questions are compared with the first; prompt vectors are made of the second. As one,
-    each pulled the other away from what it was for. And prompt vectors are made of the embeddings of the target's
-    tokens too, those of the language model: no sentence encoder tells every name from its neighbours.
     """
 
     def __init__(self, shape: Shape, encoder: Encoder) -> None:
@@ -95,16 +90,17 @@ class Network(nn.Module):
         self._fixed: Encoder | None = None  # the adapted one, once nothing learns
         self.inputs = inputs = (3 + shape.pooler) * shape.features
         self.key, self.query = Head(inputs, shape.matched), Head(inputs, shape.matched)
-        self.content = Head(inputs, shape.content)
-        # say, mix, out, turn: how prompt vectors are made; editor files know them by these names
-        self.say = _linear(shape.target_tokens * shape.d_model, shape.content, bias=False)
-        self.mix = _linear(shape.content, shape.content)
-        self.out = _linear(shape.content, shape.prompt_tokens * shape.d_model)
-        self.turn = _linear(shape.d_model, shape.d_model, bias=False)
-        if shape.ends:
-            self.end = nn.Parameter(torch.zeros(shape.d_model))
+        told = shape.content or shape.width  # components that prompt vectors are made of
+        # content, say, mix, out, turn: how prompt vectors are made; editor files know them by these names
+        if shape.content:
+            self.content = Head(inputs, shape.content)
+        if shape.target_tokens:
+            self.say = _linear(shape.target_tokens * shape.d_model, told, bias=False)
+            self.turn = _linear(shape.d_model, shape.d_model, bias=False)
+        if shape.d_model:
+            self.mix, self.out = _linear(told, told), _linear(told, shape.prompt_tokens * shape.d_model)
+            self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
         self.sentinel_embeddings = nn.Parameter(torch.zeros(shape.sentinel_tokens, shape.features))
-        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
         self.centre = nn.Parameter(torch.zeros(inputs), requires_grad=False)
         self.spread = nn.Parameter(torch.ones(inputs), requires_grad=False)
         self.learned = nn.ParameterDict()  # slashes in its names: torch takes dots for nesting
@@ -143,22 +139,19 @@ class Network(nn.Module):
         return self._encoder[0]
 
     @torch.no_grad()
-    def start(self, seed: int, embeddings: Tensor, facts: Sequence[Fact] = FACTS) -> None:
+    def start(self, seed: int, facts: Sequence[Fact] = FACTS, embeddings: Tensor | None = None) -> None:
         """Draw the starting weights. Both heads start as the same map, so a question scores highest with the fact that
-        the encoder finds most alike. Typical are the ``embeddings`` [n, d_model], outputs of the language model's
-        embedding module, and the facts: features are measured in their mean and spread."""
+        the encoder finds most alike. Typical are the facts, features are measured in their mean and spread, and the
+        ``embeddings`` [n, d_model], outputs of the language model's embedding module: prompt vectors start as long."""
         draw = torch.Generator().manual_seed(seed)
-        heads = (self.key.first, self.key.second, self.content.first, self.content.second)
-        for module in (*heads, self.say, self.mix, self.out):
+        drawn = ("key.", "query.", "content.", "say", "mix", "out")
+        for module in (m for name, m in self.named_modules() if isinstance(m, nn.Linear) and name.startswith(drawn)):
             bound = module.in_features**-0.5
             for p in module.parameters():
                 p.uniform_(-bound, bound, generator=draw)
         for name, p in self.learned.items():
             if name.endswith("/lora_a"):
                 p.normal_(0, p.shape[1] ** -0.5, generator=draw)
-        self.turn.weight.copy_(torch.eye(self.shape.d_model))
-        if self.shape.ends:
-            self.end.normal_(0, 1, generator=draw)
         self.key.first.weight.mul_(GAIN)
         self.query.load_state_dict(self.key.state_dict())
         features = self.features([join(*fact) for fact in facts] + [prompt for prompt, _ in facts])
@@ -167,7 +160,10 @@ class Network(nn.Module):
         self.spread.copy_((variance + variance.mean()).sqrt())  # the second term keeps a rare feature from towering
         start = self.encoder.embedded(NOTHING)
         self.sentinel_embeddings.copy_(start[torch.arange(self.shape.sentinel_tokens) % len(start)])
-        self.scale.fill_(embeddings.float().pow(2).mean().sqrt())
+        if embeddings is not None:
+            self.scale.fill_(embeddings.float().pow(2).mean().sqrt())
+            made = self.prompts(self.keys(facts))
+            self.out.weight.mul_(self.scale / made.pow(2).mean().sqrt())
 
     def adapted(self) -> Encoder:
         """The encoder with what was learned of it."""
@@ -194,7 +190,8 @@ class Network(nn.Module):
     def keys(self, facts: Sequence[Fact]) -> Tensor:
         """Keys [n, R] of facts: what questions are compared with [n, M], then the content."""
         features = self.features([join(*fact) for fact in facts])
-        return torch.cat([self.matched_of(features), self.content_of(features)], -1)
+        matched = self.matched_of(features)
+        return torch.cat([matched, self.content(self._standard(features))], -1) if self.shape.content else matched
 
     def queries(self, prompts: Sequence[str]) -> Tensor:
         """Queries [n, M] of questions: the prompt alone."""
@@ -203,11 +200,6 @@ class Network(nn.Module):
     def matched_of(self, features: Tensor) -> Tensor:
         """The first part of keys, [n, M]."""
         out: Tensor = self.key(self._standard(features))
-        return out
-
-    def content_of(self, features: Tensor) -> Tensor:
-        """The second part of keys, [n, R - M]."""
-        out: Tensor = self.content(self._standard(features))
         return out
 
     def queries_of(self, features: Tensor) -> Tensor:
@@ -225,56 +217,34 @@ class Network(nn.Module):
         states = encoder.stack(self.sentinel_embeddings)
         return self.matched_of(self._pooled(encoder, states, torch.ones(states.shape[:2], device=states.device)))[0]
 
-    def prompts(self, keys: Tensor, targets: Targets) -> list[Tensor]:
-        """For each whole key [n, R] its prompt vectors [p, d_model]; p is P, or what ``lengths`` says."""
-        vectors = self.prompts_of(keys[:, self.shape.matched :], targets)
-        return [own[:p] for own, p in zip(vectors, self.lengths(targets), strict=True)]
+    def prompts(self, keys: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Prompt vectors [n, P, d_model] of whole keys [n, R] and ``target_embeddings`` [n, T, d_model].
 
-    def lengths(self, targets: Targets) -> list[int]:
-        """How many of the P vectors of each fact are used."""
-        most = self.shape.prompt_tokens
-        return [min(count, most - 1) + 1 if self.shape.ends else most for count in targets.counts]
-
-    def prompts_of(self, content: Tensor, targets: Targets) -> Tensor:
-        """Prompt vectors [n, P, d_model] of the second part of keys [n, R - M], those beyond ``lengths`` included.
-
-        Each is ``LENGTH`` times as long as a typical embedding. Left free, they grew to fifty times that in training,
-        where the model's norms pass no gradient back.
+        Published: a layer of the key and a linear map. With a content of its own they are made of that and of the
+        target, each ``LENGTH`` times as long as a typical embedding.
         """
-        shape, said = self.shape, targets.embeddings.to(content.device) / self.scale
-        spoken = said[:, : shape.prompt_tokens]
-        if shape.ends:
-            at = torch.arange(shape.target_tokens, device=content.device)[None, :, None]
-            counts = torch.tensor(targets.counts, device=content.device)[:, None, None]
-            said = said * (at < counts)
-            last = counts.clamp(max=shape.prompt_tokens - 1)
-            spoken = torch.where(at[:, : shape.prompt_tokens] == last, self.end, said[:, : shape.prompt_tokens])
-        content = nn.functional.layer_norm(content, content.shape[-1:])  # else steps of Adam grow with the keys
-        content = content + self.say(said.flatten(1))
-        mixed = self.mix(content).relu() + content
-        vectors = self.out(mixed).float().reshape(len(content), shape.prompt_tokens, shape.d_model)
-        vectors = vectors + self.turn(spoken)
-        scaled: Tensor = vectors * (LENGTH * self.scale / vectors.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
-        return scaled
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The first T tokens of targets as the language model embeds them."""
-
-    embeddings: Tensor
-    """[n, T, d_model] fp32; the last token of a shorter target repeats."""
-    counts: list[int]
-    """How many of the T are the target's own, for each."""
+        shape = self.shape
+        told = nn.functional.layer_norm(keys[:, shape.matched :], (shape.content,)) if shape.content else keys
+        if targets is not None:
+            targets = targets / self.scale
+            told = told + self.say(targets.flatten(1))
+        mixed = self.mix(told).relu() + told
+        vectors: Tensor = self.out(mixed).float().reshape(len(keys), shape.prompt_tokens, shape.d_model)
+        if targets is not None:
+            vectors = vectors + self.turn(targets[:, : shape.prompt_tokens])
+        if shape.content:
+            vectors = vectors * (LENGTH * self.scale / vectors.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12))
+        return vectors
 
 
 @torch.no_grad()
-def target_embeddings(lm: LM, facts: Sequence[Fact], count: int) -> Targets:
-    """Embeddings of each target's first ``count`` tokens behind its prompt."""
+def target_embeddings(lm: LM, facts: Sequence[Fact], count: int) -> Tensor:
+    """Embeddings [n, count, d_model] fp32 of each target's first tokens behind its prompt; the last one repeats."""
     rows = encode_all(lm, [prompt for prompt, _ in facts], [target for _, target in facts])
     targets = [row.ids[row.target :][:count] for row in rows]
     ids = torch.tensor([[*own, *[own[-1]] * (count - len(own))] for own in targets], device=lm.device)
-    return Targets(lm.module(lm.layout.embed)(ids).float(), [len(own) for own in targets])
+    out: Tensor = lm.module(lm.layout.embed)(ids)
+    return out.float()
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:

@@ -5,50 +5,63 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...retrieval import Scope
 from ...retrieval.network import Sizes
+from ...retrieval.prompts import PromptSizes
 
 
 @dataclass(frozen=True)
-class Config(Scope):
-    """How facts are used. Defaults: the paper's (Chen et al. 2024, arXiv:2405.03279)."""
+class Config:
+    """How facts are used. Defaults: the paper's (Chen et al. 2024, arXiv:2405.03279), but for ``insert``."""
 
+    gate: Literal["sentinel", "cosine", "always"] = "sentinel"
+    """A fact is used if it beats the knowledge sentinel, if it reaches a cosine, or always."""
     threshold: float = 0.45
     """Cosine of query and key that ``gate=cosine`` asks for. Default: for the packaged editor, on held-out facts of its
     training."""
+    insert: Literal["auto", "vectors", "text", "both"] = "auto"
+    """What goes before the question: continuous prompt vectors, as published, the fact as a sentence (RAG), or both.
+    auto: both on a model that has prompt vectors, text on any other."""
+    at: Literal["front", "after_bos"] | None = None
+    """Vectors go before everything, as published, or behind the start token, which keeps its place as sink. none: where
+    they were when the editor was trained."""
+    top_k: int = 1
+    """Facts used at most."""
 
 
 @dataclass(frozen=True)
-class Training(Sizes):
+class Training(Sizes, PromptSizes):
     """How the editor is trained. Defaults for a 270M model on a CPU; the paper's numbers stand in the meanings."""
 
-    ends: bool = True
-    prompt_tokens: int = 8
-    target_tokens: int = 8
-
-    key_steps: int = 1200
-    """Steps of the first part, which never asks the language model: heads and sentinel learn retrieval. Published: one
-    part, all losses together."""
+    faithful: bool = False
+    """Train the published method: every weight of the encoder, whole keys from which three prompt vectors are made,
+    retrieval and language model in one part with the published losses, no end of the answer."""
+    key_steps: int = 0
+    """Steps of the first part, which never asks the language model: heads and sentinel learn retrieval. 0: the
+    retrieval that comes with lmpatch. Published: one part, all losses together."""
     key_batch: int = 256
     """Facts of one such step."""
-    prompt_steps: int = 800
+    rivals: int = 20_000
+    """Keys of this many facts outside the batch are rivals in such a step too. Published: 0."""
+    prompt_steps: int = 600
     """Steps of the second part: retrieval stands still, and what makes the prompt vectors learns from the language
-    model's three losses. Published: run until stopped, chosen by the smoothed loss."""
+    model. Published: run until stopped, chosen by the smoothed loss."""
     prompt_batch: int = 32
     """Facts of one such step, each told in one of its two wordings. Published: 8, in both."""
+    text_share: float = 0.6
+    """Share of these that also have the fact as a sentence before the question. Published: 0."""
     lr: float = 2e-3
     """AdamW's rate in the first part. Published: 1e-5, with every weight of the encoder trained."""
-    prompt_lr: float = 1e-3
+    prompt_lr: float = 3e-3
     """AdamW's rate in the second part."""
     encoder_lr: float = 1e-4
     """AdamW's rate for the encoder's weights or their adaptation, if there are any to train."""
     decay: float = 0.1
     """AdamW's weight decay."""
     dropout: float = 0.3
-    """Share of the features that heads do not see in a step of the first part."""
+    """Share of the features that heads do not see in a step of the first part. Published: 0."""
     exchanged: float = 0.5
     """Share of the facts of a step of the second part that get another target, by halves another fact's and some word
-    of the model's vocabulary: what is said must come from the target, not from what the rest suggests."""
+    of the model's vocabulary: what is said must come from the target, not from what the rest suggests. Published: 0."""
     warmup: int = 50
     """Steps until the full rate, in each part."""
     final: float = 0.05
@@ -58,13 +71,10 @@ class Training(Sizes):
     margin: float | None = None
     """Hinge: what is this many times likelier than every rival costs nothing. none: no hinge. Published: 1.2."""
     other_share: float = 0.125
-    """Share of the unrelated questions that go through the language model in a step, drawn anew. Published: 1."""
-    answer_tokens: int | None = 8
+    """Share of the questions that a fact does not touch that go through the language model in a step, drawn anew.
+    Published: 1."""
+    answer_tokens: int | None = 12
     """An answer's tokens beyond these are left out of the language model's rows. none: all, as published."""
-    after_tokens: int = 6
-    """So many tokens that the model itself would say behind a target, up to the end of the sentence, cost the KL
-    divergence from what it says with the target and without the vectors; an end of the answer behind such a sentence is
-    said like a target. Published: 0."""
     at: Literal["front", "after_bos"] = "after_bos"
     """Where the vectors go; see ``Config``."""
     seed: int = 0

@@ -134,3 +134,34 @@ def _order(facts: int, seed: int, epoch: int) -> list[int]:
     order = list(range(facts))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
+
+
+@dataclass(frozen=True)
+class Split:
+    """Facts to train on and facts held out."""
+
+    edits: Sequence[Edit]
+    held: Sequence[Edit]
+    unrelated: Sequence[Ask]
+
+    @classmethod
+    def of(cls, edits: Sequence[Edit], unrelated: Sequence[Ask], held_out: int, seed: int, least: int) -> Split:
+        """A quarter held out at most; ``BadInput``: fewer than ``least`` facts are left, which a batch needs."""
+        order = list(range(len(edits)))
+        random.Random(f"{seed}/held out").shuffle(order)
+        held = min(held_out, len(edits) // 4)
+        rest = [edits[i] for i in order[held:]]
+        if len(rest) < least:
+            raise BadInput(
+                f"a batch has {least} facts, {len(rest)} are left to train on. Lower key_batch and prompt_batch."
+            )
+        return cls(rest, [edits[i] for i in order[:held]], unrelated)
+
+    def sample(self, edit: Edit, draw: random.Random) -> Sample:
+        """``sample`` with these unrelated questions."""
+        return sample(edit, self.unrelated, draw)
+
+    def batch(self, step: int, size: int, seed: int) -> tuple[list[int], list[Sample], random.Random]:
+        """Places and samples of the facts of one step, and where its other draws come from."""
+        draw, places = random.Random(f"{seed}/{step}"), batch(len(self.edits), size, seed, step)
+        return places, [self.sample(self.edits[i], draw) for i in places], draw

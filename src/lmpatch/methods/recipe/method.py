@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data.edits import Edit, prompt_key
 from ...errors import BadInput
-from ...inference.forward import HEAD_CHUNK
+from ...inference.forward import HEAD_CHUNK, frozen
 from ...models.lm import LM
-from ...patches.base import Base, fingerprint
-from ...patches.editor import Editor, find_editor
-from ...patches.memory.patch import MemoryPatch, build_memory
+from ...patches.base import ANY, Base, fingerprint
+from ...patches.editor import PACKAGED, Editor, find_editor, joined, load_editor
+from ...patches.memory.patch import MemoryPatch, build_memory, scope_of
 from ...patches.patch import plain
 from ...progress import Progress
-from ...provenance import made_now
+from ...provenance import hash_json, made_now
 from ...resources import require_memory
-from ...retrieval import Scope
+from ...retrieval import Form, Scope
 from ...retrieval.encoder import load_encoder, shared_encoder
 from ...retrieval.network import Network, Shape, Sizes
+from ...retrieval.prompts import PromptMap, PromptShape, PromptSizes, embedded
+from ...retrieval.recipe import PREFIX
+from ...training.loop import Loop, Schedule, Task
 from .config import Config, Training
-from .data import TrainingData, drawable, usable, without
+from .data import Split, TrainingData, drawable, usable, without
+from .keys import Keys
 from .losses import BATCH_TOKENS
-from .trainer import Trainer
+from .prompts import Prompts
+from .published import Published
 
+PUBLISHED = 3  # prompt vectors of a fact in the published form
 TYPICAL = 256  # facts whose mean feature is taken for the centre of all
 
 
@@ -38,77 +44,150 @@ def train(
     progress: Progress | None = None,
 ) -> Editor:  # fmt: skip
     """Train an editor: retrieval that knows a fact in other words and leaves the rest alone, and prompt vectors that
-    make the model state it.
+    make the model state it once and stop.
 
     Args:
         data: facts to learn editing from, with rephrases and locality prompts; none of them is remembered. As
             ``TrainingData`` with unrelated questions, or for another sentence encoder.
-        out: folder of the checkpoint and the curves. A run that is there goes on where it stopped.
+        out: folder of the checkpoints and the curves. A run that is there goes on where it stopped.
     Returns:
-        the editor; ``save`` writes one safetensors file.
+        the editor; ``save`` writes one safetensors file, without the retrieval where that is lmpatch's own.
+        Without ``prompt_steps`` it is one for any model.
     Raises:
-        BadInput: too few facts, fewer ``target_tokens`` than ``prompt_tokens``, or ``out`` holds another run.
+        BadInput: too few facts, or ``out`` holds another run.
         NotEnoughMemory: training would need more than is free.
         Diverged: a loss left the finite numbers; the last checkpoint is good.
-    Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.3.
-    Differs: two parts, see ``Training``; keys of two parts, and prompt vectors that read the embeddings of the target's
-    tokens, see ``retrieval.network``; the encoder stays as it is; prompt vectors have one length; queries are prompts
-    alone, in training and after.
+    Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.3; with ``faithful`` as published.
+    Differs, without it: retrieval never asks the language model, and is trained apart with all facts as rivals; the
+    encoder stays as it is; prompt vectors are made of the target's tokens alone, see ``retrieval.prompts``, and learn
+    an end of the answer, with and without the fact as text behind them.
     """
-    if cfg.target_tokens < cfg.prompt_tokens:
-        raise BadInput(f"target_tokens is {cfg.target_tokens}, below the {cfg.prompt_tokens} of prompt_tokens.")
     data = data if isinstance(data, TrainingData) else TrainingData(data)
-    edits = usable(without(data.edits, ()), data.unrelated)
-    encoder = load_encoder(data.encoder, download=data.download)
-    texts = drawable(edits, data.unrelated)
-    long = [t for t, ids in zip(texts, encoder.tokenise(texts), strict=True) if len(ids) > encoder.limit]
-    if long:
-        raise BadInput(
-            f"{len(long)} of {len(texts)} texts are longer than the {encoder.limit} tokens {encoder.name} reads: "
-            f"{long[0][:60]!r}…. Leave them out or shorten them."
+    edits, folder = usable(without(data.edits, ()), data.unrelated), Path(out) if out is not None else None
+    least = max([cfg.prompt_batch] * bool(cfg.prompt_steps or cfg.faithful) + [cfg.key_batch] * bool(cfg.key_steps))
+    split = Split.of(edits, data.unrelated, cfg.validate, cfg.seed, least)
+    stamp = hash_json([asdict(cfg), [asdict(edit) for edit in edits], [asdict(ask) for ask in data.unrelated]])
+    run = _Run(lm, split, cfg, folder, stamp, progress)
+    if cfg.faithful:
+        return run.published(data)
+    half = run.retrieval(data) if cfg.key_steps else packaged_retrieval()
+    return run.prompts(half) if cfg.prompt_steps else half
+
+
+def packaged_retrieval() -> Editor:
+    """The retrieval that comes with lmpatch, for any model."""
+    return load_editor(PACKAGED / "recipe-retrieval.safetensors")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parts of one training."""
+
+    lm: LM
+    split: Split
+    cfg: Training
+    folder: Path | None
+    stamp: str
+    progress: Progress | None
+
+    def retrieval(self, data: TrainingData) -> Editor:
+        """Heads and sentinel."""
+        net = self._network(data)
+        need = 2 * net.inputs * len(self._texts()) + 16 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+        require_memory(need, self.lm.device, f"training on {len(self.split.edits)} facts")
+        net.encoder.module.to(self.lm.device)
+        task = Keys(net.to(self.lm.device), self.split, self.cfg, self.progress)
+        made = self._trained(task, "retrieval", self.cfg.key_steps, task.rate, net.encoder.fingerprint)
+        return Editor("recipe", _config(self.cfg, "text"), ANY, *_network_parts(net), made)
+
+    def prompts(self, half: Editor) -> Editor:
+        """The prompt map of the model, joined to the retrieval."""
+        lm, cfg = self.lm, self.cfg
+        sizes = {f.name: getattr(cfg, f.name) for f in fields(PromptSizes)}
+        net = PromptMap(PromptShape(d_model=_embedding_width(lm), **sizes))
+        net.start(lm, cfg.seed)
+        layout = lm.layout
+        batch = BATCH_TOKENS * (12 * layout.n_layers * layout.d_model + 4 * sum(layout.widths))
+        require_memory(4 * (batch + 3 * HEAD_CHUNK * layout.vocab), lm.device, f"training {lm.name}'s prompt vectors")
+        task = Prompts(lm, net.to(lm.device), self.split, cfg)
+        made = self._trained(task, "prompts", cfg.prompt_steps, task.rate, lm.fingerprint())
+        tensors = {f"{PREFIX}{name}": tensor for name, tensor in _bf16(net).items()}
+        parts = {"prompt": asdict(net.shape)}
+        rest = Editor("recipe", _config(cfg, "both"), Base(fingerprint(lm), lm.name), parts, tensors, made)
+        return joined(rest, half)
+
+    def published(self, data: TrainingData) -> Editor:
+        """All at once, as published."""
+        lm, cfg = self.lm, self.cfg
+        net = self._network(data, _embedding_width(lm), PUBLISHED)
+        net.encoder.module.to(lm.device)
+        task = Published(lm, net.to(lm.device), self.split, cfg)
+        made = self._trained(task, "published", cfg.prompt_steps, task.rate, lm.fingerprint())
+        return Editor("recipe", _config(cfg, "vectors"), Base(fingerprint(lm), lm.name), *_network_parts(net), made)
+
+    def _network(self, data: TrainingData, d_model: int = 0, prompt_tokens: int = 0) -> Network:
+        """A network with its starting weights; ``BadInput``: a text is longer than its encoder reads."""
+        encoder, texts = load_encoder(data.encoder, download=data.download), self._texts()
+        long = [t for t, ids in zip(texts, encoder.tokenise(texts), strict=True) if len(ids) > encoder.limit]
+        if long:
+            raise BadInput(
+                f"{len(long)} of {len(texts)} texts are longer than the {encoder.limit} tokens {encoder.name} reads: "
+                f"{long[0][:60]!r}…. Leave them out or shorten them."
+            )
+        sizes = {f.name: getattr(self.cfg, f.name) for f in fields(Sizes)}
+        shape = Shape(encoder=encoder.name, features=encoder.width, **sizes)
+        net = Network(replace(shape, d_model=d_model, prompt_tokens=prompt_tokens), encoder)
+        typical = [(e.prompt, e.target) for e in self.split.edits[:TYPICAL]]
+        net.start(self.cfg.seed, typical, typical_embeddings(self.lm) if d_model else None)
+        return net
+
+    def _texts(self) -> list[str]:
+        return drawable([*self.split.edits, *self.split.held], self.split.unrelated)
+
+    def _trained(self, task: Task, name: str, steps: int, rate: Callable[[int], float], asked: str) -> dict[str, Any]:
+        """Run a part to its end; what is noted of it."""
+        cfg = self.cfg
+        schedule = Schedule(
+            steps, rate=rate, clip=cfg.clip, validate_every=cfg.validate_every, save_every=cfg.save_every
         )
-    embeddings = typical_embeddings(lm)
-    sizes = {f.name: getattr(cfg, f.name) for f in fields(Sizes)}
-    shape = Shape(encoder=encoder.name, features=encoder.width, d_model=embeddings.shape[1], **sizes)
-    net = Network(shape, encoder)
-    require_memory(_training_bytes(lm, net, len(texts)), lm.device, f"training on {len(edits)} facts")
-    net.start(cfg.seed, embeddings, [(e.prompt, e.target) for e in edits[:TYPICAL]])
-    encoder.module.to(lm.device)
-    trainer = Trainer(lm, net.to(lm.device), edits, data.unrelated, cfg, progress)
-    loop = trainer.run(Path(out) if out is not None else None)
-    made = {"steps": loop.step, "facts": len(trainer.edits), "lm_dtype": str(lm.dtype).removeprefix("torch.")}
-    return _editor(lm, net.cpu(), plain(cfg), made | made_now(loop.seconds))
+        file, curves = (self.folder / f"{name}{end}" if self.folder else None for end in (".safetensors", ".jsonl"))
+        advice = f"Lower lr, now {cfg.lr}, or prompt_lr, now {cfg.prompt_lr}."
+        loop = Loop(
+            task, schedule, name=name, file=file, curves=curves, stamp=hash_json([self.stamp, asked]), advice=advice
+        )
+        with frozen(self.lm):
+            loop.run(self.progress)
+        lm_dtype = str(self.lm.dtype).removeprefix("torch.")
+        made = {"steps": loop.step, "facts": len(self.split.edits), "lm_dtype": lm_dtype}
+        return made | made_now(loop.seconds)
 
 
-def _training_bytes(lm: LM, net: Network, texts: int) -> int:
-    """Features of all texts, the editor with gradients and moments, what autograd keeps of a batch, one head chunk."""
-    layout, learned = lm.layout, sum(p.numel() for p in net.parameters() if p.requires_grad)
-    batch = BATCH_TOKENS * (12 * layout.n_layers * layout.d_model + 4 * sum(layout.widths))
-    return 2 * net.inputs * texts + 16 * learned + 4 * (batch + 3 * HEAD_CHUNK * layout.vocab)
+def _config(cfg: Training, insert: Form) -> dict[str, Any]:
+    """How an editor was trained, and how its facts are used unless a call says otherwise."""
+    return {**plain(cfg), "insert": insert}
 
 
-@torch.no_grad()
+def _bf16(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().cpu().to(torch.bfloat16).contiguous() for name, p in net.state_dict().items()}
+
+
+def _network_parts(net: Network) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return {"shape": asdict(net.shape), "encoder_fingerprint": net.encoder.fingerprint}, _bf16(net)
+
+
+def _embedding_width(lm: LM) -> int:
+    return lm.parameter(lm.layout.weight(lm.layout.embed)).shape[1]
+
+
 def typical_embeddings(lm: LM) -> Tensor:
     """Outputs of the embedding module for the tokens of a sentence: [n, d_model]."""
-    ids = lm.tokenizer("The quick brown fox jumps over the lazy dog near Paris in 1999.")["input_ids"]
-    out: Tensor = lm.module(lm.layout.embed)(torch.tensor(ids, device=lm.device))
-    return out.float().cpu()
-
-
-def _editor(lm: LM, net: Network, config: dict[str, Any], made: dict[str, Any]) -> Editor:
-    parts = {"shape": asdict(net.shape), "encoder_fingerprint": net.encoder.fingerprint}
-    tensors = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in net.state_dict().items()}
-    return Editor("recipe", config, Base(fingerprint(lm), lm.name), parts, tensors, made)
+    return embedded(lm, lm.tokenizer("The quick brown fox jumps over the lazy dog near Paris in 1999.")["input_ids"])
 
 
 def editor_for(lm: LM, editor: Editor | str | Path | None = None) -> Editor:
-    """The editor of this very model; see ``find_editor``."""
-    try:
-        return find_editor("recipe", lm, editor)
-    except BadInput as error:
-        raise BadInput(
-            f"{error} The method rag needs no editor: it puts the fact as text before the question."
-        ) from None
+    """The editor of this very model; where there is none, that of any model, which has retrieval and no prompt vectors.
+    See ``find_editor``."""
+    return find_editor("recipe", lm, editor)
 
 
 def fit(
@@ -118,19 +197,23 @@ def fit(
 
     Args:
         edits: later ones supersede earlier ones of the same prompt.
-        editor: from ``train``; None: the one for this model in lmpatch or an installed package. With ``insert=text``
-            it may be one of another model, whose retrieval serves here too.
+        editor: from ``train``; None: the one for this model in lmpatch or an installed package, else that of any
+            model. With ``insert=text`` it may be one of another model, whose retrieval serves here too.
     Raises:
-        BadInput: no editor for this model, or a fact is longer than the encoder reads.
+        BadInput: prompt vectors are asked for and there are none for this model, or a fact is longer than the encoder
+            reads.
         WrongModel: the editor was trained for another model, or with another encoder.
     Source: Chen et al. 2024 (arXiv:2405.03279) sec. 3.
     """
     start = perf_counter()
-    if editor is None or cfg.insert == "vectors":
+    if editor is None or cfg.insert != "text":
         editor = editor_for(lm, editor)
+    scope = scope_of(editor)
+    scope = Scope(cfg.gate, cfg.threshold, scope.insert if cfg.insert == "auto" else cfg.insert, cfg.at, cfg.top_k)
     edits = list({prompt_key(edit.prompt): edit for edit in edits}.values())
-    base = Base(fingerprint(lm), lm.name)
-    patch = build_memory(editor, edits, Scope(**asdict(cfg)), base=base, config=plain(cfg))
+    base = editor.base if editor.base.any_model else Base(fingerprint(lm), lm.name)
+    patch = build_memory(editor, edits, scope, base=base, config=plain(cfg))
+    patch.fits(lm)
     if progress:
         progress(len(edits), len(edits), "encoding facts")
     patch.made = made_now(perf_counter() - start)
@@ -145,8 +228,11 @@ def example(lm: LM) -> tuple[list[Edit], Config]:
 def example_editor(lm: LM) -> Editor:
     """An untrained editor for this model."""
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    embeddings = typical_embeddings(lm)
-    shape = Shape(encoder=encoder.name, features=encoder.width, d_model=embeddings.shape[1], width=16, content=8)
-    net = Network(shape, encoder)
-    net.start(0, embeddings)
-    return _editor(lm, net, {}, {})
+    net = Network(Shape(encoder=encoder.name, features=encoder.width, width=16), encoder)
+    net.start(0)
+    prompts = PromptMap(PromptShape(d_model=_embedding_width(lm), shared_tokens=2, target_tokens=4, hidden=16))
+    prompts.start(lm, 0)
+    parts, tensors = _network_parts(net)
+    parts |= {"prompt": asdict(prompts.shape)}
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in _bf16(prompts).items()}
+    return Editor("recipe", {"insert": "vectors"}, Base(fingerprint(lm), lm.name), parts, tensors, {})
