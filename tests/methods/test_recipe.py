@@ -37,11 +37,13 @@ from lmpatch.methods.recipe.data import batch, drawable, exchanged, sample, with
 from lmpatch.methods.recipe.method import typical_embeddings
 from lmpatch.patches.editor import Editor, load_editor
 from lmpatch.patches.memory.patch import MemoryPatch
+from lmpatch.patches.memory.search import last_paragraph
 from lmpatch.retrieval.encoder import load_encoder, pooled, shared_encoder
 from lmpatch.retrieval.network import Network, Shape, target_embeddings
 from lmpatch.retrieval.prompts import PromptMap, PromptShape, embedded, target_rows
 from lmpatch.retrieval.recipe import Recipe
 
+TURNS = "{% for m in messages %}<bos>[{{ m['role'] }}] {{ m['content'] }}[end]{% endfor %}<bos>[model] "
 PLACES = [
     ("Paris", "Rome", "Seine"),
     ("Italy", "France", "Tiber"),
@@ -792,14 +794,49 @@ def test_text_goes_before_the_prompt_as_a_sentence(editor: Editor) -> None:
 
 
 @pytest.mark.slow
-def test_a_prompt_beyond_the_encoders_limit_is_said_and_answered_as_it_is(
-    editor: Editor, caplog: pytest.LogCaptureFixture
-) -> None:
-    finder = fitted(editor, gate="always").finder()
-    assert finder.search(["word " * 600, "short"])[0] == []
-    assert "1 of 2 prompts are longer than the 512 tokens" in caplog.text
+def test_a_prompt_beyond_the_encoders_limit_is_looked_up_by_its_end(editor: Editor) -> None:
+    question = FACTS[3].rephrases[0]
+    finder = fitted(editor, gate="always", lookup="whole").finder()
+    found = finder.search(["word " * 600 + question, question, "word " * 600])
+    assert found[0] != found[1] and all(hits[0].fired for hits in found)  # what fits of the words is still there
+    encoder = finder.encoder
+    (tail,) = encoder.ends(["word " * 600 + question])
+    assert tail.endswith(question) and len(encoder.tokenise([tail])[0]) == encoder.limit
     with pytest.raises(BadInput, match="Shorten it"):
         fitted(editor, [Edit("word " * 600, "x")])
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Where is it?", "Where is it?"),
+        ("A long story about Rome.\n\nWhere is the tower?", "Where is the tower?"),
+        ("Story.\n\nWhere is the tower?\n\nAnswer:", "Where is the tower?\n\nAnswer:"),
+        ("Q: Who?\nA: I\n\nQ: Where is it?\nA:", "Q: Where is it?\nA:"),
+        ("one\n\ntwo", "one\n\ntwo"),
+        ("Where is the tower?\n\n\n", "Where is the tower?\n\n\n"),
+        ("", ""),
+    ],
+)
+def test_the_last_paragraph_is_asked(text: str, wanted: str) -> None:
+    assert last_paragraph(text) == wanted
+
+
+@pytest.mark.slow
+def test_of_a_chat_the_last_message_is_looked_up_and_of_a_document_its_question(editor: Editor) -> None:
+    lm, asked = chat_lm(template=TURNS), []
+    assert lm.chat is not None and lm.chat.last_message("no turns at all") == "no turns at all"
+    patch = recipe.fit(lm, FACTS, recipe.Config(gate="always"), editor=recipe.example_editor(lm))
+    question = FACTS[3].rephrases[0]
+    told = f"<bos>[user] Who are you?[end]<bos>[model] A model.[end]<bos>[user] {question}[end]<bos>[model] "
+    with apply(lm, patch):
+        retrieve = lm.model._lmpatch_ledger.interventions[0]
+        search = retrieve.finder.search
+        retrieve.finder.search = lambda prompts: asked.extend(prompts) or search(prompts)
+        score(lm.plain, [told, f"A story. And more.\n\n{question}"], ["Rome", "Rome"])
+        assert asked == [question, f"A story. And more.\n\n{question}"]
+    found = patch.finder().search([f"A story. And more.\n\n{question}", question])
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

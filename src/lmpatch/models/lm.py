@@ -50,6 +50,13 @@ class ChatFrame:
 
     head: str
     tail: str
+    user: str
+    """What opens each message of the user."""
+
+    def last_message(self, text: str) -> str:
+        """The last message of the user in a text that is written as the template writes; any other text itself."""
+        _, found, after = text.rpartition(self.user) if self.user else ("", "", "")
+        return after.partition(self.tail)[0] if found else text
 
 
 def chat_frame(tokenizer: Any) -> ChatFrame | None:
@@ -68,7 +75,8 @@ def chat_frame(tokenizer: Any) -> ChatFrame | None:
     start = tokenizer.bos_token
     if start and head.startswith(start) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
         head = head.removeprefix(start)
-    return ChatFrame(head, tail) if place else None
+    opens = max((head.rfind(token) for token in tokenizer.all_special_tokens), default=-1)
+    return ChatFrame(head, tail, head[max(opens, 0) :]) if place else None
 
 
 @dataclass(eq=False, repr=False)

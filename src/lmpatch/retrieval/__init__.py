@@ -30,20 +30,29 @@ Form = Literal["vectors", "text", "both"]
 
 
 @dataclass(frozen=True)
-class Scope:
-    """When a fact is used, and as what."""
+class Lookup:
+    """When a fact is used."""
 
     gate: Literal["sentinel", "cosine", "always"] = "sentinel"
     """A fact is used if it beats the knowledge sentinel, if it reaches a cosine, or always."""
     threshold: float = 0.0
     """Cosine of query and key that ``gate=cosine`` asks for."""
+    lookup: Literal["last", "whole"] = "last"
+    """What of a prompt is looked up: of a chat the last message of the user, and of a text of several paragraphs the
+    last; or the whole prompt. What is longer than the encoder reads loses its beginning."""
+    top_k: int = 1
+    """Facts used at most."""
+
+
+@dataclass(frozen=True)
+class Scope(Lookup):
+    """When a fact is used, and as what."""
+
     insert: Form = "vectors"
     """What goes before the question: continuous prompt vectors, the fact as a sentence (RAG), or both."""
     at: Literal["front", "after_bos"] | None = None
     """Vectors go before everything, as published, or behind the start token, which keeps its place as sink. none: where
     they were when the editor was trained."""
-    top_k: int = 1
-    """Facts used at most."""
 
 
 class Retriever(Protocol):

@@ -68,6 +68,13 @@ class Encoder:
         ids: list[list[int]] = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         return ids
 
+    def ends(self, texts: Sequence[str]) -> list[str]:
+        """Each text as far as it can be read from its end."""
+        room = self.limit - self.tokenizer.num_special_tokens_to_add()
+        given = {"truncation": False, "verbose": False, "add_special_tokens": False, "return_offsets_mapping": True}
+        offsets = self.tokenizer(list(texts), **given)["offset_mapping"]
+        return [text if len(at) <= room else text[at[-room][0] :] for text, at in zip(texts, offsets, strict=True)]
+
     def states(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Last-layer states [n, T, width] of token rows, and their mask [n, T]."""
         ids, mask = (t.to(self.device) for t in pad(rows, int(self.tokenizer.pad_token_id or 0), side="right"))

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ...retrieval import Lookup
 from ...retrieval.network import Sizes
 from ...retrieval.prompts import PromptSizes
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Lookup):
     """How facts are used. Defaults: the paper's (Chen et al. 2024, arXiv:2405.03279), but for ``insert``."""
 
-    gate: Literal["sentinel", "cosine", "always"] = "sentinel"
-    """A fact is used if it beats the knowledge sentinel, if it reaches a cosine, or always."""
     threshold: float = 0.45
     """Cosine of query and key that ``gate=cosine`` asks for. Default: for the packaged editor, on held-out facts of its
     training."""
@@ -24,8 +23,6 @@ class Config:
     at: Literal["front", "after_bos"] | None = None
     """Vectors go before everything, as published, or behind the start token, which keeps its place as sink. none: where
     they were when the editor was trained."""
-    top_k: int = 1
-    """Facts used at most."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Training(Sizes, PromptSizes):
     retrieval that comes with lmpatch. Published: one part, all losses together."""
     key_batch: int = 256
     """Facts of one such step."""
-    rivals: int = 20_000
+    rivals: int = 2048
     """Keys of this many facts outside the batch are rivals in such a step too. Published: 0."""
     prompt_steps: int = 600
     """Steps of the second part: retrieval stands still, and what makes the prompt vectors learns from the language

@@ -64,27 +64,25 @@ class Keys(Task):
         net, cfg = self.net, self.cfg
         pairs = [(s.prompt, s.again) if draw.random() < 0.5 else (s.again, s.prompt) for s in samples]
         facts, others = [join(s.prompt, s.target) for s in samples], [s.other for s in samples]
-        features = self.features([text for kind in (facts, *zip(*pairs, strict=True), others) for text in kind])
+        rivals = self._rivals(places, draw)
+        texts = [text for kind in (facts, rivals, *zip(*pairs, strict=True), others) for text in kind]
+        features = self.features(texts)
         if cfg.dropout:
             generator = torch.Generator().manual_seed(draw.getrandbits(40))
             visible = torch.rand(features.shape, generator=generator).to(features.device) >= cfg.dropout
             centre = net.centre  # a hidden feature has its typical value
             features = torch.where(visible, centre + (features - centre) / (1 - cfg.dropout), centre)
-        statements, questions = features.split([len(samples), 3 * len(samples)])  # [b, F], [3 b, F]
+        statements, questions = features.split([len(facts) + len(rivals), 3 * len(samples)])
         first, second, other = net.queries_of(questions).chunk(3)
-        keys = net.matched_of(statements)
-        rivals = self._rivals(places, draw)
-        own = torch.arange(len(keys), device=keys.device)
-        classes = torch.cat([keys, rivals.to(keys)])
-        return keys, losses.retrieval_losses(classes, net.sentinel(), first, second, other, own, margin=cfg.margin)
+        classes = net.matched_of(statements)  # rivals learn too: else all keys drift to where questions are
+        own = torch.arange(len(facts), device=classes.device)
+        terms = losses.retrieval_losses(classes, net.sentinel(), first, second, other, own, margin=cfg.margin)
+        return classes[: len(facts)], terms
 
-    @torch.no_grad()
-    def _rivals(self, places: Sequence[int], draw: random.Random) -> Tensor:
-        """Keys [m, M] of facts outside the batch."""
-        rest = sorted({*range(len(self.facts))} - {*places}) if self.cfg.rivals else []
-        chosen = rest if len(rest) <= self.cfg.rivals else draw.sample(rest, self.cfg.rivals)
-        texts = [self.facts[i] for i in chosen]
-        return self.net.matched_of(self.features(texts)) if texts else torch.zeros(0, self.net.shape.matched)
+    def _rivals(self, places: Sequence[int], draw: random.Random) -> list[str]:
+        """Facts outside the batch."""
+        rest = sorted({*range(len(self.facts))} - {*places})
+        return [self.facts[i] for i in draw.sample(rest, min(self.cfg.rivals, len(rest)))]
 
     def validate(self, step: int) -> dict[str, float]:
         """Shares of held-out questions that find their fact among ``CROWD`` others and beat the sentinel, and of those

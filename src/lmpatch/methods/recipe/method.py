@@ -208,8 +208,8 @@ def fit(
     start = perf_counter()
     if editor is None or cfg.insert != "text":
         editor = editor_for(lm, editor)
-    scope = scope_of(editor)
-    scope = Scope(cfg.gate, cfg.threshold, scope.insert if cfg.insert == "auto" else cfg.insert, cfg.at, cfg.top_k)
+    insert = scope_of(editor).insert if cfg.insert == "auto" else cfg.insert
+    scope = Scope(**{**asdict(cfg), "insert": insert})
     edits = list({prompt_key(edit.prompt): edit for edit in edits}.values())
     base = editor.base if editor.base.any_model else Base(fingerprint(lm), lm.name)
     patch = build_memory(editor, edits, scope, base=base, config=plain(cfg))

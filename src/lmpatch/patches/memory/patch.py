@@ -22,6 +22,7 @@ from ..patch import Law, RunPatch, plain_edits
 from .search import Facts, Finder, ListedFacts, MemoryIntervention
 
 FIRST = "recipe"  # the retriever of files that name none: those of the first release
+WHOLE = {"lookup": "whole"}  # of files that do not say what is looked up: those of the first release
 PREFIX = "editor/"  # of the retriever's tensors in the file
 
 
@@ -50,7 +51,9 @@ class MemoryPatch(RunPatch):
         own = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
         retriever = load_retriever(parts.get("retriever", FIRST), parts, own)
         try:
-            patch = cls(**common, retriever=retriever, scope=resolve(Scope, {**parts["scope"]}), keys=tensors["keys"])
+            patch = cls(
+                **common, retriever=retriever, scope=resolve(Scope, {**WHOLE, **parts["scope"]}), keys=tensors["keys"]
+            )
             if not all(isinstance(edit[word], str) for edit in patch.edits for word in ("prompt", "target")):
                 raise TypeError("a fact is no text")
         except (KeyError, TypeError, BadInput) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ...inference.interventions import Insert, Intervention
-from ...models.lm import LM
+from ...models.lm import LM, chat_frame
 from ...retrieval import Fact, Retriever, Scope
 from ...retrieval.index import KeyBlock
 
-log = logging.getLogger(__name__)
 KEPT = 4096
 """Inserts kept ready, by facts used last."""
 
@@ -88,16 +86,14 @@ class Finder:
 
     @torch.no_grad()
     def search(self, prompts: Sequence[str]) -> list[list[Hit]]:
-        """The facts nearest to each prompt, best first, fired or not. Prompts beyond the encoder's limit find none."""
+        """The facts nearest to each prompt, best first, fired or not; see ``Lookup.lookup``."""
         hits: list[list[Hit]] = [[] for _ in prompts]
-        lengths = [len(ids) for ids in self.encoder.tokenise(prompts)] if len(self.facts) else []
-        readable = [i for i, length in enumerate(lengths) if length <= self.encoder.limit]
-        if len(readable) < len(lengths):
-            text = "%d of %d prompts are longer than the %d tokens %s reads: no fact was looked up for them"
-            log.warning(text, len(lengths) - len(readable), len(prompts), self.encoder.limit, self.encoder.name)
+        texts = [last_paragraph(prompt) for prompt in prompts] if self.scope.lookup == "last" else prompts
+        texts = self.encoder.ends(texts) if len(self.facts) else []
+        readable = [i for i, text in enumerate(texts) if text.strip()]
         if not readable:
             return hits
-        queries = self.retriever.queries([prompts[i] for i in readable])  # [m, M]
+        queries = self.retriever.queries([texts[i] for i in readable])  # [m, M]
         scores, places = self.facts.search(comparable(queries, self.retriever, self.scope), self.scope.top_k)
         scale = 1.0 if self.scope.gate == "cosine" else self.retriever.scale
         gates = [self.scope.threshold if self.scope.gate == "cosine" else float("-inf")] * len(queries)
@@ -106,6 +102,14 @@ class Finder:
         for i, line, found, gate in zip(readable, scores.tolist(), places.tolist(), gates, strict=True):
             hits[i] = [Hit(place, score / scale, gate) for score, place in zip(line, found, strict=True)]
         return hits
+
+
+def last_paragraph(text: str) -> str:
+    """The last paragraph, with those before it until there are three words: ``Answer:`` alone asks nothing."""
+    whole, start = text.rstrip(), len(text.rstrip())
+    while start > 0 and len(whole[start:].split()) < 3:
+        start = max(whole.rfind("\n\n", 0, start), 0)
+    return text[start:].lstrip("\n")
 
 
 class MemoryIntervention(Intervention):
@@ -117,7 +121,9 @@ class MemoryIntervention(Intervention):
 
     def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
         distinct = list(dict.fromkeys(prompts))
-        hits = zip(distinct, self.finder.search(distinct), strict=True)
+        frame = chat_frame(self.lm.tokenizer) if self.finder.scope.lookup == "last" else None
+        asked = [frame.last_message(prompt) for prompt in distinct] if frame else distinct
+        hits = zip(distinct, self.finder.search(asked), strict=True)
         fired = {prompt: tuple(hit.place for hit in found if hit.fired) for prompt, found in hits}
         self._prepare({place for places in fired.values() for place in places})
         inserts = {places: self._insert(places) if places else None for places in dict.fromkeys(fired.values())}
