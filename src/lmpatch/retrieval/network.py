@@ -37,6 +37,9 @@ class Sizes:
     trained, as published."""
     pooler: bool = False
     """Features also hold what the encoder's own pooling layer says. Published: no; released code: yes."""
+    asked: bool = True
+    """A key is made of the fact's prompt alone too, as a question would be, and not only of prompt and target.
+    Published: no."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,8 @@ class Network(nn.Module):
     def keys(self, facts: Sequence[Fact]) -> Tensor:
         """Keys [n, R] of facts: what questions are compared with [n, M], then the content."""
         features = self.features([join(*fact) for fact in facts])
+        if self.shape.asked:
+            features = (features + self.features([prompt for prompt, _ in facts])) / 2
         matched = self.matched_of(features)
         return torch.cat([matched, self.content(self._standard(features))], -1) if self.shape.content else matched
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...distributed import world
 from ...inference.tokens import join
 from ...progress import Progress
+from ...retrieval import Fact
 from ...retrieval.index import KeyBlock
 from ...retrieval.network import Network
 from ...training.loop import Task, linear
@@ -29,7 +30,7 @@ class Keys(Task):
         self.net, self.split, self.cfg, self.progress, self.world = net, split, cfg, progress, world()
         self.values = net.state_dict(keep_vars=True)
         self.features = Features(net, self.world, cfg.bf16)
-        self.facts = [join(edit.prompt, edit.target) for edit in split.edits]
+        self.facts = [(edit.prompt, edit.target) for edit in split.edits]
 
     def optimiser(self, step: int) -> torch.optim.Optimizer:
         """AdamW over heads, sentinel and what is learned of the encoder."""
@@ -63,23 +64,27 @@ class Keys(Task):
         """Keys [b, R] of the samples' facts, and the retrieval terms."""
         net, cfg = self.net, self.cfg
         pairs = [(s.prompt, s.again) if draw.random() < 0.5 else (s.again, s.prompt) for s in samples]
-        facts, others = [join(s.prompt, s.target) for s in samples], [s.other for s in samples]
-        rivals = self._rivals(places, draw)
-        texts = [text for kind in (facts, rivals, *zip(*pairs, strict=True), others) for text in kind]
-        features = self.features(texts)
+        facts, rivals = [(s.prompt, s.target) for s in samples], self._rivals(places, draw)
+        questions = [text for kind in (*zip(*pairs, strict=True), [s.other for s in samples]) for text in kind]
+        features = torch.cat([self._of_facts([*facts, *rivals]), self.features(questions)])
         if cfg.dropout:
             generator = torch.Generator().manual_seed(draw.getrandbits(40))
             visible = torch.rand(features.shape, generator=generator).to(features.device) >= cfg.dropout
             centre = net.centre  # a hidden feature has its typical value
             features = torch.where(visible, centre + (features - centre) / (1 - cfg.dropout), centre)
-        statements, questions = features.split([len(facts) + len(rivals), 3 * len(samples)])
-        first, second, other = net.queries_of(questions).chunk(3)
-        classes = net.matched_of(statements)  # rivals learn too: else all keys drift to where questions are
+        told, asked = features.split([len(facts) + len(rivals), len(questions)])
+        first, second, other = net.queries_of(asked).chunk(3)
+        classes = net.matched_of(told)  # rivals learn too: else all keys drift to where questions are
         own = torch.arange(len(facts), device=classes.device)
         terms = losses.retrieval_losses(classes, net.sentinel(), first, second, other, own, margin=cfg.margin)
         return classes[: len(facts)], terms
 
-    def _rivals(self, places: Sequence[int], draw: random.Random) -> list[str]:
+    def _of_facts(self, facts: Sequence[Fact]) -> Tensor:
+        """Features of facts, as ``Network.keys`` takes them."""
+        features = self.features([join(*fact) for fact in facts])
+        return (features + self.features([prompt for prompt, _ in facts])) / 2 if self.net.shape.asked else features
+
+    def _rivals(self, places: Sequence[int], draw: random.Random) -> list[Fact]:
         """Facts outside the batch."""
         rest = sorted({*range(len(self.facts))} - {*places})
         return [self.facts[i] for i in draw.sample(rest, min(self.cfg.rivals, len(rest)))]
@@ -91,8 +96,8 @@ class Keys(Task):
         samples = [self.split.sample(edit, draw) for edit in self.split.held]
         if not samples:
             return {}
-        facts = [join(s.prompt, s.target) for s in samples] + self.facts[:CROWD]
-        keys, sentinel = net.matched_of(self.features(facts)).cpu(), net.sentinel().cpu()
+        facts = [(s.prompt, s.target) for s in samples] + self.facts[:CROWD]
+        keys, sentinel = net.matched_of(self._of_facts(facts)).cpu(), net.sentinel().cpu()
         block = KeyBlock(net.shape.matched)
         block.add(keys, range(len(keys)))
         texts = {"recall_told": [s.prompt for s in samples], "recall_again": [s.again for s in samples]}
