@@ -14,7 +14,7 @@ from lmpatch.errors import BadInput, Contradiction
 from lmpatch.inference.generate import generate
 from lmpatch.locate.covariance import estimate_covariance
 from lmpatch.locate.solve import eigenvectors
-from lmpatch.locate.value_search import search
+from lmpatch.locate.value_search import search, texts_of
 from lmpatch.methods import memit
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
@@ -44,6 +44,10 @@ def test_a_large_weight_writes_next_to_nothing(lm: LM) -> None:
     assert large < 1e-4 * small
 
 
+def last_state(lm: LM, cfg: memit.Config) -> torch.Tensor:
+    return memit.Reading(lm, EDITS, texts_of(lm, EDITS, cfg), 2, 2).at(2, whole=True)[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_residual_spread_brings_the_state_near_its_goal(family: str) -> None:
@@ -51,9 +55,9 @@ def test_residual_spread_brings_the_state_near_its_goal(family: str) -> None:
     cfg = replace(CFG, spread="residual", weight=1e-3, long_prefixes=0, clamp=0.3)
     values = search(lm, EDITS, [2], cfg, site="block")
     goal = values.clean[:, 0] + values.delta[:, 0]
-    start = (goal - memit._read(lm, EDITS, 2, 2, cfg)[2]).norm()
+    start = (goal - last_state(lm, cfg)).norm()
     with apply(lm, memit.fit(lm, EDITS, cfg), mount="side"):
-        left = (goal - memit._read(lm, EDITS, 2, 2, cfg)[2]).norm()
+        left = (goal - last_state(lm, cfg)).norm()
     assert left < 0.3 * start
 
 
@@ -156,7 +160,9 @@ def test_gemma_takes_three_facts_in_one_commit() -> None:
 def test_an_interrupt_while_layers_are_written_leaves_the_model_as_it_was() -> None:
     lm = tiny_lm("llama")
     before, lines = state(lm), Lines(lambda: memit.fit(lm, EDITS, CFG))
-    for line in [line for line in lines.times if "(_write)" in name(line) or name(line).startswith("/locate/trial")]:
+    for line in [
+        line for line in lines.times if "(write_layers)" in name(line) or name(line).startswith("/locate/trial")
+    ]:
         for time in {1, lines.times[line]}:
             assert lines.interrupted(line, time)
             assert changed(before, state(lm)) == [], f"{name(line)}, time {time}"

@@ -15,7 +15,7 @@ from ...distributed import World, world
 from ...errors import BadInput
 from ...inference.forward import frozen, logits
 from ...inference.generate import StopTokens, continuations
-from ...inference.tokens import Row, encode_all, join
+from ...inference.tokens import Row, encode_all, end_token, join
 from ...models.lm import LM
 from ...progress import Progress
 from ...provenance import hash_json
@@ -54,8 +54,7 @@ class Trainer(Task):
         self.features = Features(net, self.world, cfg.bf16)
         self.pools = [words(lm.tokenizer), sorted({edit.target for edit in self.edits})]
         self.base: dict[tuple[str, str], Tensor] = {}
-        self.ends, newline = StopTokens(lm, None), lm.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        self.end = newline[-1] if newline and not lm.chat else lm.tokenizer.eos_token_id
+        self.ends, self.end = StopTokens(lm, None), end_token(lm)
         data = [[asdict(edit) for edit in edits], [asdict(ask) for ask in unrelated]]
         self.stamp = hash_json([asdict(cfg), asdict(net.shape), net.encoder.fingerprint, lm.fingerprint(), data])
 
