@@ -11,13 +11,16 @@ from tiny import real_gemma, tiny_lm
 
 from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, Contradiction
+from lmpatch.inference.forward import blocks
 from lmpatch.inference.generate import generate
 from lmpatch.locate.covariance import estimate_covariance
 from lmpatch.locate.solve import eigenvectors
 from lmpatch.locate.value_search import search, texts_of
 from lmpatch.methods import memit
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
+from lmpatch.patches.weight.patch import WeightPatch
 
 EDITS, CFG = memit.example(tiny_lm("llama"))
 LATER = [Edit("The Space Needle is in", subject="Space Needle", target="Tokyo")]
@@ -118,6 +121,32 @@ def test_two_models_do_not_share_their_earlier_keys() -> None:
 def test_frobenius_shrinks_the_change_and_zero_is_off(lm: LM) -> None:
     plain, off, on = (change(memit.fit(lm, EDITS, replace(CFG, frobenius=x))) for x in (0.0, 0.0, 10.0))
     assert torch.equal(plain, off) and on.norm() < plain.norm()
+
+
+@pytest.mark.slow
+def test_what_is_read_layer_after_layer_is_what_a_whole_forward_shows(lm: LM) -> None:
+    texts = texts_of(lm, EDITS, replace(CFG, long_prefixes=0))
+    read, row = memit.Reading(lm, EDITS, texts, 1, 3), texts.rows(lm, EDITS, targets=False)[0]
+    at, f = row.subject_last, lm.layout.widths[2]
+    read.at(1, whole=True)
+    with apply(lm, WeightPatch.trial(lm, 1, 0.3), mount="side"):
+        keys, output, state = read.at(2, whole=True)
+        seen = {}
+
+        def see(_: object, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            seen["key"], seen["output"] = args[0].reshape(-1, f)[at], out.reshape(-1, lm.layout.d_model)[at]
+
+        ids = torch.tensor([row.ids])
+        with torch.no_grad(), hooked(Hook(lm.module(lm.layout.downs[2]), see)):
+            whole = blocks(lm, ids, torch.ones_like(ids), position_ids=torch.arange(ids.shape[1])[None], last=3)
+    torch.testing.assert_close(output[0], seen["output"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(state[0], whole[0, at], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(keys[0], seen["key"], atol=1e-4, rtol=1e-4)
+
+
+def test_the_weight_of_the_corpus_falls_with_the_facts_of_a_commit() -> None:
+    assert [memit.weight_of(memit.Config(), u) for u in (1, 40, 100)] == [5000.0, 5000.0, 2000.0]
+    assert memit.weight_of(memit.Config(weight=15000.0), 1000) == 15000.0
 
 
 @pytest.mark.slow
