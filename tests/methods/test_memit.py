@@ -144,6 +144,15 @@ def test_what_is_read_layer_after_layer_is_what_a_whole_forward_shows(lm: LM) ->
     torch.testing.assert_close(keys[0], seen["key"], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_fits_in_one_batch_equal_fits_one_by_one(lm: LM) -> None:
+    for edit, patch in zip(EDITS, memit.fit_each(lm, EDITS, CFG), strict=True):
+        alone = memit.fit(lm, [edit], CFG)
+        for place in range(len(CFG.layers)):
+            torch.testing.assert_close(change(patch, place), change(alone, place), atol=1e-4, rtol=1e-3)
+        assert [e["prompt"] for e in patch.edits] == [edit.prompt] and patch.notes["weight"] == CFG.weight
+
+
 def test_the_weight_of_the_corpus_falls_with_the_facts_of_a_commit() -> None:
     assert [memit.weight_of(memit.Config(), u) for u in (1, 40, 100)] == [5000.0, 5000.0, 2000.0]
     assert memit.weight_of(memit.Config(weight=15000.0), 1000) == 15000.0

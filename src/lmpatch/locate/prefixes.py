@@ -53,6 +53,10 @@ class Wordings:
         """Texts of a fact."""
         return len(self.texts[0]) if self.texts else 0
 
+    def of(self, pick: Sequence[int]) -> Wordings:
+        """Those of these facts alone."""
+        return Wordings(tuple(self.texts[i] for i in pick), tuple(self.reworded[i] for i in pick))
+
     def rows(self, lm: LM, edits: Sequence[Edit], *, targets: bool, end: End | None = None) -> list[Row]:
         """One row for each text, fact after fact, with its subject's place and, if asked, its target and its end."""
         each = [(edit, *one) for edit, own in zip(edits, self.texts, strict=True) for one in own]

@@ -23,7 +23,8 @@ from ..locate import covariance, value_search
 from ..locate.covariance import Covariance, cholesky, estimate_covariance, null_space
 from ..locate.prefixes import Wordings
 from ..locate.solve import projected, woodbury
-from ..locate.value_search import Values, search, texts_of
+from ..locate.value_search import search, texts_of
+from ..locate.values import Settings, Values
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..patches.ledger import applied, trial
@@ -37,7 +38,7 @@ MOST_WEIGHT, FACTS_WEIGHT = 5000.0, 200_000.0  # λ at most, and λ times the fa
 
 
 @dataclass(frozen=True)
-class Config(value_search.Settings):
+class Config(Settings):
     """MEMIT. Defaults: the paper's, but for the learning rate, which is relative here, and the layers."""
 
     layers: tuple[int, ...] | None = None
@@ -94,36 +95,66 @@ def fit(
     Differs: prefixes are fixed; earlier commits are remembered; see ``spread``.
     """
     check_contradictions(edits)
-    start = time.perf_counter()
-    layers = _layers(lm, cfg)
-    joint = (cfg.spread or ("joint" if lm.layout.post_norm else "residual")) == "joint"
-    if cfg.nas and not anchors:
-        raise BadInput("nas needs anchor facts to take its norm from. Pass anchors=..., facts outside the test set.")
-    if cfg.nas and not joint:
-        raise BadInput("nas works on the down-projection's output here. Set spread='joint'.")
-    moments = estimate_covariance(lm, layers, text=text, tokens=cfg.moment_tokens, progress=progress)
-    prepared = time.perf_counter()  # the statistics serve every later edit and are counted apart
-    site: Literal["down", "block"] = "down" if joint else "block"
-    with frozen(lm):
-        where = layers if joint else layers[-1:]
-        texts = texts_of(lm, edits, cfg, progress)
-        values = search(lm, edits, where, cfg, site=site, hits=cfg.hits, texts=texts, progress=progress)
+    return Commit(lm, edits, cfg, text, anchors, progress).patch(range(len(edits)))
+
+
+def fit_each(
+    lm: LM, edits: Sequence[Edit], cfg: Config, *, text: Sequence[str] | None = None,
+    anchors: Sequence[Edit] | None = None, progress: Progress | None = None,
+) -> list[WeightPatch]:  # fmt: skip
+    """One patch per edit, as if each were fitted alone, from one batched search."""
+    commit = Commit(lm, edits, cfg, text, anchors, progress)
+    return [commit.patch([i]) for i in range(len(edits))]
+
+
+class Commit:
+    """The values of some facts, of which each subset can be written by itself."""
+
+    def __init__(
+        self, lm: LM, edits: Sequence[Edit], cfg: Config, text: Sequence[str] | None, anchors: Sequence[Edit] | None,
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.lm, self.edits, self.cfg, self.layers = lm, edits, cfg, _layers(lm, cfg)
+        self.joint = (cfg.spread or ("joint" if lm.layout.post_norm else "residual")) == "joint"
+        if cfg.nas and not anchors:
+            raise BadInput(
+                "nas needs anchor facts to take its norm from. Pass anchors=..., facts outside the test set."
+            )
+        if cfg.nas and not self.joint:
+            raise BadInput("nas works on the down-projection's output here. Set spread='joint'.")
+        start = time.perf_counter()
+        self.moments = estimate_covariance(lm, self.layers, text=text, tokens=cfg.moment_tokens, progress=progress)
+        prepared = time.perf_counter()  # the statistics serve every later edit and are counted apart
+        self.notes: dict[str, object] = {"prep_seconds": round(prepared - start, 3)}
+        site: Literal["down", "block"] = "down" if self.joint else "block"
+        with frozen(lm):
+            where = self.layers if self.joint else self.layers[-1:]
+            self.texts = texts_of(lm, edits, cfg, progress)
+            self.values = search(lm, edits, where, cfg, site=site, hits=cfg.hits, texts=self.texts, progress=progress)
+            if cfg.nas:
+                seen = search(lm, anchors or (), self.layers, cfg, hits=cfg.hits, progress=progress)
+                self.values, self.notes["nas"] = _anchored(self.values, seen)
+        self.seconds = (time.perf_counter() - prepared) / max(1, len(edits))
+
+    def patch(self, pick: Sequence[int]) -> WeightPatch:
+        """The patch that writes these facts, in one commit."""
+        lm, cfg, values, moments = self.lm, self.cfg, self.values.of(pick), self.moments
+        edits, start = [self.edits[i] for i in pick], time.perf_counter()
         notes: dict[str, object] = {
-            "layers": layers, "spread": "joint" if joint else "residual", "steps": values.steps,
+            "layers": self.layers, "spread": "joint" if self.joint else "residual", "steps": values.steps,
             "loss": [round(x, 4) for x in values.loss], "moments": moments.source,
             "moment_tokens": moments.tokens, "moment_agreement": moments.agreement,
-            "prep_seconds": round(prepared - start, 3), "weight": weight_of(cfg, len(edits)),
+            "weight": weight_of(cfg, len(edits)), **self.notes,
         }  # fmt: skip
-        if cfg.nas:
-            seen = search(lm, anchors or (), layers, cfg, hits=cfg.hits, progress=progress)
-            values, notes["nas"] = _anchored(values, seen)
         if cfg.rewordings:
             notes["reworded"] = list(values.reworded)
-        deltas, keys = write_layers(lm, edits, values, layers, cfg, joint, moments, texts)
-    return WeightPatch.make(
-        lm, deltas, method="memit", config=cfg, edits=edits, seconds=time.perf_counter() - prepared, notes=notes,
-        extras={f"keys.{layer}": k for layer, k in keys.items()},
-    )  # fmt: skip
+        with frozen(lm):
+            deltas, keys = write_layers(lm, edits, values, self.layers, cfg, self.joint, moments, self.texts.of(pick))
+        seconds = self.seconds * len(edits) + time.perf_counter() - start
+        return WeightPatch.make(
+            lm, deltas, method="memit", config=cfg, edits=edits, seconds=seconds, notes=notes,
+            extras={f"keys.{layer}": k for layer, k in keys.items()},
+        )  # fmt: skip
 
 
 def weight_of(cfg: Config, facts: int) -> float:

@@ -19,6 +19,7 @@ from ..inference.forward import frozen
 from ..locate import covariance, value_search
 from ..locate.covariance import cholesky, estimate_covariance
 from ..locate.solve import solve
+from ..locate.values import Settings
 from ..models.lm import LM
 from ..patches.weight.delta import LowRank
 from ..patches.weight.patch import WeightPatch
@@ -35,7 +36,7 @@ DEPTH_BEFORE_NORM = 1 / 18  # the same where a norm follows the MLP, from the sw
 
 
 @dataclass(frozen=True)
-class Config(value_search.Settings):
+class Config(Settings):
     """ROME. Defaults: the paper's, but for the learning rate, which is relative here, and the layer."""
 
     layer: int | None = None
