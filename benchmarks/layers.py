@@ -2,7 +2,8 @@
 
     python benchmarks/layers.py DATA/counterfact/train.jsonl.gz DATA/wikitext2/raw_train_part.txt.gz
 
-writes results/layers.json. sweeps.py compares whole methods. bf16 on the side mount: a sweep ranks settings, it reports no score.
+writes results/layers.json. bf16 on the side mount: a sweep ranks settings, it reports no score. Whole methods are
+compared by sweeps.py.
 """
 
 from __future__ import annotations

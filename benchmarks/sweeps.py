@@ -27,6 +27,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from tables.rows import RESULTS, WORK
 
 import lmpatch as lp
 from lmpatch.benches import memotrap
@@ -41,7 +42,6 @@ from lmpatch.patches.ledger import apply
 from lmpatch.patches.patch import Patch
 from lmpatch.provenance import hardware, hash_json, now, versions
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS, GROWTH, EFFORT, ROUNDS = 8, 4, 60, 2
 COMMITS = (10, 40, 100)
 Settings = dict[str, Any]
@@ -241,8 +241,8 @@ def weights(lm: LM, facts: Facts, sweep: Sweep, only: Sequence[str]) -> None:
     layers = Axis("layer", sorted({round(last * share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)}), plus(1, 0, last))
     ends = Axis("end", [None, "answer", "eos"])
     ft = [
-        layers, Axis("lr", [1e-4, 2e-4, 5e-4, 1e-3, 2e-3], times(2)), Axis("epochs", [5, 10, 25, 50], times(2, 1)), ends,
-        Axis("limit", [None, 5e-4, 2e-3]),
+        layers, Axis("lr", [1e-4, 2e-4, 5e-4, 1e-3, 2e-3], times(2)), Axis("epochs", [5, 10, 25, 50], times(2, 1)),
+        ends, Axis("limit", [None, 5e-4, 2e-3]),
     ]  # fmt: skip
     lora = [
         Axis("lr", [5e-4, 1e-3, 2e-3, 4e-3], times(2)), Axis("rank", [4, 8, 16], times(2, 1)),
@@ -251,7 +251,8 @@ def weights(lm: LM, facts: Facts, sweep: Sweep, only: Sequence[str]) -> None:
     low = round(last / 18) if lm.layout.post_norm else round(0.3 * last)
     search = [
         Axis("lr", [0.1, 0.2, 0.3, 0.5], times(1.6)), Axis("clamp", [1.0, 2.0, 4.0, 8.0], times(2)),
-        Axis("rewordings", [0, 2, 4]), Axis("sampled_prefixes", [0, 5]), ends, Axis("kl", [0.02, 0.0625, 0.2], times(3)),
+        Axis("rewordings", [0, 2, 4]), Axis("sampled_prefixes", [0, 5]), ends,
+        Axis("kl", [0.02, 0.0625, 0.2], times(3)),
     ]  # fmt: skip
     at = Axis("layer", sorted({0, low, low + 1, low + 3}), plus(1, 0, last))
     starts: dict[str, tuple[list[Axis], Settings, Callable[[Settings], Row]]] = {
@@ -291,9 +292,10 @@ def decoding(lm: LM, records: Sequence[lp.ContextRecord], sweep: Sweep, only: Se
     """ACC, robustness and BCU of every strength; the best has the highest BCU."""
 
     def measure(method: str, settings: Settings) -> Row:
-        patch = lp.fit(lm, method, [], **settings)
-        report = memotrap.run(lm, list(records), memotrap.Config(baselines=()), patch=patch, run_id=method)
-        found = report.metrics()[method]
+        patch, run_id = lp.fit(lm, method, [], **settings), f"{method} {json.dumps(settings)}"
+        cfg = memotrap.Config(baselines=())
+        report = memotrap.run(lm, list(records), cfg, patch=patch, run_id=run_id, out=WORK / sweep.file.stem)
+        found = report.metrics()[run_id]
         row = {name: float(found[name].value) for name in ("acc", "robustness", "bcu")}
         return row | {"score": row["bcu"]}
 
