@@ -4,8 +4,9 @@
 
 writes results/decoding.json. fp32, Gemma-3-270M. Two streams are two rows of every block and of the head, so the fair
 measure of what a rule adds is plain generation of a batch of two rows per question. What a question costs more than
-without any rule is the ratio to one row. IRCAN's edit of eight columns stands beside them. The other side is what released code does (IRCAN's loop): for each token two whole calls of one row, without a cache, logits
-everywhere. All sides make every step: no answer ends early.
+without any rule is the ratio to one row. IRCAN's edit of eight columns stands beside them. The other side is what
+released code does (IRCAN's loop): for each token two whole calls of one row, without a cache, logits everywhere. All
+sides make every step: no answer ends early.
 """
 
 from __future__ import annotations
