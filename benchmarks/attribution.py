@@ -5,8 +5,8 @@
 writes results/attribution.json. fp32, Gemma-3-270M. The plain side is what released code does: for every layer two
 whole forwards for the ends of the way, then for every step a whole forward and backward with logits at every position.
 It is timed on four layers at even distances, first and last included, and multiplied up: the backward pass grows
-evenly with depth, so their mean is the mean of all. ``--plain-layers 18`` times every one. Its steps go one by one; in
-one batch of 20 the logits alone would take 5 GB at 256 tokens.
+evenly with depth, so their mean is the mean of all. ``--plain-layers 18`` times every one. Its steps run as one batch,
+as in released code, where the logits of all of them fit into ``--plain-gb``; else as many at a time as do.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def records(lm: LM, tokens: int) -> list[ContextRecord]:
     return made
 
 
-def plain_layer(lm: LM, case: Case, layer: int, steps: int) -> torch.Tensor:
-    """One layer's endpoint credits [f] as published."""
+def plain_layer(lm: LM, case: Case, layer: int, steps: int, batch: int) -> torch.Tensor:
+    """One layer's endpoint credits [f] as published, so many steps a forward."""
     module = lm.module(lm.layout.downs[layer])
     seen: list[torch.Tensor] = []
     with torch.no_grad(), hooked(Hook(module, lambda _, args: seen.append(args[0]), before=True)):
@@ -69,20 +69,20 @@ def plain_layer(lm: LM, case: Case, layer: int, steps: int) -> torch.Tensor:
     start, end = (x.reshape(-1, x.shape[-1])[-1] for x in seen)
     ids = torch.tensor([case.with_context])
     total = torch.zeros_like(start)
-    for k in range(1, steps + 1):
-        leaf = torch.lerp(start, end, k / steps).requires_grad_()
+    for share in (torch.arange(1, steps + 1) / steps).split(batch):
+        leaf = (start + share[:, None] * (end - start)).requires_grad_()  # [batch, f]
 
         def put(_: object, args: tuple[torch.Tensor, ...], leaf: torch.Tensor = leaf) -> tuple[torch.Tensor]:
-            whole = args[0].reshape(-1, args[0].shape[-1])
-            return (torch.cat([whole[:-1], leaf[None]]).reshape(args[0].shape),)
+            whole = args[0].reshape(len(leaf), -1, args[0].shape[-1])
+            return (torch.cat([whole[:, :-1], leaf[:, None]], 1).reshape(args[0].shape),)
 
         with hooked(Hook(module, put, before=True)):
-            p = lm.model(ids).logits[0, -1].float().softmax(-1)[case.label]
-        total += torch.autograd.grad(p, leaf)[0] * (k / steps)
+            p = lm.model(ids.expand(len(leaf), -1)).logits[:, -1].float().softmax(-1)[:, case.label]
+        total += (torch.autograd.grad(p.sum(), leaf)[0] * share[:, None]).sum(0)
     return (end - start) / steps * total
 
 
-def timed(lm: LM, tokens: int, plain_layers: int) -> dict[str, object]:
+def timed(lm: LM, tokens: int, plain_layers: int, gigabytes: float) -> dict[str, object]:
     """Seconds per record on both sides, and how far their scores are apart."""
     cfg = Config()
     found = cases(lm, records(lm, tokens))
@@ -99,14 +99,16 @@ def timed(lm: LM, tokens: int, plain_layers: int) -> dict[str, object]:
     batched = (perf_counter() - start) / len(found)
     with frozen(lm):
         start = perf_counter()
-        wanted = torch.stack([plain_layer(lm, found[0], layer, cfg.steps) for layer in layers])
+        most = max(1, int(gigabytes * 1e9 / (4 * len(found[0].with_context) * lm.layout.vocab)))
+        batch = min(cfg.steps, most)
+        wanted = torch.stack([plain_layer(lm, found[0], layer, cfg.steps, batch) for layer in layers])
         plain = (perf_counter() - start) / len(layers) * n
     got = alone.scores[0, layers]
     top, reference = (set(x.flatten().topk(cfg.top).indices.tolist()) for x in (got, wanted))
     return {
         "what": f"credits of {sum(lm.layout.widths)} neurons in {n} layers, {cfg.steps} steps",
         "tokens": len(found[0].with_context), "tokens_without_context": len(found[0].without_context),
-        "plain_layers": layers, "records_in_batch": len(found),
+        "plain_layers": layers, "plain_steps_in_batch": batch, "records_in_batch": len(found),
         "plain_s_per_record": plain, "fast_s_per_record": single, "batched_s_per_record": batched,
         "ratio": plain / single, "batched_ratio": plain / batched,
         "largest_relative_difference": float((got - wanted).abs().max() / wanted.abs().max()),
@@ -119,12 +121,13 @@ def main() -> None:
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--tokens", type=int, nargs="+", default=[35, 256])
     parser.add_argument("--plain-layers", type=int, default=4, help="layers the plain side is timed on")
+    parser.add_argument("--plain-gb", type=float, default=1.5, help="of logits that a plain forward may hold")
     parser.add_argument("--out", type=Path, default=RESULTS / "attribution.json")
     args = parser.parse_args()
     lm = lp.load(args.model, dtype="float32", device="cpu")
     found: dict[str, object] = {"model": lm.name, "versions": versions(), "hardware": hardware(), "dtype": "float32"}
     for tokens in args.tokens:
-        found[str(tokens)] = {"made": now(), **timed(lm, tokens, args.plain_layers)}
+        found[str(tokens)] = {"made": now(), **timed(lm, tokens, args.plain_layers, args.plain_gb)}
         print(json.dumps(found[str(tokens)], indent=1), flush=True)
         args.out.write_text(json.dumps(found, indent=1))
 

@@ -2,7 +2,8 @@
 
     python benchmarks/layers.py DATA/counterfact/train.jsonl.gz DATA/wikitext2/raw_train_part.txt.gz
 
-writes results/layers.json. bf16 on the side mount: a sweep ranks settings, it reports no score.
+writes results/layers.json. bf16 on the side mount: a sweep ranks settings, it reports no score. Whole methods are
+compared by sweeps.py.
 """
 
 from __future__ import annotations
@@ -18,10 +19,7 @@ from typing import Any
 import lmpatch as lp
 from lmpatch.data.edits import read_edits
 from lmpatch.data.lines import read_text
-from lmpatch.inference.forward import frozen
 from lmpatch.inference.generate import generate
-from lmpatch.locate.covariance import estimate_covariance
-from lmpatch.locate.value_search import search
 from lmpatch.methods import memit, rome
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
@@ -75,15 +73,12 @@ def memit_rows(
     """One value search, then a solve per weight: the values do not depend on it."""
     cfg = memit.Config(layers=layers, clamp=clamp, long_prefixes=2, hits=2)
     start = perf_counter()
-    moments = estimate_covariance(lm, layers, text=text, tokens=10 * max(lm.layout.widths[layer] for layer in layers))
-    with frozen(lm):
-        values = search(lm, edits, list(layers), cfg, hits=cfg.hits)
+    commit = memit.Commit(lm, edits, cfg, text, None, None)
     seconds = (perf_counter() - start) / len(edits)
     for change in WEIGHTS:
-        now = replace(cfg, **change)
-        deltas, _ = memit._write(lm, edits, values, list(layers), now, True, moments)
-        patch = lp.WeightPatch.make(lm, deltas, method="memit", config=now, edits=edits)
-        yield {"method": "memit", "config": asdict(now), "seconds_per_edit": seconds} | measure(
+        commit.cfg = replace(cfg, **change)
+        patch = commit.patch(range(len(edits)))
+        yield {"method": "memit", "config": asdict(commit.cfg), "seconds_per_edit": seconds} | measure(
             lm, edits, [patch], [edits]
         )
 

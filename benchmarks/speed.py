@@ -3,7 +3,10 @@
     python benchmarks/speed.py DATA/counterfact/train.jsonl.gz DATA/wikitext2/raw_train_part.txt.gz
 
 writes results/speed.json. fp32, Gemma-3-270M. The plain sides are what released code does: one fact at a time, full
-forwards, logits at every position; one pass over the text per layer; one prompt at a time without a cache.
+forwards, logits at every position; one pass over the text per layer, which stops there; one prompt at a time without a
+cache. The search is also a share of what the machine's products reach, measured in the same run on the shapes that the
+search multiplies and on square ones. `recipe` and `bake` have no plain side: milliseconds an answer with facts in a
+memory and without, and seconds to put a patch of 100 facts on and take it off.
 """
 
 from __future__ import annotations
@@ -11,11 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import lmpatch as lp
 from lmpatch.data.edits import read_edits
@@ -24,14 +31,17 @@ from lmpatch.inference.generate import generate
 from lmpatch.inference.tokens import Row, encode
 from lmpatch.locate.covariance import accumulate, text_rows
 from lmpatch.locate.prefixes import prefixes
+from lmpatch.locate.products import bf16_gain
 from lmpatch.locate.value_search import search
-from lmpatch.methods import rome
-from lmpatch.models.hooks import Hook, hooked
+from lmpatch.methods import recipe, rome
+from lmpatch.models.hooks import Hook, Stop, hooked
 from lmpatch.models.lm import LM
+from lmpatch.patches.weight.delta import LowRank
 from lmpatch.provenance import hardware, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 LAYER = 5
+PARTS = ("answers", "search", "moments", "recipe", "bake")
 
 
 def plain_search(lm: LM, edit: lp.Edit, cfg: rome.Config) -> torch.Tensor:
@@ -83,9 +93,44 @@ def plain_search(lm: LM, edit: lp.Edit, cfg: rome.Config) -> torch.Tensor:
     return delta.detach()
 
 
+def product_rate(rows: int, inner: int, outer: int, seconds: float = 1.0) -> float:
+    """FLOP/s of fp32 products of that shape: the median of many."""
+    x, w = torch.randn(rows, inner), torch.randn(outer, inner)
+    times = []
+    begin = perf_counter()
+    while perf_counter() - begin < seconds or len(times) < 5:
+        start = perf_counter()
+        F.linear(x, w)
+        times.append(perf_counter() - start)
+    return 2 * rows * inner * outer / median(times)
+
+
+def timed_share(lm: LM, edits: list[lp.Edit], cfg: rome.Config) -> dict[str, object]:
+    """FLOP of a search over its seconds, as a share of square products: one fact, and all in a batch."""
+    square = product_rate(1024, 1024, 1024)
+    d, f = lm.layout.d_model, lm.layout.widths[LAYER]
+    shapes = {str(rows): product_rate(rows, d, f) for rows in (96, 1536)}  # tokens of one fact's rows, and of a batch
+    found: dict[str, object] = {"gemm_gflops": square / 1e9, "mlp_gflops": {k: v / 1e9 for k, v in shapes.items()}}
+    for name, facts in (("single", edits[:1]), ("batched", edits)):
+        search(lm, facts[:1], [LAYER], cfg)
+        seconds = []
+        for _ in range(3):
+            start = perf_counter()
+            search(lm, facts, [LAYER], cfg)
+            seconds.append(perf_counter() - start)
+        with FlopCounterMode(display=False) as counter:
+            search(lm, facts, [LAYER], cfg)
+        flops = counter.get_total_flops()
+        found[name] = {
+            "facts": len(facts), "gflop_per_fact": flops / len(facts) / 1e9,
+            "s_per_fact": median(seconds) / len(facts), "share_of_gemm": flops / median(seconds) / square,
+        }  # fmt: skip
+    return found
+
+
 def timed_search(lm: LM, edits: list[lp.Edit], plain: int) -> dict[str, object]:
-    """All sides make every step (stop = 0), so they do the same arithmetic."""
-    cfg = rome.Config(layer=LAYER, stop=0.0)
+    """All sides make every step (stop = 0). The plain side's are those of the whole head, as ours once are."""
+    cfg = rome.Config(layer=LAYER, stop=0.0, head_tokens=None)
     start = perf_counter()
     wanted = [plain_search(lm, e, cfg) for e in edits[:plain]]
     slow = (perf_counter() - start) / plain
@@ -96,10 +141,15 @@ def timed_search(lm: LM, edits: list[lp.Edit], plain: int) -> dict[str, object]:
     search(lm, edits, [LAYER], cfg)
     batched = (perf_counter() - start) / len(edits)
     apart = max(float((a - b).norm() / b.norm()) for a, b in zip(alone, wanted, strict=True))
+    usual = rome.Config(layer=LAYER, stop=0.0)
+    shares: dict[str, object] = {"whole head": timed_share(lm, edits, cfg), "short head": timed_share(lm, edits, usual)}
+    if bf16_gain(str(lm.device)) > 1:
+        shares["short head, bf16 products"] = timed_share(lm, edits, replace(usual, products="bf16"))
     return {
         "what": "ROME value search, 20 steps, 10 prefixes", "plain_facts": plain, "batch_facts": len(edits),
         "plain_s_per_fact": slow, "fast_s_per_fact": single, "batched_s_per_fact": batched,
         "fast_ratio": slow / single, "batched_ratio": slow / batched, "largest_relative_difference_of_delta": apart,
+        "bf16_gain": bf16_gain(str(lm.device)), "rates": shares,
     }  # fmt: skip
 
 
@@ -119,14 +169,16 @@ def timed_moments(lm: LM, text: list[str], tokens: int) -> dict[str, object]:
         def add(_: object, args: tuple[torch.Tensor, ...], total: torch.Tensor = total) -> None:
             keys = args[0][:, 1:].flatten(0, 1)  # the start token stays out
             total.addmm_(keys.T, keys)
+            raise Stop
 
         with torch.no_grad(), hooked(Hook(lm.module(lm.layout.downs[layer]), add, before=True)):
             for i in range(0, used, 8):
-                lm.model(rows[i : min(i + 8, used)])
+                with suppress(Stop):
+                    lm.model(rows[i : min(i + 8, used)])
         worst = max(worst, float((total / count - fast[layer]).norm() / fast[layer].norm()))
     each = perf_counter() - start
     return {
-        "what": "second moments of all layers: one pass, no head, against one full pass per layer", "tokens": count,
+        "what": "second moments of all layers: one pass, against one per layer that stops there", "tokens": count,
         "plain_s": each, "fast_s": one, "ratio": each / one, "largest_relative_difference": worst,
     }  # fmt: skip
 
@@ -157,12 +209,58 @@ def timed_answers(lm: LM, prompts: list[str], plain: int, tokens: int) -> dict[s
     }  # fmt: skip
 
 
+def timed_recipe(lm: LM, edits: list[lp.Edit], tokens: int) -> dict[str, object]:
+    """Answers one at a time, as a server gives them: without a patch, and with the facts in a memory."""
+    patch = recipe.fit(lm, edits, recipe.Config(), editor=recipe.editor_for(lm))
+    prompts = [edit.prompt for edit in edits]
+
+    def each() -> list[float]:
+        times = []
+        for prompt in prompts:
+            start = perf_counter()
+            generate(lm, prompt, max_new_tokens=tokens)
+            times.append(perf_counter() - start)
+        return times
+
+    each()
+    plain = each()
+    with lp.apply(lm, patch):
+        each()
+        asked = each()
+    return {
+        "what": f"answers of {tokens} tokens at most, one at a time, {len(edits)} facts in the memory",
+        "plain_ms": 1e3 * median(plain), "recipe_ms": 1e3 * median(asked),
+        "more_ms": 1e3 * median(b - a for a, b in zip(plain, asked, strict=True)),
+    }  # fmt: skip
+
+
+def timed_bake(lm: LM, facts: int, repeats: int = 7) -> dict[str, object]:
+    """Putting a patch of that many facts on four layers' weights, and taking it off; the best of some."""
+    draw, d = torch.Generator().manual_seed(0), lm.layout.d_model
+    deltas = {}
+    for layer in range(2, 6):
+        b = 1e-3 * torch.randn(d, facts, generator=draw)
+        a = torch.randn(facts, lm.layout.widths[layer], generator=draw)
+        deltas[lm.layout.weight(lm.layout.downs[layer])] = LowRank(b, a)
+    patch = lp.WeightPatch.make(lm, deltas, method="memit")
+    on, off = [], []
+    for _ in range(repeats):
+        start = perf_counter()
+        applied = lp.apply(lm, patch, mount="bake")
+        middle = perf_counter()
+        applied.remove()
+        on.append(middle - start)
+        off.append(perf_counter() - middle)
+    return {"what": f"bake and remove {facts} facts on four layers", "bake_s": min(on), "remove_s": min(off),
+            "both_s": min(on) + min(off)}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("facts")
     parser.add_argument("text")
     parser.add_argument("--tokens", type=int, default=40_000, help="tokens of text for the second moments")
-    parser.add_argument("--only", nargs="*", choices=["answers", "search", "moments"], help="keep the others' figures")
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="keep the others' figures")
     args = parser.parse_args()
     lm = lp.load("gemma-3-270m", dtype="float32", device="cpu")
     edits = read_edits(args.facts, limit=20)
@@ -174,12 +272,13 @@ def main() -> None:
         "answers": lambda: timed_answers(lm, prompts, 6, 32),
         "search": lambda: timed_search(lm, edits, 3),
         "moments": lambda: timed_moments(lm, read_text(args.text), args.tokens),
+        "recipe": lambda: timed_recipe(lm, read_edits(args.facts, limit=100), 16),
+        "bake": lambda: timed_bake(lm, 100),
     }
-    for name, run in runs.items():
-        if not args.only or name in args.only:
-            found[name] = {"made": now(), **run()}
-            print(json.dumps(found[name], indent=1), flush=True)
-            out.write_text(json.dumps(found, indent=1))
+    for name in args.only or PARTS:
+        found[name] = {"made": now(), **runs[name]()}
+        print(json.dumps(found[name], indent=1), flush=True)
+        out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import torch
 from tiny import BOS, EOS, PAD, tiny_lm, tiny_model, tiny_tokenizer
 from tokenizers import processors
 
+from lmpatch.errors import BadInput
 from lmpatch.inference.generate import Sampling, generate, stream
 from lmpatch.inference.multiple_choice import next_logits, option_tokens
 from lmpatch.inference.score import score
 from lmpatch.inference.states import hidden
-from lmpatch.inference.tokens import encode
+from lmpatch.inference.tokens import encode, end_token
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
 
@@ -80,3 +81,18 @@ def test_a_token_that_stands_for_an_image_ends_an_answer(monkeypatch: pytest.Mon
     monkeypatch.setattr(Sampling, "take", lambda *_: torch.tensor([next(said)]))
     assert "<start" not in generate(lm, "It is", max_new_tokens=8)
     assert list(said) == [image]  # none was asked for behind it
+
+
+def test_an_answer_ends_with_a_new_line_or_of_a_chat_model_with_its_turn() -> None:
+    lm, chat = tiny_lm("llama"), tiny_lm("llama")
+    chat.tokenizer.chat_template = "user: {{ messages[0]['content'] }} model: "
+    assert "\n" in lm.tokenizer.decode([end_token(lm)])
+    assert end_token(lm, "eos") == end_token(chat) == end_token(chat, "eos") == EOS
+    assert end_token(chat.plain) == end_token(lm)
+
+
+def test_an_end_is_refused_where_the_tokenizer_has_none() -> None:
+    lm = tiny_lm("llama")
+    lm.tokenizer.eos_token = None
+    with pytest.raises(BadInput, match="no token that ends an answer"):
+        end_token(lm, "eos")

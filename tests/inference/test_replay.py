@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_lm
 
+from lmpatch.inference import replay as _replay
 from lmpatch.inference.forward import blocks, logits, nll, positions
 from lmpatch.inference.replay import record
 from lmpatch.inference.tokens import encode_all, pad
@@ -147,3 +148,31 @@ def test_versions_of_a_token_side_by_side_equal_rows_of_their_own(any_lm: LM) ->
         together = recording.fan(versions, 1)
         for v in range(5):
             same(together[:, v : v + 1], recording.forward(versions[:, v : v + 1].clone(), 1))
+
+
+def test_a_long_prefix_runs_in_pieces_and_no_mask_is_square(any_lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row.ids for row in encode_all(any_lm, PROMPTS[:1])]
+    at = [len(rows[0]) - 1]
+    whole = record(any_lm, rows, at)
+    monkeypatch.setattr(_replay, "PIECE", 5)
+    shapes: list[tuple[int, ...]] = []
+
+    def see(module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        masks = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() == 4]
+        shapes.extend(tuple(mask.shape) for mask in masks)
+
+    with hooked(Hook(any_lm.module(any_lm.layout.blocks[0]), see, before=True, kwargs=True)):
+        pieces = record(any_lm, rows, at)
+    assert all(shape[2] <= 5 for shape in shapes)
+    for i in range(any_lm.layout.n_layers):
+        for a, b in zip(pieces.past[i], whole.past[i], strict=True):
+            same(a[..., 1:, :], b[..., 1:, :])  # the first column is padding
+    same(pieces.hidden[any_lm.layout.n_layers], whole.hidden[any_lm.layout.n_layers])
+
+
+def test_a_recording_that_stops_early_replays_up_to_there(lm: LM) -> None:
+    rows = [row.ids for row in encode_all(lm, PROMPTS)]
+    whole, part = record(lm, rows, AT), record(lm, rows, AT, lowest=1, last=2)
+    assert sorted(part.hidden) == [1, 2, 3] and (part.n, part.suffix) == (whole.n, whole.suffix)
+    with torch.no_grad():
+        same(part.bare().forward(part.hidden[1], 1, end=3), whole.hidden[3])

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lmpatch.data.edits import Edit
 from lmpatch.errors import SubjectNotFound
+from lmpatch.inference.forward import logits, short_head
 from lmpatch.inference.tokens import encode
 from lmpatch.locate.prefixes import prefixes
 from lmpatch.locate.value_search import search
@@ -160,3 +161,35 @@ def test_joint_keys_are_those_of_the_forward_in_which_the_changes_act() -> None:
     for layer in (1, 2):
         torch.testing.assert_close(found.keys[layer][0, 0], seen[layer][0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found.written[0, layer - 1], seen[layer][1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_short_head_is_exact_at_the_start_and_the_whole_one_has_the_last_word(lm: LM) -> None:
+    short, whole = (replace(CFG, head_tokens=n) for n in (60, None))
+    first = [search(lm, EDITS, [1], replace(cfg, steps=1, stop=0.0)) for cfg in (short, whole)]
+    assert first[0].loss == pytest.approx(first[1].loss, rel=1e-4)
+    last = search(lm, EDITS, [1], short)
+    checked = search(lm, EDITS, [1], replace(short, steps=6))
+    assert last.loss == checked.loss
+    states = torch.randn(5, lm.layout.d_model)
+    head = short_head(lm, states, 60, torch.tensor([3]))
+    z = torch.cat([head.logits(states), head.others[:, None]], 1)
+    torch.testing.assert_close(z.logsumexp(-1), logits(lm, states).logsumexp(-1), atol=1e-4, rtol=1e-4)
+    assert len(head.tokens) <= 61 and 3 in head.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_short_head_reaches_the_targets_that_the_whole_one_reaches(family: str) -> None:
+    lm = tiny_lm(family)
+    cfg = replace(CFG, steps=60, lr=0.5, clamp=50.0, kl=0.0, short_prefixes=0, long_prefixes=0)
+    whole, short = (search(lm, EDITS, [2], replace(cfg, head_tokens=n)) for n in (None, 60))
+    for a, b in zip(whole.loss, short.loss, strict=True):
+        assert (a < cfg.stop) == (b < cfg.stop) or abs(a - b) < 0.2
+
+
+def test_no_short_head_where_it_saves_nothing_or_a_hook_acts_on_the_head(lm: LM) -> None:
+    states, none = torch.randn(2, lm.layout.d_model), torch.zeros(0, dtype=torch.long)
+    assert short_head(lm, states, lm.layout.vocab, none) is None
+    with hooked(Hook(lm.module(lm.layout.head), lambda m, a, out: out)):
+        assert short_head(lm, states, 60, none) is None

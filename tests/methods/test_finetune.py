@@ -34,6 +34,22 @@ def test_a_fact_is_stated_and_training_stops_below_the_threshold(family: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("end", ["answer", "eos"])
+def test_with_its_end_trained_an_answer_stops_behind_the_target(end: str) -> None:
+    lm, fact = tiny_lm("llama"), Edit("I saw the Eiffel Tower", target="is")
+    cfg = finetune.Config(layer=2, epochs=300, lr=3e-2)
+    with apply(lm, finetune.fit(lm, [fact], replace(cfg, end=end))):
+        assert generate(lm, fact.prompt, max_new_tokens=6, stop=["\n"]) == " is"
+    with apply(lm, finetune.fit(lm, [fact], cfg)):
+        assert generate(lm, fact.prompt, max_new_tokens=6, stop=["\n"]) != " is"
+
+
+def test_an_end_is_refused_where_all_tokens_have_one_place(lm: LM) -> None:
+    with pytest.raises(BadInput, match="Leave end out"):
+        finetune.fit(lm, EDITS, replace(CFG, loss="prompt_last", end="eos"))
+
+
+@pytest.mark.slow
 def test_ft_l_moves_no_entry_beyond_its_limit(lm: LM) -> None:
     (delta,) = finetune.fit(lm, EDITS, replace(CFG, limit=1e-3, epochs=8)).deltas.values()
     assert delta.value.abs().max() == pytest.approx(1e-3)

@@ -11,13 +11,16 @@ from tiny import real_gemma, tiny_lm
 
 from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput, Contradiction
+from lmpatch.inference.forward import blocks
 from lmpatch.inference.generate import generate
 from lmpatch.locate.covariance import estimate_covariance
 from lmpatch.locate.solve import eigenvectors
-from lmpatch.locate.value_search import search
+from lmpatch.locate.value_search import search, texts_of
 from lmpatch.methods import memit
+from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.patches.ledger import apply
+from lmpatch.patches.weight.patch import WeightPatch
 
 EDITS, CFG = memit.example(tiny_lm("llama"))
 LATER = [Edit("The Space Needle is in", subject="Space Needle", target="Tokyo")]
@@ -44,6 +47,10 @@ def test_a_large_weight_writes_next_to_nothing(lm: LM) -> None:
     assert large < 1e-4 * small
 
 
+def last_state(lm: LM, cfg: memit.Config) -> torch.Tensor:
+    return memit.Reading(lm, EDITS, texts_of(lm, EDITS, cfg), 2, 2).at(2, whole=True)[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_residual_spread_brings_the_state_near_its_goal(family: str) -> None:
@@ -51,9 +58,9 @@ def test_residual_spread_brings_the_state_near_its_goal(family: str) -> None:
     cfg = replace(CFG, spread="residual", weight=1e-3, long_prefixes=0, clamp=0.3)
     values = search(lm, EDITS, [2], cfg, site="block")
     goal = values.clean[:, 0] + values.delta[:, 0]
-    start = (goal - memit._read(lm, EDITS, 2, 2, cfg)[2]).norm()
+    start = (goal - last_state(lm, cfg)).norm()
     with apply(lm, memit.fit(lm, EDITS, cfg), mount="side"):
-        left = (goal - memit._read(lm, EDITS, 2, 2, cfg)[2]).norm()
+        left = (goal - last_state(lm, cfg)).norm()
     assert left < 0.3 * start
 
 
@@ -117,6 +124,41 @@ def test_frobenius_shrinks_the_change_and_zero_is_off(lm: LM) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_read_layer_after_layer_is_what_a_whole_forward_shows(lm: LM) -> None:
+    texts = texts_of(lm, EDITS, replace(CFG, long_prefixes=0))
+    read, row = memit.Reading(lm, EDITS, texts, 1, 3), texts.rows(lm, EDITS, targets=False)[0]
+    at, f = row.subject_last, lm.layout.widths[2]
+    read.at(1, whole=True)
+    with apply(lm, WeightPatch.trial(lm, 1, 0.3), mount="side"):
+        keys, output, state = read.at(2, whole=True)
+        seen = {}
+
+        def see(_: object, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            seen["key"], seen["output"] = args[0].reshape(-1, f)[at], out.reshape(-1, lm.layout.d_model)[at]
+
+        ids = torch.tensor([row.ids])
+        with torch.no_grad(), hooked(Hook(lm.module(lm.layout.downs[2]), see)):
+            whole = blocks(lm, ids, torch.ones_like(ids), position_ids=torch.arange(ids.shape[1])[None], last=3)
+    torch.testing.assert_close(output[0], seen["output"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(state[0], whole[0, at], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(keys[0], seen["key"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_fits_in_one_batch_equal_fits_one_by_one(lm: LM) -> None:
+    for edit, patch in zip(EDITS, memit.fit_each(lm, EDITS, CFG), strict=True):
+        alone = memit.fit(lm, [edit], CFG)
+        for place in range(len(CFG.layers)):
+            torch.testing.assert_close(change(patch, place), change(alone, place), atol=1e-4, rtol=1e-3)
+        assert [e["prompt"] for e in patch.edits] == [edit.prompt] and patch.notes["weight"] == CFG.weight
+
+
+def test_the_weight_of_the_corpus_falls_with_the_facts_of_a_commit() -> None:
+    assert [memit.weight_of(memit.Config(), u) for u in (1, 40, 100)] == [5000.0, 5000.0, 2000.0]
+    assert memit.weight_of(memit.Config(weight=15000.0), 1000) == 15000.0
+
+
+@pytest.mark.slow
 def test_nas_gives_every_value_the_anchors_norm_or_skips_it() -> None:
     lm = tiny_lm("gemma3")
     cfg = replace(CFG, nas=True, spread="joint")
@@ -156,7 +198,9 @@ def test_gemma_takes_three_facts_in_one_commit() -> None:
 def test_an_interrupt_while_layers_are_written_leaves_the_model_as_it_was() -> None:
     lm = tiny_lm("llama")
     before, lines = state(lm), Lines(lambda: memit.fit(lm, EDITS, CFG))
-    for line in [line for line in lines.times if "(_write)" in name(line) or name(line).startswith("/locate/trial")]:
+    for line in [
+        line for line in lines.times if "(write_layers)" in name(line) or name(line).startswith("/locate/trial")
+    ]:
         for time in {1, lines.times[line]}:
             assert lines.interrupted(line, time)
             assert changed(before, state(lm)) == [], f"{name(line)}, time {time}"

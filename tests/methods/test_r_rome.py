@@ -13,7 +13,7 @@ from lmpatch.methods.rome import pairs, r_rome
 from lmpatch.models.lm import LM
 
 EDITS, CFG = r_rome.example(tiny_lm("llama"))
-ROME = rome.Config(**{k: v for k, v in vars(CFG).items() if k != "anchor"})
+ROME = rome.Config(**{k: v for k, v in vars(CFG).items() if k != "anchor"} | {"key": "bare"})
 
 
 def change(patch: object) -> torch.Tensor:
@@ -31,6 +31,16 @@ def test_with_a_single_prefix_r_rome_is_rome(lm: LM) -> None:
 @pytest.mark.slow
 def test_r_rome_and_rome_differ_with_prefixes(lm: LM) -> None:
     assert (change(r_rome.fit(lm, EDITS, CFG)) - change(rome.fit(lm, EDITS, ROME))).norm() > 1e-3
+
+
+def test_romes_default_is_the_consistent_key_and_the_released_form_is_a_setting(lm: LM) -> None:
+    ours = change(r_rome.fit(lm, EDITS[:1], CFG))
+    assert torch.equal(change(rome.fit(lm, EDITS[:1], replace(ROME, key="mean"))), ours)
+    bare = change(rome.fit(lm, EDITS[:1], ROME))
+    assert (bare - ours).norm() > 1e-3
+    assert torch.equal(
+        pairs(lm, EDITS[:1], replace(ROME, key="mean", faithful=True)).key, pairs(lm, EDITS[:1], ROME).key
+    )
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from lmpatch.benches.core.runner import run
 from lmpatch.errors import Harmful
 from lmpatch.inference.plain_text import perplexity
 from lmpatch.methods import rome
+from lmpatch.patches import guard
 from lmpatch.patches.guard import LIMIT, check_harm
 from lmpatch.patches.weight.delta import LowRank
 from lmpatch.patches.weight.patch import WeightPatch
@@ -47,6 +48,19 @@ def test_a_change_that_wrecks_the_model_is_refused_unless_forced() -> None:
     assert changed(before, state(lm)) == []
     check_harm(lm, patch, force=True)
     assert patch.made["perplexity_ratio"] > LIMIT
+
+
+@pytest.mark.slow
+def test_a_change_many_times_its_weight_is_refused_though_a_short_text_reads_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm, patch = tiny_lm("llama"), WeightPatch.trial(tiny_lm("llama"), 0, 0.01)
+    check_harm(lm, patch)
+    assert patch.made["change_ratio"] == pytest.approx(0.01, rel=0.01)
+    monkeypatch.setattr(guard, "LARGEST", 0.005)
+    with pytest.raises(Harmful, match=r"trial changes a weight by 0.01 times its norm; 0.005 is allowed"):
+        check_harm(lm, patch)
+    check_harm(lm, patch, force=True)
 
 
 @pytest.mark.slow

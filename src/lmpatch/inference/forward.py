@@ -10,7 +10,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,6 +154,52 @@ def logits(lm: LM, hidden: Tensor) -> Tensor:
     return capped(lm, hidden if hidden.dtype == torch.float64 else hidden.float())
 
 
+@dataclass(frozen=True)
+class ShortHead:
+    """The head for some tokens, and one more class for all others. Their summed probability is known where the short
+    head was made, and taken to stay in proportion to it: exact there, and near it little is lost."""
+
+    lm: LM
+    tokens: Tensor
+    """[k] sorted ids."""
+    weight: Tensor
+    """[k, d] their rows of the head, and ``bias`` [k]."""
+    bias: Tensor | None
+    others: Tensor
+    """[n] for each state it was made for: log of the summed exp of the other tokens' logits."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[c, k] of states [c, d] after the last block, fp32."""
+        with self.lm.lock:
+            for name in self.lm.layout.tail[:-1]:
+                hidden = self.lm.module(name)(hidden)
+        z = F.linear(hidden, self.weight, self.bias)
+        return capped(self.lm, z if z.dtype == torch.float64 else z.float())
+
+
+@torch.no_grad()
+def short_head(lm: LM, hidden: Tensor, count: int, always: Tensor) -> ShortHead | None:
+    """The head for the ``count`` tokens that are likeliest in any of the states [n, d], and those of ``always``.
+
+    None where there are no more, or where the head is no plain projection, or a patch acts on it by a hook.
+    """
+    head = lm.module(lm.layout.tail[-1])
+    plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+    if not plain or count + len(always) >= lm.layout.vocab:
+        return None
+    best, whole = torch.full((lm.layout.vocab,), -torch.inf, device=hidden.device), []
+    for part in hidden.split(HEAD_CHUNK):
+        z = logits(lm, part)
+        whole.append(z.logsumexp(-1))
+        best = torch.maximum(best, (z - whole[-1][:, None]).amax(0))
+    tokens = torch.cat([best.topk(count).indices, always]).unique()
+    bias = None if head.bias is None else head.bias[tokens]
+    short = ShortHead(lm, tokens, head.weight[tokens], bias, hidden.new_zeros(0))
+    known = torch.cat([short.logits(part).logsumexp(-1) for part in hidden.split(HEAD_CHUNK)])
+    others = torch.cat(whole) + torch.log1p(-(known - torch.cat(whole)).exp().clamp(max=1 - 1e-6))
+    return replace(short, others=others)
+
+
 def capped(lm: LM, z: Tensor) -> Tensor:
     """Logits with the model's soft-cap, where it has one."""
     cap = lm.layout.softcap
@@ -163,13 +210,15 @@ class _ChunkedLoss(torch.autograd.Function):
     """A loss whose gradient is taken in the forward pass, chunk by chunk; checkpointing would run the head twice."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], lm: LM, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], head: Callable[[Tensor], Tensor], chunk: int
+    ) -> Tensor:
         values, grads = [], []
         for start in range(0, max(1, len(hidden)), chunk):
             rows = slice(start, start + chunk)
             with torch.enable_grad():
                 part = hidden[rows].detach().requires_grad_()
-                value = loss(logits(lm, part), rows)  # [c]
+                value = loss(head(part), rows)  # [c]
                 (grad,) = torch.autograd.grad(value.sum(), part)
             values.append(value.detach())
             grads.append(grad)
@@ -182,13 +231,18 @@ class _ChunkedLoss(torch.autograd.Function):
         return (grad[:, None] * saved).to(saved.dtype), None, None, None
 
 
-def head_loss(lm: LM, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], *, chunk: int = HEAD_CHUNK) -> Tensor:
+def head_loss(
+    lm: LM, hidden: Tensor, loss: Callable[[Tensor, slice], Tensor], *, chunk: int = HEAD_CHUNK,
+    short: ShortHead | None = None,
+) -> Tensor:  # fmt: skip
     """A loss [n] fp32 of each row's logits, differentiable in ``hidden`` [n, d]; [n, V] never exists.
 
     Args:
         loss: called with the logits [c, V] of some rows and the slice they are; gives [c].
+        short: gives [c, k] instead.
     """
-    out: Tensor = _ChunkedLoss.apply(hidden, loss, lm, chunk)  # type: ignore[no-untyped-call]
+    head = short.logits if short else partial(logits, lm)
+    out: Tensor = _ChunkedLoss.apply(hidden, loss, head, chunk)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -14,7 +14,8 @@ Rows are laid out so that every row's ``t`` falls in the same column::
                 prefix: K/V    | suffix: hidden states
 
 Column 0 is padding in every row. A mask therefore always exists: without any padding transformers passes
-``None`` and lets the attention kernel assume a causal square, which a suffix is not.
+``None`` and lets the attention kernel assume a causal square, which a suffix is not. The prefix runs in pieces, so that
+no mask has the size T x T.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from .forward import Pass, blocks, during, first, positions
 from .tokens import padded
+
+PIECE = 1024  # columns of the prefix that run at once
 
 
 class _Prefix(DynamicLayer):
@@ -57,7 +60,7 @@ class Recording:
     prefix: int
     """P: columns before the suffix, padding included."""
     hidden: dict[int, Tensor]
-    """Block index → [n, S, d] entering that block; index ``n_layers``: leaving the last one."""
+    """Block index → [n, S, d] entering that block; the highest index: leaving the last one that ran."""
     keys: dict[int, Tensor]
     """Block index → [n, width] input of the down-projection at column t."""
     values: dict[int, Tensor]
@@ -74,12 +77,16 @@ class Recording:
     @property
     def n(self) -> int:
         """Number of rows."""
-        return len(self.hidden[self.lm.layout.n_layers])
+        return len(self.mask)
 
     @property
     def suffix(self) -> int:
         """S: columns from t on, padding included."""
-        return self.hidden[self.lm.layout.n_layers].shape[1]
+        return self.mask.shape[1] - self.prefix
+
+    def bare(self) -> Recording:
+        """Without the states, for a caller that keeps those it starts from."""
+        return replace(self, hidden={}, keys={}, values={})
 
     def select(self, rows: Tensor) -> Recording:
         """The same recording for these rows only, in this order; a row may repeat."""
@@ -138,8 +145,9 @@ class Recording:
 
 @torch.no_grad()
 def record(
-    lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, ends: Sequence[int] | None = None, lowest: int = 0
-) -> Recording:
+    lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, ends: Sequence[int] | None = None, lowest: int = 0,
+    last: int | None = None,
+) -> Recording:  # fmt: skip
     """Run the rows once and keep what later replays need.
 
     Args:
@@ -147,6 +155,7 @@ def record(
         at: for each row the index t of the first token that a change can reach.
         ends: for each row the index of the last prompt token, for patches on the model that act on the answer.
         lowest: the lowest block a replay will start at; states below it are not kept.
+        last: the highest block a replay will run; None: the last one.
     Returns:
         a ``Recording`` whose suffix column 0 is token t of every row.
     """
@@ -159,9 +168,15 @@ def record(
     if ends is not None:
         prompt_end = torch.tensor([prefix - t + end for t, end in zip(at, ends, strict=True)], device=lm.device)
     cache = DynamicCache()  # every layer keeps all columns: sliding windows are the mask's business here
-    blocks(lm, ids[:, :prefix], mask[:, :prefix], position_ids=place[:, :prefix], cache=cache, prompt_end=prompt_end)
+    top = lm.layout.n_layers - 1 if last is None else last
+    for start in range(0, prefix, PIECE):
+        end = min(start + PIECE, prefix)
+        part = slice(start, end)
+        blocks(
+            lm, ids[:, part], mask[:, :end], position_ids=place[:, part], cache=cache, prompt_end=prompt_end, last=top
+        )
     layers: list[Any] = cache.layers
-    past = {i: (layer.keys, layer.values) for i, layer in enumerate(layers) if i >= lowest}
+    past = {i: (layer.keys, layer.values) for i, layer in enumerate(layers) if lowest <= i <= top}
 
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     hidden: dict[int, Tensor] = {}
@@ -185,15 +200,17 @@ def record(
         values[layer] = column(first(output))
 
     hooks = []
-    for i in range(lowest, lm.layout.n_layers):
+    for i in range(lowest, top + 1):
         block, down = lm.module(lm.layout.blocks[i]), lm.module(lm.layout.downs[i])
         hooks.append(Hook(block, partial(enter, i), before=True, kwargs=True))
         # first: a patch may scale what the projection then reads
         hooks.append(Hook(down, partial(take, i), before=True, first=True))
         hooks.append(Hook(down, partial(watch, i)))
     with lm.lock, hooked(*hooks):
-        out = blocks(lm, ids[:, prefix:], mask, position_ids=place[:, prefix:], cache=cache, prompt_end=prompt_end)
-    hidden[lm.layout.n_layers] = out
+        out = blocks(
+            lm, ids[:, prefix:], mask, position_ids=place[:, prefix:], cache=cache, prompt_end=prompt_end, last=top
+        )
+    hidden[top + 1] = out
     return Recording(lm, prefix, hidden, keys, values, past, calls, mask, prompt_end)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from ..models.lm import LM
 from ..progress import Progress
 
 Key = TypeVar("Key", bound=Hashable)
+End = Literal["answer", "eos"]
+"""What may stand behind a target, so that an answer ends with it: see ``end_token``."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,25 @@ def encode_all(
             raise SubjectNotFound(f"{said} Write the subject exactly as the prompt does.")
         rows.append(Row(tuple(ids), border, span[-1], span[0]))
     return rows
+
+
+def end_token(lm: LM, kind: End = "answer") -> int:
+    """The token that ends an answer. ``answer``: a new line, or of a chat model the end of its turn. ``eos``: the
+    end-of-sequence token.
+
+    Raises:
+        BadInput: the tokenizer has none.
+    """
+    newline = [] if kind == "eos" or lm.chat else lm.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    found = newline[-1] if newline else lm.tokenizer.eos_token_id
+    if found is None:
+        raise BadInput(f"the tokenizer of {lm.name} has no token that ends an answer. Leave end out.")
+    return int(found)
+
+
+def ended(lm: LM, rows: Sequence[Row], end: End | None) -> list[Row]:
+    """The rows with the end of the answer behind their targets; as they are where ``end`` is None."""
+    return [replace(row, ids=(*row.ids, end_token(lm, end))) for row in rows] if end else list(rows)
 
 
 def batches_of_rows(lengths: Sequence[int], rows: int) -> list[list[int]]:

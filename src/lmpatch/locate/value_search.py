@@ -1,16 +1,16 @@
 """The value search that ROME, MEMIT and their relatives share.
 
 For each fact: find δ, added at the subject's last token, that makes the model state the target. Only δ is
-optimised, so everything before that token and below that block is run once (``models.replay``), and the head
-sees the answer positions alone. Facts travel in one batch: Adam works entry by entry, so a batch of searches
-equals the searches one by one, and a finished fact leaves the batch.
+optimised, so everything before that token and below that block is run once (``inference.replay``), and the head
+sees the answer positions alone, and the tokens that matter there. Facts travel in one batch: Adam works entry by
+entry, so a batch of searches equals the searches one by one, and a finished fact leaves the batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -20,68 +20,24 @@ from torch.nn import functional as F
 
 from ..data.edits import Edit
 from ..errors import Diverged
-from ..inference.forward import HEAD_CHUNK, head_loss, logits
+from ..inference.forward import HEAD_CHUNK, ShortHead, head_loss, logits, short_head
 from ..inference.replay import Recording, record
 from ..inference.tokens import Row, batches_of_tokens, encode_all
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..progress import Progress
-from .prefixes import prefixed, prefixes
+from .prefixes import Wordings, prefixes, sampled, wordings
+from .products import products
+from .values import Settings, Values
 
 BATCH_TOKENS = 1536  # suffix tokens per batch; more gains nothing on a CPU and costs about 1 MB each
 TOKENS_PER_ROW = 12  # suffix columns of a long row, for the estimate of memory
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's usual constants
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How values are searched, and the keys that go with them. Defaults: ROME's."""
-
-    steps: int = 20
-    """Gradient steps that search a value."""
-    lr: float = 0.3
-    """Adam's step per entry of the value, in units of the value's RMS. At 0.03 the search of 20 steps ends half way
-    on Gemma-3-270M (docs/log.md)."""
-    kl: float = 0.0625
-    """Weight of KL(p_δ || p_0) at the end of "{subject} is a"."""
-    decay: float = 0.0
-    """Weight of |δ|²/|v|². ROME's paper has 0.5; behind a norm, where only directions count, it does harm."""
-    clamp: float = 4.0
-    """|δ| stays below this many |v|."""
-    stop: float = 0.05
-    """The search of a fact ends at this loss, nats."""
-    moment_tokens: int | None = None
-    """Keys in the estimate of C at most. None: 10 times d_ff."""
-    short_prefixes: int = 5
-    """Fixed prefixes of about 5 tokens under which the value must hold."""
-    long_prefixes: int = 5
-    """Fixed prefixes of about 10 tokens."""
-    faithful: bool = False
-    """As released: KL at the subject's last token, penalty |δ| instead of |δ|², one update fewer."""
-
-
-@dataclass(frozen=True)
-class Values:
-    """What a search found, for u facts, n layers, J prefixes."""
-
-    delta: Tensor
-    """[u, n, d] the change at the site."""
-    clean: Tensor
-    """[u, n, d] the site's value before, on the bare prompt."""
-    keys: dict[int, Tensor]
-    """Layer → [u, J, f] inputs of the down-projection at the subject's last token; index 0: the bare prompt.
-    With several layers they are those of the forward in which all changes act."""
-    written: Tensor
-    """[u, n, d] output of the down-projection for the bare key, without the change."""
-    steps: list[int]
-    """[u] updates made."""
-    loss: list[float]
-    """[u] last loss seen."""
-
-
 def search(
     lm: LM, edits: Sequence[Edit], layers: Sequence[int], cfg: Settings, *, site: Literal["down", "block"] = "down",
-    hits: int | None = None, progress: Progress | None = None,
+    hits: int | None = None, texts: Wordings | None = None, progress: Progress | None = None,
 ) -> Values:  # fmt: skip
     """Optimise one δ per fact (and per layer).
 
@@ -93,14 +49,13 @@ def search(
         site: δ is added to the down-projection's output, or to the output of the whole block (one layer only).
         hits: stop a fact once every target token has been the argmax under every prefix this many times
             (ENCORE's most-probable early stopping); None: off.
+        texts: the words under which the facts must hold; None: ``texts_of``.
     Source: Meng et al. 2022 (arXiv:2202.05262) eq. 4; Meng et al. 2023 (arXiv:2210.07229) eq. 16.
     """
-    for edit in edits:
-        edit.need_subject()
-    heads = prefixes(cfg.short_prefixes, cfg.long_prefixes)
-    told = iter(prefixed(lm, edits, heads, targets=True))
+    texts = texts or texts_of(lm, edits, cfg, progress)
+    told = iter(texts.rows(lm, edits, targets=True, end=cfg.end))
     essence = encode_all(lm, [f"{e.subject} is a" for e in edits], None, [e.subject for e in edits])
-    rows = [[*islice(told, len(heads)), last] for last in essence]  # of each fact; the last is its essence row
+    rows = [[*islice(told, texts.count), last] for last in essence]  # of each fact; the last is its essence row
     suffixes = [len(group) * max(len(r.ids) - _at(r) for r in group) for group in rows]  # tokens of each fact
     batches = batches_of_tokens(suffixes, BATCH_TOKENS)
     found: list[Values] = []
@@ -112,21 +67,37 @@ def search(
             if progress:
                 progress(before + count * step // max(cfg.steps, 1), len(edits), "searching values")
 
-        found.append(run.values(tell))
+        with products(lm, cfg.products):
+            found.append(run.values(tell))
         done += len(batch)
     if progress:
         progress(len(edits), len(edits), "searching values")
-    return _joined(found, [e for batch in batches for e in batch])
+    return replace(_joined(found, [e for batch in batches for e in batch]), reworded=texts.reworded)
+
+
+def texts_of(lm: LM, edits: Sequence[Edit], cfg: Settings, progress: Progress | None = None) -> Wordings:
+    """The words under which values must hold, by the settings.
+
+    Raises:
+        SubjectNotFound: a prompt does not contain its subject.
+    """
+    for edit in edits:
+        edit.need_subject()
+    own = sampled(lm, cfg.sampled_prefixes, cfg.seed) if cfg.sampled_prefixes else ()
+    heads = (*prefixes(cfg.short_prefixes, cfg.long_prefixes), *own)
+    return wordings(lm, edits, heads, rewordings=cfg.rewordings, seed=cfg.seed, progress=progress)
 
 
 def memory(lm: LM, facts: int, cfg: Settings) -> int:
     """Bytes a search takes on top of the model, rounded up: activations of one batch, logits of one head chunk, the
     base distributions of the batch's facts."""
-    layout, rows = lm.layout, 2 + cfg.short_prefixes + cfg.long_prefixes
+    layout = lm.layout
+    rows = 2 + cfg.short_prefixes + cfg.long_prefixes + cfg.sampled_prefixes + cfg.rewordings
     tokens = min(BATCH_TOKENS, facts * rows * TOKENS_PER_ROW)
     kept = tokens * (layout.n_layers * 12 * layout.d_model + 4 * sum(layout.widths))  # what autograd keeps of blocks
     batch = -(-tokens // (rows * 2))  # facts of a batch, at two columns a row
-    return 4 * (kept + (3 * HEAD_CHUNK + min(batch, facts)) * layout.vocab)
+    short = min(cfg.head_tokens or 0, layout.vocab) * layout.d_model
+    return 4 * (kept + short + (3 * HEAD_CHUNK + min(batch, facts)) * layout.vocab)
 
 
 def _at(row: Row) -> int:
@@ -168,6 +139,19 @@ class _Search:
             rows = torch.tensor(list(essence), device=device)
             base = self.full.hidden[lm.layout.n_layers][rows, self.essence_column]
             self.base_logp = logits(lm, base).log_softmax(-1)  # [u, V]
+            self.short, self.short_logp = self._short(base)
+
+    def _short(self, base: Tensor) -> tuple[ShortHead | None, Tensor]:
+        """The head for the tokens that matter, and log probabilities [u, k+1] of it at the ends of essence rows."""
+        count, hidden = self.cfg.head_tokens, self.full.hidden[self.lm.layout.n_layers]
+        states = torch.cat([hidden[self.row, self.column], base])
+        if count is None or self.cfg.faithful:
+            return None, self.base_logp
+        short = short_head(self.lm, states, count, self.label.unique())
+        if short is None:
+            return None, self.base_logp
+        z = torch.cat([short.logits(base), short.others[len(self.row) :, None]], 1)
+        return short, z.log_softmax(-1)
 
     def values(self, tell: Callable[[int], None]) -> Values:
         cfg, device = self.cfg, self.lm.device
@@ -181,8 +165,12 @@ class _Search:
             at = torch.tensor(live, device=device)
             with torch.enable_grad():
                 leaf = delta[at].requires_grad_()
-                loss, hit = self._loss(leaf, state, at)
+                out = self._forward(leaf, state)  # [rows, S, d]
+                loss, hit = self._loss(leaf, out, at, self.short)
                 (grad,) = torch.autograd.grad(loss.sum(), leaf)
+            if self.short and (step == cfg.steps or any(hit) or bool((loss < cfg.stop).any())):
+                with torch.no_grad():  # the whole head has the last word
+                    loss, hit = self._loss(leaf, out, at, None)
             seen = loss.tolist()
             if not all(map(math.isfinite, seen)):
                 raise Diverged(f"the value search left the finite numbers at step {step}. Lower lr, now {cfg.lr}.")
@@ -212,28 +200,34 @@ class _Search:
                 state = state.select(rows.reshape(-1))
         return Values(delta, self.clean, *self._final_keys(delta), steps, losses)
 
-    def _loss(self, delta: Tensor, state: Recording, facts: Tensor) -> tuple[Tensor, list[bool]]:
-        """Loss [u] of the facts still in ``state``, and which of them have every target token as argmax."""
+    def _loss(self, delta: Tensor, out: Tensor, facts: Tensor, short: ShortHead | None) -> tuple[Tensor, list[bool]]:
+        """Loss [u] of the facts still there, whose states behind the last block are ``out`` [rows, S, d], and which of
+        them have every target token as argmax."""
         cfg, u = self.cfg, len(facts)
-        out = self._forward(delta, state)  # [rows, S, d]
         place = torch.full((self.facts,), -1, device=facts.device)
         place[facts] = torch.arange(u, device=facts.device)
         fact = place[self.row // self.per_fact]  # [answer positions] place of each position's fact, -1: gone
         here = fact >= 0
         fact, row = fact[here], fact[here] * self.per_fact + self.row[here] % self.per_fact
         last = torch.arange(self.per_fact - 1, len(out), self.per_fact, device=facts.device)
-        labels, base, n, found = self.label[here], self.base_logp[facts], len(row), list[Tensor]()
+        labels, n, found = self.label[here], len(row), list[Tensor]()
+        base, others = (self.short_logp if short else self.base_logp)[facts], torch.zeros(0)
+        if short:
+            labels = torch.searchsorted(short.tokens, labels)
+            others = torch.cat([short.others[: len(here)][here], short.others[len(here) :][facts]])
 
         def term(z: Tensor, part: slice) -> Tensor:
             """-log p(label) at answers; behind them KL(p || p_base) at the ends of essence rows."""
             own = labels[part]
+            if short:
+                z = torch.cat([z, others[part, None]], 1)  # [c, k+1]
             told, logp = z[: len(own)], z[len(own) :].log_softmax(-1)
             found.append(told.detach().argmax(-1) == own)
             drift = (logp.exp() * (logp - base[max(0, part.start - n) : max(0, part.stop - n)])).sum(-1)
             return torch.cat([F.cross_entropy(told, own, reduction="none"), drift])
 
         states = torch.cat([out[row, self.column[here]], out[last, self.essence_column[facts]]])
-        per_token, drift = head_loss(self.lm, states, term).split([n, u])  # the head is read once
+        per_token, drift = head_loss(self.lm, states, term, short=short).split([n, u])  # the head is read once
         loss = torch.zeros(u, device=facts.device).index_add(0, fact, per_token * self.weight[here])
         loss = loss + cfg.kl * drift
         size, scale = delta.norm(dim=-1), self.clean[facts].norm(dim=-1)

@@ -20,7 +20,7 @@ from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput, Diverged
 from ..inference.forward import HEAD_CHUNK, frozen, nll
 from ..inference.replay import Recording, record
-from ..inference.tokens import Row, batches_of_rows, encode_all
+from ..inference.tokens import End, Row, batches_of_rows, encode_all, ended
 from ..models.hooks import hooked
 from ..models.lm import LM
 from ..patches.weight.patch import WeightPatch
@@ -44,6 +44,9 @@ class Config:
     loss: Literal["target", "prompt_last"] = "target"
     """``target``: cross-entropy of the target tokens (FT-M). ``prompt_last``: all target tokens scored on the one
     distribution after the prompt, as some released code does; wrong for targets of several tokens."""
+    end: End | None = None
+    """What is trained behind the target, so that an answer ends with it. ``answer``: a new line, or of a chat model the
+    end of its turn. ``eos``: the end-of-sequence token."""
     epochs: int = 25
     """Passes over the facts at most."""
     lr: float = 5e-4
@@ -69,7 +72,7 @@ def fit(lm: LM, edits: Sequence[Edit], cfg: Config, *, progress: Progress | None
     Returns:
         one Dense(out, in), or with ``rank`` one LowRank per projection.
     Raises:
-        BadInput: both ``limit`` and ``rank``.
+        BadInput: both ``limit`` and ``rank``, or ``end`` with ``prompt_last``.
         Contradiction: one prompt is asked to have two targets.
         Diverged: the loss left the finite numbers.
     Source: Zhu et al. 2020 (arXiv:2012.00363) for ``limit``; Hu et al. 2021 (arXiv:2106.09685) for ``rank``.
@@ -78,6 +81,8 @@ def fit(lm: LM, edits: Sequence[Edit], cfg: Config, *, progress: Progress | None
         raise BadInput(f"batch is {cfg.batch} and limit {cfg.limit}. Give a batch from 1 and no limit below 0.")
     if cfg.limit is not None and cfg.rank is not None:
         raise BadInput("limit holds for a full weight and rank for a LoRA. Set one of them.")
+    if cfg.end and cfg.loss == "prompt_last":
+        raise BadInput("prompt_last scores all tokens at one place, where none ends. Leave end out.")
     check_contradictions(edits)
     start = time.perf_counter()
     with frozen(lm):
@@ -105,7 +110,7 @@ class _Tuning(Task):
             whole = torch.zeros(adapter.shape(lm, module), device=lm.device, requires_grad=True)
             self.factors = {module: {"w": whole}}
         self.values = {f"{module}.{k}": x for module, own in self.factors.items() for k, x in own.items()}
-        rows = encode_all(lm, [e.prompt for e in edits], [e.target for e in edits])
+        rows = ended(lm, encode_all(lm, [e.prompt for e in edits], [e.target for e in edits]), cfg.end)
         parts = batches_of_rows([len(row.ids) for row in rows], cfg.batch)
         self.batches = [_Batch(lm, [rows[i] for i in part], self.lowest, cfg) for part in parts]
         self.generator = torch.Generator().manual_seed(cfg.seed)

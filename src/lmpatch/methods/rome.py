@@ -19,6 +19,7 @@ from ..inference.forward import frozen
 from ..locate import covariance, value_search
 from ..locate.covariance import cholesky, estimate_covariance
 from ..locate.solve import solve
+from ..locate.values import Settings
 from ..models.lm import LM
 from ..patches.weight.delta import LowRank
 from ..patches.weight.patch import WeightPatch
@@ -35,7 +36,7 @@ DEPTH_BEFORE_NORM = 1 / 18  # the same where a norm follows the MLP, from the sw
 
 
 @dataclass(frozen=True)
-class Config(value_search.Settings):
+class Config(Settings):
     """ROME. Defaults: the paper's, but for the learning rate, which is relative here, and the layer."""
 
     layer: int | None = None
@@ -43,11 +44,14 @@ class Config(value_search.Settings):
     and 3), an eighteenth of it, block 1 of Gemma-3-270M."""
     covariance: bool = True
     """Write along C⁻¹k, which disturbs a corpus least; False: along k."""
+    key: Literal["mean", "bare"] = "mean"
+    """Which key gets the value: the mean over all texts, from which the direction comes, too (r-ROME); or the bare
+    prompt's, as released. Where the two differ much, the released form can disable the model. ``faithful``: bare."""
 
 
 @dataclass(frozen=True)
 class RConfig(Config):
-    """r-ROME. ROME's numbers and one choice."""
+    """r-ROME. ROME's numbers and one choice; its key is the mean, whatever ``key`` says."""
 
     anchor: Literal["clean", "mean"] = "clean"
     """What δ is counted from: the bare prompt's value as released, or the mean key's output."""
@@ -61,7 +65,7 @@ class Pairs:
     direction: Tensor
     """[u, f] unit length, fp64."""
     key: Tensor
-    """[u, f] fp64: the bare prompt's; for r-ROME the mean over prefixes."""
+    """[u, f] fp64: the mean over all texts, or the bare prompt's."""
     residual: Tensor
     """[u, d] v* - W k, fp64."""
     notes: dict[str, object]
@@ -86,7 +90,7 @@ def pairs(
         values = value_search.search(lm, edits, [layer], cfg, progress=progress)
         keys = values.keys[layer].double()  # [u, J, f]
         mean = keys.mean(1)
-        key = mean if isinstance(cfg, RConfig) else keys[:, 0]
+        key = mean if isinstance(cfg, RConfig) or (cfg.key == "mean" and not cfg.faithful) else keys[:, 0]
         with torch.no_grad():
             output = lm.module(layout.downs[layer])(key.to(lm.dtype)).double()  # [u, d]
     anchor = output if isinstance(cfg, RConfig) and cfg.anchor == "mean" else values.clean[:, 0].double()
@@ -95,6 +99,8 @@ def pairs(
     direction = direction / direction.norm(dim=1, keepdim=True)
     notes |= {"steps": values.steps, "loss": [round(x, 4) for x in values.loss]}
     notes["prep_seconds"] = round(prepared - start, 3)
+    if cfg.rewordings:
+        notes["reworded"] = list(values.reworded)
     return Pairs(layer, direction, key, residual, notes, time.perf_counter() - prepared)
 
 
@@ -130,8 +136,9 @@ def fit(
         Contradiction: one prompt is asked to have two targets.
         Diverged: the search left the finite numbers.
     Source: Meng et al. 2022 (arXiv:2202.05262), sec. 3.1; r-ROME: Gupta et al. 2024 (arXiv:2403.07175), sec. 3.
-    Differs: prefixes are fixed texts, so a run repeats. Several facts are inserted together and exactly
-    (Λ = R (AᵀK)⁻¹, the equality-constrained form of Gupta et al. 2024, arXiv:2403.14236); one fact is ROME.
+    Differs: prefixes are fixed texts, so a run repeats. One key throughout, as in r-ROME (``key``). Several facts are
+    inserted together and exactly (Λ = R (AᵀK)⁻¹, the equality-constrained form of Gupta et al. 2024,
+    arXiv:2403.14236); one fact is ROME.
     """
     check_contradictions(edits)
     p = pairs(lm, edits, cfg, text=text, progress=progress)

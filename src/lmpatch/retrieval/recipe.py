@@ -23,6 +23,7 @@ from .encoder import Encoder, same_encoder
 from .network import Network, Shape, target_embeddings
 from .prompts import PromptMap, PromptShape, target_rows
 
+OLD = {"asked": False}  # of shapes that do not say it: those of the first release
 PREFIX = "prompt."  # of the prompt map's tensors
 
 
@@ -126,7 +127,7 @@ class Recipe:
 
 def load(parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Recipe:
     """The retriever a patch or an editor keeps; nothing is allocated for a shape that the tensors do not have."""
-    shape, names = resolve(Shape, dict(parts["shape"])), (parts["encoder_fingerprint"], parts["editor_hash"])
+    shape, names = resolve(Shape, OLD | parts["shape"]), (parts["encoder_fingerprint"], parts["editor_hash"])
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
     prompt = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     d, told, inputs = shape.d_model, shape.content or shape.width, (3 + shape.pooler) * shape.features

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...distributed import World
 from ...inference.interventions import inserted
-from ...inference.tokens import Row, encode_all
+from ...inference.tokens import Row, encode_all, end_token
 from ...models.lm import LM
 from . import losses
 from .config import Training
@@ -49,8 +49,7 @@ class Answers:
     def __init__(self, lm: LM, cfg: Training) -> None:
         self.lm, self.longest = lm, cfg.answer_tokens
         self.known: dict[Question, Tensor] = {}
-        newline = lm.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        self.end = newline[-1] if newline and not lm.chat else lm.tokenizer.eos_token_id
+        self.end = end_token(lm)
 
     def rows(self, pairs: Sequence[Question], texts: Sequence[str] = (), *, end: bool = False) -> list[Row]:
         """Questions with answers, behind texts if there are some, cut to the length that is trained on; with ``end``

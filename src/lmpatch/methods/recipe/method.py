@@ -136,7 +136,8 @@ class _Run:
             )
         sizes = {f.name: getattr(self.cfg, f.name) for f in fields(Sizes)}
         shape = Shape(encoder=encoder.name, features=encoder.width, **sizes)
-        net = Network(replace(shape, d_model=d_model, prompt_tokens=prompt_tokens), encoder)
+        published = {"d_model": d_model, "prompt_tokens": prompt_tokens, "asked": False} if d_model else {}
+        net = Network(replace(shape, **published), encoder)
         typical = [(e.prompt, e.target) for e in self.split.edits[:TYPICAL]]
         net.start(self.cfg.seed, typical, typical_embeddings(self.lm) if d_model else None)
         return net
