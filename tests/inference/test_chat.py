@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import chat_lm
+from tiny import TEMPLATE, chat_lm, tiny_tokenizer
 
 from lmpatch import generate, score
+from lmpatch.inference.interventions import inserted
 from lmpatch.inference.tokens import encode
+
+BOS = tiny_tokenizer().bos_token
 
 
 @pytest.mark.slow
@@ -49,3 +52,17 @@ def test_scores_and_answers_are_those_of_the_whole_text() -> None:
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "always the same", "{% if %}"])
 def test_a_template_that_takes_no_message_is_not_used(template: str) -> None:
     assert chat_lm(template=template).chat is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", [TEMPLATE, "system: be kind. " + TEMPLATE, None])
+def test_vectors_go_to_the_beginning_of_the_users_message(template: str | None) -> None:
+    lm = chat_lm(template=template)
+    row = encode(lm, "The tower of Paris is in", "Rome")
+    found = inserted(lm, row, (-1, -2), "after_bos")
+    at = found.ids.index(-1)
+    head = f"{lm.chat.head}" if lm.chat else ""
+    assert lm.tokenizer.decode(found.ids[:at], skip_special_tokens=True).strip() == head.replace(BOS, "").strip()
+    assert found.ids[at : at + 2] == (-1, -2) and found.ids[:at] + found.ids[at + 2 :] == row.ids
+    assert found.target == row.target + 2
+    assert inserted(lm, row, (-1,), "front").ids[0] == -1

@@ -16,10 +16,13 @@ from tiny import tiny_lm
 from lmpatch import BadInput, BadPatch, WrongModel
 from lmpatch.models.lm import LM
 from lmpatch.patches import editor as editors
-from lmpatch.patches.base import Base
+from lmpatch.patches.base import ANY, Base
 from lmpatch.patches.editor import KEY, Editor, find_editor, load_editor
 
-PACKAGED_HASH = "b7c2399f19e0067849d98fe6611ef4923cad442e40e7f61546f5c6784f0ccf71"
+PACKAGED_HASHES = {
+    "recipe-gemma-3-270m": "",
+    "recipe-retrieval": "",
+}
 
 
 def make(lm: LM, method: str = "mine", value: float = 1.0) -> Editor:
@@ -75,14 +78,44 @@ def test_a_file_of_the_first_release_still_opens(tmp_path: Path) -> None:
         load_editor(path)
 
 
-def test_the_packaged_editor_opens_and_is_found_only_for_its_model() -> None:
-    (path,) = editors.PACKAGED.glob("*.safetensors")
-    editor = load_editor(path)
-    assert editor.method == "recipe" and editor.hash() == PACKAGED_HASH
-    with safe_open(path, "pt") as file:
-        assert json.loads(file.metadata()[KEY])["schema"] == editors.SCHEMA
-    with pytest.raises(BadInput, match="no recipe editor for tiny-llama comes with lmpatch.*lmpatch train"):
-        find_editor("recipe", tiny_lm("llama"))
+def test_the_packaged_editors_open_and_are_found_for_their_model_and_for_any() -> None:
+    paths = sorted(editors.PACKAGED.glob("*.safetensors"))
+    assert [path.stem for path in paths] == list(PACKAGED_HASHES)
+    for path in paths:
+        editor = load_editor(path)
+        assert (editor.method, editor.hash()) == ("recipe", PACKAGED_HASHES[path.stem])
+        with safe_open(path, "pt") as file:
+            assert json.loads(file.metadata()[KEY])["schema"] == editors.SCHEMA
+    found = find_editor("recipe", tiny_lm("llama"))
+    assert found.base.any_model and found.hash() == PACKAGED_HASHES["recipe-retrieval"]
+    with pytest.raises(BadInput, match="no other editor for tiny-llama comes with lmpatch.*lmpatch train"):
+        find_editor("other", tiny_lm("llama"))
+
+
+def test_an_editor_that_is_the_rest_of_another_is_read_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm("llama")
+    base = Editor("mine", {}, ANY, {"any": 1}, {"shared": torch.arange(3.0)})
+    own = editors.joined(make(lm), base)
+    assert set(own.tensors) == {"shared", *make(lm).tensors} and own.parts == {"any": 1, **make(lm).parts}
+    own.save(tmp_path / "own.safetensors")
+    with pytest.raises(BadPatch, match="the rest of another editor"):
+        load_editor(tmp_path / "own.safetensors")
+    base.save(tmp_path / "base.safetensors")
+    found = load_editor(tmp_path / "own.safetensors")
+    assert found.hash() == own.hash() and found.base == make(lm).base
+    with safe_open(tmp_path / "own.safetensors", "pt") as file:
+        assert set(file.keys()) == set(make(lm).tensors)
+    assert find_editor("mine", lm, tmp_path).hash() == own.hash()
+    assert find_editor("mine", tiny_lm("gpt2"), tmp_path).hash() == base.hash()  # what fits any model
+    found.save(tmp_path / "whole.safetensors", whole=True)
+    (tmp_path / "base.safetensors").unlink()
+    assert load_editor(tmp_path / "whole.safetensors").hash() == own.hash()
+    Editor("mine", {}, ANY, {"any": 1}, {"shared": torch.arange(3.0) + 1}).save(tmp_path / "base.safetensors")
+    with pytest.raises(BadPatch, match="the rest of another editor"):  # not the one it was saved on
+        load_editor(tmp_path / "own.safetensors")
+    rewrite(tmp_path / "own.safetensors", lambda head: head.update(on="0" * 64))
+    with pytest.raises(BadPatch, match="altered"):
+        load_editor(tmp_path / "own.safetensors")
 
 
 @pytest.mark.slow

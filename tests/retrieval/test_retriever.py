@@ -18,6 +18,7 @@ from lmpatch.patches.memory.patch import build_memory, retriever_of
 from lmpatch.retrieval import Retriever, Scope, load_retriever
 from lmpatch.retrieval.encoder import shared_encoder
 from lmpatch.retrieval.network import Network, Shape
+from lmpatch.retrieval.recipe import Recipe
 
 FACTS = [Edit("The Eiffel Tower is in", "Rome"), Edit("The opera of Japan is in", "Oslo")]
 
@@ -76,6 +77,7 @@ def test_parts_of_another_retriever_are_refused() -> None:
 
 
 SIZES = ("width", "content", "prompt_tokens", "target_tokens", "sentinel_tokens", "features", "d_model")
+PROMPT_SIZES = ("d_model", "shared_tokens", "target_tokens", "hidden")
 LIES: list[dict[str, object]] = [
     *({key: value} for key in SIZES for value in (None, "8", -1, 0, 7.5, 10**11, float("nan"), [8])),
     *({"adapt": value} for value in ("\x1b[2J", 10**11, -1, 2.5, None)),
@@ -93,8 +95,53 @@ def example() -> Retriever:
 def test_a_shape_that_its_tensors_do_not_have_is_refused_before_anything_is_allocated(lie: dict[str, object]) -> None:
     one = example()
     shape = one.parts()["shape"]
+    if not all(key in shape and shape[key] is value for key, value in lie.items()):
+        with pytest.raises(BadPatch):
+            load_retriever("recipe", {**one.parts(), "shape": {**shape, **lie}}, one.tensors())
+
+
+@pytest.mark.parametrize("lie", [{k: v} for k in PROMPT_SIZES for v in (None, "8", -1, 0, 7.5, 10**11, [8])])
+def test_a_prompt_shape_that_its_tensors_do_not_have_is_refused(lie: dict[str, object]) -> None:
+    one = example()
     with pytest.raises(BadPatch):
-        load_retriever("recipe", {**one.parts(), "shape": {**shape, **lie}}, one.tensors())
+        load_retriever("recipe", {**one.parts(), "prompt": {**one.parts()["prompt"], **lie}}, one.tensors())
+
+
+@pytest.mark.parametrize("lost", ["prompt.end", "prompt.scale", "key.first.weight"])
+def test_a_retriever_that_lacks_a_tensor_is_refused(lost: str) -> None:
+    one = example()
+    with pytest.raises(BadPatch):
+        load_retriever("recipe", one.parts(), {k: t for k, t in one.tensors().items() if k != lost})
+
+
+def test_a_shape_of_the_first_release_reads_statements_alone() -> None:
+    one = example()
+    shape = {key: value for key, value in one.parts()["shape"].items() if key != "asked"}
+    old = load_retriever("recipe", {**one.parts(), "shape": shape}, one.tensors())
+    assert isinstance(old, Recipe) and not old.shape.asked and isinstance(one, Recipe) and one.shape.asked
+
+
+@pytest.mark.slow
+def test_a_key_is_made_of_the_prompt_too() -> None:
+    one = example()
+    assert isinstance(one, Recipe)
+    net, (prompt, target) = one.network, (FACTS[0].prompt, FACTS[0].target)
+    features = net.features([f"{prompt} {target}", prompt]).mean(0, keepdim=True)
+    torch.testing.assert_close(one.keys([(prompt, target)]), net.matched_of(features), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_both_are_the_vectors_and_behind_them_the_text() -> None:
+    lm = tiny_lm("llama")
+    editor = recipe.example_editor(lm)
+    inserts = {}
+    for insert in ("vectors", "text", "both"):
+        patch = recipe.fit(lm, FACTS[:1], recipe.Config(gate="always", insert=insert), editor=editor)  # type: ignore[arg-type]
+        (inserts[insert],) = patch.intervention(lm).retrieve(["Where is it?"])
+    vectors, text, both = inserts["vectors"], inserts["text"], inserts["both"]
+    assert vectors and text and both and vectors.vectors is not None and both.vectors is not None
+    assert (vectors.text, text.vectors, both.text) == ("", None, text.text) and text.text.endswith("Rome. ")
+    assert torch.equal(both.vectors, vectors.vectors)
 
 
 @pytest.mark.parametrize("name", ["recipe", "cosine"])
@@ -112,7 +159,7 @@ def test_parts_of_other_types_are_refused(name: str, value: object) -> None:
 
 def test_a_network_for_an_encoder_of_another_width_is_refused() -> None:
     encoder = shared_encoder("all-MiniLM-L6-v2")
-    net = Network(Shape(encoder=encoder.name, features=8, d_model=8, width=16, content=8), encoder)
+    net = Network(Shape(encoder=encoder.name, features=8, width=16), encoder)
     with pytest.raises(BadPatch, match="width"):
         Network.of(net.shape, encoder, net.state_dict())
 

@@ -140,6 +140,8 @@ def load(parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Recipe:
     learned = {name: tensor for name, tensor in own.items() if name.startswith("learned.")}
     ranks = {tensor.shape[:1] for name, tensor in learned.items() if name.endswith("/lora_a")}
     adapted = bool(learned) == (shape.adapt != 0) and ranks == ({(shape.adapt,)} if shape.adapt else set())
+    if not d and (shape.content or shape.prompt_tokens or shape.target_tokens):
+        raise ValueError("it names prompt vectors of no width")
     if not adapted or any(own[name].shape != size or 0 in size for name, size in sizes.items()):
         raise ValueError("its tensors have not the sizes it names")
     if not all(isinstance(name, str) for name in names):

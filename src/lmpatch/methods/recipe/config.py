@@ -70,6 +70,9 @@ class Training(Sizes, PromptSizes):
     other_share: float = 0.125
     """Share of the questions that a fact does not touch that go through the language model in a step, drawn anew.
     Published: 1."""
+    other_weight: float = 0.25
+    """Weight of the loss that keeps these as they were, against that of stating facts: retrieval keeps most questions
+    apart already. Published: 1."""
     answer_tokens: int | None = 12
     """An answer's tokens beyond these are left out of the language model's rows. none: all, as published."""
     at: Literal["front", "after_bos"] = "after_bos"

@@ -59,7 +59,7 @@ class Prompts(Task):
         keep = partial(losses.locality_loss, lm, other, base=self.answers.base(others), world=self.world)
         stated, to_state = behind.mean(lambda table: state(vectors=table), self.world)
         kept, to_keep = behind.mean(lambda table: keep(vectors=table), self.world)
-        torch.cat(vectors).backward((to_state + to_keep).to(vectors[0].device))
+        torch.cat(vectors).backward((to_state + cfg.other_weight * to_keep).to(vectors[0].device))
         return {"told": stated, "other": kept}
 
     def _vectors(self, samples: Sequence[Sample]) -> list[Tensor]:
