@@ -21,7 +21,8 @@ from ..core.health import latency
 from ..core.writer import Fitted, Writer, refuse_patched
 from . import asking
 from .asking import Answers
-from .cases import Chunk, Config, Question, plan_chunks
+from .cases import Chunk, Config, plan_chunks
+from .questions import PASSAGE, Question
 from .rows import Row, protocol, retention
 
 POINTS = (1, 10, 100, 1000, 10000)
@@ -116,7 +117,8 @@ def identity(item: Item) -> Any:
 
 def texts(items: Sequence[Item], cfg: Config) -> tuple[list[str], int]:
     """Every prompt, and the new tokens behind each."""
-    return [q.text for item in items for q in item.chunk.every() if not q.flag], cfg.max_new_tokens
+    length = max(cfg.max_new_tokens, PASSAGE) if cfg.pack else cfg.max_new_tokens
+    return [q.text for item in items for q in item.chunk.every() if not q.flag], length
 
 
 def fit_batch(cfg: Config) -> int:
@@ -230,6 +232,7 @@ def record(items: Sequence[Item], edits: Sequence[Edit], cfg: Config) -> Json:
         "order_seed": cfg.seed,
         "left_over": len(edits) % cfg.n,
         "chat_template": chat,
+        "pack": cfg.pack,
         "collision_counts": dict(sum((Counter(item.chunk.counts) for item in items), Counter())),
     }
 
