@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .benches.core.runner import estimate, run
 from .benches import facts as facts_bench
+from .benches.core.runner import estimate, run
 from .benches.facts import gate
 from .config import resolve
 from .data.edits import Ask, Edit

@@ -106,23 +106,34 @@ def _further(progress: Progress, before: int, whole: int, done: int, total: int,
 
 
 def ask_base(
-    lm: LM, questions: Iterable[Question], cfg: Config, folder: Path | None, progress: Progress | None = None
+    lm: LM,
+    questions: Iterable[Question],
+    cfg: Config,
+    folder: Path | None,
+    progress: Progress | None = None,
+    on: Sequence[Sequence[str | None]] = (),
 ) -> Answers:
-    """``ask`` on the unpatched model, kept in ``folder`` by (weights, dtype, prompts, protocol)."""
+    """``ask`` on the unpatched model, kept in ``folder`` by (weights, dtype, prompts, protocol).
+
+    Args:
+        on: hash and mount of each patch that is on the model, where it is not the unpatched one that is asked.
+    """
 
     def told(done: int, total: int, _: str = "") -> None:
         if progress:
-            progress(start + len(block) * done // total, len(queue), "asking the unpatched model")
+            what = "asking the patched model" if on else "asking the unpatched model"
+            progress(start + len(block) * done // total, len(queue), what)
 
     answers = Answers()
     unique = dict.fromkeys(replace(q, case=0, answers=q.answers[:1], old=q.old[:1]) for q in questions if not q.flag)
     queue = sorted(unique, key=lambda q: (q.kind.startswith(PACK), len(q.text), q.text, q.kind))
     border = sum(not q.kind.startswith(PACK) for q in queue)  # what is cached of the others is found without the pack
     how = [lm.fingerprint(), str(lm.dtype), lm.chat is not None, cfg.max_new_tokens, cfg.teacher_forced]
+    how += [[list(each) for each in on]] if on else []
     for start in (*range(0, border, BLOCK), *range(border, len(queue), BLOCK)):
         block = queue[start : min(start + BLOCK, border if start < border else len(queue))]
         key = hash_json([*how, [q.identity() for q in block]])
-        path = folder / "base" / f"{key[:24]}.safetensors" if folder else None
+        path = folder / ("patched" if on else "base") / f"{key[:24]}.safetensors" if folder else None
         part: Answers | None = None
         told(0, 1)
         if path and path.is_file():

@@ -45,6 +45,8 @@ class Base:
     perplexity: float | None = None
     progress: Progress | None = None
     """Hears how far a chunk is."""
+    folder: Path | None = None
+    """Where answers are kept."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def warm(lm: LM, items: Sequence[Item], cfg: Config, folder: Path | None, progre
     refuse_patched(lm)
     base = items[0].base
     questions = [q for item in items for q in item.chunk.every()]
+    base.folder = folder
     base.answers.update(asking.ask_base(lm, questions, cfg, folder, progress))
     base.perplexity = perplexity(lm) if cfg.health and base.perplexity is None else base.perplexity
 
@@ -197,10 +200,19 @@ class _Pass:
         ]
         return self.score(own, "immediate") + self.score(old, "retention")
 
+    def _ask(self, questions: Sequence[Question], when: str) -> Answers:
+        """What the model says now. Many answers are kept block by block, so that Ctrl-C loses few of them."""
+        tell, stack = self.tell if when == "final" else None, self.writer.stack if self.writer else []
+        live = any(hasattr(one.patch, "memory") for one in stack)  # it may change meanwhile
+        if when != "final" or not stack or live or len(questions) <= asking.BLOCK:
+            return asking.ask(self.lm, questions, self.cfg, tell)
+        on = [(one.patch.hash(), one.mount) for one in stack]
+        return asking.ask_base(self.lm, questions, self.cfg, self.item.base.folder, tell, on)
+
     def score(self, questions: Sequence[Question], when: str, now: Answers | None = None) -> list[Row]:
         """Rows of what the model says now, or of answers that are there already, with their place in the run."""
         if now is None:
-            now = asking.ask(self.lm, questions, self.cfg, self.tell if when == "final" else None)
+            now = self._ask(questions, when)
         kl = self.writer is None or not self.writer.tail_touched
         rows = asking.rows(self.lm, questions, self.item.base.answers, now, self.cfg, kl=kl)
         edits = self.writer.edits if self.writer else 0

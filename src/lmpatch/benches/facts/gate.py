@@ -37,7 +37,7 @@ class Config:
     distinct_2: float | None = 0.9
     """At least: distinct word pairs of an answer."""
     neighbours: float | None = 0.7
-    """At least: answers about other things that stay as they were, to the last word; each kind of question by itself."""
+    """At least: answers about other things that stay as they were, to the last word; each kind by itself."""
     perplexity: float | None = LIMIT
     """At most: perplexity of plain text with the patch, over that without."""
     negation: float | None = 0.5
