@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .benches.core.runner import run
+from .benches import facts as facts_bench
+from .benches.core.runner import estimate, run
+from .benches.facts import gate
 from .config import resolve
 from .data.edits import Ask, Edit
 from .data.record import Record
@@ -24,6 +26,8 @@ from .progress import Progress
 from .registry import get, keywords, taken
 from .registry import method as find_method
 from .resources import require_memory
+
+PROBES = 2  # facts that are timed for the estimate of a check
 
 
 def fit(
@@ -203,6 +207,52 @@ def bench(
     makers = {"patch": patches} if method is None else _makers(method, dict(method_settings or {}), material)
     source = "" if path is None else Path(path).name
     return run(module, lm, data, config, mount=mount, data_name=source, out=out, progress=progress, **makers)
+
+
+def check(
+    lm: LM,
+    patch: Patch | str | Path,
+    facts: Record | Sequence[Any] | str | Path | None = None,
+    *,
+    mount: Mount | None = None,
+    limit: int | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    expect: Callable[[float, int], object] | None = None,
+    **limits: Any,
+) -> gate.Verdict:
+    """Whether a patch may be given away: its facts and the probe pack asked, each number held against a limit.
+
+    Args:
+        facts: what the patch should have written, or the path of a file; None: the facts it holds. Where none of them
+            names a question that must stay as it is, beginnings of everyday texts are asked in their place.
+        limit: at most this many records of a file.
+        out: folder for rows and records. A check that is there already goes on where it stopped.
+        expect: hears, before the asking, how many seconds it will take about, and of how many facts.
+        limits: fields of ``benches.facts.gate.Config``; a limit of None is not held.
+    Returns:
+        the verdict, which is true where the patch passed: ``lines``, ``missed``, and ``report`` with all numbers.
+    Raises:
+        BadInput: no facts, an unknown limit, or what ``bench`` refuses.
+    """
+    require_lm(lm)
+    patch, config = as_patch(patch), resolve(gate.Config, limits, "check")
+    if facts is not None:
+        edits = list(_records("check", Edit, facts, limit))
+    else:
+        memory = getattr(patch, "memory", None)  # of a live one the facts are in its store
+        edits = [fact.edit for fact in memory.store.facts()] if memory else gate.facts_of(patch.edits)
+    edits, settings = gate.with_neighbours(edits), gate.settings(config)
+    if expect and len(edits) > PROBES:  # fewer are asked as soon as their time is taken
+        some = estimate(facts_bench, lm, edits[:PROBES], facts_bench.Config(**settings))
+        count = min(len(edits), config.cases)
+        expect(some.seconds / some.items * count, count)
+    source = Path(facts).name if isinstance(facts, (str, Path)) else ""
+    report = run(
+        facts_bench, lm, edits, facts_bench.Config(**settings),
+        patch=patch, mount=mount, data_name=source, out=out, progress=progress,
+    )  # fmt: skip
+    return gate.judge(report, config)
 
 
 def _makers(name: str, settings: dict[str, Any], material: dict[str, Any]) -> dict[str, Any]:

@@ -56,4 +56,4 @@ def edits() -> list[Edit]:
 @pytest.fixture(scope="session")
 def quick() -> Config:
     """Short answers, no timing."""
-    return Config(max_new_tokens=4, latency=False, bootstrap=20)
+    return Config(max_new_tokens=4, latency=False, bootstrap=20, pack=0)

@@ -19,7 +19,7 @@ def edits(count: int) -> list[Edit]:
 
 
 def one(*records: Edit, **settings: Any) -> Chunk:
-    (chunk,) = plan_chunks(records, Config(n=len(records), **settings), shuffled=False)
+    (chunk,) = plan_chunks(records, Config(n=len(records), **{"pack": 0, **settings}), shuffled=False)
     return chunk
 
 

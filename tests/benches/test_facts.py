@@ -37,7 +37,7 @@ def tiny() -> LM:
     return tiny_lm("llama")
 
 
-QUICK = Config(max_new_tokens=4, teacher_forced=False, latency=False, health=False, bootstrap=0)
+QUICK = Config(max_new_tokens=4, teacher_forced=False, latency=False, health=False, bootstrap=0, pack=0)
 """Short answers, and nothing measured that a test does not ask for."""
 
 

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from ..errors import LmpatchError
 from . import data, memory
 from .ask import ask
+from .check import check
 from .demo import demo, example
 from .files import cache, export, merge, show
 from .fit import fit, train
@@ -28,7 +29,7 @@ from .methods import methods
 from .options import usable
 from .screen import complain, output
 
-COMMANDS = (demo, example, fit, train, ask, probe, bench, show, merge, export, methods, doctor, cache)
+COMMANDS = (demo, example, fit, train, ask, probe, bench, check, show, merge, export, methods, doctor, cache)
 GROUPS = {"memory": memory, "data": data}
 HINTS = {
     "help": "lmpatch COMMAND --help explains one.",

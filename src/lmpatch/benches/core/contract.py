@@ -128,6 +128,8 @@ class Measure:
     better: Literal["more", "less", ""] = "more"
     headline: bool = False
     """One of the few that a run is remembered by."""
+    beside: bool = False
+    """It stands beside those few: how their answers repeat themselves."""
     shown: bool = True
     """It stands in the table; else only in ``to_json`` and ``to_pandas``."""
     chance: Callable[[Any], float | None] | None = None

@@ -178,25 +178,37 @@ Collection = Mapping[str, tuple[Measure, Values]]
 """Full name → its measure, and what it is made of."""
 
 
-def _twice(row: Any) -> float:
-    text, wanted = row.generation()
+def said_twice(text: str, wanted: Sequence[str]) -> float:
+    """1 where a text says one of the wanted answers twice or more, parts of words counted."""
     return float(any(normalise(text).count(normalise(answer)) > 1 for answer in wanted if normalise(answer)))
 
 
-def _distinct(row: Any) -> float:
-    words = row.generation()[0].casefold().split()
-    pairs = list(pairwise(words))
+def distinct(text: str, _: Sequence[str] = ()) -> float:
+    """Share of a text's word pairs that differ."""
+    pairs = list(pairwise(text.casefold().split()))
     return len(set(pairs)) / len(pairs) if pairs else 1.0
+
+
+def _twice(row: Any) -> float:
+    return said_twice(*row.generation())
+
+
+def _distinct(row: Any) -> float:
+    return distinct(*row.generation())
 
 
 TWICE = "answers that say a wanted answer twice or more, parts of words counted"
 PAIRS = "share of an answer's word pairs that differ (distinct-2): low where it runs in circles"
 REPETITION = {
     "repeats": Measure(
-        TWICE, _twice, lambda row: "" if (row.generation() or ("", ()))[1] else None, "Repetition", better="less"
+        TWICE, _twice,
+        lambda row: "" if (row.generation() or ("", ()))[1] else None, "Repetition", better="less", beside=True,
     ),
-    "distinct_2": Measure(PAIRS, _distinct, lambda row: None if row.generation() is None else "", "Repetition"),
-}
+    "distinct_2": Measure(
+        PAIRS, _distinct,
+        lambda row: None if row.generation() is None else "", "Repetition", beside=True,
+    ),
+}  # fmt: skip
 """Beside every generated score."""
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...resources import format_bytes
 from .contract import BASE, Measure
-from .stats import REPETITION, Number
+from .stats import Number
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -85,7 +85,7 @@ def verdict(runs: Sequence[Any], moved: Moved) -> list[str]:
 
 
 def _sentence(run: Any, moved: Mapping[str, Number]) -> str:
-    every = [n for n in _headlines(run) if n in moved and run.measure(n).better]
+    every = [n for n in kept(run, False) if n in moved and run.measure(n).better]
     judged = [n for n in every if moved[n].n >= ENOUGH]
     sides: dict[str, list[tuple[float, str]]] = {"better": [], "worse": []}
     for name in judged:
@@ -116,7 +116,7 @@ def kept(run: Any, every: bool) -> list[str]:
     one."""
     shown = [name for name in run.metrics() if run.measure(name).shown]
     few = [name for name in shown if run.measure(name).headline]
-    return shown if every or not few else [name for name in shown if name in few or name in REPETITION]
+    return shown if every or not few else [name for name in shown if name in few or run.measure(name).beside]
 
 
 def comparison(runs: Sequence[Any], moved: Moved, every: bool = True) -> Grid:
@@ -139,7 +139,7 @@ def comparison(runs: Sequence[Any], moved: Moved, every: bool = True) -> Grid:
     if more := len({name for run in runs for name in kept(run, True)} - homes.keys()):
         note += f" {more} more numbers: --all, or table(every=True)."
     if len(runs) > WIDE:
-        few = [line for measure, line in lines if measure.headline]
+        few = [line for measure, line in lines if measure.headline or measure.beside]
         columns = (Cell("run"), *(line[0] for line in few))
         below = tuple((heads[i], *(line[i] for line in few)) for i in range(1, len(heads)))
         return Grid("Comparison", f"{note} All other numbers: to_json().", columns, below)

@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ... import tensor_file
-from ...data.matching import match
 from ...errors import BadRecord
 from ...inference.generate import generate
 from ...inference.score import Score, score
@@ -21,7 +21,9 @@ from ...models.lm import LM
 from ...progress import Progress
 from ...provenance import hash_json
 from ..core.asking import beyond_window
-from .cases import Config, Question
+from . import pack
+from .cases import Config
+from .questions import PACK, PASSAGE, Question
 from .rows import Row
 
 BLOCK = 256  # prompts per cache file of the unpatched model, so an interrupted run keeps most of them
@@ -29,7 +31,7 @@ BLOCK = 256  # prompts per cache file of the unpatched model, so an interrupted 
 
 @dataclass
 class Answers:
-    """What one model answered; keys are the texts it read."""
+    """What one model answered; keys are the texts it read, of generations ``Question.key``."""
 
     texts: dict[str, str] = field(default_factory=dict)
     states: dict[str, Tensor] = field(default_factory=dict)
@@ -70,42 +72,68 @@ def ask(lm: LM, questions: Iterable[Question], cfg: Config, progress: Progress |
     """Put the questions to the model as it is now, patches included. Equal prompts run once, too long ones never.
     What takes longest comes last, and ``progress`` hears of it."""
     asked = [q for q in questions if not q.flag]
-    texts = list(dict.fromkeys(q.text for q in asked))
     near = list(dict.fromkeys(q.text for q in asked if q.kind.startswith("loc/")))
-    # to score teacher-forced: the wanted answer, and the old one where there is one
-    pairs = list(dict.fromkeys((q.text, a[0]) for q in asked for a in (q.answers, q.old) if a and cfg.teacher_forced))
-    flags = dict(zip(texts, beyond_window(lm, texts, new_tokens=cfg.max_new_tokens), strict=True))
+    pairs = list(dict.fromkeys(pair for q in asked for pair in q.scores(cfg.teacher_forced)))
+    lengths = {"": cfg.max_new_tokens, "passage": PASSAGE}  # the long ones come last
+    generated = {form: {q.key: q.text for q in asked if q.form == form} for form in lengths}
+    flags: dict[str, str] = {}
+    for form, texts in generated.items():
+        flags |= zip(texts, beyond_window(lm, list(texts.values()), new_tokens=lengths[form]), strict=True)
     over = beyond_window(lm, [text for text, _ in pairs], [answer for _, answer in pairs])
     flags |= {text: flag for (text, _), flag in zip(pairs, over, strict=True) if flag}
     answers, size = Answers(long={text: flag for text, flag in flags.items() if flag}), cfg.batch_size
     if near := [text for text in near if not flags[text]]:
         answers.states.update(zip(near, hidden(lm, near, batch_size=size).cpu(), strict=True))
-    if pairs := [pair for pair in pairs if not flags[pair[0]]]:
+    if pairs := [pair for pair in pairs if not flags.get(pair[0])]:
         scores = score(lm, [text for text, _ in pairs], [answer for _, answer in pairs], batch_size=size)
         answers.scores.update(zip(pairs, scores, strict=True))
-    if texts := [text for text in texts if not flags[text]]:
-        generated = generate(lm, texts, max_new_tokens=cfg.max_new_tokens, batch_size=size, progress=progress)
-        answers.texts.update(zip(texts, generated, strict=True))
+    left = {form: {key: text for key, text in texts.items() if not flags[key]} for form, texts in generated.items()}
+    total, done = sum(map(len, left.values())), 0
+    for form, texts in left.items():
+        if texts:
+            told = progress and partial(_further, progress, done, total)
+            said = generate(
+                lm, list(texts.values()), max_new_tokens=lengths[form], stop=() if form else None, batch_size=size,
+                progress=told,
+            )  # fmt: skip
+            answers.texts.update(zip(texts, said, strict=True))
+            done += len(texts)
     return answers
 
 
+def _further(progress: Progress, before: int, whole: int, done: int, total: int, what: str = "") -> None:
+    progress(before + done, whole, what)
+
+
 def ask_base(
-    lm: LM, questions: Iterable[Question], cfg: Config, folder: Path | None, progress: Progress | None = None
+    lm: LM,
+    questions: Iterable[Question],
+    cfg: Config,
+    folder: Path | None,
+    progress: Progress | None = None,
+    on: Sequence[Sequence[str | None]] = (),
 ) -> Answers:
-    """``ask`` on the unpatched model, kept in ``folder`` by (weights, dtype, prompts, protocol)."""
+    """``ask`` on the unpatched model, kept in ``folder`` by (weights, dtype, prompts, protocol).
+
+    Args:
+        on: hash and mount of each patch that is on the model, where it is not the unpatched one that is asked.
+    """
 
     def told(done: int, total: int, _: str = "") -> None:
         if progress:
-            progress(start + len(block) * done // total, len(queue), "asking the unpatched model")
+            what = "asking the patched model" if on else "asking the unpatched model"
+            progress(start + len(block) * done // total, len(queue), what)
 
     answers = Answers()
     unique = dict.fromkeys(replace(q, case=0, answers=q.answers[:1], old=q.old[:1]) for q in questions if not q.flag)
-    queue = sorted(unique, key=lambda q: (len(q.text), q.text, q.kind))
+    queue = sorted(unique, key=lambda q: (q.kind.startswith(PACK), len(q.text), q.text, q.kind))
+    border = sum(not q.kind.startswith(PACK) for q in queue)  # what is cached of the others is found without the pack
     how = [lm.fingerprint(), str(lm.dtype), lm.chat is not None, cfg.max_new_tokens, cfg.teacher_forced]
-    for start in range(0, len(queue), BLOCK):
-        block = queue[start : start + BLOCK]
-        key = hash_json([*how, [asdict(q) for q in block]])
-        path = folder / "base" / f"{key[:24]}.safetensors" if folder else None
+    how += [[list(each) for each in on]] if on else []
+    for start in (*range(0, border, BLOCK), *range(border, len(queue), BLOCK)):
+        block = queue[start : min(start + BLOCK, border if start < border else len(queue))]
+        key = hash_json([*how, [q.identity() for q in block]])
+        path = folder / ("patched" if on else "base") / f"{key[:24]}.safetensors" if folder else None
         part: Answers | None = None
         told(0, 1)
         if path and path.is_file():
@@ -138,23 +166,30 @@ def rows(
 
 
 def _row(q: Question, base: Answers, now: Answers, cfg: Config, kl: float | None) -> Row:
-    flag = q.flag or now.long.get(q.text) or base.long.get(q.prompt) or ""
+    long = now.long.get(q.key) or base.long.get(q.base_key) or now.long.get(q.against) or ""
+    flag = q.flag or long
     row = Row(kind=q.kind, prompt=q.prompt, aliases=q.answers, old_aliases=q.old, flag=flag)
     if flag:
         return row
-    text, before = now.texts[q.text], base.texts[q.prompt]
+    if q.form == "scored":
+        new, old = (now.scores[pair] for pair in q.scores(False))
+        return replace(row, tf_new=_mean(new), tf_old=_mean(old))
+    text, before = now.texts[q.key], base.texts[q.base_key]
     row = replace(row, text=text, base_text=before, kl=kl)
     if not q.answers:
         return row
-    hit, was = (match(answer, q.answers, q.old, cfg.em_rule) for answer in (text, before))
+    hit, was = (pack.judged(q.kind, answer, q.answers, q.old, cfg.em_rule) for answer in (text, before))
     row = replace(row, em=hit.em, contains=hit.contains, was_right=was.em, old_first=hit.old_first if q.old else None)
-    if not cfg.teacher_forced:
+    if not q.scores(cfg.teacher_forced):
         return row
     new, base_new = now.scores[q.text, q.answers[0]], base.scores[q.prompt, q.answers[0]]
     tf_same = None  # the answer was tokenised differently
     if new.ids == base_new.ids:
         tf_same = sum(a == b for a, b in zip(new.argmax, base_new.argmax, strict=True)) / len(new.ids)
-    tf_new, tf_old = (
-        s.total / len(s.logprobs) if s else None for s in (new, now.scores[q.text, q.old[0]] if q.old else None)
-    )
-    return replace(row, tf_acc=new.accuracy, tf_same=tf_same, tf_new=tf_new, tf_old=tf_old)
+    tf_old = _mean(now.scores[q.text, q.old[0]]) if q.old else None
+    return replace(row, tf_acc=new.accuracy, tf_same=tf_same, tf_new=_mean(new), tf_old=tf_old)
+
+
+def _mean(score: Score) -> float:
+    """Log probability per token, nats."""
+    return score.total / len(score.logprobs)

@@ -21,7 +21,8 @@ from ..core.health import latency
 from ..core.writer import Fitted, Writer, refuse_patched
 from . import asking
 from .asking import Answers
-from .cases import Chunk, Config, Question, plan_chunks
+from .cases import Chunk, Config, plan_chunks
+from .questions import PASSAGE, Question
 from .rows import Row, protocol, retention
 
 POINTS = (1, 10, 100, 1000, 10000)
@@ -44,6 +45,8 @@ class Base:
     perplexity: float | None = None
     progress: Progress | None = None
     """Hears how far a chunk is."""
+    folder: Path | None = None
+    """Where answers are kept."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def warm(lm: LM, items: Sequence[Item], cfg: Config, folder: Path | None, progre
     refuse_patched(lm)
     base = items[0].base
     questions = [q for item in items for q in item.chunk.every()]
+    base.folder = folder
     base.answers.update(asking.ask_base(lm, questions, cfg, folder, progress))
     base.perplexity = perplexity(lm) if cfg.health and base.perplexity is None else base.perplexity
 
@@ -116,7 +120,8 @@ def identity(item: Item) -> Any:
 
 def texts(items: Sequence[Item], cfg: Config) -> tuple[list[str], int]:
     """Every prompt, and the new tokens behind each."""
-    return [q.text for item in items for q in item.chunk.every() if not q.flag], cfg.max_new_tokens
+    length = max(cfg.max_new_tokens, PASSAGE) if cfg.pack else cfg.max_new_tokens
+    return [q.text for item in items for q in item.chunk.every() if not q.flag], length
 
 
 def fit_batch(cfg: Config) -> int:
@@ -195,10 +200,19 @@ class _Pass:
         ]
         return self.score(own, "immediate") + self.score(old, "retention")
 
+    def _ask(self, questions: Sequence[Question], when: str) -> Answers:
+        """What the model says now. Many answers are kept block by block, so that Ctrl-C loses few of them."""
+        tell, stack = self.tell if when == "final" else None, self.writer.stack if self.writer else []
+        live = any(hasattr(one.patch, "memory") for one in stack)  # it may change meanwhile
+        if when != "final" or not stack or live or len(questions) <= asking.BLOCK:
+            return asking.ask(self.lm, questions, self.cfg, tell)
+        on = [(one.patch.hash(), one.mount) for one in stack]
+        return asking.ask_base(self.lm, questions, self.cfg, self.item.base.folder, tell, on)
+
     def score(self, questions: Sequence[Question], when: str, now: Answers | None = None) -> list[Row]:
         """Rows of what the model says now, or of answers that are there already, with their place in the run."""
         if now is None:
-            now = asking.ask(self.lm, questions, self.cfg, self.tell if when == "final" else None)
+            now = self._ask(questions, when)
         kl = self.writer is None or not self.writer.tail_touched
         rows = asking.rows(self.lm, questions, self.item.base.answers, now, self.cfg, kl=kl)
         edits = self.writer.edits if self.writer else 0
@@ -230,6 +244,7 @@ def record(items: Sequence[Item], edits: Sequence[Edit], cfg: Config) -> Json:
         "order_seed": cfg.seed,
         "left_over": len(edits) % cfg.n,
         "chat_template": chat,
+        "pack": cfg.pack,
         "collision_counts": dict(sum((Counter(item.chunk.counts) for item in items), Counter())),
     }
 

@@ -19,6 +19,8 @@ from ...data.matching import first, normalise
 from ...errors import BadInput
 from ...inference.tokens import statement
 from ..core.contract import Settings
+from . import pack
+from .questions import Question
 
 SUPERSEDED, REPEATED, COLLIDED, DUPLICATE = "superseded", "repeated", "collided", "duplicate"
 
@@ -49,6 +51,8 @@ class Config(Settings):
     """Also ask one locality prompt of each case behind the edit sentence."""
     sample: int = 1000
     """Edits of a larger chunk that are scored."""
+    pack: int = 30
+    """Facts of a run that are asked the probe pack: negation, the old fact mentioned, true or false, ... 0: none."""
     raw: bool = False
     """No rules for colliding facts, to reproduce others' numbers."""
     health: bool = True
@@ -60,7 +64,7 @@ class Config(Settings):
 
 
 OWN = ("immediate", "retention")
-COSTS = ("fit_batch", "latency", "health")
+COSTS = ("fit_batch", "latency", "health", "pack")
 
 
 def load(
@@ -89,28 +93,6 @@ def settle(cfg: Config, edits: Sequence[Edit], fixed: bool) -> Config:
     if cfg.n < 1 or (cfg.commit_size is not None and cfg.commit_size < 1):
         raise BadInput(f"n is {cfg.n} and commit_size {cfg.commit_size}; both must be 1 or more.")
     return cfg
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt to score for one case."""
-
-    case: int
-    """Place of the edit in its chunk."""
-    kind: str
-    """``edit``, ``rephrase``, ``loc/<kind>`` or ``port/<axis>``."""
-    prompt: str
-    answers: tuple[str, ...]
-    old: tuple[str, ...] = ()
-    whole: str = ""
-    """What the model reads, where that is more than ``prompt``."""
-    flag: str = ""
-    """Why it is not asked: superseded, repeated, collided or duplicate."""
-
-    @property
-    def text(self) -> str:
-        """What the model reads."""
-        return self.whole or self.prompt
 
 
 @dataclass(frozen=True)
@@ -163,12 +145,31 @@ def plan_chunks(edits: Sequence[Edit], cfg: Config, *, shuffled: bool = True) ->
     if shuffled:
         random.Random(cfg.seed).shuffle(order)
     starts = range(0, len(order) - cfg.n + 1, cfg.n)[: cfg.chunks]
-    return [_chunk(i, order[start : start + cfg.n], cfg) for i, start in enumerate(starts)]
+    chunks = [_chunk(i, order[start : start + cfg.n], cfg) for i, start in enumerate(starts)]
+    return _with_pack(chunks, cfg)
+
+
+def _with_pack(chunks: list[Chunk], cfg: Config) -> list[Chunk]:
+    """The chunks, the probe pack asked about some of their edits."""
+    asked = [(c.index, q.case) for c in chunks for q in c.questions if q.kind == "edit" and not q.flag]
+    chosen = pack.drawn(asked, cfg.pack, cfg.seed)
+    every = [edit for chunk in chunks for edit in chunk.edits] if chosen else []
+    made: dict[int, list[Question]] = {}
+    for index, case in sorted(chosen):
+        edit = chunks[index].edits[case]
+        made.setdefault(index, []).extend(pack.questions(case, edit, pack.contrast(edit, every)))
+    return [
+        replace(c, questions=tuple(sorted([*c.questions, *made[c.index]], key=lambda q: q.case)))
+        if c.index in made else c
+        for c in chunks
+    ]  # fmt: skip
 
 
 def with_fact(edit: Edit, question: Question) -> Question:
     """The same question, asked after the edit as a statement: ``The Eiffel Tower is in Rome.``"""
-    return replace(question, whole=f"{statement(edit.prompt, edit.target)} {question.prompt}")
+    fact = statement(edit.prompt, edit.target)
+    against = f"{fact} {question.against}" if question.against else ""
+    return replace(question, whole=f"{fact} {question.prompt}", against=against)
 
 
 def _chunk(index: int, edits: list[Edit], cfg: Config) -> Chunk:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -12,6 +12,9 @@ from typing import Any
 from ...data.matching import same
 from ..core import contract
 from ..core.contract import Curve, Example, Json, Measure, Scatter
+from ..core.stats import PAIRS, TWICE, distinct, said_twice
+from . import pack
+from .questions import PACK
 
 BINS = {"0": 0, "1-9": 9, "10-99": 99, "100-999": 999, "1000+": math.inf}
 """Ages of the retention curve: edits written since → the last of them."""
@@ -25,7 +28,7 @@ class Row(contract.Row):
     """``final``: all edits of the chunk in place; ``immediate``: after the commit that holds it; ``retention``."""
     case_id: str = ""
     kind: str
-    """``edit``, ``rephrase``, ``loc/<kind>``, ``port/<axis>``."""
+    """``edit``, ``rephrase``, ``loc/<kind>``, ``port/<axis>``, ``pack/<probe>``."""
     prompt: str
     aliases: tuple[str, ...] = ()
     old_aliases: tuple[str, ...] = ()
@@ -35,6 +38,7 @@ class Row(contract.Row):
     was_right: bool | None = None
     """The base model answers this prompt as wanted."""
     em: bool | None = None
+    """The answer is right; to a negated prompt it is if the new one is not stated."""
     contains: bool | None = None
     old_first: bool | None = None
     tf_acc: float | None = None
@@ -68,8 +72,9 @@ class Row(contract.Row):
         return self.kind
 
     def generation(self) -> tuple[str, Sequence[str]] | None:
-        """The answer once all edits are in place; something is wanted of edits and rephrases."""
-        if self.text is None or self.when != "final":
+        """The answer once all edits are in place; something is wanted of edits and rephrases. The probe pack has
+        numbers of its own."""
+        if self.text is None or self.when != "final" or self.kind.startswith(PACK):
             return None
         return self.text, self.aliases if self.kind in ("edit", "rephrase") else ()
 
@@ -79,6 +84,7 @@ class Row(contract.Row):
             return None
         near = self.kind.startswith("loc/")
         wanted = "no change" if near else " / ".join(self.aliases[:1]) + (f" [{self.flag}]" if self.flag else "")
+        wanted = f"not {wanted}" if self.kind == f"{PACK}negation" else wanted
         right = same(self.text, self.base_text or "") if near else self.em
         return Example(self.prompt, wanted, self.text, right, (self.kl or 0.0) if near else None)
 
@@ -178,10 +184,27 @@ def _metrics() -> dict[str, Measure]:
                     protocol=partial(_protocol, "tf" if name.startswith("tf_") else "gen", when),
                     **HOW.get(stem, {}),
                 )
+    every |= _repetition()
+    every |= {key: replace(m, protocol=partial(_protocol, "gen", "final")) for key, m in pack.METRICS.items()}
     every["forgetting"] = Measure(
         "reliability right after the commit minus that at the end, of the same cases", group=EDITS, better="less",
         derived=("minus", "reliability@immediate", "reliability"), protocol=partial(_protocol, "gen", "retention"),
     )  # fmt: skip
+    return every
+
+
+def _repetition() -> dict[str, Measure]:
+    """Beside the generated scores that ``core.stats.REPETITION``, of the answers in the end, does not stand for."""
+    every: dict[str, Measure] = {}
+    for key, kinds, when, group in (
+        ("portability_{}", "port/", "final", FOLLOWS),
+        ("{}@immediate", "edit|rephrase", "immediate", "Right after the commit"),
+    ):
+        how: dict[str, Any] = {"group": group, "protocol": partial(_protocol, "gen", when)}
+        of = _of(kinds, when, "all", lambda row: row.text is not None)
+        twice = Measure(TWICE, lambda row: said_twice(row.text, row.aliases), of, better="less", **how)
+        every[key.format("repeats")] = twice
+        every[key.format("distinct_2")] = Measure(PAIRS, lambda row: distinct(row.text), of, **how)
     return every
 
 
