@@ -12,8 +12,8 @@ commit as well.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -111,12 +111,6 @@ class Store:
 
     # Writing
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Nobody else commits inside the block."""
-        with self._lock, self._log.writing():
-            yield
-
     def add(
         self,
         edits: Sequence[Edit],
@@ -130,7 +124,8 @@ class Store:
         Args:
             vectors: [n, width] the key of each, any floating dtype; stored as float16.
             source: where the facts come from, kept with each.
-            supersedes: by place of a new fact, those in other words that it supersedes as well.
+            supersedes: by place of a new fact, those in other words that it supersedes as well, as far as they still
+                hold.
         Returns:
             the version that holds them. They are on the disk by then.
         Raises:
