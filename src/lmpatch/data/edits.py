@@ -114,17 +114,17 @@ class Edit(Record):
             raise BadInput("an edit has an empty prompt. Give the text that stands before the answer.")
         if not target.strip():
             raise BadInput(f"the edit {prompt!r} has an empty target. Give the answer the model should state.")
+        span = iso("valid_from", valid_from), iso("valid_to", valid_to)
         values = {
             "prompt": prompt.rstrip(), "target": target.strip(), "subject": subject.strip(),
             "old": _texts("old", old), "aliases": _texts("aliases", aliases),
             "rephrases": _texts("rephrases", rephrases), "locality": _groups(locality),
             "portability": _groups(portability), "id": id, "relation": relation,
-            "valid_from": iso("valid_from", valid_from), "valid_to": iso("valid_to", valid_to),
-            "source": source.strip(),
+            "valid_from": span[0], "valid_to": span[1], "source": source.strip(),
         }  # fmt: skip
-        start, end = bounds((values["valid_from"], values["valid_to"]))
+        start, end = bounds(span)
         if start >= end:
-            why = f"the edit {prompt!r} holds from {values['valid_from']} and no longer from {values['valid_to']} on."
+            why = f"the edit {prompt!r} holds from {span[0]} and no longer from {span[1]} on."
             raise BadInput(f"{why} Give a later valid_to; it is exclusive.")
         check_text(values)
         for name, value in values.items():
