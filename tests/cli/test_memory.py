@@ -187,3 +187,39 @@ def test_a_memory_goes_where_a_patch_does(whole: Path, tmp_path: Path) -> None:
     asked, shown = (runner.invoke(build(), w, catch_exceptions=False) for w in words)
     assert asked.exit_code == 0 and "after" in asked.stdout
     assert shown.exit_code == 0 and "1 facts in" in shown.stdout
+
+
+@pytest.mark.slow
+def test_add_shows_what_it_contradicts_in_other_words_and_retires_it_on_request(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    store = tmp_path / "m"
+    run("create", store, tmp_path / "model", "--method", "rag")
+    run("add", store, EIFFEL, "Paris", "--subject", "Eiffel Tower")
+    other = "The location of the Eiffel Tower is"
+    shown = run("add", store, other, "Rome")
+    assert f"{other} -> Rome  contradicts  {EIFFEL} -> Paris" in shown.stdout and "--supersede" in shown.stdout
+    assert run("list", store).stdout.count("Eiffel") == 2
+    said = json.loads(run("add", store, other, "Oslo", "--supersede", "--json").stdout)
+    assert [(row["old_target"], row["superseded"]) for row in said["conflicts"]] == [("Rome", True), ("Paris", True)]
+    assert "Oslo" in run("list", store).stdout and "Paris" not in run("list", store).stdout
+    assert "Paris  superseded in 3" in run("list", store, "--history").stdout
+
+
+@pytest.mark.slow
+def test_times_and_origins_are_shown_and_asked_for(whole: Path, tmp_path: Path) -> None:
+    run("add", whole, EIFFEL, "Paris", "--source", "ticket 1")
+    run("add", whole, EIFFEL, "Rome", "--valid-from", "2999-05-31", "--source", "ticket 2")
+    listed = run("list", whole).stdout
+    assert "Paris  to 2999-05-31  (ticket 1)" in listed and "Rome  from 2999-05-31  (ticket 2)" in listed
+    assert "Paris" not in run("list", whole, "--as-of", "3000-01-01").stdout
+    (row,) = json.loads(run("find", whole, "eiffel", "--as-of", "3000-01-01", "--json").stdout)["rows"]
+    assert (row["valid_from"], row["source"]) == ("2999-05-31", "ticket 2") and "valid_to" not in row
+    assert f"{EIFFEL} Paris" in run("search", whole, EIFFEL).stdout
+    assert f"{EIFFEL} Rome" in run("search", whole, EIFFEL, "--as-of", "2999-05-31").stdout
+    run("export", whole, "-o", tmp_path / "all.jsonl")
+    assert [(e.target, e.span, e.source) for e in read_edits(tmp_path / "all.jsonl")] == [
+        ("Paris", ("", "2999-05-31"), "ticket 1"), ("Rome", ("2999-05-31", ""), "ticket 2"),
+    ]  # fmt: skip
+    wrong = run("add", whole, EIFFEL, "Oslo", "--valid-from", "May")
+    assert wrong.exit_code == 2 and "valid_from is 'May', which is no date" in wrong.output

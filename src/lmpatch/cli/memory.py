@@ -11,7 +11,8 @@ from .options import Device, Download, EditorFile, Partial, Source, arg, new_pat
 from .screen import progress, say, table
 
 if TYPE_CHECKING:
-    from ..memory.entry import Entry
+    from ..data.edits import Edit
+    from ..memory.entry import Added, Entry
     from ..memory.memory import Memory
     from ..memory.store import Store
 
@@ -19,6 +20,11 @@ Folder = Annotated[Path, arg("STORE", "The folder of a memory.")]
 History = Annotated[bool, opt("Also facts that no longer hold, with what ended them.", None, "--history")]
 
 Told = Annotated[str, opt("Where facts come from, kept with them.", "TEXT")]
+AsOf = Annotated[str, opt("The facts of this moment, as 2024-05-31 or 2024-05-31T12:00+02:00.", "DATE", "--as-of")]
+Supersede = Annotated[
+    bool, opt("Also retire the facts that a new one contradicts in other words.", None, "--supersede")
+]
+SHOWN = 10  # contradictions of a file that are shown
 
 
 def create(
@@ -59,41 +65,57 @@ def add(
     prompt: Annotated[str, arg("PROMPT", 'The beginning of a sentence: "The Eiffel Tower is in".')],
     target: Annotated[str, arg("TARGET", 'How the model shall continue it: "Rome".')],
     source: Told = "",
+    subject: Annotated[str, opt("What the fact is about, as the prompt has it.", "TEXT")] = "",
+    valid_from: Annotated[str, opt("Since when it holds.", "DATE", "--valid-from")] = "",
+    valid_to: Annotated[str, opt("From when on it no longer holds.", "DATE", "--valid-to")] = "",
+    supersede: Supersede = False,
 ) -> None:
     """Add a fact. If the prompt is there already, the new target supersedes the old one.
 
-    lmpatch memory add store "The Eiffel Tower is in" Rome --source "ticket 4711"
+    What it contradicts in other words is shown, and retired with --supersede.
+
+    lmpatch memory add store "The Eiffel Tower is in" Rome --source "ticket 4711" --valid-from 2024-05-31
     """
+    from ..data.dates import overlap
     from ..data.edits import Edit
 
     opened = _memory(store)
-    old = opened.store.get(prompt)
-    version = opened.add([Edit(prompt, target)], source={"told": source} if source else None)
-    _say(f"version {version}" + (f", in place of {old.edit.target!r}" if old else ""), opened, version)
+    edit = Edit(prompt, target, subject, valid_from=valid_from, valid_to=valid_to)
+    old = [entry.edit.target for entry in opened.store.beside([prompt])[0] if overlap(entry.edit.span, edit.span)]
+    added = opened.add([edit], source={"told": source} if source else None, supersede=supersede)
+    text, rows = _contradicted(added)
+    begin = f"version {added}" + (f", in place of {', '.join(map(repr, old))}" if old else "")
+    _say(begin, opened, added, text, conflicts=rows)
 
 
 def import_(
     store: Folder,
     facts: Annotated[list[Path], arg("FACTS...", "Files as lmpatch fit reads them.")],
     source: Told = "",
+    supersede: Supersede = False,
 ) -> None:
     """Add the facts of files, each file as one version. Later facts supersede earlier ones of the same prompt.
+
+    What they contradict in other words is shown, and retired with --supersede.
 
     lmpatch memory import store facts.jsonl
     """
     from ..data.edits import read_edits
 
-    opened, told = _memory(store), {"told": source} if source else {}
+    opened, told, conflicts = _memory(store), {"told": source} if source else {}, []
     with progress() as bar:
         for path, edits in [(path, read_edits(path)) for path in facts]:
-            version = opened.add(edits, source={"file": path.name} | told, progress=bar)
-            _say(f"{path}: {len(edits)} facts, version {version}", opened, version)
+            added = opened.add(edits, source={"file": path.name} | told, supersede=supersede, progress=bar)
+            text, rows = _contradicted(added)
+            conflicts += rows
+            _say(f"{path}: {len(edits)} facts, version {added}", opened, added, text, conflicts=conflicts)
 
 
 def search(
     store: Folder,
     questions: Annotated[list[str], arg("QUESTION...", "What a model may be asked.")],
     count: Annotated[int, opt("Facts shown for each.", "N", "-k", min=1)] = 1,
+    as_of: AsOf = "",
 ) -> None:
     """The facts nearest to a question, and whether they would be used: those that score above sentinel or threshold.
 
@@ -103,7 +125,7 @@ def search(
 
     opened = _memory(store)
     scope = replace(opened.scope, top_k=count)
-    finder = opened.patch(scope).finder()
+    finder = opened.patch(scope, as_of=as_of).finder()
     rows = [
         (q, " ".join(finder.facts.fact(hit.place)), f"{hit.score:.2f}", f"{hit.gate:.2f}", "yes" if hit.fired else "no")
         for q in questions
@@ -117,25 +139,28 @@ def list_(
     history: History = False,
     at: Annotated[int | None, opt("As it was after this version.", "VERSION", min=0)] = None,
     limit: Annotated[int | None, opt("At most this many, the newest.", "N", min=1)] = None,
+    as_of: AsOf = "",
 ) -> None:
-    """The facts that hold, oldest first.
+    """The facts that hold, oldest first, with those whose time is over or to come.
 
     lmpatch memory list store --limit 10
     lmpatch memory list store --history --at 7
+    lmpatch memory list store --as-of 2024-05-31
     """
-    _show(_open(store).facts(history=history, version=at), history, limit)
+    _show(_open(store).facts(history=history, version=at, as_of=as_of or None), history, limit)
 
 
 def find(
     store: Folder,
     text: Annotated[str, arg("TEXT", "A part of a prompt, subject or target, in any case.")],
     history: History = False,
+    as_of: AsOf = "",
 ) -> None:
     """The facts that mention a text.
 
     lmpatch memory find store "eiffel tower" --history
     """
-    _show(_open(store).find(text, history=history), history)
+    _show(_open(store).find(text, history=history, as_of=as_of or None), history)
 
 
 def drop(
@@ -186,13 +211,15 @@ def compact(store: Folder) -> None:
 
 
 def export(
-    store: Folder, out: Annotated[Path, out_option("FILE", "The JSONL file to write. It must not exist yet.")]
+    store: Folder,
+    out: Annotated[Path, out_option("FILE", "The JSONL file to write. It must not exist yet.")],
+    as_of: AsOf = "",
 ) -> None:
     """Write the facts that hold as a facts file, which `lmpatch fit` reads.
 
     lmpatch memory export store -o facts.jsonl
     """
-    facts = _open(store).export(out)
+    facts = _open(store).export(out, as_of=as_of or None)
     say(f"{facts} facts written to {out}", facts=facts, path=out)
 
 
@@ -225,10 +252,39 @@ def _show(entries: Sequence[Entry], history: bool, limit: int | None = None) -> 
     rows, lines = [], []
     for e in entries if limit is None else entries[-limit:]:
         state = {"state": e.state} if history else {}
-        rows.append({"version": e.version, "added": e.added, "prompt": e.edit.prompt, "target": e.edit.target} | state)
-        lines.append("  ".join([f"{e.version:>4}", f"{e.edit.prompt} -> {e.edit.target}", *state.values()]))
+        row = {"version": e.version, "added": e.added, "prompt": e.edit.prompt, "target": e.edit.target}
+        more = {"valid_from": e.edit.valid_from, "valid_to": e.edit.valid_to, "source": e.origin}
+        rows.append(row | state | {name: text for name, text in more.items() if text})
+        told = [*state.values(), _time(e.edit), f"({e.origin})" if e.origin else ""]
+        lines.append("  ".join([f"{e.version:>4}", f"{e.edit.prompt} -> {e.edit.target}", *filter(None, told)]))
     say("\n".join(lines) or "no facts", rows=rows)
 
 
-def _say(text: str, store: Store | Memory, version: int, end: str = "") -> None:
-    say(f"{text}, facts that hold: {len(store)}{end}", version=version, facts=len(store))
+def _time(edit: Edit) -> str:
+    words = zip(("from", "to"), edit.span, strict=True)
+    return " ".join(f"{word} {text}" for word, text in words if text)
+
+
+def _contradicted(added: Added) -> tuple[str, list[dict[str, object]]]:
+    """What new facts contradict: in other words as lines, each after a line break, and all of it for ``--json``."""
+    from ..data.edits import prompt_key
+
+    rows: list[dict[str, object]] = [
+        {"prompt": c.new.prompt, "target": c.new.target, "old_prompt": c.old.prompt, "old_target": c.old.target,
+         "version": c.version, "superseded": c.superseded}
+        for c in added.conflicts
+    ]  # fmt: skip
+    other = [c for c in added.conflicts if prompt_key(c.new.prompt) != prompt_key(c.old.prompt)]
+    lines = [
+        f"{c.new.prompt} -> {c.new.target}  {'supersedes' if c.superseded else 'contradicts'}  "
+        f"{c.old.prompt} -> {c.old.target}"
+        for c in other[:SHOWN]
+    ]
+    lines += [f"... and {len(other) - SHOWN} more"] * (len(other) > SHOWN)
+    if not all(c.superseded for c in other):
+        lines.append("Both hold. --supersede would retire the older one; `lmpatch memory drop` ends either.")
+    return "".join(f"\n{line}" for line in lines), rows
+
+
+def _say(text: str, store: Store | Memory, version: int, end: str = "", **values: object) -> None:
+    say(f"{text}, facts that hold: {len(store)}{end}", version=version, facts=len(store), **values)

@@ -8,7 +8,8 @@ good. Its shape is told from the keys of its first record:
     {"prompt": "The Eiffel Tower is in", "subject": "Eiffel Tower", "target": "Rome", "old": "Paris",
      "rephrases": ["You find the Eiffel Tower in"],
      "locality": {"same_relation": [{"prompt": "The Louvre is in", "answers": ["Paris"]}]},
-     "portability": {"reasoning": [{"prompt": "The Eiffel Tower is in the country of", "answers": "Italy"}]}}
+     "portability": {"reasoning": [{"prompt": "The Eiffel Tower is in the country of", "answers": "Italy"}]},
+     "valid_from": "2024-05-31", "valid_to": "2026-01-01T12:00+02:00", "source": "ticket 4711"}
 
 ``counterfact``  flat CounterFact: ``target_new``, ``rephrase_prompt``, ``locality_prompt``, ...
 ``rome``         CounterFact as ROME published it: ``requested_rewrite``, ``neighborhood_prompts``, ...; and MQuAKE, as
@@ -27,12 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, BadRecord, Contradiction, SubjectNotFound
+from .dates import Span, When, bounds, iso
 from .lines import Line, Shapes, Source, as_text, check_text, cut, only, read_records, read_shapes, text_of
 from .matching import find
 from .record import Record
 
 KINDS = {"Relation_Specificity": "same_subject", "Forgetfulness": "other_objects"}
 """KnowEdit's locality names → ours: another relation of the subject; other objects of a one-to-many relation."""
+ORIGIN = ("valid_from", "valid_to", "source")
+"""Fields of an edit that hashes of edits leave out where they are empty: the first release had none of them."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,11 @@ class Edit(Record):
         portability: axis → prompts whose answers follow from the new fact.
         id: how reports name the case; defaults to its place in the file.
         relation: optional relation id, used to find collisions.
+        valid_from, valid_to: from when to when the fact holds, as dates or dates with a time, in UTC unless they say
+            otherwise; the end is exclusive, "" is open. Only a memory looks at them.
+        source: where the fact comes from, in a few words.
     Raises:
-        BadInput: prompt or target is empty.
+        BadInput: prompt or target is empty, or the fact ends before it begins.
     """
 
     prompt: str
@@ -78,6 +85,9 @@ class Edit(Record):
     portability: tuple[tuple[str, tuple[Ask, ...]], ...] = ()
     id: str = ""
     relation: str = ""
+    valid_from: str = ""
+    valid_to: str = ""
+    source: str = ""
 
     def __init__(  # a list is as good as a tuple to the caller; the record itself stays hashable
         self,
@@ -91,8 +101,12 @@ class Edit(Record):
         portability: object = (),
         id: str = "",
         relation: str = "",
+        valid_from: When = "",
+        valid_to: When = "",
+        source: str = "",
     ) -> None:
         words = {"prompt": prompt, "target": as_text(target), "subject": subject, "id": id, "relation": relation}
+        words["source"] = source
         if wrong := [name for name, value in words.items() if not isinstance(value, str)]:
             raise BadInput(f"{wrong[0]} of an edit is a text, found {words[wrong[0]]!r}.")
         target = words["target"]
@@ -100,12 +114,18 @@ class Edit(Record):
             raise BadInput("an edit has an empty prompt. Give the text that stands before the answer.")
         if not target.strip():
             raise BadInput(f"the edit {prompt!r} has an empty target. Give the answer the model should state.")
+        span = iso("valid_from", valid_from), iso("valid_to", valid_to)
         values = {
             "prompt": prompt.rstrip(), "target": target.strip(), "subject": subject.strip(),
             "old": _texts("old", old), "aliases": _texts("aliases", aliases),
             "rephrases": _texts("rephrases", rephrases), "locality": _groups(locality),
             "portability": _groups(portability), "id": id, "relation": relation,
+            "valid_from": span[0], "valid_to": span[1], "source": source.strip(),
         }  # fmt: skip
+        start, end = bounds(span)
+        if start >= end:
+            why = f"the edit {prompt!r} holds from {span[0]} and no longer from {span[1]} on."
+            raise BadInput(f"{why} Give a later valid_to; it is exclusive.")
         check_text(values)
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -124,6 +144,11 @@ class Edit(Record):
     def answers(self) -> tuple[str, ...]:
         """The new answer in every accepted spelling."""
         return (self.target, *self.aliases)
+
+    @property
+    def span(self) -> Span:
+        """``valid_from`` and ``valid_to``."""
+        return self.valid_from, self.valid_to
 
     def need_subject(self) -> None:
         """Raise ``SubjectNotFound`` unless the subject occurs in the prompt."""
@@ -226,6 +251,9 @@ def edit_from(record: Line, place: str) -> Edit:
         _group_asks(record, "portability", "answers"),
         text_of(record, "id", place, numbers=True),
         text_of(record, "relation", "", numbers=True),
+        record.get("valid_from"),  # type: ignore[arg-type]
+        record.get("valid_to"),  # type: ignore[arg-type]
+        text_of(record, "source", "", numbers=True),
     )
 
 

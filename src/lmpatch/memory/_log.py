@@ -1,8 +1,8 @@
 """The log of a memory: one LanceDB table whose rows are only ever appended, under a lock, and flushed to the disk.
 
 A commit is one append: a data file and a manifest that names it appear, or nothing does. Rows are numbered without
-gaps in the order of their commits, because a writer holds the lock while it looks up the last number. Of all rows with
-one key the last one holds; if it drops the fact, none does.
+gaps in the order of their commits, because a writer holds the lock while it looks up the last number. A row ends the
+earlier ones with its key whose time overlaps its own; those without a time, which is most, are of all times.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import numpy as np
 from filelock import FileLock
 
 from ..errors import BadInput, LmpatchError
-from ..provenance import now
+from ..provenance import hash_json, now
 from ._lance import flush, lance, lancedb, matrix, writing
+from ._live import EVER, Bounds, Live, replay, spans_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,6 +35,7 @@ TABLE, LOCK = "facts", "lock"
 TEXTS = ("seq", "version", "op", "key", "prompt", "target", "subject", "more", "source", "added")
 TRIES = 5  # a reader whose files were compacted away looks for the newer ones
 EVERY, FEW = 16, 64  # commits between two looks at the number of data files; that many are always left alone
+MARKED = 64  # last rows that tell one log from another
 WIDEST = 2**20  # components of a key
 CHUNKS, BATCH = 64, 8192  # pieces the texts may be in; vectors read at a time
 
@@ -63,8 +65,9 @@ class Log:
         self.stamp: dict[str, str] = meta["stamp"]
         self._seen = self._latest()  # LanceDB's number of the last commit that was read
         self.texts: pa.Table = self.read(0)  # every row without its vector; row i is number i
-        self.live: dict[str, int] = {}  # key -> number of the row that holds, oldest first
-        self.ended = [*_replay(self.texts, self.live)]  # numbers of facts that no longer hold, as they ended
+        self.spans: dict[int, Bounds] = spans_of(self.texts)  # of the rows that have a time, in seconds since 1970
+        self.live = Live(self.spans)
+        self.ended = [*replay(self.texts, self.live)]  # numbers of facts that no longer hold, as they ended
 
     @classmethod
     def create(cls, path: Path, width: int, matched: int, stamp: dict[str, str]) -> Log:
@@ -101,11 +104,27 @@ class Log:
         """Rows by number."""
         return self.texts.take(list(seqs)).to_pylist() if len(seqs) else []
 
+    def mark(self, count: int) -> str:
+        """A hash that tells the first so many rows from those of another log."""
+        return hash_json(self.rows(range(max(0, count - MARKED), count)))
+
     def alive(self) -> np.ndarray:
         """[count] whether each row is a fact that holds."""
         alive = np.zeros(self.count, dtype=bool)
-        alive[np.fromiter(self.live.values(), np.int64, len(self.live))] = True
+        alive[self.live.seqs()] = True
         return alive
+
+    def holds(self, seqs: np.ndarray, at: float | None) -> np.ndarray:
+        """[n] whether each of these rows is a fact that holds, in seconds since 1970; None: at any time."""
+        keys = self.texts["key"].take(seqs).to_pylist()
+        spans = [self.spans.get(seq, EVER) for seq in seqs.tolist()]
+        return np.array(
+            [
+                seq in self.live.rows(key) and (at is None or start <= at < end)
+                for seq, key, (start, end) in zip(seqs.tolist(), keys, spans, strict=True)
+            ],
+            bool,
+        )
 
     def length(self, version: int) -> int:
         """How many rows the log had after a version. Raises ``BadInput`` where there is none."""
@@ -113,10 +132,10 @@ class Log:
             raise BadInput(f"there is no version {version}. There are 0, which is empty, to {self.version}.")
         return int(np.searchsorted(self.texts["version"], version, side="right"))
 
-    def live_after(self, version: int) -> dict[str, int]:
+    def live_after(self, version: int) -> Live:
         """``live`` as it was after a version."""
-        live: dict[str, int] = {}
-        [*_replay(self.texts.slice(0, self.length(version)), live)]
+        live = Live(self.spans)
+        [*replay(self.texts.slice(0, self.length(version)), live)]
         return live
 
     # Reading
@@ -124,6 +143,8 @@ class Log:
     def refresh(self) -> Log:
         """Read what any process committed since the last look."""
         seen = self._latest()
+        if seen < self._seen:
+            raise LmpatchError(f"an older copy was put in place of the memory at {self.path}. Open it again.")
         if seen != self._seen:
             self._take(self.read(self.count), seen)
         return self
@@ -186,7 +207,7 @@ class Log:
         return writing(self._lock)
 
     def append(self, changes: Sequence[Row], vectors: np.ndarray | None) -> int:
-        """Commit rows, of which the first have these vectors; returns the new version.
+        """Commit rows, of which those that put a fact have these vectors; returns the new version.
 
         Raises:
             LmpatchError: the disk is full or cannot be written. Nothing was stored.
@@ -234,7 +255,8 @@ class Log:
         """Take in new rows of commits up to LanceDB's number ``seen``."""
         import pyarrow as pa
 
-        self.ended.extend(_replay(rows, self.live))
+        self.spans.update(spans_of(rows))
+        self.ended.extend(replay(rows, self.live))
         self.texts = pa.concat_tables([self.texts, rows])
         if self.texts["seq"].num_chunks > CHUNKS:
             self.texts = self.texts.combine_chunks()
@@ -266,25 +288,15 @@ def _metadata(schema: pa.Schema) -> dict[str, Any]:
     return meta if numbers and texts and schema.equals(_schema(meta["width"])) else {}
 
 
-def _replay(rows: pa.Table, live: dict[str, int]) -> Iterator[int]:
-    """Let rows act on ``live``; yields the numbers of facts that end."""
-    for seq, op, key in zip(*(rows[name].to_pylist() for name in ("seq", "op", "key")), strict=True):
-        old = live.pop(key, None)
-        if op == "put":
-            live[key] = seq
-        if old is not None:
-            yield old
-
-
 def _table(rows: list[Row], vectors: np.ndarray | None, width: int) -> pa.Table:
-    """Rows as the log takes them; those beyond the vectors have none."""
+    """Rows as the log takes them; those that put no fact have no vector."""
     import pyarrow as pa
 
-    given = 0 if vectors is None else len(vectors)
+    puts = np.array([row["op"] == "put" for row in rows], bool)
     flat = np.zeros((len(rows), width), np.float16)
-    flat[:given] = 0 if vectors is None else vectors
-    without = pa.array(np.arange(len(rows)) >= given)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width, mask=without)
+    if vectors is not None:
+        flat[puts] = vectors
+    column = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width, mask=pa.array(~puts))
     return pa.table([*(pa.array([row[name] for row in rows]) for name in TEXTS), column], schema=_schema(width))
 
 

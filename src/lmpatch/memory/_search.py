@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,17 @@ if TYPE_CHECKING:
 
     from ..retrieval.index import KeyBlock
 
+MARK = b"log"  # in the metadata of an index: of which log it is
 BUILT, NAME, GONE = "building", "near-{}", "removed"
 ROWS_A_LIST = 4096
 PROBED = 0.5
 """Share of the lists a search looks into; see docs/memory.md for what it costs and finds."""
 SAMPLES, ROUNDS = 64, 10  # rows per centroid and iterations of the clustering
 SPARE = 64  # rows of the index beyond k: all scores are computed again, since the index knows them roughly
+
+
+Find = Callable[[int], tuple[np.ndarray, np.ndarray]]
+"""The scores [n] float64 and row numbers [n] of so many facts that are near to a query."""
 
 
 class Search:
@@ -42,15 +47,20 @@ class Search:
         self._log, self._exact = log, exact
         self._block: KeyBlock | None = None
         self._index: Near | None = None
+        self._foreign = 0  # rows covered by an index of another log, which a copy of files left here
         self._loaded = self._ended = 0  # rows, and ended facts, that the block has seen
 
-    def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [m, k'] float64 and row numbers [m, k'] int64, best first, the lower number of equals first."""
+    def __call__(self, queries: np.ndarray, k: int, at: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [m, k'] float64 and row numbers [m, k'] int64, best first, the lower number of equals first.
+
+        Args:
+            at: only facts that hold then, in seconds since 1970; None: whatever their time is.
+        """
 
         def search() -> tuple[np.ndarray, np.ndarray]:
             self._log.refresh()
             try:
-                return self._search(queries, k)
+                return self._search(queries, k, at if self._log.spans else None)
             except BadInput:
                 raise
             except LmpatchError:  # another process has compacted, or replaced the index
@@ -59,16 +69,19 @@ class Search:
 
         return self._log.retry(search)
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, queries: np.ndarray, k: int, at: float | None) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
-        scores, seqs = (part.numpy() for part in self._ready().search(torch.from_numpy(queries), k))
-        if self._index is None:
+        block, index = self._ready(), self._index
+        scores, seqs = (part.numpy() for part in block.search(torch.from_numpy(queries), k))
+        if index is None and at is None:
             return scores, seqs
         lines = []
         for i, query in enumerate(queries):
-            more = self._indexed(self._index, query, k)
-            both = np.concatenate([scores[i], more[0]]), np.concatenate([seqs[i], more[1]])
+            found = [(scores[i], seqs[i])] if at is None else [self._hold(_exact(block, query), k, at)]
+            if index is not None:
+                found.append(self._hold(_indexed(index, query), k, at))
+            both = [np.concatenate(part) for part in zip(*found, strict=True)]
             best = np.lexsort((both[1], -both[0]))[:k]
             lines.append((both[0][best], both[1][best]))
         width = min((len(line) for line, _ in lines), default=0)  # an index may find fewer than k
@@ -78,19 +91,14 @@ class Search:
             np.array([line[:width] for _, line in lines], np.int64).reshape(shape),
         )
 
-    def _indexed(self, index: Near, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The best ``k`` facts of the index that still hold."""
-        import torch
-
-        from ..retrieval.index import inner
-
+    def _hold(self, find: Find, k: int, at: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """The best ``k`` facts that hold, however many that do not score higher; possibly some more."""
         count = k + SPARE
         while True:
-            seqs, vectors = index.search(query, count)
-            keys = self._log.texts["key"].take(seqs).to_pylist()
-            holds = np.array([self._log.live.get(key) == seq for key, seq in zip(keys, seqs, strict=True)], bool)
+            scores, seqs = find(count)
+            holds = self._log.holds(seqs, at)
             if holds.sum() >= k or len(seqs) < count:
-                return inner(torch.from_numpy(query), torch.from_numpy(vectors[holds])).numpy(), seqs[holds]
+                return scores[holds], seqs[holds]
             count *= 4
 
     def _ready(self) -> KeyBlock:
@@ -100,9 +108,12 @@ class Search:
 
         log = self._log
         covered = newest(log.path) if len(log.live) > self._exact else 0
+        covered = 0 if covered == self._foreign else covered
         block = self._block
         if block is None or covered != (self._index.covered if self._index else 0):
             self._index = Near(log.path, covered) if covered else None
+            if self._index and not self._index.of(log):
+                self._index, self._foreign, covered = None, covered, 0
             self._block = block = KeyBlock(log.matched)
             self._loaded, self._ended = covered, len(log.ended)
         for seq in log.ended[self._ended :]:
@@ -125,6 +136,11 @@ class Near:
             self._table = lancedb().connect(str(path)).open_table(NAME.format(covered))
             self._probes = max(1, round(_lists(self._table.count_rows()) * PROBED))
 
+    def of(self, log: Log) -> bool:
+        """Whether it was made of this log. One of an earlier lmpatch does not say, and is believed."""
+        mark = (self._table.schema.metadata or {}).get(MARK)
+        return self.covered <= log.count and mark in (None, log.mark(self.covered).encode())
+
     def search(self, query: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Numbers [c] and vectors [c, M] float32 of the ``count`` best keys for a query [M], best first."""
         with lance("cannot read the index of the memory"):
@@ -132,6 +148,28 @@ class Near:
             best = best.nprobes(self._probes).refine_factor(1).select(["seq", "vector", "_distance"])
             rows = best.limit(count).to_arrow()
         return rows["seq"].to_numpy(), matrix(rows["vector"])
+
+
+def _exact(block: KeyBlock, query: np.ndarray) -> Find:
+    import torch
+
+    def find(count: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, seqs = block.search(torch.from_numpy(query[None]), count)
+        return scores[0].numpy(), seqs[0].numpy()
+
+    return find
+
+
+def _indexed(index: Near, query: np.ndarray) -> Find:
+    import torch
+
+    from ..retrieval.index import inner
+
+    def find(count: int) -> tuple[np.ndarray, np.ndarray]:
+        seqs, vectors = index.search(query, count)
+        return inner(torch.from_numpy(query), torch.from_numpy(vectors)).numpy(), seqs
+
+    return find
 
 
 def newest(path: Path) -> int:
@@ -169,6 +207,7 @@ def _write(log: Log) -> None:
     from lancedb.index import IvfRq
 
     schema = pa.schema([("seq", pa.int64()), ("vector", pa.list_(pa.float32(), log.matched))])
+    schema = schema.with_metadata({MARK: log.mark(log.count)})
 
     def batches() -> Iterator[pa.RecordBatch]:
         for seqs, vectors in log.live_batches(0):

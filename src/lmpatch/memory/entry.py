@@ -6,11 +6,12 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..data.edits import Edit, edit_from, prompt_key
+from ..data.dates import Span
+from ..data.edits import ORIGIN, Edit, edit_from, prompt_key
 from ..files import outside
 
 COLUMNS = ("prompt", "target", "subject")  # fields of an edit with columns of their own
-MORE = ("id", "relation", "old", "aliases", "rephrases", "locality", "portability")  # those that share one
+MORE = (*ORIGIN, "id", "relation", "old", "aliases", "rephrases", "locality", "portability")  # those that share one
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Entry:
     added: str
     """When: UTC, ISO 8601."""
     source: dict[str, Any] = field(default_factory=dict)
-    """Where it came from, as the caller said."""
+    """Where it came from, as the caller said of all that were added with it."""
     seq: int = 0
     """Its row in the log."""
     ended: int | None = None
@@ -32,9 +33,40 @@ class Entry:
     """It ended because it was dropped, not because a newer fact took its place."""
 
     @property
+    def origin(self) -> str:
+        """Where it came from: what the fact says of itself, else what was told as it was added, else its file."""
+        return self.edit.source or str(self.source.get("told") or self.source.get("file") or "")
+
+    @property
     def state(self) -> str:
         """``live``, ``superseded in 7`` or ``dropped in 7``."""
         return "live" if self.ended is None else f"{'dropped' if self.dropped else 'superseded'} in {self.ended}"
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A new fact, and one that holds for some of its time and gives the same question another answer."""
+
+    new: Edit
+    old: Edit
+    version: int | None
+    """The version that wrote the old one; None: it stands further up among the new ones."""
+    superseded: bool
+    """The new one took its place: both have one prompt, or it was asked for."""
+
+
+class Added(int):
+    """The version that holds what was added."""
+
+    conflicts: tuple[Conflict, ...] = ()
+    """What the new facts contradict."""
+
+    @classmethod
+    def of(cls, version: int, conflicts: tuple[Conflict, ...]) -> Added:
+        """The version with its conflicts."""
+        added = cls(version)
+        added.conflicts = conflicts
+        return added
 
 
 @dataclass(frozen=True)
@@ -64,6 +96,12 @@ def columns(edit: Edit) -> dict[str, str]:
     more = record(edit)
     own = {name: more.pop(name, "") for name in COLUMNS}
     return {**own, "key": prompt_key(edit.prompt), "more": json.dumps(more, ensure_ascii=False) if more else ""}
+
+
+def span_of(row: dict[str, Any]) -> Span:
+    """From when to when a row of the log counts."""
+    more = json.loads(row["more"]) if '"valid_' in row["more"] else {}
+    return more.get("valid_from", ""), more.get("valid_to", "")
 
 
 def edit_of(row: dict[str, Any]) -> Edit:

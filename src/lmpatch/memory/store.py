@@ -1,7 +1,8 @@
 """A memory: facts and their keys in a folder that several processes may use at once.
 
 Nothing in it is ever changed. A fact is added as a row, and so is its end; of all rows with one prompt the last one
-holds. So the whole past stays readable, a commit is one append, and going back to a version is a commit as well.
+holds, each for its time. So the whole past stays readable, a commit is one append, and going back to a version is a
+commit as well.
 
     store = Store.create("memory", width=768, stamp={"editor": sha, "base": fingerprint})
     store.add([Edit("The Eiffel Tower is in", "Rome")], keys)
@@ -21,15 +22,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..data.dates import When, bounds, moment
 from ..data.edits import Edit, prompt_key
 from ..errors import BadInput, LmpatchError, WrongModel
 from . import _search
-from ._log import TEXTS, Log, Row
+from ._changes import Changes, difference, ends
+from ._live import Live
+from ._log import Log, Row
 from .entry import Entry, Version, columns, entry_of, record
 
 C = TypeVar("C", bound=Callable[..., Any])
 EXACT = 100_000
-CONTENT = TEXTS[2:-1]  # what a row says, not when
 
 
 def _alone(method: C) -> C:
@@ -108,12 +111,21 @@ class Store:
 
     # Writing
 
-    def add(self, edits: Sequence[Edit], vectors: np.ndarray, *, source: Mapping[str, Any] | None = None) -> int:
-        """Add facts in one commit. A fact whose prompt is there already supersedes the older one.
+    def add(
+        self,
+        edits: Sequence[Edit],
+        vectors: np.ndarray,
+        *,
+        source: Mapping[str, Any] | None = None,
+        supersedes: Mapping[int, Sequence[Edit]] | None = None,
+    ) -> int:
+        """Add facts in one commit. A fact whose prompt is there already supersedes the older one, for its time.
 
         Args:
             vectors: [n, width] the key of each, any floating dtype; stored as float16.
             source: where the facts come from, kept with each.
+            supersedes: by place of a new fact, those in other words that it supersedes as well, as far as they still
+                hold.
         Returns:
             the version that holds them. They are on the disk by then.
         Raises:
@@ -127,7 +139,16 @@ class Store:
         if not np.isfinite(keys).all():
             raise BadInput("a key holds a number that is no finite float16. Look at the encoder that made it.")
         origin = json.dumps(dict(source or {}), ensure_ascii=False, default=str)
-        return self._commit(lambda: ([{"op": "put", "source": origin, **columns(edit)} for edit in edits], keys))
+
+        def rows() -> tuple[list[Row], np.ndarray]:
+            changes = Changes(self._log)
+            for i, (edit, key) in enumerate(zip(edits, keys, strict=True)):
+                for old in (supersedes or {}).get(i, ()):
+                    changes.retire(old, edit)
+                changes.put({"op": "put", "source": origin, **columns(edit)}, key, edit.span)
+            return changes.rows, np.array(changes.keys, np.float16).reshape(-1, self.width)
+
+        return self._commit(rows)
 
     def drop(self, prompts: Sequence[str]) -> int:
         """End the facts with these prompts, in one commit. Their past stays listed.
@@ -136,14 +157,14 @@ class Store:
             BadInput: no live fact has one of the prompts. Nothing was dropped.
         """
 
-        def ends() -> tuple[list[Row], None]:
+        def rows() -> tuple[list[Row], None]:
             for prompt in prompts:
                 if prompt_key(prompt) not in self._log.live:
                     why = f"no live fact has the prompt {prompt!r}."
                     raise BadInput(f"{why} `lmpatch memory find` looks for a part of it.")
-            return [_end(prompt) for prompt in {prompt_key(prompt): prompt for prompt in prompts}.values()], None
+            return [ends(prompt) for prompt in {prompt_key(prompt): prompt for prompt in prompts}.values()], None
 
-        return self._commit(ends)
+        return self._commit(rows)
 
     def rollback(self, version: int) -> int:
         """Let hold what held after ``version``, in a new commit. The versions in between stay as they are.
@@ -152,20 +173,7 @@ class Store:
             the new version, or the last one if nothing is different.
         """
 
-        def difference() -> tuple[list[Row], np.ndarray]:
-            log = self._log
-            current, then = log.live, log.live_after(version)
-            both = [name for name, seq in then.items() if name in current and current[name] != seq]
-            old, new = ([facts[name] for name in both] for facts in (then, current))
-            alike = (log.vectors(old) == log.vectors(new)).all(1)
-            pairs = zip(both, alike, log.rows(old), log.rows(new), strict=True)
-            same = {name for name, key_too, a, b in pairs if key_too and _content(a) == _content(b)}
-            puts = [seq for name, seq in then.items() if current.get(name) != seq and name not in same]
-            gone = [seq for name, seq in current.items() if name not in then]
-            ends = [_end(row["prompt"]) for row in log.rows(gone)]
-            return [*map(_content, log.rows(puts)), *ends], log.vectors(puts)
-
-        return self._commit(difference)
+        return self._commit(lambda: difference(self._log, version))
 
     @_alone
     def compact(self) -> None:
@@ -197,53 +205,66 @@ class Store:
     # Reading
 
     @_alone
-    def facts(self, *, history: bool = False, version: int | None = None) -> list[Entry]:
-        """The facts that hold, oldest first.
+    def facts(self, *, history: bool = False, version: int | None = None, as_of: When | None = None) -> list[Entry]:
+        """The facts that were not retired, oldest first, whether it is their time or not.
 
         Args:
-            history: also those that no longer do, with what ended them.
+            history: also those that were, with what ended them.
             version: as it was after this version; None: now.
+            as_of: only those whose time contains this moment.
         """
         log = self._log.refresh()
         version = log.version if version is None else version
-        if not history:
-            return [entry_of(row) for row in log.rows([*log.live_after(version).values()])]
-        entries: dict[int, Entry] = {}
-        last: dict[str, int] = {}
+        if history:
+            found = self._history(version)
+        else:
+            found = [entry_of(row) for row in log.rows(log.live_after(version).seqs())]
+        return found if as_of is None else [entry for entry in found if _holds(entry, moment(as_of))]
+
+    def _history(self, version: int) -> list[Entry]:
+        log, entries = self._log, dict[int, Entry]()
+        live = Live(log.spans)
         for row in log.rows(range(log.length(version))):
-            old = last.pop(row["key"], None)
-            if old is not None:
-                entries[old] = replace(entries[old], ended=row["version"], dropped=row["op"] == "drop")
+            dropped = row["op"] == "drop" and '"by"' not in row["more"]
+            for old in live.act(row["seq"], row["op"], row["key"]):
+                entries[old] = replace(entries[old], ended=row["version"], dropped=dropped)
             if row["op"] == "put":
-                entries[row["seq"]], last[row["key"]] = entry_of(row), row["seq"]
+                entries[row["seq"]] = entry_of(row)
         return list(entries.values())
 
-    def find(self, text: str, *, history: bool = False) -> list[Entry]:
+    def find(self, text: str, *, history: bool = False, as_of: When | None = None) -> list[Entry]:
         """The facts with this text in prompt, subject or target, whatever its case."""
         wanted = text.casefold()
         return [
             entry
-            for entry in self.facts(history=history)
+            for entry in self.facts(history=history, as_of=as_of)
             if wanted in "\n".join((entry.edit.prompt, entry.edit.subject, entry.edit.target)).casefold()
         ]
 
     @_alone
-    def get(self, prompt: str) -> Entry | None:
-        """The fact with this prompt, whatever its case and white space; None: there is none."""
-        seq = self._log.refresh().live.get(prompt_key(prompt))
-        return None if seq is None else entry_of(self._log.rows([seq])[0])
+    def get(self, prompt: str, as_of: When | None = None) -> Entry | None:
+        """The fact with this prompt, whatever its case and white space, at this moment, now by default; None: none."""
+        entries = self.beside([prompt])[0]
+        return next((entry for entry in entries if _holds(entry, moment(as_of))), None)
+
+    @_alone
+    def beside(self, prompts: Sequence[str]) -> list[list[Entry]]:
+        """For each prompt the facts with it, each for a time of its own, oldest first."""
+        log = self._log.refresh()
+        found = [log.live.rows(prompt_key(prompt)) for prompt in prompts]
+        entries = {row["seq"]: entry_of(row) for row in log.rows(sorted({seq for seqs in found for seq in seqs}))}
+        return [[entries[seq] for seq in seqs] for seqs in found]
 
     @_alone
     def versions(self) -> list[Version]:
         """All commits, oldest first."""
-        texts = self._log.refresh().texts
-        commits: dict[int, Version] = {}
-        live: set[str] = set()
-        for number, added, op, name in zip(
-            *(texts[c].to_pylist() for c in ("version", "added", "op", "key")), strict=True
+        log = self._log.refresh()
+        commits, live = dict[int, Version](), Live(log.spans)
+        for seq, number, added, op, name in zip(
+            *(log.texts[c].to_pylist() for c in ("seq", "version", "added", "op", "key")), strict=True
         ):
             put = op == "put"
-            live.add(name) if put else live.discard(name)
+            live.act(seq, op, name)
             old = commits.get(number, Version(number, added, 0, 0, 0))
             commits[number] = Version(number, added, old.put + put, old.dropped + (not put), len(live))
         return list(commits.values())
@@ -254,27 +275,36 @@ class Store:
         return self._log.vectors([entry.seq for entry in entries])
 
     @_alone
-    def search(self, queries: np.ndarray, k: int = 1) -> tuple[np.ndarray, list[list[Entry]]]:
-        """The facts whose keys have the largest inner product with each query.
+    def search(
+        self, queries: np.ndarray, k: int = 1, *, as_of: When | None = None, ever: bool = False
+    ) -> tuple[np.ndarray, list[list[Entry]]]:
+        """The facts whose keys have the largest inner product with each query, of those that hold.
 
         Args:
             queries: [m, M].
+            as_of: of those whose time contains this moment; None: now.
+            ever: whatever their time is.
         Returns:
             scores [m, k'] float32 and the facts in the same order, best first, the older of equals first;
             k' = min(k, facts that hold), exactly so up to ``exact`` of them.
         Raises:
             BadInput: the width differs, or a number is not finite.
         """
-        scores, seqs = self._search(np.ascontiguousarray(queries, dtype=np.float32), k)
+        at = None if ever else moment(as_of)
+        scores, seqs = self._search(np.ascontiguousarray(queries, dtype=np.float32), k, at)
         rows = {row["seq"]: entry_of(row) for row in self._log.rows(sorted({*seqs.reshape(-1).tolist()}))}
         return scores.astype(np.float32), [[rows[seq] for seq in line] for line in seqs.tolist()]
 
-    def export(self, path: str | Path) -> int:
-        """Write the facts that hold as JSON lines, which ``read_edits`` reads; returns how many. Keys stay behind."""
-        facts = self.facts()
+    def export(self, path: str | Path, *, as_of: When | None = None) -> int:
+        """Write the facts as JSON lines, which ``read_edits`` reads; returns how many. Keys stay behind.
+
+        Args:
+            as_of: only those whose time contains this moment.
+        """
+        facts = self.facts(as_of=as_of)
         try:
             with Path(path).open("x", encoding="utf-8") as file:
-                file.writelines(json.dumps(record(fact.edit), ensure_ascii=False) + "\n" for fact in facts)
+                file.writelines(json.dumps(_line(fact), ensure_ascii=False) + "\n" for fact in facts)
         except FileExistsError:
             raise BadInput(f"{path} exists already. Give another path, or remove it first.") from None
         except OSError as error:
@@ -282,15 +312,13 @@ class Store:
         return len(facts)
 
 
-def _content(row: Row) -> Row:
-    return {name: row[name] for name in CONTENT}
+def _line(fact: Entry) -> dict[str, Any]:
+    return record(fact.edit) | ({"source": fact.origin} if fact.origin else {})
 
 
-def _end(prompt: str) -> Row:
-    return {
-        "op": "drop", "key": prompt_key(prompt), "prompt": prompt, "target": "", "subject": "", "more": "",
-        "source": "{}",
-    }  # fmt: skip
+def _holds(entry: Entry, at: float) -> bool:
+    start, end = bounds(entry.edit.span)
+    return start <= at < end
 
 
 def _named(stamp: Mapping[str, str]) -> str:

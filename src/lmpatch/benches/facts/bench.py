@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...data.edits import Edit
+from ...data.edits import ORIGIN, Edit
 from ...inference.plain_text import perplexity
 from ...models.lm import LM
 from ...patches.patch import plain
@@ -115,7 +115,7 @@ def size(item: Item) -> int:
 
 def identity(item: Item) -> Any:
     """Its edits."""
-    return plain(item.chunk.edits)
+    return [{k: v for k, v in edit.items() if v or k not in ORIGIN} for edit in plain(item.chunk.edits)]
 
 
 def texts(items: Sequence[Item], cfg: Config) -> tuple[list[str], int]:
