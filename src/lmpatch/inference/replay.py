@@ -70,6 +70,8 @@ class Recording:
     """[n, P + S] 1 at real tokens."""
     prompt_end: Tensor | None
     """[n] the column of each row's last prompt token, if ``record`` got it."""
+    in_context: Tensor | None = None
+    """[n] bool, which rows carry a context; None: no row does."""
 
     @property
     def n(self) -> int:
@@ -84,8 +86,10 @@ class Recording:
     def select(self, rows: Tensor) -> Recording:
         """The same recording for these rows only, in this order; a row may repeat."""
         names = ("hidden", "keys", "values", "past", "calls", "mask")
-        end = None if self.prompt_end is None else self.prompt_end[rows]
-        return replace(self, prompt_end=end, **{name: _rows(getattr(self, name), rows, self.n) for name in names})
+        end, has = _picked(rows, self.prompt_end, self.in_context)
+        return replace(
+            self, prompt_end=end, in_context=has, **{name: _rows(getattr(self, name), rows, self.n) for name in names}
+        )
 
     def forward(self, hidden: Tensor, layer: int, *, rows: Tensor | None = None, end: int | None = None) -> Tensor:
         """Run blocks ``layer`` .. ``end``-1 on the suffix.
@@ -98,16 +102,16 @@ class Recording:
             [r, s, d] leaving block ``end``-1.
         """
         width = hidden.shape[1]
-        mask, prompt_end = self.mask[:, : self.prefix + width], self.prompt_end
+        mask, ends = self.mask[:, : self.prefix + width], (self.prompt_end, self.in_context)
         if rows is not None:
-            mask, prompt_end = mask[rows], None if prompt_end is None else prompt_end[rows]
+            mask, ends = mask[rows], _picked(rows, *ends)
         for i in range(layer, self.lm.layout.n_layers if end is None else end):
             call, past = self.calls[i], self.past[i]
             if rows is not None:
                 call, past = _rows((call, past), rows, self.n)
             if width < self.suffix:
                 call = _columns(call, width, self.suffix, self.prefix)
-            hidden = self._call(i, hidden, call, past, mask, prompt_end)
+            hidden = self._call(i, hidden, call, past, mask, *ends)
         return hidden
 
     def fan(self, hidden: Tensor, layer: int, *, end: int | None = None) -> Tensor:
@@ -125,20 +129,28 @@ class Recording:
         versions = hidden.shape[1]
         mask = F.pad(self.mask[:, : self.prefix], (0, versions), value=1)
         for i in range(layer, self.lm.layout.n_layers if end is None else end):
-            hidden = self._call(i, hidden, _fanned(self.calls[i], versions), self.past[i], mask, self.prompt_end)
+            call = _fanned(self.calls[i], versions)
+            hidden = self._call(i, hidden, call, self.past[i], mask, self.prompt_end, self.in_context)
         return hidden
 
-    def _call(self, layer: int, hidden: Tensor, call: Any, past: Any, mask: Tensor, end: Tensor | None) -> Tensor:
-        """One block, called as it was; patches on the model see of the columns what ``mask`` and ``end`` say."""
+    def _call(self, layer: int, hidden: Tensor, call: Any, past: Any, mask: Tensor, *ends: Tensor | None) -> Tensor:
+        """One block, called as it was; patches on the model see the pass that ``mask`` and ``ends`` say."""
         layers: list[Any] = [_Prefix(*past)] * (layer + 1)  # blocks look themselves up by their index
         args, kwargs = _map(_with_cache(call, Cache(layers=layers)), _flat)
-        with self.lm.lock, during(None if end is None else Pass(mask, hidden.shape[1], end)):
+        end, has = ends
+        with self.lm.lock, during(None if end is None else Pass(mask, hidden.shape[1], end, has)):
             return first(self.lm.module(self.lm.layout.blocks[layer])(hidden, *args, **kwargs))
 
 
 @torch.no_grad()
 def record(
-    lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, ends: Sequence[int] | None = None, lowest: int = 0
+    lm: LM,
+    rows: Sequence[Sequence[int]],
+    at: Sequence[int],
+    *,
+    ends: Sequence[int] | None = None,
+    in_context: Tensor | None = None,
+    lowest: int = 0,
 ) -> Recording:
     """Run the rows once and keep what later replays need.
 
@@ -146,6 +158,7 @@ def record(
         rows: token ids, one list a row.
         at: for each row the index t of the first token that a change can reach.
         ends: for each row the index of the last prompt token, for patches on the model that act on the answer.
+        in_context: [n] bool, which rows carry a context, for patches that act only there; ``ends`` is then needed.
         lowest: the lowest block a replay will start at; states below it are not kept.
     Returns:
         a ``Recording`` whose suffix column 0 is token t of every row.
@@ -159,7 +172,8 @@ def record(
     if ends is not None:
         prompt_end = torch.tensor([prefix - t + end for t, end in zip(at, ends, strict=True)], device=lm.device)
     cache = DynamicCache()  # every layer keeps all columns: sliding windows are the mask's business here
-    blocks(lm, ids[:, :prefix], mask[:, :prefix], position_ids=place[:, :prefix], cache=cache, prompt_end=prompt_end)
+    run: Any = partial(blocks, lm, cache=cache, prompt_end=prompt_end, in_context=in_context)
+    run(ids[:, :prefix], mask[:, :prefix], position_ids=place[:, :prefix])
     layers: list[Any] = cache.layers
     past = {i: (layer.keys, layer.values) for i, layer in enumerate(layers) if i >= lowest}
 
@@ -192,9 +206,13 @@ def record(
         hooks.append(Hook(down, partial(take, i), before=True, first=True))
         hooks.append(Hook(down, partial(watch, i)))
     with lm.lock, hooked(*hooks):
-        out = blocks(lm, ids[:, prefix:], mask, position_ids=place[:, prefix:], cache=cache, prompt_end=prompt_end)
+        out = run(ids[:, prefix:], mask, position_ids=place[:, prefix:])
     hidden[lm.layout.n_layers] = out
-    return Recording(lm, prefix, hidden, keys, values, past, calls, mask, prompt_end)
+    return Recording(lm, prefix, hidden, keys, values, past, calls, mask, prompt_end, in_context)
+
+
+def _picked(rows: Tensor, *each: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(one if one is None else one[rows] for one in each)
 
 
 def _map(value: Any, change: Any) -> Any:

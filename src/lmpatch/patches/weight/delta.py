@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from ...errors import BadInput
 
 D = TypeVar("D", bound="Delta")
 
+When = Literal["always", "context"]
+"""When a change acts: always, or only in prompts that carry a context (``InContext``), row by row of a batch."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -29,6 +31,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Delta(ABC):
     """The change of one weight. A value: its tensors are never written."""
 
+    when: When = field(default="always", kw_only=True)
     kind: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
     """Its tensors, by field name. The last holds the numbers that grow with the change."""
