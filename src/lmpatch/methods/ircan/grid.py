@@ -108,37 +108,39 @@ def accuracies(
     return right / len(records)
 
 
-def foreign(lm: LM, records: Sequence[ContextRecord], seed: int = 0) -> tuple[list[ContextRecord], list[str]]:
-    """What robustness is measured on: the records with another's context in place of their own, as the context benches
-    ask them, and what the model without any patch answers without a context: its first word, or the letter.
+def foreign(records: Sequence[ContextRecord], seed: int = 0) -> list[ContextRecord]:
+    """The records with another's context in place of their own, as the context benches ask them for robustness.
 
     Raises:
         BadInput: no record has another one's context, unrelated and in a prompt that holds its own.
     """
     partners = zip(records, others(records, seed), strict=True)
-    asked = [each for r, j in partners if j is not None and (each := swapped(r, records[j].context))]
-    if not asked:
-        raise BadInput(
-            "robustness needs records with unrelated contexts that stand in their prompts, and these have none. Give "
-            "other records, or choose by accuracy alone: objective='accuracy'."
-        )
-    free = [r for r in asked if not r.options]
+    if asked := [each for r, j in partners if j is not None and (each := swapped(r, records[j].context))]:
+        return asked
+    raise BadInput(
+        "robustness needs records with unrelated contexts that stand in their prompts, and these have none. Give "
+        "other records, or choose by accuracy alone: objective='accuracy'."
+    )
+
+
+@torch.no_grad()
+def own_answers(lm: LM, records: Sequence[ContextRecord]) -> list[str]:
+    """What the model without any patch answers without a context: the first word, or the letter."""
+    free, lettered = ([r for r in records if bool(r.options) is o] for o in (False, True))
+    marks = [option_tokens(lm, r.without_context, r.letters)[1] for r in lettered]
+    columns = sorted({token for tokens in marks for token in tokens})
     with suspended(lm):
         texts = generate(
             lm, [r.without_context for r in free], max_new_tokens=10, stop=(), enough=lambda _, t: len(t.split()) > 1
         )
-        marks = [option_tokens(lm, r.without_context, r.letters)[1] if r.options else () for r in asked]
-        columns = sorted({token for tokens in marks for token in tokens})
-        chosen = [r.without_context for r in asked if r.options]
-        table = iter(next_logits(lm, chosen, columns).tolist() if chosen else [])
-    said, words = iter(texts), []
-    for r, tokens in zip(asked, marks, strict=True):
-        if r.options:
-            z = dict(zip(columns, next(table), strict=True))
-            words.append(max(zip(r.letters, tokens, strict=True), key=lambda pair: z[pair[1]])[0])
-        else:
-            words.append(next(iter(completion(next(said), one_line(r.prompt)).split()), ""))
-    return asked, words
+        table = next_logits(lm, [r.without_context for r in lettered], columns).tolist() if lettered else []
+    words = iter([next(iter(completion(t, one_line(r.prompt)).split()), "") for r, t in zip(free, texts, strict=True)])
+    letters = []
+    for r, tokens, row in zip(lettered, marks, table, strict=True):
+        z = [row[columns.index(token)] for token in tokens]
+        letters.append(r.letters[z.index(max(z))])
+    chosen = iter(letters)
+    return [next(chosen if r.options else words) for r in records]
 
 
 def _cases(

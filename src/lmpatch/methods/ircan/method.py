@@ -22,7 +22,7 @@ from ...patches.weight.patch import WeightPatch
 from ...probes.integrated_gradients import probe as integrated_gradients
 from ...probes.integrated_gradients.scores import Scores, differing
 from ...progress import Progress
-from .grid import accuracies, foreign
+from .grid import accuracies, foreign, own_answers
 from .grid import memory as grid_memory
 
 Record = ContextRecord
@@ -130,7 +130,8 @@ def _searched(
     every = [(0, 1.0), *settings]
     shares = [accuracies(lm, records, neurons, every, when=cfg.when, progress=progress)]
     if cfg.objective == "bcu":
-        asked, words = foreign(lm, records)
+        asked = foreign(records)
+        words = own_answers(lm, asked)
         shares += [accuracies(lm, asked, neurons, every, words=words, when=cfg.when, progress=progress)]
     columns = shares if len(shares) == 1 else [torch.stack(shares).mean(0), *shares]  # what is chosen by comes first
     table = torch.stack(columns, 1)
