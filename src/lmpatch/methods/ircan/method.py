@@ -16,7 +16,7 @@ from ...inference.plain_text import perplexity
 from ...locate import neurons as _neurons
 from ...models.lm import LM
 from ...models.units import Neuron
-from ...patches.ledger import trial
+from ...patches.ledger import suspended, trial
 from ...patches.weight.delta import When
 from ...patches.weight.patch import WeightPatch
 from ...probes.integrated_gradients import probe as integrated_gradients
@@ -153,13 +153,14 @@ def _kept(
     """The best setting under which plain text keeps its perplexity. In a context only, all do: no text is touched."""
     if cfg.when == "context":
         return best_of(settings, found)
-    before = perplexity(lm)
-    for place in sorted(range(len(settings)), key=lambda i: (-found[i], i)):
-        count, factor = settings[place]
-        patch = _neurons.scaling(lm, neurons[:count], factor, method="ircan")
-        with trial(lm, patch, *patch.mounts):
-            if perplexity(lm) <= cfg.max_perplexity * before:
-                return settings[place]
+    with suspended(lm):  # a decode patch reads no plain text
+        before = perplexity(lm)
+        for place in sorted(range(len(settings)), key=lambda i: (-found[i], i)):
+            count, factor = settings[place]
+            patch = _neurons.scaling(lm, neurons[:count], factor, method="ircan")
+            with trial(lm, patch, *patch.mounts):
+                if perplexity(lm) <= cfg.max_perplexity * before:
+                    return settings[place]
     warnings.warn(
         f"every setting multiplies the perplexity of plain text by more than {cfg.max_perplexity}: the gentlest was "
         "taken. Let the patch act only in a context: when='context'.",
