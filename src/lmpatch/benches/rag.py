@@ -43,7 +43,7 @@ VARIANTS: dict[str, tuple[Condition, ...]] = {
     "foreign": ("irrelevant", "empty"),
 }
 """Variant of a record → the conditions it is asked under."""
-POISON = "poison"
+POISON: Condition = "poison"
 """The condition of samples with hostile passages."""
 PASSAGES = 10
 """Passages such a sample has."""

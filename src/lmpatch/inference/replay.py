@@ -102,7 +102,8 @@ class Recording:
             [r, s, d] leaving block ``end``-1.
         """
         width = hidden.shape[1]
-        mask, ends = self.mask[:, : self.prefix + width], (self.prompt_end, self.in_context)
+        mask = self.mask[:, : self.prefix + width]
+        ends: tuple[Tensor | None, ...] = (self.prompt_end, self.in_context)
         if rows is not None:
             mask, ends = mask[rows], _picked(rows, *ends)
         for i in range(layer, self.lm.layout.n_layers if end is None else end):

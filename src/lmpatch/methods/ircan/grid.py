@@ -21,8 +21,9 @@ from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK
 from ...inference.generate import StopTokens, generate
 from ...inference.interventions import Rule, combined, in_context, initial_states, streams
-from ...inference.multiple_choice import combined_options, next_logits, option_tokens
+from ...inference.multiple_choice import combined_options, option_tokens
 from ...inference.replay import Recording, record
+from ...inference.score import score
 from ...inference.tokens import Row, batches_of_tokens
 from ...models.hooks import Hook, hooked
 from ...models.lm import LM
@@ -126,21 +127,19 @@ def foreign(records: Sequence[ContextRecord], seed: int = 0) -> list[ContextReco
 @torch.no_grad()
 def own_answers(lm: LM, records: Sequence[ContextRecord]) -> list[str]:
     """What the model without any patch answers without a context: the first word, or the letter."""
-    free, lettered = ([r for r in records if bool(r.options) is o] for o in (False, True))
-    marks = [option_tokens(lm, r.without_context, r.letters)[1] for r in lettered]
-    columns = sorted({token for tokens in marks for token in tokens})
+    free = [r for r in records if not r.options]
+    each = [(r.without_context, letter) for r in records for letter in r.letters]
     with suspended(lm):
         texts = generate(
             lm, [r.without_context for r in free], max_new_tokens=10, stop=(), enough=lambda _, t: len(t.split()) > 1
         )
-        table = next_logits(lm, [r.without_context for r in lettered], columns).tolist() if lettered else []
+        scores = iter(score(lm, [prompt for prompt, _ in each], [letter for _, letter in each]))
     words = iter([next(iter(completion(t, one_line(r.prompt)).split()), "") for r, t in zip(free, texts, strict=True)])
-    letters = []
-    for r, tokens, row in zip(lettered, marks, table, strict=True):
-        z = [row[columns.index(token)] for token in tokens]
-        letters.append(r.letters[z.index(max(z))])
-    chosen = iter(letters)
-    return [next(chosen if r.options else words) for r in records]
+    answers = []
+    for r in records:
+        totals = {letter: next(scores).total for letter in r.letters}
+        answers.append(max(totals, key=lambda letter: totals[letter]) if totals else next(words))
+    return answers
 
 
 def _cases(
@@ -245,10 +244,10 @@ def _closes(lm: LM, token: int, ends: StopTokens, case: _Case) -> bool:
     """Nothing that follows this token belongs to the answer."""
     if token in ends:
         return True
-    text = lm.tokenizer.decode([token])
+    text: str = lm.tokenizer.decode([token])
     if case.word and case.answer:  # a blank of the first token is lost where it is decoded alone
-        before = list(case.answer[-1:])
-        text = lm.tokenizer.decode([*before, token]).removeprefix(lm.tokenizer.decode(before))
+        last = list(case.answer[-1:])
+        text = lm.tokenizer.decode([*last, token]).removeprefix(lm.tokenizer.decode(last))
         return text[:1] == "." or text[:1].isspace()
     return text.strip().startswith(".") or (case.line and text.strip(" ").startswith("\n"))
 

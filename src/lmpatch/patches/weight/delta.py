@@ -48,7 +48,7 @@ class Delta(ABC):
 
     def scaled(self: D, strength: float) -> D:
         """The change times ``strength``: 1 keeps every bit, 0 is no change."""
-        return replace(self, **{self.names[-1]: self._last * strength})
+        return self._with({self.names[-1]: self._last * strength})
 
     @classmethod
     def from_tensors(cls: type[D], tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> D:
@@ -59,8 +59,8 @@ class Delta(ABC):
         """
         _need(set(tensors) == set(cls.names), f"{cls.kind} has tensors {sorted(tensors)}, not {sorted(cls.names)}")
         sizes = {"shape": shape, "out": shape[0]}
-        own: dict[str, Any] = {f.name: sizes[f.name] for f in fields(cls) if f.name in sizes}
-        delta = cls(**tensors, **own)
+        own: dict[str, Any] = {**tensors, **{f.name: sizes[f.name] for f in fields(cls) if f.name in sizes}}
+        delta = cls(**own)
         _need(delta.shape == shape, f"{cls.kind} has shape {delta.shape}, not {shape}")
         return delta
 
@@ -85,11 +85,14 @@ class Delta(ABC):
         def move(t: Tensor) -> Tensor:
             return t.detach().to(device, dtype if t.is_floating_point() else None, copy=copy).contiguous()
 
-        return replace(self, **{name: move(t) for name, t in self.tensors().items()})
+        return self._with({name: move(t) for name, t in self.tensors().items()})
 
     def is_finite(self) -> bool:
         """No entry is infinite or NaN."""
         return all(bool(torch.isfinite(t).all()) for t in self.tensors().values())
+
+    def _with(self: D, changes: Mapping[str, Any]) -> D:
+        return replace(self, **changes)
 
     @property
     def _last(self) -> Tensor:

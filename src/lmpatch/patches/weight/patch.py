@@ -21,7 +21,7 @@ from ..patch import Mount, Patch, fields_for
 from . import bake, side
 from .bake import Baked
 from .combine import as_lora, combine
-from .delta import KINDS, Addition, Delta, LowRank, Scale
+from .delta import KINDS, Addition, Delta, LowRank, Scale, When
 from .side import Side
 from .target import Target, find_targets
 
@@ -240,7 +240,8 @@ class WeightHandle(Handle):
 def _delta(name: str, part: Any, tensors: Mapping[str, Tensor]) -> Delta:
     try:
         kind, (out, width) = part["kind"], part["shape"]
-        form, when = KINDS[kind.removesuffix(IN_CONTEXT)], "context" if kind.endswith(IN_CONTEXT) else "always"
+        form = KINDS[kind.removesuffix(IN_CONTEXT)]
+        when: When = "context" if kind.endswith(IN_CONTEXT) else "always"
         if not all(type(n) is int and n > 0 for n in (out, width)):
             raise BadPatch(f"shape {part['shape']}")
         own = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.rpartition("/")[0] == name}
