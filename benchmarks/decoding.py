@@ -56,7 +56,7 @@ def answers(lm: LM, prompts: list[Prompt], tokens: int) -> list[list[int]]:
     ends.known.clear()
     choice = Sampling()
     new: list[list[int]] = [[] for _ in prompts]
-    batch = [tuple(row.ids for row in rows) for rows in told.rows]
+    batch = told.rows
     for step in steps(lm, told, batch, ends, choice, choice.numbers(len(batch), tokens), [False] * len(batch)):
         for i, token in step:
             new[i].append(token)

@@ -1,21 +1,24 @@
 """Whom does a model believe, its context or its memory? IRCAN beside everything it is compared with, and its ablations.
 
     python benchmarks/ircan.py DATA --task memotrap
-    python benchmarks/ircan.py DATA --task cose
+    python benchmarks/ircan.py DATA --task cose --model smollm2-135m-instruct
+    python benchmarks/ircan.py DATA --task ecare --model smollm2-135m-instruct
 
 DATA holds memotrap/completion_dev and _test, or kre/cose_dev and _test (.jsonl or .jsonl.gz). Everything is chosen on
-the same records of the dev half, by the share of them answered as their context says (ACC; robustness takes no part):
+the same records of the dev half, by their balance of context use (BCU): the mean of the share answered as their context
+says, and the share that under another record's context is answered as the unpatched model does without any. So are
 neurons and (h, beta) of IRCAN, alone and under CAD, neurons and factor of SCoNE, heads and strength of ITI, layers and
-factor of ParamMute, the strength of each decoding rule, and for questions with options the prompt's ending. Then each
-is measured once on the test half by the bench ``memotrap`` or ``kre``. What is tried on dev is counted in bf16, which
-is several times faster; credits are fp32. The test half is asked in --dtype. At last the general tasks in DATA are
-asked with and without IRCAN's patch, in bf16.
+factor of ParamMute, and the strength of each decoding rule; for questions with options the prompt's ending is chosen by
+the first share. Then each is measured once on the test half by the bench ``memotrap`` or ``kre``. IRCAN, SCoNE and
+ParamMute act only where a prompt carries a context, so plain text keeps its perplexity to the bit; --when always and
+--objective accuracy do as published. What is tried on dev is counted in --dev-dtype; credits are fp32. The test half
+is asked in --dtype. At last the general tasks in DATA are asked with and without IRCAN's patch, in --dev-dtype.
 
-Works in benchmarks/work/ircan-TASK: the bench's rows, dev.json (what was tried on dev), results.json and .md,
-report.html and plots, IRCAN's patch, and rows and page of the general tasks. Rows, records and chosen.json (what was
-tried and chosen) are kept in benchmarks/results/ircan-TASK, from which tables/ makes what the pages print. The same
-command goes on where it stopped; Ctrl-C loses what is under way: 25 records of attribution, one setting on dev (of a
-grid of neurons 64 records), or 64 records of one run on test.
+Works in benchmarks/work/ircan-TASK (ircan-TASK-MODEL for any model but gemma-3-270m): the bench's rows, dev.json (what
+was tried on dev), results.json and .md, report.html and plots, IRCAN's patch, and rows and page of the general tasks.
+Rows, records and chosen.json (what was tried and chosen) are kept in benchmarks/results under the same name, from which
+tables/ makes what the pages print. The same command goes on where it stopped; Ctrl-C loses what is under way: 25
+records of attribution, 64 records of one setting or grid on dev, or 64 records of one run on test.
 """
 
 from __future__ import annotations
@@ -44,12 +47,13 @@ from lmpatch.benches.context.prompts import worded
 from lmpatch.data.context import ContextRecord, read_context
 from lmpatch.locate.neurons import drawn, ranked, scaling
 from lmpatch.methods import iti, param_mute, scone
-from lmpatch.methods.ircan.grid import accuracies
+from lmpatch.methods.ircan.grid import accuracies, foreign, own_answers
 from lmpatch.methods.ircan.method import best_of, grid
 from lmpatch.models.lm import LM
 from lmpatch.models.units import Neuron
 from lmpatch.patches.ledger import apply
 from lmpatch.patches.patch import Patch
+from lmpatch.patches.weight.delta import When
 from lmpatch.probes.integrated_gradients import probe as integrated_gradients
 from lmpatch.probes.integrated_gradients.probe import attributions_of, cases, kept
 from lmpatch.provenance import hardware, hash_json, now, versions
@@ -60,18 +64,22 @@ SCONE = ((3, 5, 10, 16, 32), (1.5, 2.0, 3.0, 5.0, 7.0))
 HEADS, PUSH = (2, 4, 8, 16), (1.0, 3.0, 5.0, 10.0, 15.0)
 MUTED, QUIET = (2, 3, 5), (0.75, 0.5, 0.25, 0.0)
 RULES: dict[str, tuple[str, tuple[float, ...]]] = {  # method -> its setting, and what is tried
-    "cad": ("alpha", (0.25, 0.5, 1.0)),
-    "adacad": ("floor", (0.0, 0.3)),
-    "coiecd": ("alpha", (0.5, 1.0)),
-    "power": ("tau", (0.75, 0.5, 0.25)),
-    "grd": ("lam", (0.5, 0.75)),
+    "cad": ("alpha", (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)),
+    "adacad": ("floor", (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)),
+    "coiecd": ("alpha", (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)),
+    "power": ("tau", (0.9, 0.75, 0.5, 0.25, 0.1)),
+    "grd": ("lam", (0.0, 0.25, 0.5, 0.75, 1.0)),
     "arr": ("", (0.0,)),
 }
 SUFFIXES = ("Answer: ", "Answer: \n", "The correct answer is ", "Answer: \nThe correct option is \n**")
 FEW = 3  # seeds of a control that is slow to make
 PART, BLOCK = 25, 64  # dev records of attribution, and of a grid, that are kept as one
 WORDINGS = ("base", "attr", "instr", "opin", "instr+opin", "based_on", "based_on_formatted", "utilizing_formatted")
-OBJECTIVE = "the share of {n} dev records answered as their own context says; the same records for every method"
+OBJECTIVES = {
+    "bcu": "the mean, over {n} dev records, of the share answered as their own context says and the share answered, "
+    "under another record's, as the unpatched model does without any; the same records for every method",
+    "accuracy": "the share of {n} dev records answered as their own context says; the same records for every method",
+}
 Setting = tuple[int, float]
 
 
@@ -108,12 +116,14 @@ def right(
     neurons: Sequence[Neuron],
     settings: Sequence[Setting],
     on: Sequence[Patch],
+    words: Sequence[str] | None = None,
+    when: When = "always",
 ) -> list[int]:
-    """How many records each setting answers right, with these patches on the model."""
+    """How many records each setting answers right, or with these words, with these patches on the model."""
     with ExitStack() as stack:
         for patch in on:
             stack.enter_context(apply(lm, patch))
-        found = accuracies(lm, records, neurons, settings, progress=told).tolist()
+        found = accuracies(lm, records, neurons, settings, words=words, when=when, progress=told).tolist()
     return [round(share * len(records)) for share in found]
 
 
@@ -126,18 +136,34 @@ class Study:
     """Everything that is chosen on dev, and the patches that follow."""
 
     def __init__(
-        self, lm: LM, fast: LM, dev: list[ContextRecord], kept: Dev, args: argparse.Namespace, folder: Path
+        self,
+        lm: LM,
+        fast: LM,
+        tested: LM,
+        dev: list[ContextRecord],
+        kept: Dev,
+        args: argparse.Namespace,
+        folder: Path,
     ) -> None:
-        self.lm, self.fast, self.dev, self.kept, self.folder = lm, fast, dev, kept, folder
-        self.tested = lm if args.dtype == "float32" else fast
+        self.lm, self.fast, self.tested, self.dev, self.kept, self.folder = lm, fast, tested, dev, kept, folder
         self.options: dict[str, Any] = {}
         """Of the bench, chosen on dev."""
         if dev[0].options:
             self.options = {"suffix": self.suffix()}
             self.dev = [worded(record, "plain", **self.options) for record in dev]
         self.bench: Any = kre if dev[0].options else memotrap
+        self.when: When = args.when
+        self.asked: list[ContextRecord] = []
+        """With another record's context; none where that takes no part."""
+        self.words: list[str] = []
+        """What the unpatched model answers there without any."""
+        if args.objective == "bcu":
+            self.asked = foreign(self.dev)
+            self.words = kept.once("own answers", partial(own_answers, fast, self.asked))
         self.tables: dict[str, list[list[float]]] = {}
-        """Of each method every setting with its accuracy."""
+        """Of each method every setting with what it is chosen by."""
+        self.shares: dict[str, list[list[float]]] = {}
+        """The same with both shares: answered as told, and as without a context."""
         self.chosen: dict[str, Setting] = {}
         self.named = self.credited(args.examples)
 
@@ -179,33 +205,42 @@ class Study:
         settings = [(h, factor) for h, factor in settings if h <= len(neurons)]
         if len(settings) < 2:
             raise SystemExit(f"the records name {len(neurons)} neurons for {named}: too few to choose from.")
-        total = [0] * len(settings)
-        for start in range(0, len(self.dev), BLOCK):
-            block = self.dev[start : start + BLOCK]
-            key = f"{name} {start} {hash_json(settings)[:8]}"
-            part = self.kept.once(key, partial(right, self.fast, block, neurons, settings, on))
-            total = [t + n for t, n in zip(total, part, strict=True)]
-        self.tables[name] = self.table(settings, total)
-        self.chosen[name] = h, factor = best_of(settings[1:], total[1:])
+        found = self.scored(name, neurons, settings, on, hash_json(settings)[:8])
+        self.tables[name] = self.table(name, settings, found)
+        score = [sum(shares) / len(shares) for shares in found[1:]]
+        self.chosen[name] = h, factor = best_of(settings[1:], score)
         return neurons[:h], factor
 
-    def table(self, settings: Sequence[Setting], total: Sequence[int]) -> list[list[float]]:
-        return [[*setting, round(n / len(self.dev), 5)] for setting, n in zip(settings, total, strict=True)]
+    def scored(
+        self, name: str, neurons: Sequence[Neuron], settings: Sequence[Setting], on: Sequence[Patch], mark: str
+    ) -> list[list[float]]:
+        """Of each setting the share answered as told, and with ``asked`` the other one. Kept 64 records at a time."""
+        found: list[list[float]] = [[] for _ in settings]
+        for label, records, words in (("", self.dev, None), (" foreign", self.asked, self.words)):
+            total = [0] * len(settings)
+            for start in range(0, len(records), BLOCK):
+                block, said = records[start : start + BLOCK], words and words[start : start + BLOCK]
+                count = partial(right, self.fast, block, neurons, settings, on, said, self.when)
+                part = self.kept.once(f"{name}{label} {start} {mark}".rstrip(), count)
+                total = [t + n for t, n in zip(total, part, strict=True)]
+            for shares, n in zip(found, total, strict=True):
+                shares += [n / len(records)] if records else []
+        return found
+
+    def table(self, name: str, settings: Sequence[Setting], found: Sequence[Sequence[float]]) -> list[list[float]]:
+        self.shares[name] = [[*s, *(round(x, 5) for x in own)] for s, own in zip(settings, found, strict=True)]
+        return [[*s, round(sum(own) / len(own), 5)] for s, own in zip(settings, found, strict=True)]
 
     def best(self, name: str, settings: list[Setting], make: Callable[[int, float], Patch]) -> Setting:
-        """The setting whose patch answers most records right; of equal ones the first, which is the gentlest."""
-
-        def count(k: int, x: float) -> int:
-            return right_one(self.fast, self.dev, make(k, x))
-
-        total = [self.kept.once(f"{name} {k} {x}", partial(count, k, x)) for k, x in settings]
-        self.tables[name] = self.table(settings, total)
-        self.chosen[name] = best_of(settings, total)
+        """The setting whose patch is the best; of equal ones the first, which is the gentlest."""
+        found = [self.scored(f"{name} {k} {x}", [], [(0, 1.0)], [make(k, x)], "")[0] for k, x in settings]
+        self.tables[name] = self.table(name, settings, found)
+        self.chosen[name] = best_of(settings, [sum(shares) / len(shares) for shares in found])
         return self.chosen[name]
 
     def scaled(self, method: str, neurons: list[Neuron], factor: float, **more: Any) -> Patch:
         notes = {"neurons": [[n.layer, n.index] for n in neurons], "factor": factor, **more}
-        return scaling(self.lm, neurons, factor, method=method, config=notes, notes=notes)
+        return scaling(self.lm, neurons, factor, when=self.when, method=method, config=notes, notes=notes)
 
     @cached_property
     def ircan(self) -> tuple[list[Neuron], float]:
@@ -264,7 +299,7 @@ class Study:
 
     def of_param_mute(self, seed: int | None = None) -> list[Patch]:
         """Layers and factor chosen on dev, those first that work harder over memory's answers; or random layers."""
-        cfg = param_mute.Config(responses="given")
+        cfg = param_mute.Config(responses="given", when=self.when)
 
         def order() -> list[int]:
             notes = param_mute.fit(self.lm, self.dev, cfg, progress=told).notes
@@ -282,8 +317,8 @@ class Study:
             layers = random.Random(seed).sample(layers, k)
         return [make(k, factor)]
 
-    def asked(self, name: str, patches: list[Patch]) -> None:
-        """What the bench itself says of a winner on dev, its weights edited: the grid only counts what it can tell."""
+    def asked_by_bench(self, name: str, patches: list[Patch]) -> None:
+        """What the bench itself says of a winner on dev: the grid only counts what it can tell."""
         cfg = self.bench.Config(baselines=(), irrelevant=False, **self.options)
 
         def ask() -> float:
@@ -332,7 +367,7 @@ def measure(test: list[ContextRecord], study: Study, args: argparse.Namespace, f
         start = perf_counter()
         patches = make()  # also of a row that is there: its tables belong to the report
         if name in ("ircan", "ircan + cad", "scone"):
-            study.asked(name, patches)
+            study.asked_by_bench(name, patches)
         if any(run.name == name and len(run.parts) == run.record["planned"] for run in report.runs):
             continue
         report = ask(config(baselines=(), **settings), patch=patches, run_id=name)
@@ -368,10 +403,11 @@ def write(report: Any, study: Study, args: argparse.Namespace, folder: Path) -> 
     }
     prefixes = ("ERN", "ErRN", "iti random", "param_mute random")
     controls = {p: mean_of(report, p) for p in prefixes if any(r.name.startswith(f"{p} ") for r in report.runs)}
-    objective = OBJECTIVE.format(n=len(study.dev))
+    objective = OBJECTIVES[args.objective].format(n=len(study.dev))
     whole = {
         "made": now(), "model": study.lm.name, "dtype": args.dtype, "task": args.task, "versions": versions(),
-        "hardware": hardware(), "dev_dtype": "bfloat16", "objective": objective, "dev_records": len(study.dev),
+        "hardware": hardware(), "dev_dtype": args.dev_dtype, "objective": objective, "dev_records": len(study.dev),
+        "when": study.when, "shares": study.shares,
         "bench": study.options,
         "chosen": study.chosen, "tables": study.tables, "dev": study.kept.kept,
         "controls": controls, "runs": numbers,
@@ -476,7 +512,7 @@ def draw(report: Any, study: Study, controls: dict[str, dict[str, float]], folde
         for title, line in lines.items():
             axes.plot(*zip(*line, strict=True), marker="o", label=title)
         axes.axhline(before, ls="--", color="grey", label="unpatched")
-        axes.set(xlabel=label, ylabel="accuracy on dev")
+        axes.set(xlabel=label, ylabel="BCU on dev" if study.asked else "accuracy on dev")
         axes.grid(alpha=0.3)
         axes.legend()
 
@@ -515,6 +551,9 @@ def main() -> None:
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the test half")
+    parser.add_argument("--dev-dtype", choices=("float32", "bfloat16"), default="bfloat16", help="what is tried on dev")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="bcu", help="by which settings are chosen")
+    parser.add_argument("--when", choices=("context", "always"), default="context", help="when patched neurons act")
     parser.add_argument("--examples", type=int, default=100, help="dev records on which neurons are found")
     parser.add_argument("--dev", type=int, help="dev records on which every method is tuned; default: every one")
     parser.add_argument("--n", type=int, help="test records, chosen by hash; default: every one")
@@ -523,14 +562,19 @@ def main() -> None:
     parser.add_argument("--general-n", type=int, default=100, help="records of each general task; 0: none")
     parser.add_argument("--out", type=Path, help="folder; default: work/ircan-TASK beside this file")
     args = parser.parse_args()
-    folder: Path = args.out or WORK / f"ircan-{args.task}"
+    other = "" if args.model == "gemma-3-270m" else f"-{Path(args.model).name}"
+    folder: Path = args.out or WORK / f"ircan-{args.task}{other}"
     folder.mkdir(parents=True, exist_ok=True)
     dev, test = (read_context(_file(args.data, f"{FILES[args.task]}_{half}")) for half in ("dev", "test"))
-    lm, fast = (lp.load(args.model, device=args.device, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    made = {
+        dtype: lp.load(args.model, device=args.device, dtype=dtype) for dtype in {"float32", args.dtype, args.dev_dtype}
+    }
+    lm, fast = made["float32"], made[args.dev_dtype]
     dev = dev[: args.dev]
     identity = {"model": lm.fingerprint(), "dev": hash_json([[r.prompt, r.answer, r.memory] for r in dev])}
     identity["examples"] = args.examples
-    study = Study(lm, fast, dev, Dev(folder / "dev.json", identity), args, folder)
+    identity |= {"objective": args.objective, "when": args.when, "dev_dtype": args.dev_dtype}
+    study = Study(lm, fast, made[args.dtype], dev, Dev(folder / "dev.json", identity), args, folder)
     report = measure(test, study, args, folder)
     write(report, study, args, folder)
     if args.general_n:

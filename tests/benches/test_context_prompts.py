@@ -7,8 +7,8 @@ from typing import get_args
 
 import pytest
 
-from lmpatch.benches.context.prompts import Wording, others, swapped, worded
-from lmpatch.data.context import ContextRecord
+from lmpatch.benches.context.prompts import Wording, worded
+from lmpatch.data.context import ContextRecord, others, swapped
 
 ASKED = ContextRecord(
     'They say "food" is kept on a shelf. ', " Where is food kept? ", "A", "B", options=("shelf", "fridge")

@@ -21,9 +21,10 @@ import lmpatch as lp
 from lmpatch.benches import memotrap
 from lmpatch.benches.context.bench import WORD, word
 from lmpatch.benches.core import runner, stats
-from lmpatch.benches.core.report import Report
+from lmpatch.benches.core.adapter import adapt
+from lmpatch.benches.core.report import Report, Run
 from lmpatch.benches.core.stats import Number, Values, number, numbers
-from lmpatch.benches.memotrap import Config, complete, cut, settled
+from lmpatch.benches.memotrap import Config, Row, complete, cut, settled
 from lmpatch.cli.app import build
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.data.edits import Edit
@@ -330,3 +331,32 @@ def test_the_command_line_takes_a_file_and_goes_on(tiny: LM, patch: WeightPatch,
     assert done.exit_code == 0, done.output
     assert "With its context" in done.stdout and "none, opin" in done.stdout and (out / "report.html").is_file()
     assert len((out / "rows.jsonl").read_text().splitlines()) == 3 * (3 + 2 + 3)
+
+
+# Who loses to a prompt
+
+
+def judged(name: str, right: int, n: int, baseline: bool) -> Run:
+    """A run that answers so many records as told, and none otherwise than without a context."""
+    common: dict[str, Any] = {"answer": "a", "memory": "m", "closed": "a", "run_id": name}
+    own = [Row(place=i, id=str(i), when="context", said="a" if i < right else "x", **common) for i in range(n)]
+    other = [Row(place=i, id=str(i), when="foreign", said="a", kept=True, **common) for i in range(n)]
+    return Run(adapt(memotrap), {"run_id": name, "baseline": baseline, "bootstrap": 0}, own + other, ())
+
+
+@pytest.mark.parametrize(("right", "line"), [(10, "loses to"), (29, "does not clearly beat"), (30, "does not clearly")])
+def test_a_method_that_a_prompt_beats_is_named_in_the_verdict(right: int, line: str) -> None:
+    runs = [judged("none", 5, 40, True), judged("none, attr", 20, 40, True), judged("none, opin", 30, 40, True)]
+    report = Report(adapt(memotrap), (*runs, judged("ircan", right, 40, False)))
+    last = report.verdict()[-1]
+    assert last.startswith("ircan (") and f"{line}" in last and "'none, opin' in bcu: prefer the prompt." in last
+    assert last in report.summary()["verdict"]
+
+
+def test_a_method_that_beats_every_prompt_is_not_named_and_few_records_lose_nothing() -> None:
+    runs = (judged("none", 5, 40, True), judged("none, attr", 10, 40, True))
+    assert len(Report(adapt(memotrap), (*runs, judged("ircan", 40, 40, False))).verdict()) == 1
+    few = (judged("none", 1, 8, True), judged("none, attr", 8, 8, True), judged("ircan", 0, 8, False))
+    assert "does not clearly beat the prompt" in Report(adapt(memotrap), few).verdict()[-1]
+    alone = Report(adapt(memotrap), (runs[0], judged("ircan", 0, 40, False)))
+    assert "prompt" not in " ".join(alone.verdict())

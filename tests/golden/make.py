@@ -188,6 +188,8 @@ def make_patch(lm: lp.LM, method: str, editor: lp.Editor | None = None) -> lp.Pa
         records = FACTS
     else:
         records = CONTEXTS if method in ("ircan", "cad", "iti") else EDITS
+    if hasattr(registry.get("methods", method).Config, "when"):  # the first release knew no other
+        given["when"] = "always"
     return lp.fit(lm, method, records, **given, **SETTINGS[method])
 
 

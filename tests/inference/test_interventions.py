@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -34,7 +34,9 @@ from lmpatch.patches.weight.patch import WeightPatch
 QUESTIONS = ["The Eiffel Tower is in", "Apple", "The mother tongue of Danielle Darrieux is"]
 PROMPTS: list[Prompt] = [InContext(f"It is said to be Rome. {q}", q) for q in QUESTIONS]
 NEW = 6
-Kind = Literal["none", "bake", "side", "scale", "all", "answer", "output", "power", "grd", "memory", "text"]
+Kind = Literal[
+    "none", "bake", "side", "scale", "all", "answer", "output", "power", "grd", "memory", "text", "gated", "gated low"
+]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ def acting(lm: LM, kind: Kind) -> Iterator[None]:
             WeightPatch.make(lm, {name: Scale(torch.arange(9), torch.full((9,), 3.0), (d, f))}, method="push"),
             "side",
         )
+    elif kind.startswith("gated"):
+        delta = Scale(torch.arange(9), torch.full((9,), 3.0), (d, f), when="context")
+        low = LowRank(torch.randn(d, 1, generator=source), torch.randn(1, f, generator=source), when="context")
+        patch = WeightPatch.make(lm, {name: low if kind == "gated low" else delta}, method="push")
     elif kind in ("power", "grd"):
         patch = DecodePatch.make(lm, Power(1.7) if kind == "power" else Grd(0.5), method="cad")
     else:
@@ -102,7 +108,7 @@ class Endless(StopTokens):
 
 def generated(lm: LM, inputs: Streams) -> tuple[list[list[int]], list[list[float]]]:
     """Tokens and their log probabilities, from one batch that is padded on the left and uses a cache."""
-    batch = [tuple(row.ids for row in rows) for rows in inputs.rows]
+    batch = inputs.rows
     sampling, ended = Watching(), [False] * len(batch)
     tokens: list[list[int]] = [[] for _ in batch]
     for step in steps(lm, inputs, batch, Endless(lm, ()), sampling, torch.zeros(len(batch), NEW), ended):
@@ -115,13 +121,14 @@ def generated(lm: LM, inputs: Streams) -> tuple[list[list[int]], list[list[float
 @pytest.mark.parametrize("kind", Kind.__args__)
 def test_what_is_scored_is_what_would_be_generated(kind: Kind, family: str) -> None:
     lm = tiny_lm(family)
-    clean = hidden(lm, QUESTIONS)
+    asked: list[Prompt] = [*(PROMPTS if kind.startswith("gated") else QUESTIONS)]
+    clean = hidden(lm, asked)
     with acting(lm, kind), torch.no_grad():
         inputs = streams(lm, PROMPTS)
         tokens, logprobs = generated(lm, inputs)
         assert all(len(new) == NEW for new in tokens)
         batch = [
-            (tuple((*row.ids, *new) for row in rows), tuple(len(row.ids) for row in rows))
+            tuple(replace(row, ids=(*row.ids, *new)) for row in rows)
             for rows, new in zip(inputs.rows, tokens, strict=True)
         ]
         together = score_batch(lm, inputs, batch)  # padded on the right, without a cache
@@ -135,7 +142,7 @@ def test_what_is_scored_is_what_would_be_generated(kind: Kind, family: str) -> N
         assert first.argmax(-1).tolist() == [new[0] for new in tokens]
         assert first.amax(-1).tolist() == pytest.approx([row[0] for row in logprobs], abs=2e-4)
         if kind not in ("power", "grd"):
-            moved = (hidden(lm, QUESTIONS) - clean).abs().amax(-1)
+            moved = (hidden(lm, asked) - clean).abs().amax(-1)
             assert (moved > 1e-3).any() == (kind != "none")  # it acts at all
 
 

@@ -14,18 +14,22 @@ from snapshot import Lines, changed, name, state
 from tiny import TEXT, tiny_lm
 from torch import Tensor
 
+from lmpatch.benches import kre, memotrap
 from lmpatch.benches.kre import choose
 from lmpatch.benches.memotrap import complete, cut
 from lmpatch.data.context import ContextRecord, InContext
 from lmpatch.errors import BadInput
 from lmpatch.inference.generate import generate
 from lmpatch.inference.interventions import Rule
+from lmpatch.inference.plain_text import perplexity
 from lmpatch.inference.replay import Recording, record
+from lmpatch.inference.states import hidden
 from lmpatch.inference.tokens import encode, encode_all
 from lmpatch.locate.neurons import drawn, ranked, scaling
+from lmpatch.methods import param_mute, scone
 from lmpatch.methods.ircan import grid as _ircan_grid
 from lmpatch.methods.ircan import method as ircan
-from lmpatch.methods.ircan.grid import accuracies, scaled_states
+from lmpatch.methods.ircan.grid import accuracies, foreign, own_answers, scaled_states
 from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
 from lmpatch.models.units import Neuron
@@ -208,7 +212,7 @@ def test_answers_to_questions_end_with_their_line_in_a_search_too() -> None:
 @pytest.mark.slow
 def test_a_search_that_finds_nothing_right_says_so(lm: LM) -> None:
     with pytest.warns(UserWarning, match="no setting answers any of the"):
-        ircan.fit(lm, RECORDS, replace(CFG, search_neurons=(2,), search_factors=(3.0,)))
+        ircan.fit(lm, RECORDS, replace(CFG, search_neurons=(2,), search_factors=(3.0,), objective="accuracy"))
 
 
 def test_a_patch_keeps_no_contexts(lm: LM) -> None:
@@ -266,7 +270,9 @@ def test_a_record_beyond_the_window_is_refused(lm: LM) -> None:
 @pytest.mark.slow
 def test_a_search_takes_the_best_setting_and_of_equal_ones_the_gentlest(talker: LM) -> None:
     lm, records = talker, told(talker)
-    cfg = replace(CFG, search_neurons=(4, 1, 2), search_factors=(30.0, 2.0), examples=2)
+    cfg = replace(
+        CFG, search_neurons=(4, 1, 2), search_factors=(30.0, 2.0), examples=2, objective="accuracy", max_perplexity=1e9
+    )
     patch = ircan.fit(lm, records, cfg)
     table = patch.notes["search"]
     assert [row[:2] for row in table] == [[h, b] for h in (1, 2, 4) for b in (2.0, 30.0)]
@@ -287,8 +293,10 @@ def test_the_winner_is_measured_with_its_weights_edited(lm: LM, monkeypatch: pyt
         return torch.ones(len(settings))
 
     monkeypatch.setattr(ircan, "accuracies", found)
-    ircan.fit(lm, RECORDS, replace(CFG, search_neurons=(2,), search_factors=(3.0,)))
-    assert mounts == [[], ["bake"]]
+    cfg = replace(CFG, search_neurons=(2,), search_factors=(3.0,), objective="accuracy", max_perplexity=1e9)
+    ircan.fit(lm, RECORDS, cfg)
+    ircan.fit(lm, RECORDS, replace(cfg, when="context"))
+    assert mounts == [[], ["bake"], [], ["side"]]
 
 
 @pytest.mark.slow
@@ -342,3 +350,119 @@ def test_an_interrupt_while_the_winner_is_measured_leaves_the_model_as_it_was() 
                 assert lines.interrupted(line, time)
                 assert changed(before, state(lm)) == [], f"{name(line)}, time {time}"
     assert any("trial" in name(line) for line in own)
+
+
+# Only in a context, and chosen by both shares
+
+
+def stories() -> list[ContextRecord]:
+    """Records whose contexts are unrelated and stand in their prompts; answers are what the model says, or half."""
+    words = " ".join(TEXT).replace(".", "").replace("?", "").split()
+    return [
+        ContextRecord(f"{words[i]} {words[i + 1]} is.", f"{words[i + 2]} {words[i + 3]}", words[i + 4], prompt=prompt,
+                      without_context=f"{words[i + 2]} {words[i + 3]}")
+        for i in range(30)
+        for prompt in [f"{words[i]} {words[i + 1]} is. {words[i + 2]} {words[i + 3]}"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [ircan, scone, param_mute])
+def test_by_default_a_patch_of_neurons_leaves_plain_text_to_the_bit(module: Any) -> None:
+    lm = tiny_lm("llama")
+    records, cfg = module.example(lm)
+    patch = module.fit(lm, records, replace(cfg, when=module.Config().when))
+    assert patch.only_in_context and patch.mounts == ("side",)
+    always = module.fit(lm, records, cfg)
+    prompts: list[Any] = [r.asked for r in records]
+    clean, before = hidden(lm, prompts), perplexity(lm)
+    with apply(lm, always, mount="side"):
+        moved = hidden(lm, prompts)
+        assert perplexity(lm) != before
+    with apply(lm, patch):
+        assert perplexity(lm) == before
+        assert torch.equal(hidden(lm, prompts), moved) and not torch.equal(moved, clean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [None, Power(1.5)], ids=repr)
+def test_the_table_of_a_search_in_a_context_is_what_the_bench_says_of_each_patch(talker: LM, rule: Rule | None) -> None:
+    lm = talker
+    with apply(lm, DecodePatch.make(lm, rule, method="cad")) if rule else nullcontext():
+        records = told(lm)
+        table = accuracies(lm, records, NEURONS, SETTINGS, when="context")
+        for (count, factor), found in zip(SETTINGS, table.tolist(), strict=True):
+            neurons = NEURONS[: max(count, 1)]
+            patch = scaling(lm, neurons, factor if count else 1.0, when="context", method="edit")
+            with apply(lm, patch):
+                assert found == pytest.approx(asked(lm, records))
+                assert found == pytest.approx(float(accuracies(lm, records, [], [(0, 1.0)])[0]))
+    assert len(set(table.tolist())) > 1
+
+
+@pytest.mark.slow
+def test_robustness_of_a_setting_is_what_the_bench_says(talker: LM) -> None:
+    lm, records = talker, stories()
+    others_ = foreign(records)
+    words = own_answers(lm, others_)
+    table = accuracies(lm, others_, NEURONS, SETTINGS, words=words, when="context")
+    cfg = memotrap.Config(baselines=())
+    for (count, factor), found in zip(SETTINGS, table.tolist(), strict=True):
+        patch = scaling(lm, NEURONS[: max(count, 1)], factor if count else 1.0, when="context", method="edit")
+        report = memotrap.run(lm, records, cfg, patch=patch)
+        robust = report.run("edit").metrics()["robustness"]
+        assert robust.n == len(others_)
+        assert found == pytest.approx(robust.value)
+    assert len(set(table.tolist())) > 1 and table[0] > 0
+
+
+@pytest.mark.slow
+def test_robustness_of_letters_is_what_the_bench_says(lm: LM) -> None:
+    records = [
+        ContextRecord(f"The {thing} is {colour}.", f"What colour is the {thing}?", "ABC"[i % 3], "ABC"[(i + 1) % 3],
+                      options=("blue", "green", "red"))
+        for i, (thing, colour) in enumerate([("sky", "old"), ("tower", "new"), ("sea", "wet"), ("hill", "far")])
+    ]  # fmt: skip
+    others_ = foreign(records)
+    table = accuracies(lm, others_, NEURONS, SETTINGS, words=own_answers(lm, others_))
+    for (count, factor), found in zip(SETTINGS, table.tolist(), strict=True):
+        patch = scaling(lm, NEURONS[: max(count, 1)], factor if count else 1.0, method="edit")
+        report = kre.run(lm, records, kre.Config(baselines=()), patch=patch)
+        assert found == pytest.approx(report.run("edit").metrics()["robustness"].value)
+
+
+@pytest.mark.slow
+def test_a_search_is_by_the_mean_of_both_shares(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(lm: LM, records: Any, neurons: Any, settings: Any, words: Any = None, **_: Any) -> Tensor:
+        """More of the largest factor answers as told, and nothing else leaves the rest as it was."""
+        return torch.tensor([0.01 * x if words is None else 1.0 / x for _, x in settings])
+
+    monkeypatch.setattr(ircan, "accuracies", found)
+    cfg = replace(CFG, search_neurons=(2,), search_factors=(1.5, 4.0, 30.0), when="context")
+    patch = ircan.fit(lm, RECORDS, cfg)
+    for _, factor, score, accuracy, robustness in patch.notes["search"]:
+        assert score == pytest.approx((accuracy + robustness) / 2, abs=1e-4)
+        assert robustness == pytest.approx(1 / factor, abs=1e-4)
+    assert {f for by in columns(patch).values() for f in by.values()} == {1.5}
+    alone = ircan.fit(lm, RECORDS, replace(cfg, objective="accuracy"))
+    assert {f for by in columns(alone).values() for f in by.values()} == {30.0}
+
+
+def test_without_unrelated_contexts_the_search_says_what_to_do(lm: LM) -> None:
+    cfg = replace(CFG, search_neurons=(2,), search_factors=(3.0,))
+    with pytest.raises(BadInput, match="objective='accuracy'"):
+        ircan.fit(lm, [RECORDS[0]] * 2, cfg)
+
+
+@pytest.mark.slow
+def test_a_setting_that_harms_plain_text_is_passed_over(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(lm: LM, records: Any, neurons: Any, settings: Any, **_: Any) -> Tensor:
+        return torch.tensor([float(factor) for _, factor in settings]) / 1000  # the largest factor is the best
+
+    monkeypatch.setattr(ircan, "accuracies", found)
+    cfg = replace(
+        CFG, search_neurons=(4,), search_factors=(1.0, 1.0001, 500.0), objective="accuracy", max_perplexity=1.05
+    )
+    chosen = {f for by in columns(ircan.fit(lm, RECORDS, cfg)).values() for f in by.values()}
+    assert [*chosen] == pytest.approx([1.0001])
+    free = ircan.fit(lm, RECORDS, replace(cfg, when="context"))
+    assert {f for by in columns(free).values() for f in by.values()} == {500.0}

@@ -23,13 +23,13 @@ from ..inference.score import score
 from ..inference.tokens import encode_all
 from ..models.lm import LM
 from .context import bench
-from .context.bench import METRICS, OWN, PLOTS, Reply, Row, Task, Wanted, identity, load, plan
+from .context.bench import JUDGED_BY, METRICS, OWN, PLOTS, Reply, Row, Task, Wanted, identity, load, plan
 from .context.prompts import Wording
 from .core.asking import mark_logits
 from .core.runner import bound
 
 __all__ = [
-    "CONTEXTS", "METRICS", "OWN", "PLOTS", "Config", "Row", "ask", "baselines", "identity", "load", "plan",
+    "CONTEXTS", "JUDGED_BY", "METRICS", "OWN", "PLOTS", "Config", "Row", "ask", "baselines", "identity", "load", "plan",
     "read_report", "run", "settle", "texts",
 ]  # fmt: skip
 

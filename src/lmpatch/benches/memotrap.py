@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..data.context import ContextRecord, one_line
+from ..data.context import ContextRecord, completion, one_line
 from ..errors import BadInput
 from ..inference.generate import generate
 from ..models.lm import LM
 from .context import bench
-from .context.bench import METRICS, OWN, PLOTS, Item, Reply, Row, Task, Wanted, identity, load
+from .context.bench import JUDGED_BY, METRICS, OWN, PLOTS, Item, Reply, Row, Task, Wanted, identity, load
 from .core.runner import bound
 
 __all__ = [
-    "CONTEXTS", "METRICS", "OWN", "PLOTS", "Config", "Row", "ask", "baselines", "identity", "load", "plan",
+    "CONTEXTS", "JUDGED_BY", "METRICS", "OWN", "PLOTS", "Config", "Row", "ask", "baselines", "identity", "load", "plan",
     "read_report", "run", "settle", "texts",
 ]  # fmt: skip
 
@@ -99,8 +99,7 @@ def cut(text: str, official: bool = False, line: bool = False) -> str:
     Args:
         line: it ends at a new line, too.
     """
-    start = text.partition("\n")[0] if line else text
-    head = start.strip().partition(".")[0]
+    head = completion(text, line)
     return head if official else head.strip()
 
 

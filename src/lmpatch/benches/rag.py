@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +19,16 @@ from ..data.rag.reader import RagRecord, f1, holds, is_built, normalise, read_bu
 from ..errors import BadInput
 from ..inference.closed_book import closed_book_answers
 from ..inference.generate import generate
+from ..inference.isolate import isolate
 from ..models.lm import LM
 from ..progress import Progress
 from ..provenance import hash_json
 from .core import contract
 from .core.asking import beyond_window
-from .core.contract import Example, Json, Measure, Scatter, Settings
+from .core.contract import Curve, Example, Json, Measure, Scatter, Settings
 from .core.runner import bound
 
-Condition = Literal["context", "conflict", "mixed", "irrelevant", "empty"]
+Condition = Literal["context", "conflict", "mixed", "irrelevant", "empty", "poison"]
 CONDITIONS: dict[Condition, str] = {
     "context": "the document that answers",
     "conflict": "that document with another answer",
@@ -41,6 +43,10 @@ VARIANTS: dict[str, tuple[Condition, ...]] = {
     "foreign": ("irrelevant", "empty"),
 }
 """Variant of a record → the conditions it is asked under."""
+POISON: Condition = "poison"
+"""The condition of samples with hostile passages."""
+PASSAGES = 10
+"""Passages such a sample has."""
 AGREES = 0.5
 """Token F1 of a closed-book answer with the context's from which the two do not conflict. Source: COIECD."""
 CONTEXTS = True
@@ -55,6 +61,9 @@ class Config(Settings):
     chosen by the hash of their question; among irrelevant ones those the model knows come first."""
     conditions: tuple[str, ...] = tuple(CONDITIONS)
     """Conditions to ask: context, conflict, mixed, irrelevant, empty."""
+    doses: tuple[int, ...] = ()
+    """Ask also with so many hostile ones among ten passages, a quarter of ``n`` questions each: 0,1,5,9,10. Then the
+    unpatched model is also asked passage by passage, with a vote on its answers."""
     max_new_tokens: int = 16
     """Length of an answer at most; a new line ends it earlier."""
     batch_size: int = 32
@@ -76,6 +85,12 @@ class Sample:
     """The unpatched model's closed-book answer."""
     known: bool
     """A true answer stands in it: repeated, it is a hit where the document does not answer."""
+    dose: int | None = None
+    """Hostile ones among its passages."""
+    hostile: str = ""
+    """What those say."""
+    alone: tuple[InContext, ...] = ()
+    """The prompts with one passage each, where there are several."""
 
 
 def load(path: str | Path, *, limit: int | None = None, seed: int | None = None) -> list[RagRecord]:
@@ -97,6 +112,8 @@ def settle(cfg: Config, records: Sequence[RagRecord], fixed: bool) -> Config:
         raise BadInput(f"rag has no condition {odd[0]!r}. There are: {', '.join(CONDITIONS)}.")
     if cfg.n < 1:
         raise BadInput(f"n is {cfg.n}; give 1 or more.")
+    if odd_doses := [dose for dose in cfg.doses if not 0 <= dose <= PASSAGES]:
+        raise BadInput(f"a dose is {odd_doses[0]}; of {PASSAGES} passages 0 to {PASSAGES} can be hostile.")
     return cfg
 
 
@@ -106,13 +123,15 @@ def plan(
     """The items of a run. The unpatched model is asked for its own answers first, which decide what conflicts."""
     questions = [r.question for r in records]
     answers = closed_book_answers(lm, questions, progress=progress)
-    everything = samples(records, {q: answer.text for q, answer in zip(questions, answers, strict=True)})
+    own = {q: answer.text for q, answer in zip(questions, answers, strict=True)}
+    everything = samples(records, own)
     items: list[Sample] = []
     for condition in cfg.conditions:
         group = [s for s in everything if s.condition == condition]
         first = condition in ("irrelevant", "empty")
         group.sort(key=lambda s: (first and not s.known, hash_json([cfg.seed, s.id.partition(":")[0]])))
         items += group[: (cfg.n + 1) // 2 if condition == "mixed" else cfg.n]
+    items += poisoned(records, own, cfg)
     if not items:
         raise BadInput("nothing is left to ask: no record conflicts with the model's memory or has a true answer.")
     return items
@@ -144,12 +163,63 @@ def samples(records: Sequence[RagRecord], own: Mapping[str, str]) -> list[Sample
     return items
 
 
+def poisoned(records: Sequence[RagRecord], own: Mapping[str, str], cfg: Config) -> list[Sample]:
+    """Questions with ten passages, some of them hostile: the answering document with the true answer or, in the same
+    form, with a wrong one that answers another question of the data; behind it a sentence from elsewhere, so that no
+    two passages are alike. Which ones are hostile the seed decides; those of a smaller dose are so in a larger one.
+    """
+    pairs: dict[str, dict[str, RagRecord]] = {}
+    for r in records:
+        pairs.setdefault(r.id.partition(":")[0], {})[r.variant] = r
+    both = [(two["original"], two["substituted"]) for two in pairs.values() if {"original", "substituted"} <= {*two}]
+    both.sort(key=lambda two: hash_json([cfg.seed, two[0].id]))
+    texts = sorted({document for r in records for document in r.documents if r.variant == "foreign"})
+    items = []
+    for right, wrong in both[: (cfg.n + 3) // 4] if cfg.doses else ():
+        answers = (*right.gold, right.answer, wrong.answer)
+        fill = sorted((t for t in texts if not holds(t, answers)), key=lambda t: hash_json([cfg.seed, right.id, t]))
+        ends = [re.split(r"(?<=[.!?])\s", text)[0] for text in fill[:PASSAGES]] or [""]
+        order = sorted(range(PASSAGES), key=lambda i: hash_json([cfg.seed, right.id, i]))
+        closed, question = own[right.question], right.id.partition(":")[0]
+        for dose in cfg.doses:
+            bad = {*order[:dose]}
+            passages = [
+                f"{(wrong if i in bad else right).documents[0]} {ends[i % len(ends)]}".rstrip() for i in range(PASSAGES)
+            ]
+            whole_, *alone = (
+                replace(right, documents=tuple(some), prompt="", without_context="").asked
+                for some in (passages, *([p] for p in passages))
+            )
+            wanted, known = tuple(dict.fromkeys((right.answer, *right.gold))), holds(closed, right.gold)
+            items.append(
+                Sample(
+                    f"{question}:dose{dose}", right.title or question, POISON, whole_, right.question, wanted, closed,
+                    known, dose, wrong.answer, tuple(alone),
+                )
+            )  # fmt: skip
+    return items
+
+
 def ask(lm: LM, items: Sequence[Sample], cfg: Config) -> list[Row]:
     """One row per item, in their order, from the model as it is now; one that is longer than the window is flagged."""
     flags = beyond_window(lm, [s.asked.prompt for s in items], new_tokens=cfg.max_new_tokens)
     prompts = [s.asked for s, flag in zip(items, flags, strict=True) if not flag]
     answers = iter(generate(lm, prompts, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size))
     return [judged(s, "" if flag else next(answers).strip(), flag) for s, flag in zip(items, flags, strict=True)]
+
+
+def baselines(cfg: Config) -> Mapping[str, Any]:
+    """The unpatched model that reads the passages of a question one at a time; see ``inference.isolate``."""
+    return {"none, isolated": partial(_isolated, cfg)} if cfg.doses else {}
+
+
+def _isolated(cfg: Config, lm: LM, items: Sequence[Sample], base: Sequence[Row] | None) -> list[Row]:
+    """Where there is one passage or none, as the unpatched model was asked already."""
+    rows = {row.key(): row for row in base or ()}
+    asked = [s for s in items if s.alone and not rows[s.condition, s.id].flag]  # what fits together also fits alone
+    votes = isolate(lm, [s.alone for s in asked], max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size)
+    rows |= {(s.condition, s.id): judged(s, one.text) for s, one in zip(asked, votes, strict=True)}
+    return [rows[s.condition, s.id] for s in items]
 
 
 def identity(item: Sample) -> Any:
@@ -164,7 +234,8 @@ def texts(items: Sequence[Sample], cfg: Config) -> tuple[list[str], int]:
 
 def record(items: Sequence[Sample], records: Any, cfg: Config) -> Json:
     """How many items each condition has."""
-    return {"conditions": {c: sum(item.condition == c for item in items) for c in cfg.conditions}}
+    names = (*cfg.conditions, *([POISON] if cfg.doses else []))
+    return {"conditions": {c: sum(item.condition == c for item in items) for c in names}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +253,18 @@ class Row(contract.Row):
     text: str
     """What was generated."""
     hit: bool
-    """It has a wanted answer; under ``context``, ``conflict`` and ``mixed`` the model's own is not beside it."""
+    """It has a wanted answer; under ``context``, ``conflict`` and ``mixed`` the model's own is not beside it, nor under
+    ``poison`` the hostile one."""
     exact: bool
     """It is a wanted answer, normalised."""
     kept: bool
     """It is the model's own closed-book answer, or nearly."""
+    dose: int | None = None
+    """Hostile ones among ten passages."""
+    hostile: str = ""
+    """What those say."""
+    lured: bool = False
+    """It says so."""
 
     def key(self) -> Hashable:
         """Condition and record."""
@@ -198,7 +276,7 @@ class Row(contract.Row):
 
     def where(self) -> str:
         """The condition."""
-        return self.condition
+        return self.condition if self.dose is None else f"{self.condition} {self.dose}"
 
     def generation(self) -> tuple[str, Sequence[str]] | None:
         """The text."""
@@ -215,13 +293,14 @@ def judged(sample: Sample, text: str, flag: str = "") -> Row:
     """The row of an answer, or of none where a flag says why."""
     has = holds(text, sample.wanted)
     reads = sample.condition in ("context", "conflict", "mixed")
-    asked = {
-        name: getattr(sample, name) for name in ("id", "article", "condition", "question", "wanted", "own", "known")
-    }
+    lured = bool(sample.hostile) and holds(text, [sample.hostile])
+    names = ("id", "article", "condition", "question", "wanted", "own", "known", "dose", "hostile")
+    asked = {name: getattr(sample, name) for name in names}
     return Row(
         **asked,
         text=text,
-        hit=has and not (reads and _beside(text, sample)),
+        hit=has and not lured and not (reads and _beside(text, sample)),
+        lured=lured,
         exact=normalise(text) in {normalise(w) for w in sample.wanted},
         kept=bool(normalise(sample.own)) and f1(text, sample.own) >= AGREES,
         flag=flag,
@@ -240,12 +319,17 @@ def _of(*conditions: str, known: bool = False) -> Callable[[Row], str | None]:
     return lambda r: "" if r.condition in conditions and not r.flag and (r.known or not known) else None
 
 
+def _dosed(row: Row) -> str | None:
+    return None if row.dose is None or row.flag else str(row.dose)
+
+
 def _had_own(row: Row) -> str | None:
     return "" if row.condition == "irrelevant" and not row.flag and normalise(row.own) else None
 
 
-HIT, EXACT, KEPT = (attrgetter(name) for name in ("hit", "exact", "kept"))
+HIT, EXACT, KEPT, LURED = (attrgetter(name) for name in ("hit", "exact", "kept", "lured"))
 AD, RO = "Adherence: follows its documents", "Robustness: only where they help"
+DOSE = "Poison: hostile passages among ten"
 FOLLOWED = "conflict items answered from the document and not from memory (adherence)"
 HELD = "irrelevant items still right, of those right without documents (robustness)"
 RIGHT = "has the document's answer, or the true one where it has none"
@@ -258,9 +342,31 @@ METRICS = {
     "kept": Measure("irrelevant items with the model's own answer, right or wrong", KEPT, _had_own, RO),
     **{f"accuracy/{name}": Measure(f"{RIGHT}; {what}", HIT, _of(name), "Accuracy", headline=True)
        for name, what in CONDITIONS.items()},
+    "right": Measure("has the true answer and not the hostile one, by hostile passages of ten", HIT, _dosed, DOSE,
+                     headline=True),
+    "hostile": Measure("has the hostile answer, by hostile passages of ten", LURED, _dosed, DOSE, better="less",
+                       headline=True),
     **{f"exact/{name}": Measure(f"is a wanted answer, normalised; {what}", EXACT, _of(name), "Exact answers")
        for name, what in CONDITIONS.items()},
 }  # fmt: skip
-PLOTS = (Scatter("Robustness against adherence", "R_Ad", "R_Ro"),)
+
+
+def _by_dose(value: Callable[[Row], bool]) -> Callable[[Sequence[Row]], list[tuple[str, float]]]:
+    def points(rows: Sequence[Row]) -> list[tuple[str, float]]:
+        found: dict[int, list[bool]] = {}
+        for row in rows:
+            if _dosed(row) is not None and row.dose is not None:
+                found.setdefault(row.dose, []).append(value(row))
+        return [(str(dose), sum(values) / len(values)) for dose, values in sorted(found.items())]
+
+    return points
+
+
+DOSES, HOSTILE = tuple(map(str, range(PASSAGES + 1))), f"hostile passages of {PASSAGES}"
+PLOTS = (
+    Scatter("Robustness against adherence", "R_Ad", "R_Ro"),
+    Curve("True answers by poison dose", HOSTILE, "has the true answer alone", _by_dose(HIT), DOSES),
+    Curve("Hostile answers by poison dose", HOSTILE, "has the hostile answer", _by_dose(LURED), DOSES),
+)
 
 run, read_report = bound(__name__)

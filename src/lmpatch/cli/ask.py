@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import BadInput
 from ..files import outside, read_bytes
 from .options import Mount, Patches, Raw, Source, arg, open_patches, opt, patched
-from .screen import progress, table
+from .screen import note, progress, table
 
 if TYPE_CHECKING:
     from ..inference.interventions import Prompt
@@ -43,6 +43,8 @@ def ask(
     patches = open_patches(patch)
     if context is None and (decode := next((p for p in patches if p.needs_context), None)):
         raise BadInput(f"{decode.method} compares answers with and without a context. Give one with --context.")
+    if context is None and (idle := [p.method for p in patches if p.only_in_context]):
+        note(f"{', '.join(idle)} acts only in a context, and none is given (--context): nothing changes by it")
     from ..inference.generate import generate
 
     batch: list[Prompt] = [*texts] if context is None else in_context(context, texts)

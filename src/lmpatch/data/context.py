@@ -16,12 +16,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import BadInput, BadRecord
+from ..provenance import hash_json
 from .lines import Line, Shapes, Source, check_text, cut, only, read_shapes, text_of, texts_of
+from .matching import first, normalise
 from .record import Record
 
 T = TypeVar("T")
@@ -121,6 +123,15 @@ def one_line(prompt: str) -> bool:
     return prompt.rstrip().endswith(":")
 
 
+def completion(text: str, line: bool = False) -> str:
+    """The text up to its first period, without blanks before it.
+
+    Args:
+        line: it ends at a new line, too.
+    """
+    return (text.partition("\n")[0] if line else text).strip().partition(".")[0]
+
+
 def brief(records: Sequence[ContextRecord]) -> list[dict[str, str]]:
     """What a patch keeps of the records it was made from: no contexts, which may be long or private."""
     return [{"prompt": record.question, "target": record.answer, "id": record.id} for record in records]
@@ -132,6 +143,36 @@ def halves(records: Sequence[T]) -> tuple[list[T], list[T]]:
         raise BadInput(f"{len(records)} record cannot be halved. Give two or more.")
     middle = len(records) // 2
     return list(records[:middle]), list(records[middle:])
+
+
+def others(records: Sequence[ContextRecord], seed: int) -> list[int | None]:
+    """For each record the place of another one whose context is unrelated to it.
+
+    The records stand in a circle in the order of their hashes; each takes the first one behind it whose context is
+    another and holds neither of its answers. None: there is no such record.
+    """
+    ring = sorted(range(len(records)), key=lambda i: hash_json([seed, records[i].prompt, records[i].context, i]))
+    partners: list[int | None] = [None] * len(records)
+    for at, i in enumerate(ring):
+        behind = ring[at + 1 :] + ring[:at]
+        partners[i] = next((j for j in behind if _foreign(records[i], records[j].context)), None)
+    return partners
+
+
+def _foreign(record: ContextRecord, context: str) -> bool:
+    answers = [a for a in (record.answer, record.memory) if a]
+    if record.options:
+        answers = [record.options[LETTERS.index(letter)] for letter in answers]
+    same = context.strip() == record.context.strip()
+    return not same and first(normalise(context), map(normalise, answers)) is None
+
+
+def swapped(record: ContextRecord, context: str) -> ContextRecord | None:
+    """The record with another's context in its prompt; None where its own does not stand in the prompt as it is."""
+    own = record.context.strip()
+    if own not in record.prompt:
+        return None
+    return replace(record, context=context, prompt=record.prompt.replace(own, context.strip(), 1))
 
 
 def read_context(

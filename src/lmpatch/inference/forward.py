@@ -55,6 +55,8 @@ class Pass:
     """t: columns that run now, the last ones."""
     prompt_end: Tensor
     """[n] the column of each row's last prompt token."""
+    in_context: Tensor | None = None
+    """[n] bool, which rows carry a context; None: no row does."""
 
     @property
     def start(self) -> int:
@@ -110,6 +112,7 @@ def blocks(
     last: int | None = None,
     vectors: Tensor | None = None,
     prompt_end: Tensor | None = None,
+    in_context: Tensor | None = None,
 ) -> Tensor:
     """Run the embedding and blocks 0..last and stop there: no final norm, no head.
 
@@ -118,7 +121,7 @@ def blocks(
         mask: [n, t] or, with a cache, [n, cached + t].
         last: 0-based block to stop after; None: the last one.
         vectors: [m, d] in the space of the embedding module's output. Gradients flow into them.
-        prompt_end: see ``Pass``; patches that act on the answer need it.
+        prompt_end, in_context: see ``Pass``; patches that act on the answer, or only in a context, need them.
     Returns:
         [n, t, d] what block ``last`` hands on.
     """
@@ -140,7 +143,7 @@ def blocks(
     kwargs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
     if "position_ids" in inspect.signature(lm.model.forward).parameters:
         kwargs["position_ids"] = position_ids
-    now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end)
+    now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end, in_context)
     with lm.lock, during(now), hooked(*hooks), suppress(Stop):
         lm.model(input_ids=ids.clamp(min=0), **kwargs)
     return kept[0]

@@ -18,7 +18,7 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
 from .forward import blocks, positions
-from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
+from .interventions import Pair, Prompt, Streams, combined, in_context, initial_states, longest, streams
 from .tokens import each_once, padded
 
 CONTROL = frozenset({"<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"})
@@ -155,10 +155,9 @@ def stream(
 
 
 def _pairs(inputs: Streams) -> list[Pair]:
-    pairs: list[Pair] = [tuple(row.ids for row in rows) for rows in inputs.rows]
-    if not all(ids for pair in pairs for ids in pair):
+    if not all(row.ids for pair in inputs.rows for row in pair):
         raise BadInput("an empty prompt tokenises to nothing: this tokenizer adds no start token. Give some text.")
-    return pairs
+    return [*inputs.rows]
 
 
 class StopTokens:
@@ -194,7 +193,9 @@ def steps(
     Rows that ended leave the batch once a quarter of it is idle. The caller may end more of them between two steps.
     """
     width, n, limit = inputs.width, len(batch), numbers.shape[1]
-    ids, mask = padded(lm, [pair[s] for s in range(width) for pair in batch], side="left")  # stream after stream
+    rows = [pair[s] for s in range(width) for pair in batch]  # stream after stream
+    ids, mask = padded(lm, [row.ids for row in rows], side="left")
+    context = in_context(lm, rows)
     prompt_end = torch.full((len(ids),), ids.shape[1] - 1, device=lm.device)  # all prompts end in one column
     cache = DynamicCache(config=lm.model.config)
     alive = list(range(n))  # batch row -> row of `batch`
@@ -204,7 +205,9 @@ def steps(
         at = positions(mask)[:, -ids.shape[1] :]
         own = numbers[alive, step]
         with lm.lock:
-            states = blocks(lm, ids, mask, position_ids=at, cache=cache, vectors=vectors, prompt_end=prompt_end)[:, -1]
+            states = blocks(
+                lm, ids, mask, position_ids=at, cache=cache, vectors=vectors, prompt_end=prompt_end, in_context=context
+            )[:, -1]
             scores = combined(lm, states.unflatten(0, (width, -1)), inputs.rules, state)
             tokens = torch.cat([sampling.take(z, own[rows]) for rows, z in scores])  # [n]
         vectors = None  # later tokens are all real
@@ -221,3 +224,4 @@ def steps(
             cache.batch_select_indices(pick)
             ids, mask, state = ids[pick], mask[pick], state[:, pick[: len(keep)]]
             prompt_end, alive = prompt_end[pick], [alive[i] for i in keep]
+            context = None if context is None else context[pick]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any, ClassVar, Literal
@@ -25,8 +25,8 @@ from .tokens import Row, encode_all
 Prompt = str | InContext
 """What a model is asked. Without a rule on the model, an ``InContext`` is its ``prompt``."""
 
-Pair = tuple[tuple[int, ...], ...]
-"""Token ids of one prompt: with its context, and with a rule on also without."""
+Pair = tuple[Row, ...]
+"""One prompt, tokenised: with its context, and with a rule on also without."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Streams:
     """Tokenised prompts, as the rules on the model need them."""
 
     rules: tuple[Rule, ...]
-    rows: Sequence[tuple[Row, ...]]
+    rows: Sequence[Pair]
     """For each prompt its row; with rules a second one, without context. Both have the same target tokens."""
     vectors: Tensor | None
     """See ``prepare``."""
@@ -122,14 +122,18 @@ def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = N
     with_context = [prompt if isinstance(prompt, str) else prompt.prompt for prompt in prompts]
     without_context = [prompt.without_context for prompt in prompts if isinstance(prompt, InContext)]
     alone = not rules or without_context == with_context
+    carry = [isinstance(prompt, InContext) and prompt.prompt != prompt.without_context for prompt in prompts]
     wanted = None if targets is None else [*targets] * (1 if alone else 2)
     rows, vectors = prepare(lm, with_context if alone else with_context + without_context, wanted)
     need_window(lm, [row.ids for row in rows], new_tokens)
     if alone:
-        return Streams((), [(row,) for row in rows], vectors)
-    pairs = zip(rows[: len(with_context)], rows[len(with_context) :], strict=True)
+        return Streams((), [(replace(row, in_context=has),) for row, has in zip(rows, carry, strict=True)], vectors)
+    pairs = zip(rows[: len(with_context)], rows[len(with_context) :], carry, strict=True)
     # the tokens at the border may depend on what stands before it: the stream with context says what the target is
-    shared = [(one, Row(two.ids[: two.target] + one.ids[one.target :], two.target)) for one, two in pairs]
+    shared = [
+        (replace(one, in_context=has), Row(two.ids[: two.target] + one.ids[one.target :], two.target))
+        for one, two, has in pairs
+    ]
     return Streams(rules, shared, vectors)
 
 
@@ -207,4 +211,9 @@ def initial_states(lm: LM, rules: Sequence[Rule], n: int) -> Tensor:
 
 
 def longest(pair: Pair) -> int:
-    return max(map(len, pair))
+    return max(len(row.ids) for row in pair)
+
+
+def in_context(lm: LM, rows: Sequence[Row]) -> Tensor | None:
+    """Which rows carry a context, [n] bool; None: no row does."""
+    return torch.tensor([row.in_context for row in rows], device=lm.device) if any(r.in_context for r in rows) else None

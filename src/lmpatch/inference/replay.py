@@ -73,6 +73,8 @@ class Recording:
     """[n, P + S] 1 at real tokens."""
     prompt_end: Tensor | None
     """[n] the column of each row's last prompt token, if ``record`` got it."""
+    in_context: Tensor | None = None
+    """[n] bool, which rows carry a context; None: no row does."""
 
     @property
     def n(self) -> int:
@@ -91,8 +93,10 @@ class Recording:
     def select(self, rows: Tensor) -> Recording:
         """The same recording for these rows only, in this order; a row may repeat."""
         names = ("hidden", "keys", "values", "past", "calls", "mask")
-        end = None if self.prompt_end is None else self.prompt_end[rows]
-        return replace(self, prompt_end=end, **{name: _rows(getattr(self, name), rows, self.n) for name in names})
+        end, has = _picked(rows, self.prompt_end, self.in_context)
+        return replace(
+            self, prompt_end=end, in_context=has, **{name: _rows(getattr(self, name), rows, self.n) for name in names}
+        )
 
     def forward(self, hidden: Tensor, layer: int, *, rows: Tensor | None = None, end: int | None = None) -> Tensor:
         """Run blocks ``layer`` .. ``end``-1 on the suffix.
@@ -105,16 +109,17 @@ class Recording:
             [r, s, d] leaving block ``end``-1.
         """
         width = hidden.shape[1]
-        mask, prompt_end = self.mask[:, : self.prefix + width], self.prompt_end
+        mask = self.mask[:, : self.prefix + width]
+        ends: tuple[Tensor | None, ...] = (self.prompt_end, self.in_context)
         if rows is not None:
-            mask, prompt_end = mask[rows], None if prompt_end is None else prompt_end[rows]
+            mask, ends = mask[rows], _picked(rows, *ends)
         for i in range(layer, self.lm.layout.n_layers if end is None else end):
             call, past = self.calls[i], self.past[i]
             if rows is not None:
                 call, past = _rows((call, past), rows, self.n)
             if width < self.suffix:
                 call = _columns(call, width, self.suffix, self.prefix)
-            hidden = self._call(i, hidden, call, past, mask, prompt_end)
+            hidden = self._call(i, hidden, call, past, mask, *ends)
         return hidden
 
     def fan(self, hidden: Tensor, layer: int, *, end: int | None = None) -> Tensor:
@@ -132,21 +137,23 @@ class Recording:
         versions = hidden.shape[1]
         mask = F.pad(self.mask[:, : self.prefix], (0, versions), value=1)
         for i in range(layer, self.lm.layout.n_layers if end is None else end):
-            hidden = self._call(i, hidden, _fanned(self.calls[i], versions), self.past[i], mask, self.prompt_end)
+            call = _fanned(self.calls[i], versions)
+            hidden = self._call(i, hidden, call, self.past[i], mask, self.prompt_end, self.in_context)
         return hidden
 
-    def _call(self, layer: int, hidden: Tensor, call: Any, past: Any, mask: Tensor, end: Tensor | None) -> Tensor:
-        """One block, called as it was; patches on the model see of the columns what ``mask`` and ``end`` say."""
+    def _call(self, layer: int, hidden: Tensor, call: Any, past: Any, mask: Tensor, *ends: Tensor | None) -> Tensor:
+        """One block, called as it was; patches on the model see the pass that ``mask`` and ``ends`` say."""
         layers: list[Any] = [_Prefix(*past)] * (layer + 1)  # blocks look themselves up by their index
         args, kwargs = _map(_with_cache(call, Cache(layers=layers)), _flat)
-        with self.lm.lock, during(None if end is None else Pass(mask, hidden.shape[1], end)):
+        end, has = ends
+        with self.lm.lock, during(None if end is None else Pass(mask, hidden.shape[1], end, has)):
             return first(self.lm.module(self.lm.layout.blocks[layer])(hidden, *args, **kwargs))
 
 
 @torch.no_grad()
 def record(
-    lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, ends: Sequence[int] | None = None, lowest: int = 0,
-    last: int | None = None,
+    lm: LM, rows: Sequence[Sequence[int]], at: Sequence[int], *, ends: Sequence[int] | None = None,
+    in_context: Tensor | None = None, lowest: int = 0, last: int | None = None,
 ) -> Recording:  # fmt: skip
     """Run the rows once and keep what later replays need.
 
@@ -154,6 +161,7 @@ def record(
         rows: token ids, one list a row.
         at: for each row the index t of the first token that a change can reach.
         ends: for each row the index of the last prompt token, for patches on the model that act on the answer.
+        in_context: [n] bool, which rows carry a context, for patches that act only there; ``ends`` is then needed.
         lowest: the lowest block a replay will start at; states below it are not kept.
         last: the highest block a replay will run; None: the last one.
     Returns:
@@ -169,12 +177,10 @@ def record(
         prompt_end = torch.tensor([prefix - t + end for t, end in zip(at, ends, strict=True)], device=lm.device)
     cache = DynamicCache()  # every layer keeps all columns: sliding windows are the mask's business here
     top = lm.layout.n_layers - 1 if last is None else last
+    run: Any = partial(blocks, lm, cache=cache, prompt_end=prompt_end, in_context=in_context, last=top)
     for start in range(0, prefix, PIECE):
         end = min(start + PIECE, prefix)
-        part = slice(start, end)
-        blocks(
-            lm, ids[:, part], mask[:, :end], position_ids=place[:, part], cache=cache, prompt_end=prompt_end, last=top
-        )
+        run(ids[:, start:end], mask[:, :end], position_ids=place[:, start:end])
     layers: list[Any] = cache.layers
     past = {i: (layer.keys, layer.values) for i, layer in enumerate(layers) if lowest <= i <= top}
 
@@ -207,11 +213,13 @@ def record(
         hooks.append(Hook(down, partial(take, i), before=True, first=True))
         hooks.append(Hook(down, partial(watch, i)))
     with lm.lock, hooked(*hooks):
-        out = blocks(
-            lm, ids[:, prefix:], mask, position_ids=place[:, prefix:], cache=cache, prompt_end=prompt_end, last=top
-        )
+        out = run(ids[:, prefix:], mask, position_ids=place[:, prefix:])
     hidden[top + 1] = out
-    return Recording(lm, prefix, hidden, keys, values, past, calls, mask, prompt_end)
+    return Recording(lm, prefix, hidden, keys, values, past, calls, mask, prompt_end, in_context)
+
+
+def _picked(rows: Tensor, *each: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(one if one is None else one[rows] for one in each)
 
 
 def _map(value: Any, change: Any) -> Any:

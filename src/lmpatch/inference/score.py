@@ -12,10 +12,8 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
 from .forward import blocks, positions
-from .interventions import Pair, Prompt, Streams, combined, initial_states, longest, streams
+from .interventions import Pair, Prompt, Streams, combined, in_context, initial_states, longest, streams
 from .tokens import each_once, padded
-
-_Key = tuple[Pair, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -57,23 +55,24 @@ def score(
             )
         if any(row.target == len(row.ids) for row in rows):
             raise BadInput(f"the target of {prompt!r} is empty. Give what is to be scored.")
-    keys: list[_Key] = [(tuple(row.ids for row in rows), tuple(row.target for row in rows)) for rows in inputs.rows]
-    scores: dict[_Key, Score] = {}
-    for batch in each_once(keys, lambda key: longest(key[0]), batch_size // inputs.width, progress, "scoring"):
+    scores: dict[Pair, Score] = {}
+    for batch in each_once(inputs.rows, longest, batch_size // inputs.width, progress, "scoring"):
         with lm.lock:  # a patch of another thread goes on or off between two batches
             scores.update(zip(batch, score_batch(lm, inputs, batch), strict=True))
-    return [scores[key] for key in keys]
+    return [scores[pair] for pair in inputs.rows]
 
 
-def score_batch(lm: LM, inputs: Streams, batch: Sequence[_Key]) -> list[Score]:
-    """One padded ``batch``: for each prompt the ids of its streams, and where the target begins in each of them."""
+def score_batch(lm: LM, inputs: Streams, batch: Sequence[Pair]) -> list[Score]:
+    """One padded ``batch`` of prompts with their targets."""
     n, width = len(batch), inputs.width
-    ids, mask = padded(lm, [pair[s] for s in range(width) for pair, _ in batch], side="right")  # stream after stream
-    starts = torch.tensor([begins for _, begins in batch], device=lm.device).T  # [streams, n]
+    rows = [pair[s] for s in range(width) for pair in batch]  # stream after stream
+    ids, mask = padded(lm, [row.ids for row in rows], side="right")
+    starts = torch.tensor([row.target for row in rows], device=lm.device).view(width, n)
+    at, context = positions(mask), in_context(lm, rows)
     states = blocks(
-        lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors, prompt_end=starts.flatten() - 1
+        lm, ids, mask, position_ids=at, vectors=inputs.vectors, prompt_end=starts.flatten() - 1, in_context=context
     ).unflatten(0, (width, n))  # [streams, n, T, d]
-    labels = [pair[0][begins[0] :] for pair, begins in batch]
+    labels = [pair[0].ids[pair[0].target :] for pair in batch]
     places = [(i, k) for i, label in enumerate(labels) for k in range(len(label))]
     steps = [places]
     if inputs.rules:  # a rule goes through an answer token by token, since it may remember

@@ -11,8 +11,8 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
 from .forward import HEAD_CHUNK, blocks, logits, positions
-from .interventions import Prompt, Streams, interventions, streams
-from .tokens import each_once, padded
+from .interventions import Prompt, Streams, in_context, interventions, streams
+from .tokens import Row, each_once, padded
 
 
 @torch.no_grad()
@@ -29,12 +29,13 @@ def hidden(lm: LM, prompts: Sequence[Prompt], *, batch_size: int = 64, progress:
 
 def last_states(lm: LM, inputs: Streams, *, batch_size: int = 64, progress: Progress | None = None) -> Tensor:
     """The state after the last block at the last token of every row, [streams, n, d] fp32."""
-    rows = [pair[s].ids for s in range(inputs.width) for pair in inputs.rows]
-    done: dict[tuple[int, ...], Tensor] = {}
-    for batch in each_once(rows, len, batch_size, progress, "reading states"):
-        ids, mask = padded(lm, batch, side="left")
-        ends = torch.full((len(batch),), ids.shape[1] - 1, device=lm.device)
-        states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors, prompt_end=ends)
+    rows = [pair[s] for s in range(inputs.width) for pair in inputs.rows]
+    done: dict[Row, Tensor] = {}
+    for batch in each_once(rows, lambda row: len(row.ids), batch_size, progress, "reading states"):
+        ids, mask = padded(lm, [row.ids for row in batch], side="left")
+        ends, at = torch.full((len(batch),), ids.shape[1] - 1, device=lm.device), positions(mask)
+        carry = in_context(lm, batch)
+        states = blocks(lm, ids, mask, position_ids=at, vectors=inputs.vectors, prompt_end=ends, in_context=carry)
         done.update(zip(batch, states[:, -1].float(), strict=True))
     return torch.stack([done[row] for row in rows]).view(inputs.width, len(inputs.rows), -1)
 

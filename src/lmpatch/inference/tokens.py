@@ -32,6 +32,8 @@ class Row:
     """Index of the last token that overlaps the subject."""
     subject_first: int | None = None
     """Index of the first one."""
+    in_context: bool = False
+    """The prompt carries a context."""
 
 
 def join(prompt: str, target: str) -> str:
@@ -151,7 +153,7 @@ def each_once(
     keys: Iterable[Key], length: Callable[[Key], Any], size: int, progress: Progress | None, what: str
 ) -> Iterator[list[Key]]:
     """Batches of the different keys, the short ones first; ``progress`` hears of a batch when the next is asked for."""
-    queue, size = sorted(set(keys), key=length), max(1, size)
+    queue, size = sorted(dict.fromkeys(keys), key=length), max(1, size)
     for start in range(0, len(queue), size):
         batch = queue[start : start + size]
         yield batch

@@ -14,7 +14,7 @@ import torch
 from ..errors import BadInput
 from ..models.lm import LM
 from ..models.units import Neuron
-from ..patches.weight.delta import Scale
+from ..patches.weight.delta import Scale, When
 from ..patches.weight.patch import WeightPatch
 
 Named = Sequence[tuple[int, int, float]]
@@ -69,12 +69,13 @@ def need(count: int, found: Sequence[object], records: int) -> None:
         )
 
 
-def scaling(lm: LM, neurons: Sequence[Neuron], factor: float, **made: Any) -> WeightPatch:
+def scaling(lm: LM, neurons: Sequence[Neuron], factor: float, *, when: When = "always", **made: Any) -> WeightPatch:
     """The patch that multiplies the down-projection columns of these neurons; ``made`` as in ``WeightPatch.make``."""
     layout = lm.layout
     deltas = {}
     for layer in sorted({neuron.layer for neuron in neurons}):
         index = torch.tensor(sorted(n.index for n in neurons if n.layer == layer))
         shape = (layout.d_model, layout.widths[layer])
-        deltas[layout.weight(layout.downs[layer])] = Scale(index, torch.full((len(index),), float(factor)), shape)
+        factors = torch.full((len(index),), float(factor))
+        deltas[layout.weight(layout.downs[layer])] = Scale(index, factors, shape, when=when)
     return WeightPatch.make(lm, deltas, **made)

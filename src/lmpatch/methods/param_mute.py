@@ -22,7 +22,7 @@ from ..inference.tokens import Row, encode_all
 from ..locate.activations import BATCH, watch
 from ..models.calls import probe_ids, trace
 from ..models.lm import LM
-from ..patches.weight.delta import Delta, Scale
+from ..patches.weight.delta import Delta, Scale, When
 from ..patches.weight.patch import WeightPatch
 from ..progress import Progress
 
@@ -40,6 +40,9 @@ class Config:
     """Quieten these instead, 0-based; no responses are read then. For controls."""
     factor: float = 0.25
     """λ, what the MLP's contribution to the residual stream is multiplied by."""
+    when: When = "context"
+    """Act only in prompts that carry a context (``InContext``; ``--context``) and leave every other to the bit as it
+    is, or ``always``, as published. Only the latter can be baked or exported."""
     responses: Literal["own", "given"] = "own"
     """``own``: what the model generates with the context, faithful where it holds the answer, unfaithful where it holds
     the memory answer. ``given``: each record's answer and memory answer themselves."""
@@ -65,7 +68,8 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
         UnknownLayout: the MLP's activation, or the norm behind it, cannot be found.
     Source: arXiv:2502.15543, sec. 3.
     Differs: neurons are counted token by token unless ``count="summed"``; responses need not be labelled beforehand,
-    and no adaptation is trained on top (see ``finetune``).
+    no adaptation is trained on top (see ``finetune``), and layers are quietened only where a prompt carries a context,
+    unless ``when="always"``.
     """
     if not math.isfinite(cfg.factor) or not 0 < cfg.share <= 1:
         raise BadInput(f"factor is {cfg.factor} and share {cfg.share}. The first must be finite, the second in 0..1.")
@@ -80,7 +84,7 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
         notes = {"layers": layers, "responses": [len(faithful), len(unfaithful)]}
         notes |= {"faithful": on[0].tolist(), "unfaithful": on[1].tolist()}
     norms = _norms_behind(lm) if lm.layout.post_norm else []
-    deltas = {name: delta for layer in layers for name, delta in _muting(lm, layer, cfg.factor, norms).items()}
+    deltas = {name: delta for layer in layers for name, delta in _muting(lm, layer, cfg, norms).items()}
     seconds = time.perf_counter() - start
     return WeightPatch.make(
         lm, deltas, method="param_mute", config=cfg, edits=brief(records), seconds=seconds, notes=notes
@@ -157,14 +161,14 @@ def _norms_behind(lm: LM) -> list[str]:
     return found
 
 
-def _muting(lm: LM, layer: int, factor: float, norms: Sequence[str]) -> dict[str, Delta]:
-    """What multiplies a block's MLP contribution by ``factor``, by parameter name."""
-    layout = lm.layout
-    vector = Scale(torch.tensor([0]), torch.tensor([float(factor)]), (layout.d_model, 1))
+def _muting(lm: LM, layer: int, cfg: Config, norms: Sequence[str]) -> dict[str, Delta]:
+    """What multiplies a block's MLP contribution by the factor, by parameter name."""
+    layout, factor = lm.layout, float(cfg.factor)
+    vector = Scale(torch.tensor([0]), torch.tensor([factor]), (layout.d_model, 1), when=cfg.when)
     if norms:
         return {layout.weight(norms[layer]): vector}
     down, width = layout.downs[layer], layout.widths[layer]
-    scale = Scale(torch.arange(width), torch.full((width,), float(factor)), (layout.d_model, width))
+    scale = Scale(torch.arange(width), torch.full((width,), factor), (layout.d_model, width), when=cfg.when)
     bias: dict[str, Delta] = {f"{down}.bias": vector} if getattr(lm.module(down), "bias", None) is not None else {}
     return {layout.weight(down): scale, **bias}
 
@@ -182,4 +186,4 @@ def example(lm: LM) -> tuple[list[ContextRecord], Config]:
         ContextRecord("The Eiffel Tower is in Rome.", "Where is the Eiffel Tower?", "Rome", "Paris"),
         ContextRecord("The capital of Japan is Seattle.", "What is the capital of Japan?", "Seattle", "Tokyo"),
     ]
-    return records, Config(responses="given", factor=0.5)
+    return records, Config(responses="given", factor=0.5, when="always")

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..data.context import ContextRecord, brief
 from ..errors import BadInput
 from ..locate import neurons as _neurons
 from ..models.lm import LM
+from ..patches.weight.delta import When
 from ..patches.weight.patch import WeightPatch
 from ..probes.integrated_gradients import probe as integrated_gradients
 from ..progress import Progress
@@ -39,6 +40,9 @@ class Config(integrated_gradients.Steps):
     """k, neurons whose columns are scaled: those that are candidates of most records."""
     factor: float = 7.0
     """What the columns are multiplied by."""
+    when: When = "context"
+    """Act only in prompts that carry a context (``InContext``; ``--context``) and leave every other to the bit as it
+    is, or ``always``, as published. Only the latter can be baked or exported."""
     window: int = 3
     """W, records before with whose mean credit a record's is compared. Their order matters."""
     pool: int = 50
@@ -60,7 +64,8 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
         BadInput: fewer neurons are candidates than are to be scaled.
     Source: HYU-ARK-Lab/SCoNE.
     Differs: the first record has nothing to be compared with and is skipped; neurons that equally many records name
-    are ordered by their summed credit.
+    are ordered by their summed credit; columns are scaled only where a prompt carries a context, unless
+    ``when="always"``.
     """
     _neurons.check(cfg.neurons, cfg.factor)
     if cfg.window < 1 or cfg.pool < 1:
@@ -79,9 +84,8 @@ def fit(lm: LM, records: Sequence[ContextRecord], cfg: Config, *, progress: Prog
     chosen = counted[: cfg.neurons]
     notes = {"neurons": [[neuron.layer, neuron.index, count] for neuron, count in chosen]}
     neurons, seconds = [neuron for neuron, _ in chosen], time.perf_counter() - start
-    return _neurons.scaling(
-        lm, neurons, cfg.factor, method="scone", config=cfg, edits=brief(records), seconds=seconds, notes=notes
-    )
+    made: dict[str, Any] = {"config": cfg, "edits": brief(records), "seconds": seconds, "notes": notes}
+    return _neurons.scaling(lm, neurons, cfg.factor, when=cfg.when, method="scone", **made)
 
 
 def named(credits: Iterable[Tensor], cfg: Config) -> Iterator[list[tuple[int, int, float]]]:
@@ -134,4 +138,4 @@ def estimate(lm: LM, count: int, cfg: Config) -> int:
 
 def example(lm: LM) -> tuple[list[ContextRecord], Config]:
     """Records and settings that run in milliseconds on a tiny model."""
-    return integrated_gradients.examples(), Config(steps=3, neurons=3, factor=2.0)
+    return integrated_gradients.examples(), Config(steps=3, neurons=3, factor=2.0, when="always")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import BadInput, BadPatch
+from ..errors import BadInput, BadPatch, CannotMount
 from ..files import new_folder
 from ..inference.forward import logits
 from ..inference.plain_text import TEXT
@@ -26,7 +26,7 @@ from ..resources import require_memory
 from .file import as_patch
 from .ledger import applied, check, rebuild, trial
 from .lora import Lora
-from .patch import Patch, printable
+from .patch import ONLY, Patch, printable
 
 log = logging.getLogger(__name__)
 PROMPTS = 8  # asked of what was written
@@ -72,6 +72,8 @@ def export(
     if rank is not None and to == "checkpoint":
         raise BadInput("a rank was given, but a checkpoint has none. Leave rank out, or export to='peft'.")
     patch = as_patch(patch)
+    if patch.only_in_context:
+        raise CannotMount(f"what is exported acts on every prompt, and this {patch.method} patch {ONLY}")
     if applied(lm):
         raise BadInput(f"{len(applied(lm))} patches are on {lm.name}. Call remove(lm), or merge them with this one.")
     path = Path(out)

@@ -17,7 +17,7 @@ from ..models.lm import LM
 from ..models.load import require_lm
 from .file import as_patch
 from .handle import Handle
-from .patch import Mount, Patch
+from .patch import ONLY, Mount, Patch
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,8 @@ def apply(lm: LM, patch: Patch | str | Path, mount: Mount | None = None, *, stri
     mount = mount or patch.mounts[0]
     if mount not in get_args(Mount):
         raise BadInput(f"no mount is called {mount!r}. There are bake, side and run.")
+    if patch.only_in_context and mount == "bake":
+        raise CannotMount(f"a baked weight acts on every prompt, and this {patch.method} patch {ONLY}")
     if mount not in patch.mounts:
         raise CannotMount(
             f"a {patch.method} patch of kind {patch.kind} cannot be mounted {mount!r}. Pass mount={patch.mounts[0]!r}, "

@@ -27,6 +27,7 @@ from .lora import Lora
 
 Mount = Literal["bake", "side", "run"]
 P = TypeVar("P", bound="Patch")
+ONLY = "acts only where one carries a context. Fit it again with when='always' (--set when=always)."
 
 
 class Law(Enum):
@@ -61,6 +62,11 @@ class Patch(ABC):
         super().__init_subclass__(**given)
         if "__repr__" not in vars(cls):
             cls.__repr__ = Patch.__repr__  # type: ignore[method-assign]  # a dataclass would write out every tensor
+
+    @property
+    def only_in_context(self) -> bool:
+        """It acts only where a prompt carries a context (``InContext``), and leaves every other one to the bit."""
+        return False
 
     @abstractmethod
     def parts(self) -> dict[str, Any]:

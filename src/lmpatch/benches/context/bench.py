@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from ...data.context import ContextRecord, read_context
+from ...data.context import ContextRecord, others, read_context, swapped
 from ...errors import BadInput
 from ...models.lm import LM
 from ...patches.patch import plain
@@ -19,7 +19,7 @@ from ...provenance import hash_json
 from ..core import contract
 from ..core.asking import beyond_window
 from ..core.contract import Example, Measure, Scatter, Settings
-from .prompts import ENDING, Wording, others, swapped, worded
+from .prompts import ENDING, Wording, worded
 
 When = Literal["context", "foreign", "bare"]
 """What the model read before the question: its own context, another record's, or none."""
@@ -301,4 +301,5 @@ METRICS = {
     "closed_kept": Measure("without a context, the unpatched model's answer", KEPT, _where("bare"), OTHER),
     "bcu": Measure(BCU, group=OTHER, derived=("mean", "acc", "robustness"), headline=True),
 }
+JUDGED_BY = "bcu"
 PLOTS = (Scatter("Faithfulness and robustness", "acc", "robustness"),)

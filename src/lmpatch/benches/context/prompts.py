@@ -1,4 +1,4 @@
-"""Ways to word a question with a context, and which other context stands in for it when it should not matter.
+"""Ways to word a question with a context.
 
 Of the wordings, ``base``, ``attr``, ``instr``, ``opin`` and ``instr+opin`` are those of context-faithful prompting for
 questions with options. The rest are this project's own: the three after IRCAN's, whose wording is not published, and
@@ -7,13 +7,10 @@ every wording of a completion. Source: Zhou et al. 2023 (arXiv:2303.11315); Shi 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 from ...data.context import LETTERS, ContextRecord
-from ...data.matching import first, normalise
-from ...provenance import hash_json
 
 Wording = Literal[
     "plain", "base", "attr", "instr", "opin", "instr+opin", "based_on", "based_on_formatted", "utilizing_formatted"
@@ -82,33 +79,3 @@ def worded(record: ContextRecord, wording: Wording, *, suffix: str = ENDING, off
 
 def _ending(prompt: str, suffix: str) -> str:
     return f"{prompt.removesuffix(ENDING)}{suffix}" if prompt.endswith(ENDING) else prompt
-
-
-def others(records: Sequence[ContextRecord], seed: int) -> list[int | None]:
-    """For each record the place of another one whose context is unrelated to it.
-
-    The records stand in a circle in the order of their hashes; each takes the first one behind it whose context is
-    another and holds neither of its answers. None: there is no such record.
-    """
-    ring = sorted(range(len(records)), key=lambda i: hash_json([seed, records[i].prompt, records[i].context, i]))
-    partners: list[int | None] = [None] * len(records)
-    for at, i in enumerate(ring):
-        behind = ring[at + 1 :] + ring[:at]
-        partners[i] = next((j for j in behind if _foreign(records[i], records[j].context)), None)
-    return partners
-
-
-def _foreign(record: ContextRecord, context: str) -> bool:
-    answers = [a for a in (record.answer, record.memory) if a]
-    if record.options:
-        answers = [record.options[LETTERS.index(letter)] for letter in answers]
-    same = context.strip() == record.context.strip()
-    return not same and first(normalise(context), map(normalise, answers)) is None
-
-
-def swapped(record: ContextRecord, context: str) -> ContextRecord | None:
-    """The record with another's context in its prompt; None where its own does not stand in the prompt as it is."""
-    own = record.context.strip()
-    if own not in record.prompt:
-        return None
-    return replace(record, context=context, prompt=record.prompt.replace(own, context.strip(), 1))

@@ -46,6 +46,8 @@ class Adapter:
     """Settings of a patched run that leave the baselines as they are."""
     COSTS: Sequence[str] = ()
     """Settings that decide no answer: a run may go on under others."""
+    JUDGED_BY: str = ""
+    """The number by which a patched run is compared with the baselines that are prompts; the verdict says who loses."""
     CONTEXTS: bool = False
     """Its prompts have a form without context, so decode patches can be measured."""
     settle: Callable[[Any, Any, bool], Any] = lambda cfg, data, fixed: cfg

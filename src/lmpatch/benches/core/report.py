@@ -17,7 +17,7 @@ from .adapter import Adapter, adapt
 from .contract import BASE, Json, Measure
 from .stats import Number
 from .store import Store
-from .tables import Grid, comparison, costs, flagged, kept, printed, verdict
+from .tables import Grid, beaten, comparison, costs, flagged, kept, printed, verdict
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -150,7 +150,17 @@ class Report:
 
     def verdict(self) -> list[str]:
         """What the numbers say, a sentence a patched run."""
-        return verdict(self.runs, self._moved)
+        return [*verdict(self.runs, self._moved), *self._losers()]
+
+    def _losers(self) -> list[str]:
+        """The patched runs that a mere prompt beats."""
+        name = self.bench.JUDGED_BY
+        prompts = [run for run in self.runs if run.record["baseline"] and run.name != BASE and name in run.metrics()]
+        if not prompts:
+            return []
+        best = max(prompts, key=lambda run: run.metrics()[name].value)
+        patched = [run for run in self.runs if not run.record["baseline"]]
+        return beaten(best, name, [(run, self.difference(run.name, name, best.name)) for run in patched])
 
     def grids(self, every: bool = True) -> list[Grid]:
         """The tables as plain values."""

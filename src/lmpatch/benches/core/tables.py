@@ -107,6 +107,28 @@ def _sentence(run: Any, moved: Mapping[str, Number]) -> str:
     return f"{run.title} against the unpatched model: {'; '.join(parts) or 'nothing to compare'}."
 
 
+def beaten(prompt: Any, name: str, minus: Sequence[tuple[Any, Number | None]]) -> list[str]:
+    """Which patched runs lose to the best prompt in a number, and which do not beat it beyond the error.
+
+    Args:
+        minus: each run and its difference from the prompt's; None: it has none.
+    """
+    lost: list[tuple[str, str]] = []
+    level: list[tuple[str, str]] = []
+    for run, moved in minus:
+        if moved is not None and (moved.value < 0 or moved.value < CLEAR * (moved.error or 0.0)):
+            clear = moved.n >= ENOUGH and -moved.value >= CLEAR * (moved.error or 0.0)
+            change = show(run.measure(name), moved.value, moved.error, signed=True)
+            (lost if clear else level).append((run.title, change))
+    verbs = ((lost, "loses to", "lose to"), (level, "does not clearly beat", "do not clearly beat"))
+    return [
+        f"{', '.join(f'{title} ({change})' for title, change in some)} {one if len(some) == 1 else many} the prompt "
+        f"{prompt.title!r} in {label(name)}: prefer the prompt."
+        for some, one, many in verbs
+        if some
+    ]
+
+
 def _headlines(run: Any) -> list[str]:
     return [name for name in run.metrics() if run.measure(name).headline]
 

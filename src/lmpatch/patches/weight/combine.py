@@ -22,7 +22,7 @@ def combine(name: str, deltas: Sequence[Delta]) -> Delta:
 
     Raises:
         WrongModel: they have different shapes.
-        CannotMerge: a scale and an addition.
+        CannotMerge: a scale and an addition, or one acts always and another only in a context.
         NotEnoughMemory: together they are a matrix that is too large.
     """
     first = deltas[0]
@@ -31,6 +31,15 @@ def combine(name: str, deltas: Sequence[Delta]) -> Delta:
     shapes = {d.shape for d in deltas}
     if len(shapes) > 1:
         raise WrongModel(f"the changes of {name} have different shapes: {sorted(shapes)}.")
+    if any(d.when != first.when for d in deltas):
+        raise CannotMerge(
+            f"one patch changes {name} always and another only where a prompt carries a context. Apply both instead."
+        )
+    return replace(_combined(name, deltas), when=first.when)
+
+
+def _combined(name: str, deltas: Sequence[Delta]) -> Delta:
+    first = deltas[0]
     scales = [d for d in deltas if isinstance(d, Scale)]
     additions = [d for d in deltas if isinstance(d, Addition)]
     if scales and additions:

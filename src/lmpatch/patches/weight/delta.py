@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from ...errors import BadInput
 
 D = TypeVar("D", bound="Delta")
 
+When = Literal["always", "context"]
+"""When a change acts: always, or only in prompts that carry a context (``InContext``), row by row of a batch."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -29,6 +31,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Delta(ABC):
     """The change of one weight. A value: its tensors are never written."""
 
+    when: When = field(default="always", kw_only=True)
     kind: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
     """Its tensors, by field name. The last holds the numbers that grow with the change."""
@@ -45,7 +48,7 @@ class Delta(ABC):
 
     def scaled(self: D, strength: float) -> D:
         """The change times ``strength``: 1 keeps every bit, 0 is no change."""
-        return replace(self, **{self.names[-1]: self._last * strength})
+        return self._with({self.names[-1]: self._last * strength})
 
     @classmethod
     def from_tensors(cls: type[D], tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> D:
@@ -56,8 +59,8 @@ class Delta(ABC):
         """
         _need(set(tensors) == set(cls.names), f"{cls.kind} has tensors {sorted(tensors)}, not {sorted(cls.names)}")
         sizes = {"shape": shape, "out": shape[0]}
-        own: dict[str, Any] = {f.name: sizes[f.name] for f in fields(cls) if f.name in sizes}
-        delta = cls(**tensors, **own)
+        own: dict[str, Any] = {**tensors, **{f.name: sizes[f.name] for f in fields(cls) if f.name in sizes}}
+        delta = cls(**own)
         _need(delta.shape == shape, f"{cls.kind} has shape {delta.shape}, not {shape}")
         return delta
 
@@ -82,11 +85,14 @@ class Delta(ABC):
         def move(t: Tensor) -> Tensor:
             return t.detach().to(device, dtype if t.is_floating_point() else None, copy=copy).contiguous()
 
-        return replace(self, **{name: move(t) for name, t in self.tensors().items()})
+        return self._with({name: move(t) for name, t in self.tensors().items()})
 
     def is_finite(self) -> bool:
         """No entry is infinite or NaN."""
         return all(bool(torch.isfinite(t).all()) for t in self.tensors().values())
+
+    def _with(self: D, changes: Mapping[str, Any]) -> D:
+        return replace(self, **changes)
 
     @property
     def _last(self) -> Tensor:

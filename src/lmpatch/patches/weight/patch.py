@@ -21,11 +21,13 @@ from ..patch import Mount, Patch, fields_for
 from . import bake, side
 from .bake import Baked
 from .combine import as_lora, combine
-from .delta import KINDS, Addition, Delta, LowRank, Scale
+from .delta import KINDS, Addition, Delta, LowRank, Scale, When
 from .side import Side
 from .target import Target, find_targets
 
 NUMBERS = count()
+IN_CONTEXT = " in context"
+"""Behind the kind of a change in a file: it acts only there. Releases that know no such change refuse the file."""
 
 
 @dataclass(eq=False)
@@ -36,6 +38,14 @@ class WeightPatch(Patch):
     """Parameter name, as in ``state_dict``, -> its change."""
     kind: ClassVar[str] = "weight"
     mounts: ClassVar[tuple[Mount, ...]] = ("bake", "side")
+
+    def __post_init__(self) -> None:
+        if self.only_in_context:  # a weight acts on every prompt
+            self.mounts = ("side",)  # type: ignore[misc]  # of this patch, not of its kind
+
+    @property
+    def only_in_context(self) -> bool:
+        return any(delta.when == "context" for delta in self.deltas.values())
 
     @classmethod
     def make(
@@ -84,7 +94,10 @@ class WeightPatch(Patch):
         return replace(self, deltas=deltas, notes=notes)
 
     def parts(self) -> dict[str, Any]:
-        return {name: {"kind": delta.kind, "shape": list(delta.shape)} for name, delta in self.deltas.items()}
+        return {
+            name: {"kind": delta.kind + IN_CONTEXT * (delta.when == "context"), "shape": list(delta.shape)}
+            for name, delta in self.deltas.items()
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{name}/{key}": t for name, delta in self.deltas.items() for key, t in delta.tensors().items()}
@@ -103,6 +116,7 @@ class WeightPatch(Patch):
         shares = {name: f", {norm:.2g} of its norm" for name, norm in self.change_norms().items()}
         return [
             f"  {name}: {delta.label} on {delta.shape[0]} x {delta.shape[1]}{shares.get(name, '')}"
+            f"{', only in a context' if delta.when == 'context' else ''}"
             for name, delta in self.deltas.items()
         ]
 
@@ -116,6 +130,12 @@ class WeightPatch(Patch):
             targets = find_targets(lm.model, {name: delta.shape for name, delta in self.deltas.items()})
         except LookupError as error:
             raise WrongModel(f"{self.base.misfit(lm)}: {error} Load {self.base.name}.") from None
+        for name, delta in self.deltas.items():
+            if delta.when == "context" and name.rpartition(".")[0] in lm.layout.tail:
+                raise WrongModel(
+                    f"{name} runs behind the blocks, where no row is told from another, so its change cannot act in a "
+                    "context only. Let it act always."
+                )
         return {target: self.deltas[name] for name, target in targets.items()}
 
     def fits(self, lm: LM) -> None:
@@ -219,12 +239,14 @@ class WeightHandle(Handle):
 
 def _delta(name: str, part: Any, tensors: Mapping[str, Tensor]) -> Delta:
     try:
-        form, (out, width) = KINDS[part["kind"]], part["shape"]
+        kind, (out, width) = part["kind"], part["shape"]
+        form = KINDS[kind.removesuffix(IN_CONTEXT)]
+        when: When = "context" if kind.endswith(IN_CONTEXT) else "always"
         if not all(type(n) is int and n > 0 for n in (out, width)):
             raise BadPatch(f"shape {part['shape']}")
         own = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.rpartition("/")[0] == name}
-        delta = form.from_tensors(own, (out, width))
-    except (KeyError, TypeError, ValueError) as error:  # BadInput is a ValueError
+        delta = replace(form.from_tensors(own, (out, width)), when=when)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # BadInput is a ValueError
         raise BadPatch(f"the change of {name} cannot be read ({error}).") from None
     if not delta.is_finite():
         raise BadPatch(f"the change of {name} holds infinite or undefined numbers.")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import CannotMount
+from ...inference.forward import current_pass
 from ...models.hooks import Hook, Hooks
 from ..handle import forget_compiled
-from .delta import Addition, Changes, Delta, LowRank, Scale, Sparse, join
+from .delta import Addition, Changes, Delta, LowRank, Scale, Sparse, When, join
 from .target import Target
+
+Group = tuple[When, Tensor | None, list[Addition]]
+"""Changes that act at one time, see ``Side._acting``."""
 
 
 class Side:
@@ -22,6 +26,9 @@ class Side:
     Two hooks stay on while there are changes: the first scales the input, the second adds to the output. The
     additions act on the input as it came; the scaled input carries it along as an attribute, which stays right
     when several threads run the model. A vector (a bias, a norm's weight) can be scaled only, by one hook.
+
+    Changes that act only in a context leave the rows of a batch without one to the bit as they are. In a call of the
+    model that is not lmpatch's, no row has one.
     """
 
     def __init__(self, target: Target) -> None:
@@ -31,7 +38,7 @@ class Side:
             self._hooks = Hooks(Hook(target.module, self._scale_vector))
         else:
             self._hooks = Hooks(Hook(target.module, self._scale, before=True), Hook(target.module, self._add))
-        self._ready: tuple[Any, Tensor | None, list[Addition]] = (None, None, [])
+        self._ready: tuple[Any, list[Group]] = (None, [])
 
     def add(self, delta: Delta, changes: Changes) -> Tensor:
         """Have exactly these changes, ``delta`` among them. Nothing is rounded, so nothing is lost: zeros [2]."""
@@ -41,7 +48,7 @@ class Side:
     def write(self, changes: Changes) -> None:
         """Have exactly these changes; without any the hooks go off."""
         self.changes = changes
-        self._ready = (None, None, [])
+        self._ready = (None, [])
         if changes:
             self._hooks.put()
         else:
@@ -49,38 +56,62 @@ class Side:
         forget_compiled()
 
     def _scale(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        scale, additions = self._prepared(args[0])
-        if scale is None:
+        scaled = x = args[0]
+        more = False
+        for rows, scale, additions in self._acting(x):
+            if scale is not None:
+                scaled = _where(rows, scaled * scale, scaled)  # [..., in]
+            more |= bool(additions)
+        if scaled is x:
             return None
-        scaled = args[0] * scale  # [..., in]
-        if additions:
-            scaled._lmpatch_raw = args[0]
+        if more:
+            scaled._lmpatch_raw = x
         return (scaled, *args[1:])
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = getattr(args[0], "_lmpatch_raw", args[0])  # [..., in]
-        for addition in self._prepared(x)[1]:
-            output = output + addition.times(x).to(output)  # [..., out]
+        for rows, _, additions in self._acting(x):
+            for addition in additions:
+                output = _where(rows, output + addition.times(x).to(output), output)  # [..., out]
         return output
 
     def _scale_vector(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        scale, _ = self._prepared(output)
-        assert scale is not None
-        if self.target.attribute == "weight":  # of a norm without bias, whose output it multiplies
-            return output * scale
-        return output + (scale - 1) * self.target.parameter.to(output.dtype)
+        for rows, scale, _ in self._acting(output):
+            assert scale is not None
+            if self.target.attribute == "weight":  # of a norm without bias, whose output it multiplies
+                changed = output * scale
+            else:
+                changed = output + (scale - 1) * self.target.parameter.to(output.dtype)
+            output = _where(rows, changed, output)
+        return output
 
-    def _prepared(self, x: Tensor) -> tuple[Tensor | None, list[Addition]]:
-        """The product of all scales, [in] or None, and the additions, where ``x`` is and in its dtype."""
+    def _acting(self, x: Tensor) -> Iterator[tuple[Tensor | None, Tensor | None, list[Addition]]]:
+        """The changes that act now, those with the same ``when`` together: the rows of ``x`` where they act, [..., 1]
+        bool or None for all; the product of all scales, [in] or None; and the additions, where ``x`` is and in its
+        dtype."""
         key = (x.device, x.dtype)
         ready = self._ready
         if ready[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # made in inference mode it could serve no backward
-                self._ready = ready = (key, *_prepare([*self.changes.values()], x))
-        return ready[1], ready[2]
+                self._ready = ready = (key, _prepare([*self.changes.values()], x))
+        for when, scale, additions in ready[1]:
+            if when == "always":
+                yield None, scale, additions
+            elif (now := current_pass()) is not None and now.in_context is not None:
+                rows = now.in_context[:, None].expand(-1, now.width)  # [n, t]; some models flatten rows and tokens
+                yield rows.reshape(*x.shape[:-1], 1), scale, additions
 
 
-def _prepare(deltas: Sequence[Delta], x: Tensor) -> tuple[Tensor | None, list[Addition]]:
+def _where(rows: Tensor | None, changed: Tensor, as_it_was: Tensor) -> Tensor:
+    return changed if rows is None else torch.where(rows, changed, as_it_was)
+
+
+def _prepare(deltas: Sequence[Delta], x: Tensor) -> list[Group]:
+    groups = ((when, [d for d in deltas if d.when == when]) for when in get_args(When))
+    return [(when, *_joined(own, x)) for when, own in groups if own]
+
+
+def _joined(deltas: Sequence[Delta], x: Tensor) -> tuple[Tensor | None, list[Addition]]:
     scales = [d.to(x.device, torch.float32).factors() for d in deltas if isinstance(d, Scale)]
     scale = torch.stack(scales).prod(0).to(x.dtype) if scales else None
     low = [d for d in deltas if isinstance(d, LowRank)]
