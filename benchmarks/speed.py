@@ -96,7 +96,7 @@ def plain_search(lm: LM, edit: lp.Edit, cfg: rome.Config) -> torch.Tensor:
 def product_rate(rows: int, inner: int, outer: int, seconds: float = 1.0) -> float:
     """FLOP/s of fp32 products of that shape: the median of many."""
     x, w = torch.randn(rows, inner), torch.randn(outer, inner)
-    times = []
+    times: list[float] = []
     begin = perf_counter()
     while perf_counter() - begin < seconds or len(times) < 5:
         start = perf_counter()

@@ -187,8 +187,9 @@ def short_head(lm: LM, hidden: Tensor, count: int, always: Tensor) -> ShortHead 
     None where there are no more, or where the head is no plain projection, or a patch acts on it by a hook.
     """
     head = lm.module(lm.layout.tail[-1])
-    plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
-    if not plain or count + len(always) >= lm.layout.vocab:
+    if not isinstance(head, nn.Linear) or type(head) is not nn.Linear:
+        return None
+    if head._forward_hooks or head._forward_pre_hooks or count + len(always) >= lm.layout.vocab:
         return None
     best, whole = torch.full((lm.layout.vocab,), -torch.inf, device=hidden.device), []
     for part in hidden.split(HEAD_CHUNK):

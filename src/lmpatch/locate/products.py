@@ -61,7 +61,7 @@ class _Rounded(TorchFunctionMode):
     """Linear layers with one of these weights multiply in bf16."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.weights = {id(w): w for w in weights}
         self.rounded: dict[int, Tensor] = {}
 

@@ -50,7 +50,8 @@ def reworded(lm: LM, edits: Sequence[Edit], count: int, seed: int, progress: Pro
     asked = [(i, text) for i, own in enumerate(usable) if answers[i] for text in own]
     scores = score(plain, [text for _, text in asked], [answers[i] for i, _ in asked]) if asked else []
     likely = {pair: found.total for pair, found in zip(asked, scores, strict=True)}
-    return [sorted(own, key=lambda text, i=i: -likely.get((i, text), 0.0))[:count] for i, own in enumerate(usable)]
+    ranked = [sorted((-likely.get((i, text), 0.0), k) for k, text in enumerate(own)) for i, own in enumerate(usable)]
+    return [[own[k] for _, k in order[:count]] for own, order in zip(usable, ranked, strict=True)]
 
 
 def _tidy(text: str) -> str:

@@ -79,5 +79,6 @@ class Values:
         """Those of these facts alone."""
         at = torch.tensor(list(pick), device=self.delta.device)
         keys = {layer: k[at] for layer, k in self.keys.items()}
-        steps, losses, own = ([x[i] for i in pick] for x in (self.steps, self.loss, self.reworded))
+        steps, own = ([x[i] for i in pick] for x in (self.steps, self.reworded))
+        losses = [self.loss[i] for i in pick]
         return Values(self.delta[at], self.clean[at], keys, self.written[at], steps, losses, tuple(own))

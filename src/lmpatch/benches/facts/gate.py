@@ -176,7 +176,7 @@ def judge(report: Report, limits: Config) -> Verdict:
 def _line(
     check: str, limit: float | None, side: Side, own: Number | None, base: Number | None, told: Number | None
 ) -> Line:
-    value, before, text = (number and number.value for number in (own, base, told))
+    value, before, text = (number.value if number else None for number in (own, base, told))
     return Line(check, value, before, text, limit, side, own.n if own else 0, _holds(value, before, limit, side))
 
 

@@ -136,8 +136,9 @@ class _Run:
             )
         sizes = {f.name: getattr(self.cfg, f.name) for f in fields(Sizes)}
         shape = Shape(encoder=encoder.name, features=encoder.width, **sizes)
-        published = {"d_model": d_model, "prompt_tokens": prompt_tokens, "asked": False} if d_model else {}
-        net = Network(replace(shape, **published), encoder)
+        if d_model:  # published
+            shape = replace(shape, d_model=d_model, prompt_tokens=prompt_tokens, asked=False)
+        net = Network(shape, encoder)
         typical = [(e.prompt, e.target) for e in self.split.edits[:TYPICAL]]
         net.start(self.cfg.seed, typical, typical_embeddings(self.lm) if d_model else None)
         return net
