@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_lm, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner, Result
 
+from lmpatch import apply
 from lmpatch.cli.app import build
 from lmpatch.cli.memory import COMMANDS
 from lmpatch.data.edits import Edit, read_edits
+from lmpatch.inference.states import hidden
 from lmpatch.memory.memory import Memory
 from lmpatch.memory.store import Store
 from lmpatch.methods import recipe
@@ -158,18 +161,33 @@ def test_search_shows_the_nearest_facts_and_whether_they_are_used(whole: Path) -
 
 
 @pytest.mark.slow
-def test_create_needs_a_model_or_an_editor_and_an_empty_place(whole: Path, tmp_path: Path) -> None:
-    assert "give either a model" in run("create", tmp_path / "new").output
+def test_create_takes_a_model_or_an_editor_and_an_empty_place(whole: Path, tmp_path: Path) -> None:
+    both = run("create", tmp_path / "new", "gemma-3-270m", "--editor", tmp_path / "editor.safetensors")
+    assert both.exit_code == 2 and "give either a model" in both.output
     again = run("create", whole, "--editor", tmp_path / "editor.safetensors")
     assert again.exit_code == 2 and "exists" in again.output
+    none = run("create", tmp_path / "new", "--method", "rag")
+    assert none.exit_code == 2 and "no rag editor for any model" in none.output
+
+
+@pytest.mark.slow
+def test_a_memory_for_any_model_keeps_facts_as_text(tmp_path: Path) -> None:
+    made = run("create", tmp_path / "m")
+    assert made.exit_code == 0 and "any model" in made.output
+    run("add", tmp_path / "m", EIFFEL, "Rome")
+    memory = Memory.open(tmp_path / "m")
+    for family in ("llama", "gpt2"):
+        lm = tiny_lm(family)
+        with apply(lm, memory.patch()):
+            behind = hidden(lm, [EIFFEL])
+        assert torch.allclose(behind, hidden(lm, [f"{EIFFEL} Rome. {EIFFEL}"]), atol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_model_without_an_editor_keeps_facts_as_text(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    refused = run("create", tmp_path / "m", tmp_path / "model")
-    assert refused.exit_code == 2 and "method rag" in refused.output and not (tmp_path / "m").exists()
+    assert run("create", tmp_path / "any", tmp_path / "model").exit_code == 0
     assert run("create", tmp_path / "m", tmp_path / "model", "--method", "rome").exit_code == 2
     assert run("create", tmp_path / "m", tmp_path / "model", "--method", "rag").exit_code == 0
     run("add", tmp_path / "m", EIFFEL, "Rome")

@@ -29,9 +29,9 @@ SHOWN = 10  # contradictions of a file that are shown
 
 def create(
     store: Annotated[Path, arg("STORE", "The folder to make. It must not exist yet.", callback=new_path)],
-    model: Annotated[str | None, arg("[MODEL]", "Take the editor that comes with lmpatch for this model.")] = None,
+    model: Annotated[str | None, arg("[MODEL]", "For this model. Without one: for any model, facts as text.")] = None,
     method: Annotated[
-        str, opt("recipe: a trained editor's prompt vectors. rag: facts as text, for any model.")
+        str, opt("recipe: trained retrieval, and prompt vectors where the model has some. rag: the plain baseline.")
     ] = "recipe",
     editor: EditorFile = None,
     device: Device = "auto",
@@ -41,17 +41,19 @@ def create(
     """Make an empty memory with the editor that will encode its facts.
 
     lmpatch memory create store gemma-3-270m
-    lmpatch memory create store ./my-model --method rag
+    lmpatch memory create store
     lmpatch memory create store --editor recipe.safetensors
     """
     from .. import registry
     from ..memory.memory import Memory
-    from ..patches.editor import load_editor
+    from ..patches.editor import find_editor, load_editor
 
-    if editor is not None and model is None:
-        chosen = load_editor(editor)
-    elif editor is not None or model is None:
+    if editor is not None and model is not None:
         raise BadInput("give either a model, whose packaged editor is taken, or --editor FILE.")
+    if editor is not None:
+        chosen = load_editor(editor)
+    elif model is None:
+        chosen = find_editor(method, None)
     elif (editor_for := registry.method(method).editor_for) is None:
         raise BadInput(f"{method} keeps no facts in a memory. Use --method recipe or rag.")
     else:

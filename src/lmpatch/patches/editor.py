@@ -124,10 +124,11 @@ def _fits_all(path: Path) -> bool:
         return False
 
 
-def find_editor(method: str, lm: LM, editor: Editor | str | Path | None = None) -> Editor:
-    """The editor of a method for this very model.
+def find_editor(method: str, lm: LM | None, editor: Editor | str | Path | None = None) -> Editor:
+    """The editor of a method for this very model, or else for any model.
 
     Args:
+        lm: None: for any model.
         editor: one that is at hand, the path of its file, or of a folder of editor files. None: the package and
             installed packages are searched. A package offers a folder of editor files through the entry-point group
             ``lmpatch.editors``: ``mine = "my_package.editors"``.
@@ -141,21 +142,22 @@ def find_editor(method: str, lm: LM, editor: Editor | str | Path | None = None) 
         chosen = editor if isinstance(editor, Editor) else load_editor(editor)
         if chosen.method != method:
             raise BadPatch(f"this is an editor of {chosen.method}, {method} was asked for. Give one of {method}.")
-        if chosen.base.fingerprint not in (ANY.fingerprint, fingerprint(lm)):
+        if lm is not None and not chosen.base.any_model and chosen.base.fingerprint != fingerprint(lm):
             raise WrongModel(
                 f"the editor was trained for {chosen.base.name} ({chosen.base.fingerprint[:12]}), this is {lm.name} "
                 f"({fingerprint(lm)[:12]}). Train one for this model."
             )
         return chosen
     heads = {path: _head(path) for path in (sorted(folder.glob("*.safetensors")) if folder else _files())}
-    for base in (fingerprint(lm), ANY.fingerprint):
+    for base in (fingerprint(lm), ANY.fingerprint) if lm else (ANY.fingerprint,):
         for path, head in heads.items():
             if head["method"] == method and head["base"]["fingerprint"] == base:
                 return load_editor(path)
+    name = lm.name if lm else ANY.name
     where = f"is in {editor}" if editor is not None else "comes with lmpatch or an installed package"
     raise BadInput(
-        f"no {method} editor for {lm.name} {where}. Train one (lmpatch train MODEL {method} FACTS -o EDITOR) and pass "
-        "it (--editor EDITOR, editor=)."
+        f"no {method} editor for {name} {where}. Train one (lmpatch train MODEL {method} FACTS -o EDITOR) and pass it "
+        "(--editor EDITOR, editor=)."
     )
 
 

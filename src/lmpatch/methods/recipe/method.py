@@ -16,7 +16,7 @@ from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK, frozen
 from ...models.lm import LM
 from ...patches.base import ANY, Base, fingerprint
-from ...patches.editor import PACKAGED, Editor, find_editor, joined, load_editor
+from ...patches.editor import Editor, find_editor, joined
 from ...patches.memory.patch import MemoryPatch, build_memory, scope_of
 from ...patches.patch import plain
 from ...progress import Progress
@@ -63,6 +63,8 @@ def train(
     an end of the answer, with and without the fact as text behind them.
     """
     data = data if isinstance(data, TrainingData) else TrainingData(data)
+    if data.encoder != TrainingData.encoder and not (cfg.key_steps or cfg.faithful):
+        raise BadInput(f"the encoder {data.encoder!r} needs retrieval of its own. Set key_steps, 1200 for example.")
     edits, folder = usable(without(data.edits, ()), data.unrelated), Path(out) if out is not None else None
     least = max([cfg.prompt_batch] * bool(cfg.prompt_steps or cfg.faithful) + [cfg.key_batch] * bool(cfg.key_steps))
     split = Split.of(edits, data.unrelated, cfg.validate, cfg.seed, least)
@@ -70,13 +72,8 @@ def train(
     run = _Run(lm, split, cfg, folder, stamp, progress)
     if cfg.faithful:
         return run.published(data)
-    half = run.retrieval(data) if cfg.key_steps else packaged_retrieval()
+    half = run.retrieval(data) if cfg.key_steps else find_editor("recipe", None)
     return run.prompts(half) if cfg.prompt_steps else half
-
-
-def packaged_retrieval() -> Editor:
-    """The retrieval that comes with lmpatch, for any model."""
-    return load_editor(PACKAGED / "recipe-retrieval.safetensors")
 
 
 @dataclass(frozen=True)
