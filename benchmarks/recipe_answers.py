@@ -16,6 +16,7 @@ import gzip
 import json
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -29,13 +30,15 @@ from lmpatch.data.edits import read_edits
 from lmpatch.data.matching import normalise
 from lmpatch.inference.tokens import statement
 from lmpatch.methods import recipe
+from lmpatch.patches.memory.patch import MemoryPatch
 from lmpatch.provenance import hardware, now, versions
 
 FACTS = {"counterfact": 1000, "zsre": 402, "wiki": 500, "real-zsre": 1000, "real-wiki": 1000}
 """How many facts of a set are in the memory; no training saw any of them."""
 FILES = SETS | {"real-zsre": "locft/zsre_1500.jsonl.gz", "real-wiki": "locft/wikibigedit_1500.jsonl.gz"}
 BESIDE = ("same_subject", "same_relation")
-FORMS: dict[str, dict[str, Any]] = {"recipe": {}, "vectors": {"insert": "vectors"}, "text": {"insert": "text"}}
+ASKED = ("edit", "rephrase")
+FORMS = {"recipe": recipe.Config(), "vectors": recipe.Config(insert="vectors")}
 
 
 def questions(edits: list[lp.Edit], unrelated: list[lp.Ask]) -> Iterator[tuple[str, str, lp.Edit]]:
@@ -53,53 +56,56 @@ def questions(edits: list[lp.Edit], unrelated: list[lp.Ask]) -> Iterator[tuple[s
         yield "unrelated", unrelated[i % len(unrelated)].prompt, edit
 
 
-def answers(lm: lp.LM, data: Path, name: str, scored: int, editor: lp.Editor | None) -> list[dict[str, Any]]:
-    """A row for each question and form."""
+def answers(lm: lp.LM, data: Path, name: str, scored: int, editor: lp.Editor) -> list[dict[str, Any]]:
+    """A row for each question and form: the model as it is on what a fact should not touch, the fact before the
+    question on what it should, the memory on all, its vectors alone on the facts themselves."""
     edits = read_edits(data / FILES[name])[: FACTS[name]]
-    asked = random.Random(0).sample(edits, min(scored, len(edits)))
-    rows = [*questions(asked, unseen(data))]
-    texts = [question for _, question, _ in rows]
-    told = [f"{statement(edit.prompt, edit.target)} {question}" for _, question, edit in rows]
-    said = {"none": lp.generate(lm, texts, max_new_tokens=16), "fact_before": lp.generate(lm, told, max_new_tokens=16)}
-    fired: dict[str, bool] = {}
-    for form, config in FORMS.items():
-        try:
-            patch = recipe.fit(lm, edits, recipe.Config(**config), editor=editor)
-        except lp.BadInput as error:  # no prompt vectors for this model
-            print(error)
-            continue
-        fired = {text: hits[0].fired for text, hits in zip(texts, patch.finder().search(texts), strict=True)}
-        with lp.apply(lm, patch):
-            said[form] = lp.generate(lm, texts, max_new_tokens=16)
+    asked = [*questions(random.Random(0).sample(edits, min(scored, len(edits))), unseen(data))]
+    beside = [row for row in asked if row[0] in (*BESIDE, "unrelated")]
+    about = [row for row in asked if row not in beside]
+    rows = []
+
+    def note(form: str, kinds: list[tuple[str, str, lp.Edit]], texts: list[str], patch: lp.Patch | None = None) -> None:
+        hits = patch.finder().search(texts) if isinstance(patch, MemoryPatch) else [[]] * len(texts)
+        with lp.apply(lm, patch) if patch else nullcontext():
+            said = lp.generate(lm, texts, max_new_tokens=16)
+        for (kind, question, edit), answer, hit in zip(kinds, said, hits, strict=True):
+            row = {"form": form, "kind": kind, "question": question, "target": edit.target, "answer": answer}
+            rows.append(row | {"fired": bool(hit and hit[0].fired)})
         print(name, form, flush=True)
-    return [
-        {
-            "form": form, "kind": kind, "question": question, "target": edit.target, "answer": answer,
-            "unpatched": said["none"][i], "fired": fired[question],
-        }
-        for form, texts_said in said.items()
-        for i, ((kind, question, edit), answer) in enumerate(zip(rows, texts_said, strict=True))
-    ]  # fmt: skip
+
+    note("none", beside, [question for _, question, _ in beside])
+    note("fact_before", about, [f"{statement(edit.prompt, edit.target)} {question}" for _, question, edit in about])
+    for form, config in FORMS.items():
+        if form == "vectors" and editor.base.any_model:
+            continue
+        kinds = [row for row in asked if form == "recipe" or row[0] in ASKED]
+        patch = recipe.fit(lm, edits, config, editor=editor)
+        note(form, kinds, [question for _, question, _ in kinds], patch)
+    return rows
 
 
 def scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares by form and kind. ``alone``: the target and nothing else; ``again``: the target twice or more."""
     table: dict[str, Any] = {}
+    before = {(row["kind"], row["question"]): row["answer"] for row in rows if row["form"] == "none"}
     for key in dict.fromkeys((row["form"], row["kind"]) for row in rows):
         own = [row for row in rows if (row["form"], row["kind"]) == key]
         pairs = [(normalise(row["answer"]), normalise(row["target"])) for row in own]
         bigrams = [[*pairwise(row["answer"].casefold().split())] for row in own]
+        same = [
+            row["answer"] == before[row["kind"], row["question"]] for row in own if key[1] in (*BESIDE, "unrelated")
+        ]
         table["/".join(key)] = {
             "n": len(own),
             "stated": mean(answer.startswith(target) for answer, target in pairs),
             "contained": mean(target in answer for answer, target in pairs),
-            "alone": mean(answer.rstrip(". ") == target.rstrip(". ") for answer, target in pairs),
+            "alone": mean(answer == target for answer, target in pairs),
             "again": mean(answer.count(target) > 1 for answer, target in pairs),
             "empty": mean(not answer for answer, _ in pairs),
             "distinct_2": mean(len(set(each)) / len(each) if each else 1.0 for each in bigrams),
-            "unchanged": mean(row["answer"] == row["unpatched"] for row in own),
             "fired": mean(row["fired"] for row in own),
-        }
+        } | ({"unchanged": mean(same)} if same else {})
     return table
 
 
