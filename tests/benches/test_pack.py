@@ -253,7 +253,8 @@ def test_a_folder_from_before_the_pack_opens_and_takes_runs_with_it(
 @pytest.mark.slow
 def test_a_prompt_that_leaves_no_room_for_a_long_answer_is_flagged_there_alone() -> None:
     lm = tiny_lm("llama")
-    words = "tower " * ((lm.window or 0) - 40)
+    each = len(lm.tokenizer("tower " * 100)["input_ids"]) / 100
+    words = "tower " * int(((lm.window or 0) - 40) / each)
     edit = Edit(f"{words}is in", "Rome", locality={"near": [Ask("The capital of Italy is", ("Rome",))]})
     room = (lm.window or 0) - len(lm.tokenizer(edit.prompt)["input_ids"])
     assert 4 <= room < PASSAGE, room
