@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .facts_rows import difference, empty, metric, still_right
-from .rows import of, runs, summary
-from .stats import Mean, mean, number, percent, points, table
+from .facts_rows import empty, metric, still_right
+from .memory import recipe_verdict
+from .rows import of, runs
+from .stats import Mean, mean, number, percent, table
 
 HEAD = (
     "method", "facts in the model", "n", "efficacy", "states it once", "paraphrase", "suggested",
@@ -25,34 +26,34 @@ SETS: dict[str, tuple[Line, ...]] = {
         ("`memit`, one commit", "facts-commit", "memit"),
         ("`memit`, `solver=alphaedit`, one commit", "facts-commit", "memit_alphaedit"),
         ("`finetune` (FT-M), one commit", "facts-commit", "ft_m"),
-        ("`recipe`", "recipe-counterfact-100", "recipe"),
+        ("`recipe` of 0.1.0", "recipe-counterfact-100", "recipe"),
     ),
     "CounterFact, 100 of 1,000 facts": (
         ("fact in the prompt", "recipe-counterfact-1000", "fact_in_prompt"),
-        ("`recipe`", "recipe-counterfact-1000", "recipe"),
+        ("`recipe` of 0.1.0", "recipe-counterfact-1000", "recipe"),
     ),
     "CounterFact, 100 of 5,000 facts": (
         ("fact in the prompt", "recipe-counterfact-5000", "fact_in_prompt"),
-        ("`recipe`", "recipe-counterfact-5000", "recipe"),
-        ("`recipe`, `insert=text` (RAG)", "recipe-counterfact-5000", "recipe_text"),
+        ("`recipe` of 0.1.0", "recipe-counterfact-5000", "recipe"),
+        ("`recipe` of 0.1.0, `insert=text` (RAG)", "recipe-counterfact-5000", "recipe_text"),
     ),
     "zsRE, 100 of 402 facts": (
         ("no edit", "recipe-zsre-402", "none"),
         ("fact in the prompt", "recipe-zsre-402", "fact_in_prompt"),
-        ("`recipe`", "recipe-zsre-402", "recipe"),
-        ("`recipe`, `insert=text` (RAG)", "recipe-zsre-402", "recipe_text"),
+        ("`recipe` of 0.1.0", "recipe-zsre-402", "recipe"),
+        ("`recipe` of 0.1.0, `insert=text` (RAG)", "recipe-zsre-402", "recipe_text"),
     ),
     "wiki, the same 100 facts in each row": (
         ("no edit", "facts-commit-wiki", "none"),
         ("fact in the prompt", "facts-commit-wiki", "fact_in_prompt"),
         ("`memit`, `solver=alphaedit`, one commit", "facts-commit-wiki", "memit_alphaedit"),
         ("`finetune` (FT-M), one commit", "facts-commit-wiki", "ft_m"),
-        ("`recipe`", "recipe-wiki-100", "recipe"),
+        ("`recipe` of 0.1.0", "recipe-wiki-100", "recipe"),
     ),
     "wiki, 100 of 500 facts": (
         ("fact in the prompt", "recipe-wiki-500", "fact_in_prompt"),
-        ("`recipe`", "recipe-wiki-500", "recipe"),
-        ("`recipe`, `insert=text` (RAG)", "recipe-wiki-500", "recipe_text"),
+        ("`recipe` of 0.1.0", "recipe-wiki-500", "recipe"),
+        ("`recipe` of 0.1.0, `insert=text` (RAG)", "recipe-wiki-500", "recipe_text"),
     ),
 }
 """The rows of one set were asked the same facts, the baseline among them."""
@@ -63,11 +64,11 @@ SHORT: dict[str, tuple[Line, ...]] = {
         ("`rome`", "facts-single", "rome"),
         ("`memit` (AlphaEdit)", "facts-commit", "memit_alphaedit"),
         ("fine-tuning (FT-M)", "facts-commit", "ft_m"),
-        ("`recipe`", "recipe-counterfact-100", "recipe"),
+        ("`recipe` of 0.1.0", "recipe-counterfact-100", "recipe"),
     ),
     "zsRE, held-out facts": (
         ("fact in the prompt", "recipe-zsre-402", "fact_in_prompt"),
-        ("`recipe`", "recipe-zsre-402", "recipe"),
+        ("`recipe` of 0.1.0", "recipe-zsre-402", "recipe"),
     ),
 }
 BASELINES = ("none", "fact_in_prompt")
@@ -175,34 +176,16 @@ def _facts(folder: str, run: str) -> str:
 def facts_verdict() -> str:
     """What speaks against the methods, before the table and from its rows."""
     prompt, rome, ft_m, recipe = (SHORT["CounterFact"][i][1:] for i in (1, 2, 4, 5))
-    wiki = SETS["wiki, 100 of 500 facts"][0][1]
 
     def share(name: str, where: tuple[str, str]) -> str:
         return percent(metric(*where, name))
 
-    fires = summary("recipe-retrieval.json")["results"]
-    few, many = fires["recipe/1000"], fires["recipe/5000"]
-    fired = [f"{100 * row['neighbour_false_fire']:.1f} %" for row in (few, many)]
     lost = [share("stated", ("general-facts", run)) for run in ("memit", "memit_alphaedit")]
-    better = {
-        name: [
-            points(difference(folder, "fact_in_prompt", "recipe", name), 0).removeprefix("+")
-            for folder in (wiki, "recipe-zsre-402")
-        ]
-        for name in ("stated", "reworded")
-    }
     said = [
-        "**Plain text beats `recipe` on rare names.** On wiki facts the fact in the prompt is stated "
-        f"{better['stated'][0]} points more often, compared fact by fact. On zsRE ({better['stated'][1]}) and on "
-        f"paraphrases of both ({better['reworded'][0]}, {better['reworded'][1]}) the difference is within error.",
-        f"**`recipe` repeats itself.** {share('once', recipe)} of its answers state the fact once; with the fact in "
-        f"the prompt {share('once', prompt)} do, with `rome` {share('once', rome)}.",
-        "**`recipe` says the target where something else was asked**: on "
-        f"{share('suggested', recipe)} of the prompts that only suggest the fact, `rome` on "
-        f"{share('suggested', rome)}. There the target is often no right answer.",
-        f"**`recipe` fires on more neighbours the more facts it holds**: on {fired[0]} with 1,000 facts, on {fired[1]} "
-        f"with 5,000 (of up to {many['cases']:,} asked). Quality was measured to 5,000 facts; expect more false fires "
-        "beyond.",
+        *recipe_verdict(),
+        "**`recipe` of 0.1.0 repeats itself.** "
+        f"{share('once', recipe)} of its answers state the fact once; with the fact in the prompt "
+        f"{share('once', prompt)} do, with `rome` {share('once', rome)}.",
         "**Fine-tuning does most harm to other facts**: it moves the next-token distribution of neighbours by "
         f"{number(metric(*ft_m, 'KL near'))} nats, one `rome` by {number(metric(*rome, 'KL near'))}.",
         f"**At 1,000 facts `memit` loses the facts, too**: it states {lost[0]} of them, with AlphaEdit {lost[1]} "

@@ -24,7 +24,7 @@ NAMES: tuple[Line, ...] = tuple(
     for title, folder in (("zsRE, 402", "recipe-zsre-402"), ("wiki, 500", "recipe-wiki-500"))
     for label, run in (
         ("fact in the prompt", "fact_in_prompt"),
-        ("`recipe`", "recipe"),
+        ("`recipe` of 0.1.0", "recipe"),
         ("the fact as text (RAG)", "recipe_text"),
     )
 )
@@ -96,6 +96,79 @@ def memory_names() -> str:
 
 
 SETS_ASKED = {"counterfact": "CounterFact", "zsre": "zsRE", "wiki": "wiki"}
+
+
+SETS_ASKED_NOW = {
+    "counterfact": "CounterFact, 1,000 facts",
+    "zsre": "zsRE, 402",
+    "wiki": "wiki, 500",
+    "real-zsre": "real questions, zsRE, 1,000",
+    "real-wiki": "real questions, WikiBigEdit, 1,000",
+}
+ASKED_MODELS = {"gemma-3-270m": "Gemma-3-270M", "smollm2-135m-instruct": "SmolLM2-135M-Instruct"}
+ASKED_FORMS = {"fact_before": "fact before the question", "recipe": "`recipe`", "vectors": "`recipe`, vectors alone"}
+
+
+def _asked(model: str) -> dict[str, dict[str, dict[str, float]]]:
+    found: dict[str, dict[str, dict[str, float]]] = summary(f"recipe-answers-{model}.json")["results"]
+    return found
+
+
+def _share(row: dict[str, float] | None, name: str, digits: int = 0) -> str:
+    if row is None or name not in row:
+        return ""
+    value, n = row[name], int(row["n"])
+    half = NORMAL * (value * (1 - value) / (n - 1)) ** 0.5 if n > 1 else 0.0
+    return percent(Mean(value, half, n), digits)
+
+
+def memory_answers(model: str) -> str:
+    """What the packaged editor's memory answers, by generation, set by set."""
+    lines = []
+    for name, title in SETS_ASKED_NOW.items():
+        rows = _asked(model).get(name, {})
+        for form, label in ASKED_FORMS.items():
+            edit, again = rows.get(f"{form}/edit"), rows.get(f"{form}/rephrase")
+            if edit is None:
+                continue
+            beside = rows.get(f"{form}/same_subject") or rows.get(f"{form}/same_relation")
+            cells = [_share(edit, key) for key in ("stated", "contained", "again", "empty")]
+            cells += [f"{edit['distinct_2']:.2f}", _share(again, "stated"), _share(again, "contained")]
+            unrelated = _share(rows.get(f"{form}/unrelated"), "unchanged")
+            lines.append([title, label, str(int(edit["n"])), *cells, _share(beside, "unchanged"), unrelated])
+    head = (
+        "facts in the memory", "method", "n", "states the fact", "contains it", "says it twice or more", "empty",
+        "distinct-2", "in other words: states it", "contains it", "beside the fact unchanged", "unrelated unchanged",
+    )  # fmt: skip
+    return table(head, lines)
+
+
+def memory_follows(model: str) -> str:
+    """Questions that a fact answers in another way: an alias, a consequence."""
+    kinds = {"subject_aliasing": "alias of the subject", "reasoning": "composition", "logical_generalization": "logic"}
+    lines = []
+    for name, title in SETS_ASKED_NOW.items():
+        rows = _asked(model).get(name, {})
+        for form in ("fact_before", "recipe"):
+            own = [rows.get(f"{form}/{kind}") for kind in kinds]
+            if any(own):
+                cells = [f"{_share(row, 'contained')} (n = {int(row['n'])})" if row else "" for row in own]
+                lines.append([title, ASKED_FORMS[form], *cells])
+    return table(("facts in the memory", "method", *kinds.values()), lines)
+
+
+def recipe_verdict() -> list[str]:
+    """What speaks against the packaged editor, from its answers."""
+    rows = _asked("gemma-3-270m")
+    wiki, real = rows["wiki"], rows["real-wiki"]
+    return [
+        "**`recipe` does not think further than its facts**: of questions that follow from a fact of wiki "
+        f"{_share(wiki['recipe/reasoning'], 'contained')} are answered, with the fact before the question "
+        f"{_share(wiki['fact_before/reasoning'], 'contained')}.",
+        "**`recipe` answers some questions about the same subject with the fact**: "
+        f"{_share(wiki['recipe/same_subject'], 'unchanged')} of those of wiki stay as they were, and "
+        f"{_share(real['recipe/same_relation'], 'unchanged')} of those beside real facts.",
+    ]
 
 
 def recipe_training() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from . import context, facts, facts_summary, general, memory, settings
@@ -28,6 +29,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "general-table": general.general_table,
     "recipe-training": memory.recipe_training,
     "recipe-exposure": memory.recipe_exposure,
+    "memory-answers": partial(memory.memory_answers, "gemma-3-270m"),
+    "memory-follows": partial(memory.memory_follows, "gemma-3-270m"),
     "memory-quality": memory.memory_quality,
     "memory-teacher-forced": memory.memory_teacher_forced,
     "memory-retrieval": memory.memory_retrieval,

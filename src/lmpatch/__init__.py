@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .models.load import load as load, wrap as wrap
     from .models.units import Head as Head, Layer as Layer, Neuron as Neuron, Parameter as Parameter
     from .patches.decode.patch import DecodePatch as DecodePatch
-    from .patches.editor import Editor as Editor, load_editor as load_editor
+    from .patches.editor import Editor as Editor, find_editor as find_editor, load_editor as load_editor
     from .patches.export import export as export
     from .patches.file import load_patch as load_patch
     from .patches.hook.patch import SteerPatch as SteerPatch

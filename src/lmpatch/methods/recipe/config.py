@@ -39,7 +39,7 @@ class Training(Sizes, PromptSizes):
     """Facts of one such step."""
     rivals: int = 2048
     """Keys of this many facts outside the batch are rivals in such a step too. Published: 0."""
-    prompt_steps: int = 600
+    prompt_steps: int = 350
     """Steps of the second part: retrieval stands still, and what makes the prompt vectors learns from the language
     model. Published: run until stopped, chosen by the smoothed loss."""
     prompt_batch: int = 32
