@@ -20,7 +20,6 @@ from lmpatch import BadInput
 from lmpatch.distributed import SINGLE, World, join, world
 from lmpatch.methods.parenting import method as parenting
 from lmpatch.methods.recipe import method as recipe
-from lmpatch.methods.recipe.trainer import CHECKPOINT
 from lmpatch.models.sharding import shard
 from lmpatch.patches.editor import load_editor
 from lmpatch.patches.file import load_patch
@@ -65,9 +64,9 @@ def both(out: str, sharded: bool, device: str | None = None) -> None:
 
 
 def weights(folder: Path) -> torch.Tensor:
-    """All that an editor has learned, fp32, from its checkpoint."""
-    tensors = load_file(folder / CHECKPOINT)
-    return torch.cat([tensors[name].flatten() for name in sorted(tensors) if name.startswith("value/")])
+    """All that an editor has learned, fp32, from its checkpoints."""
+    parts = [load_file(folder / f"{part}.safetensors") for part in ("retrieval", "prompts")]
+    return torch.cat([part[name].flatten() for part in parts for name in sorted(part) if name.startswith("value/")])
 
 
 def blocks_of(lm: Any) -> list[torch.nn.Parameter]:
@@ -105,11 +104,12 @@ def test_two_processes_train_what_one_trains(sharded: bool, tmp_path: Path) -> N
 
     from methods.test_recipe import FACTS
 
-    recipe.train(tiny_lm("llama"), FACTS, replace(settings()[0], key_steps=0, prompt_steps=0), out=tmp_path / "start")
+    still = replace(settings()[0], lr=0.0, encoder_lr=0.0, prompt_lr=0.0)
+    recipe.train(tiny_lm("llama"), FACTS, still, out=tmp_path / "start")
     start, one, two = (weights(tmp_path / name) for name in ("start", "one/work", "two/work"))
     assert (two - one).norm() <= 0.02 * (one - start).norm() and (one - start).norm() > 0
     editor = load_editor(tmp_path / "two/editor.safetensors")
-    assert editor.made["steps"] == settings()[0].key_steps * 2
+    assert editor.made["steps"] == settings()[0].prompt_steps
     assert (
         recipe.fit(tiny_lm("llama"), FACTS, recipe.Config(), editor=editor).base.fingerprint == editor.base.fingerprint
     )

@@ -66,14 +66,6 @@ FACTS = [
     for i, thing in enumerate(THINGS)
     for j, place in enumerate(TOWNS)
 ]  # 100
-LESSONS = [
-    lp.Edit(
-        fact.prompt, fact.target,
-        rephrases=[fact.prompt.replace("The", "You find the").replace(" is in", " in")],
-        locality={"same_relation": [lp.Ask(f"The river of {TOWNS[i % 10]} is the", (THINGS[i % 7],))]},
-    )
-    for i, fact in enumerate(FACTS[::8])
-]  # fmt: skip
 CONTEXTS = [
     lp.ContextRecord(
         f"The {thing} is in {TOWNS[i]}.", f"Where is the {thing}?", TOWNS[i], TOWNS[(i + 3) % 10], id=thing
@@ -101,10 +93,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 METHODS = list(SETTINGS)
-TRAINING: dict[str, Any] = dict(
-    key_steps=4, key_batch=6, prompt_steps=4, prompt_batch=4, width=16, content=8, prompt_tokens=2, target_tokens=2,
-    sentinel_tokens=2, validate=3, validate_lm=3, validate_every=4, warmup=2, bf16=False,
-)  # fmt: skip
+EDITOR = Path(__file__).parent / "files" / "memory" / "editor.safetensors"
+"""Of the first release, for the tiny llama: later ones train another form."""
 SMALL = [f"{method}-llama" for method in METHODS] + [f"{method}-gemma3" for method in ("rome", "memit", "parenting")]
 """The patches that tests/golden/files holds, beside a memory with an editor in it: 300 kB in all."""
 
@@ -172,16 +162,13 @@ def rag_records(lm: lp.LM) -> list[Any]:
     return made
 
 
-def train_editor(lm: lp.LM) -> lp.Editor:
-    first = {"ends": False, "prompt_tokens": 6, "target_tokens": 6, "after_tokens": 0}  # what the first release trained
-    return lp.train(lm, "recipe", LESSONS, **{**first, **TRAINING})
-
-
 def make_patch(lm: lp.LM, method: str, editor: lp.Editor | None = None) -> lp.Patch:
     """The patch of this method; ``recipe`` needs an editor."""
     given: dict[str, Any] = {"text": TEXT} if method in ("rome", "memit") else {}
     if method == "recipe":
         given["editor"] = editor
+        if hasattr(registry.get("methods", method).Config, "lookup"):  # the first release knew no other
+            given["lookup"] = "whole"
     if method == "parenting":
         records: Sequence[Any] = rag_records(lm)
     elif method == "recipe":
@@ -235,16 +222,15 @@ def make_tiny(out: Path, *, small: bool = False) -> None:
     for family in FAMILIES:
         lm = tiny_model(family)
         ask(lm, f"clean-{family}")
-        editor = train_editor(lm) if f"recipe-{family}" in SMALL or not small else None
+        editor = lp.load_editor(EDITOR) if family == "llama" else None
         for name in [f"{method}-{family}" for method in METHODS]:
-            if name in SMALL or not small:
+            if (name in SMALL or not small) and (editor or not name.startswith("recipe")):
                 patch = make_patch(lm, name.removesuffix(f"-{family}"), editor)
                 patch.save(out / name)
                 ask(lm, name, patch)
         if family == "llama" and editor is not None:
             ask(lm, "memory", make_memory(out / "memory", editor).patch())
-        if not small and editor is not None:
-            editor.save(out / f"editor-{family}.safetensors")
+        if not small:
             # text that the model writes itself: on another machine a last bit may change a word of it
             lp.fit(lm, "rome", EDITS, **SETTINGS["rome"]).save(out / f"rome-samples-{family}")
     save_file(logits, out / "logits.safetensors")

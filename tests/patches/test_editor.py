@@ -20,8 +20,8 @@ from lmpatch.patches.base import ANY, Base
 from lmpatch.patches.editor import KEY, Editor, find_editor, load_editor
 
 PACKAGED_HASHES = {
-    "recipe-gemma-3-270m": "",
-    "recipe-retrieval": "",
+    "recipe-gemma-3-270m": "bf0244ab5f00d62c880d7193041553b3cc2fc78b509d6e29e51a768df5af2823",
+    "recipe-retrieval": "a1ad32af0bc712619b04edfad5119044cc8286a9e2f63a2bced90ee20e6a7c48",
 }
 
 
