@@ -116,7 +116,7 @@ def beaten(prompt: Any, name: str, minus: Sequence[tuple[Any, Number | None]]) -
     lost: list[tuple[str, str]] = []
     level: list[tuple[str, str]] = []
     for run, moved in minus:
-        if moved is not None and (moved.value < 0 or moved.value < CLEAR * (moved.error or 0.0)):
+        if moved is not None and (moved.value <= 0 or moved.value < CLEAR * (moved.error or 0.0)):
             clear = moved.n >= ENOUGH and -moved.value >= CLEAR * (moved.error or 0.0)
             change = show(run.measure(name), moved.value, moved.error, signed=True)
             (lost if clear else level).append((run.title, change))
