@@ -62,7 +62,7 @@ SETS = {
     "wiki": "knowedit/wiki_counterfact_test.jsonl.gz",
 }
 QUICK: dict[str, Any] = {
-    "per_kind": 2, "max_new_tokens": 16, "health": False, "latency": False, "distractor": False,
+    "per_kind": 2, "max_new_tokens": 16, "health": False, "latency": False, "distractor": False, "pack": 0,
 }  # fmt: skip
 """Settings of the bench where many runs are compared."""
 

@@ -143,6 +143,25 @@ def memory_answers(model: str) -> str:
     return table(head, lines)
 
 
+def recipe_short(model: str) -> str:
+    """The same in a few columns."""
+    lines = []
+    for name, title in SETS_ASKED_NOW.items():
+        rows = _asked(model).get(name, {})
+        for form in ("fact_before", "recipe"):
+            edit, again = rows.get(f"{form}/edit"), rows.get(f"{form}/rephrase")
+            if edit is not None:
+                cells = (
+                    _share(edit, "stated"),
+                    _share(again, "stated"),
+                    _share(edit, "again"),
+                    f"{edit['distinct_2']:.2f}",
+                )
+                lines.append([title, ASKED_FORMS[form], *cells])
+    head = ("facts in the memory", "method", "states the fact", "in other words", "says it twice or more", "distinct-2")
+    return table(head, lines)
+
+
 def memory_follows(model: str) -> str:
     """Questions that a fact answers in another way: an alias, a consequence."""
     kinds = {"subject_aliasing": "alias of the subject", "reasoning": "composition", "logical_generalization": "logic"}
@@ -176,7 +195,7 @@ def recipe_training() -> str:
     seen = summary("recipe-exposure.json")
     shares = [f"{100 * seen[name]['template_seen']:.1f} % of {title}'s" for name, title in SETS_ASKED.items()]
     return (
-        f"The packaged editor was trained on {seen['training_facts']:,} other facts of the same three sets. No prompt "
+        f"The editor of 0.1.0 was trained on {seen['training_facts']:,} other facts of the same three sets. No prompt "
         "that is asked was among them. But most templates were (the prompt without its subject): those of "
         f"{', '.join(shares[:2])} and {shares[2]} evaluation facts."
     )

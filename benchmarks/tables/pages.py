@@ -30,6 +30,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "recipe-training": memory.recipe_training,
     "recipe-exposure": memory.recipe_exposure,
     "memory-answers": partial(memory.memory_answers, "gemma-3-270m"),
+    "recipe-short": partial(memory.recipe_short, "gemma-3-270m"),
     "memory-follows": partial(memory.memory_follows, "gemma-3-270m"),
     "memory-quality": memory.memory_quality,
     "memory-teacher-forced": memory.memory_teacher_forced,

@@ -56,4 +56,4 @@ def facts_settings() -> str:
             seen.append([label, f"`{folder}`", record["dtype"], text, ", ".join(active(method, given))])
     (editor,) = editors - {""}
     head = ("method", "run", "dtype", "text of the covariance", "settings that acted")
-    return table(head, seen) + f"\n\nEvery `recipe` row has the packaged editor, `{editor[:8]}…`."
+    return table(head, seen) + f"\n\nEvery `recipe` row has the editor of 0.1.0, `{editor[:8]}…`."
