@@ -117,7 +117,7 @@ def beaten(prompt: Any, name: str, minus: Sequence[tuple[Any, Number | None]]) -
     level: list[tuple[str, str]] = []
     for run, moved in minus:
         if moved is not None and (moved.value <= 0 or moved.value < CLEAR * (moved.error or 0.0)):
-            clear = moved.n >= ENOUGH and -moved.value >= CLEAR * (moved.error or 0.0)
+            clear = moved.n >= ENOUGH and moved.value < 0 and -moved.value >= CLEAR * (moved.error or 0.0)
             change = show(run.measure(name), moved.value, moved.error, signed=True)
             (lost if clear else level).append((run.title, change))
     verbs = ((lost, "loses to", "lose to"), (level, "does not clearly beat", "do not clearly beat"))
