@@ -402,7 +402,8 @@ def test_the_table_of_a_search_in_a_context_is_what_the_bench_says_of_each_patch
 @pytest.mark.slow
 def test_robustness_of_a_setting_is_what_the_bench_says(talker: LM) -> None:
     lm, records = talker, stories()
-    asked_ = {r.id: (r, word) for r, word in zip(others_ := foreign(records), own_answers(lm, others_), strict=True)}
+    others_ = foreign(records)
+    asked_ = {r.id: (r, word) for r, word in zip(others_, own_answers(lm, others_), strict=True)}
     # a random model says words in other tokens than its tokenizer would: those are told by the bench alone
     rows = {key: encode(lm, r.prompt, word or "x") for key, (r, word) in asked_.items()}
     kept = [key for key, row in rows.items() if len(row.ids) - row.target == len(asked_[key][1])]
