@@ -40,7 +40,12 @@ WORDINGS = {
 """How PopQA asks, and the same in other words."""
 ELSE = ("When did {} begin?", "How long is {}?", "What is {} best known for?", "Who owns {}?", "How old is {}?")
 """Questions about the same subject that no fact of PopQA answers."""
-EVALUATION = ("counterfact/eval.jsonl.gz", "knowedit/wiki_counterfact_test.jsonl.gz")
+EVALUATION = (
+    "counterfact/eval.jsonl.gz", "knowedit/wiki_counterfact_test.jsonl.gz", "locft/zsre_1500.jsonl.gz",
+    "locft/wikibigedit_1500.jsonl.gz",
+)  # fmt: skip
+"""The packaged editors were trained before the last two stood here: they saw 24 of the first 1,000 facts of locft's
+zsRE."""
 
 
 def questions(file: Path) -> list[lp.Edit]:

@@ -51,6 +51,19 @@ def test_every_block_stands_on_a_page(pages: ModuleType) -> None:
 
 
 @pytest.mark.slow
+def test_the_shares_of_answers_are_those_of_the_answers() -> None:
+    import recipe_answers
+
+    files = sorted((BENCHMARKS / "results").glob("recipe-answers-*.json"))
+    for file in files:
+        results = json.loads(file.read_text())["results"]
+        for name, shares in results.items():
+            lines = gzip.decompress((file.with_suffix("") / f"{name}.jsonl.gz").read_bytes()).decode().splitlines()
+            assert recipe_answers.scores([json.loads(line) for line in lines]) == shares, (file.name, name)
+    assert files
+
+
+@pytest.mark.slow
 def test_a_figure_that_was_changed_by_hand_is_put_right(pages: ModuleType) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "50 ± 10 %" in text

@@ -118,12 +118,6 @@ def metric(folder: str, run: str, name: str, when: str = "final") -> Mean | None
     return mean(list(found.values())) if found else None
 
 
-def difference(folder: str, run: str, other: str, name: str) -> Mean:
-    """One run minus another on the same cases, case by case."""
-    one, two = by_case(folder, run, name), by_case(folder, other, name)
-    return mean([one[case] - two[case] for case in one if case in two])
-
-
 def by_case(folder: str, run: str, name: str, when: str = "final") -> dict[str, float]:
     """Case -> mean of its prompts."""
     kind, value = METRICS[name]
