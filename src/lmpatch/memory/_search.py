@@ -167,7 +167,7 @@ def _indexed(index: Near, query: np.ndarray) -> Find:
 
     def find(count: int) -> tuple[np.ndarray, np.ndarray]:
         seqs, vectors = index.search(query, count)
-        return inner(torch.from_numpy(query), torch.from_numpy(vectors)).numpy(), seqs
+        return inner(torch.from_numpy(query), torch.tensor(vectors)).numpy(), seqs
 
     return find
 
