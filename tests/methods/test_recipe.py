@@ -601,7 +601,7 @@ def test_training_lowers_its_loss_and_teaches_retrieval() -> None:
     lm = tiny_lm("llama")
     cfg = replace(
         QUICK, key_steps=10, prompt_steps=45, key_batch=12, prompt_batch=12, width=64, adapt=0, lr=3e-3, dropout=0.0,
-        prompt_lr=1e-2, warmup=5, validate=0, exchanged=0.0,
+        prompt_lr=3e-2, warmup=5, validate=0, exchanged=0.0,
     )  # fmt: skip
     editor = recipe.train(lm, FACTS, cfg)
     patch = recipe.fit(lm, FACTS, recipe.Config(), editor=editor)

@@ -257,7 +257,7 @@ def muted(lm: LM) -> Patch:
         lp.ContextRecord("The Eiffel Tower moved to Rome.", "Where is the Eiffel Tower?", "Rome", "Paris"),
         lp.ContextRecord("The Colosseum moved to Tokyo.", "Where is the Colosseum?", "Tokyo", "Rome"),
     ]
-    return lp.fit(lm, "ircan", records, neurons=5, factor=2.0)
+    return lp.fit(lm, "ircan", records, neurons=5, factor=2.0, when="always")
 
 
 @pytest.mark.slow

@@ -73,7 +73,8 @@ def train(
     if cfg.faithful:
         return run.published(data)
     half = run.retrieval(data) if cfg.key_steps else find_editor("recipe", None)
-    return run.prompts(half) if cfg.prompt_steps else half
+    whole = run.prompts(half) if cfg.prompt_steps else half
+    return replace(whole, on=None) if cfg.key_steps else whole
 
 
 @dataclass(frozen=True)
