@@ -20,8 +20,8 @@ from lmpatch.patches.base import ANY, Base
 from lmpatch.patches.editor import KEY, Editor, find_editor, load_editor
 
 PACKAGED_HASHES = {
-    "recipe-gemma-3-270m": "bf0244ab5f00d62c880d7193041553b3cc2fc78b509d6e29e51a768df5af2823",
-    "recipe-retrieval": "a1ad32af0bc712619b04edfad5119044cc8286a9e2f63a2bced90ee20e6a7c48",
+    "recipe-gemma-3-270m": "b92fa585878fcbe869458cd78200f8ab2148a592cab3a10776fd06bde53d88a7",
+    "recipe-retrieval": "ccd57747f0a2b251493d680d5d5a3ce8f46cbe7740a967a49a7b15cb4eceeb31",
 }
 
 
