@@ -178,15 +178,13 @@ def memory_follows(model: str) -> str:
 
 def recipe_verdict() -> list[str]:
     """What speaks against the packaged editor, from its answers."""
-    rows = _asked("gemma-3-270m")
-    wiki, real = rows["wiki"], rows["real-wiki"]
+    wiki = _asked("gemma-3-270m")["wiki"]
     return [
         "**`recipe` does not think further than its facts**: of questions that follow from a fact of wiki "
         f"{_share(wiki['recipe/reasoning'], 'contained')} are answered, with the fact before the question "
         f"{_share(wiki['fact_before/reasoning'], 'contained')}.",
         "**`recipe` answers some questions about the same subject with the fact**: "
-        f"{_share(wiki['recipe/same_subject'], 'unchanged')} of those of wiki stay as they were, and "
-        f"{_share(real['recipe/same_relation'], 'unchanged')} of those beside real facts.",
+        f"{_share(wiki['recipe/same_subject'], 'unchanged')} of those of wiki stay as they were.",
     ]
 
 
