@@ -28,7 +28,7 @@ from tables.rows import RESULTS
 import lmpatch as lp
 from lmpatch.data.edits import read_edits
 from lmpatch.data.matching import normalise
-from lmpatch.inference.tokens import statement
+from lmpatch.inference.tokens import premise
 from lmpatch.methods import recipe
 from lmpatch.patches.memory.patch import MemoryPatch
 from lmpatch.provenance import hardware, now, versions
@@ -75,7 +75,7 @@ def answers(lm: lp.LM, data: Path, name: str, scored: int, editor: lp.Editor) ->
         print(name, form, flush=True)
 
     note("none", beside, [question for _, question, _ in beside])
-    note("fact_before", about, [f"{statement(edit.prompt, edit.target)} {question}" for _, question, edit in about])
+    note("fact_before", about, [premise(edit.prompt, edit.target) + question for _, question, edit in about])
     for form, config in FORMS.items():
         if form == "vectors" and editor.base.any_model:
             continue

@@ -200,7 +200,8 @@ def short_head(lm: LM, hidden: Tensor, count: int, always: Tensor) -> ShortHead 
     bias = None if head.bias is None else head.bias[tokens]
     short = ShortHead(lm, tokens, head.weight[tokens], bias, hidden.new_zeros(0))
     known = torch.cat([short.logits(part).logsumexp(-1) for part in hidden.split(HEAD_CHUNK)])
-    others = torch.cat(whole) + torch.log1p(-(known - torch.cat(whole)).exp().clamp(max=1 - 1e-6))
+    total = torch.cat(whole)
+    others = total + torch.log1p(-(known - total).exp().clamp(max=1 - 1e-6))
     return replace(short, others=others)
 
 

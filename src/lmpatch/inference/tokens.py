@@ -53,6 +53,11 @@ def statement(prompt: str, target: str) -> str:
     return text if text[-1] in ".!?" else text + "."
 
 
+def premise(prompt: str, target: str) -> str:
+    """The fact as it goes before a question: a sentence and a blank."""
+    return f"{statement(prompt, target)} "
+
+
 def encode(lm: LM, prompt: str, target: str = "", subject: str = "") -> Row:
     """Tokenise prompt and target once, as one text, and find their border by character offsets.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..inference.interventions import Insert
-from ..inference.tokens import statement
+from ..inference.tokens import premise
 from ..models.lm import LM
 from . import Fact, Form, Scope
 from .encoder import Encoder, mean_pooled, same_encoder
@@ -66,7 +66,7 @@ class Cosine:
 
     def insert(self, lm: LM, facts: Sequence[Fact], keys: Tensor, form: Form) -> list[Insert]:
         """Each fact as a sentence."""
-        return [Insert(text=f"{statement(*fact)} ") for fact in facts]
+        return [Insert(text=premise(*fact)) for fact in facts]
 
     def check(self, lm: LM, scope: Scope) -> None:
         """Raise ``BadInput`` for prompt vectors and the sentinel, of which it has none."""

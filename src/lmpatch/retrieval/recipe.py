@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import resolve
 from ..errors import BadInput, WrongModel
 from ..inference.interventions import Insert
-from ..inference.tokens import statement
+from ..inference.tokens import premise
 from ..models.lm import LM
 from . import Fact, Form, Scope
 from .encoder import Encoder, same_encoder
@@ -104,7 +104,7 @@ class Recipe:
 
     def insert(self, lm: LM, facts: Sequence[Fact], keys: Tensor, form: Form) -> list[Insert]:
         """Prompt vectors, the fact as a sentence, or both; of published and old editors the vectors read the keys."""
-        texts = ["" if form == "vectors" else f"{statement(*fact)} " for fact in facts]
+        texts = ["" if form == "vectors" else premise(*fact) for fact in facts]
         vectors = [None] * len(texts) if form == "text" else self._vectors(lm, facts, keys)
         return [Insert(text, own) for text, own in zip(texts, vectors, strict=True)]
 

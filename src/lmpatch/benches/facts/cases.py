@@ -17,7 +17,7 @@ from typing import Literal
 from ...data.edits import Ask, Edit, read_asks, read_edits
 from ...data.matching import first, normalise
 from ...errors import BadInput
-from ...inference.tokens import statement
+from ...inference.tokens import premise
 from ..core.contract import Settings
 from . import pack
 from .questions import Question
@@ -167,9 +167,9 @@ def _with_pack(chunks: list[Chunk], cfg: Config) -> list[Chunk]:
 
 def with_fact(edit: Edit, question: Question) -> Question:
     """The same question, asked after the edit as a statement: ``The Eiffel Tower is in Rome.``"""
-    fact = statement(edit.prompt, edit.target)
-    against = f"{fact} {question.against}" if question.against else ""
-    return replace(question, whole=f"{fact} {question.prompt}", against=against)
+    fact = premise(edit.prompt, edit.target)
+    against = fact + question.against if question.against else ""
+    return replace(question, whole=fact + question.prompt, against=against)
 
 
 def _chunk(index: int, edits: list[Edit], cfg: Config) -> Chunk:

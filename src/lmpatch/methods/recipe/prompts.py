@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...distributed import world
 from ...inference.forward import logits
-from ...inference.tokens import Row, statement
+from ...inference.tokens import Row, premise
 from ...models.lm import LM
 from ...retrieval.prompts import PromptMap, target_rows
 from ...training.loop import Task, linear
@@ -45,7 +45,7 @@ class Prompts(Task):
         cfg, lm, rows = self.cfg, self.lm, self.answers.rows
         _, samples, draw = self.split.batch(step, cfg.prompt_batch, cfg.seed)
         samples = exchanged(samples, self.pools, cfg.exchanged, draw)
-        texts = [_text(s) if draw.random() < cfg.text_share else "" for s in samples]
+        texts = [premise(s.prompt, s.target) if draw.random() < cfg.text_share else "" for s in samples]
         pairs = [(s.prompt, s.target) if draw.random() < 0.5 else (s.again, s.answer) for s in samples]
         with_text = [i for i, text in enumerate(texts) if text]  # vectors alone say what, not about what
         some = [i for i in with_text if draw.random() < cfg.other_share] or with_text[:1]
@@ -77,15 +77,11 @@ class Prompts(Task):
         behind = Behind(self.lm, self._vectors(samples), self.cfg.at)
         wordings = {"told": [(s.prompt, s.target) for s in samples], "again": [(s.again, s.answer) for s in samples]}
         shares = {}
-        for form, texts in (("vectors", []), ("both", [_text(s) for s in samples])):
+        for form, texts in (("vectors", []), ("both", [premise(s.prompt, s.target) for s in samples])):
             for name, pairs in wordings.items():
                 rows = behind.rows(self.answers.rows(pairs, texts), range(len(samples)))
                 shares[f"{form}_{name}"] = round(_right(self.lm, rows, behind.table), 4)
         return shares
-
-
-def _text(sample: Sample) -> str:
-    return f"{statement(sample.prompt, sample.target)} "
 
 
 def _right(lm: LM, rows: Sequence[Row], vectors: Tensor) -> float:

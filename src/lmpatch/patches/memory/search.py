@@ -117,12 +117,12 @@ class MemoryIntervention(Intervention):
 
     def __init__(self, lm: LM, finder: Finder) -> None:
         self.lm, self.finder = lm, finder
+        self._frame = chat_frame(lm.tokenizer) if finder.scope.lookup == "last" else None
         self._ready: OrderedDict[int, Insert] = OrderedDict()  # by place
 
     def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
         distinct = list(dict.fromkeys(prompts))
-        frame = chat_frame(self.lm.tokenizer) if self.finder.scope.lookup == "last" else None
-        asked = [frame.last_message(prompt) for prompt in distinct] if frame else distinct
+        asked = [self._frame.last_message(prompt) for prompt in distinct] if self._frame else distinct
         hits = zip(distinct, self.finder.search(asked), strict=True)
         fired = {prompt: tuple(hit.place for hit in found if hit.fired) for prompt, found in hits}
         self._prepare({place for places in fired.values() for place in places})
