@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -26,14 +27,14 @@ from transformers import AlbertConfig, AlbertModel
 from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, apply, generate, load_patch, merge, score
 from lmpatch.distributed import World
 from lmpatch.errors import LmpatchError, UnknownLayout
-from lmpatch.inference.forward import blocks, frozen, logits, positions
+from lmpatch.inference.forward import attention_to_train, blocks, frozen, logits, positions
 from lmpatch.inference.interventions import prepare
 from lmpatch.inference.states import hidden
 from lmpatch.inference.tokens import encode, encode_all, join
 from lmpatch.methods import recipe
 from lmpatch.methods.recipe import losses
 from lmpatch.methods.recipe.answers import Answers, Behind
-from lmpatch.methods.recipe.data import batch, drawable, exchanged, sample, without, words
+from lmpatch.methods.recipe.data import Neighbourhood, batch, drawable, exchanged, sample, without, words
 from lmpatch.methods.recipe.method import typical_embeddings
 from lmpatch.patches.editor import Editor, load_editor
 from lmpatch.patches.memory.patch import MemoryPatch
@@ -661,6 +662,49 @@ def test_everything_a_sample_may_give_is_encoded_ahead() -> None:
         for edit in FACTS:
             s = sample(edit, aside, random.Random(seed))
             assert {join(s.prompt, s.target), s.prompt, s.again, s.other} <= set(known)
+
+
+def test_questions_beside_a_fact_follow_from_it_or_ask_for_another_relation_of_its_subject() -> None:
+    import random
+
+    follows = {"reasoning": [Ask("The river of the city of the tower of Paris is", ("Tiber",))]}
+    aliases = {
+        "subject_aliasing": [Ask("The tower of Lutetia is in", ("Rome",))]
+    }  # the target itself: no such question
+    other = Edit("Who built the tower of Paris?", "Eiffel", "tower of Paris")
+    same = Edit(
+        "In which town is the opera of Oslo?", "Rome", "opera of Oslo"
+    )  # answered as FACTS are: the same relation
+    told = [replace(FACTS[0], portability=follows | aliases), *FACTS[1:], other, same]
+    found = Neighbourhood(told).draw(400, random.Random(0))
+    assert {(q.prompt, q.question, q.answer) for q in found if q.follows} == {
+        (FACTS[0].prompt, follows["reasoning"][0].prompt, "Tiber")
+    }
+    asked = {(q.prompt, q.question) for q in found if not q.follows}
+    assert (FACTS[5].prompt, f"Who built the {FACTS[5].subject}?") in asked
+    assert (other.prompt, "The tower of Paris is in") in asked
+    about = {other.prompt: {e.prompt for e in FACTS} | {same.prompt.replace("opera of Oslo", "tower of Paris")}}
+    for prompt, question in asked:
+        assert question in about.get(prompt, {f"Who built the {e.subject}?" for e in told}), (prompt, question)
+    assert not Neighbourhood([Edit("a b", "c")]).draw(8, random.Random(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_attention_for_training_gives_the_same_gradients_and_goes_back_after_an_interrupt(family: str) -> None:
+    lm = tiny_lm(family)
+    before = lm.model.config._attn_implementation
+    rows = encode_all(lm, [f.prompt for f in FACTS], [f.target for f in FACTS])
+    found = []
+    for context in (nullcontext(), attention_to_train(lm)):
+        leaf = torch.zeros(1, lm.layout.d_model, requires_grad=True)
+        with frozen(lm), context:
+            losses.statement_loss(lm, [replace(r, ids=(-1, *r.ids), target=r.target + 1) for r in rows], leaf)
+        found.append(leaf.grad)
+    assert torch.allclose(*found, atol=1e-5, rtol=1e-4) and found[0].abs().max() > 1e-3  # type: ignore[arg-type,union-attr]
+    with pytest.raises(KeyboardInterrupt), attention_to_train(lm):
+        assert lm.model.config._attn_implementation == "eager"
+        raise KeyboardInterrupt
+    assert lm.model.config._attn_implementation == before == "sdpa"
 
 
 def test_stand_ins_for_targets_are_whole_words_of_the_model() -> None:

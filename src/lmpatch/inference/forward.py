@@ -45,6 +45,20 @@ def frozen(lm: LM) -> Iterator[None]:
             ask(True)  # an interrupt may have stopped the first
 
 
+@contextmanager
+def attention_to_train(lm: LM) -> Iterator[None]:
+    """On a CPU the backward pass of PyTorch's fused attention is slow: products and a softmax stand for it inside."""
+    before = lm.model.config._attn_implementation
+    if lm.device.type != "cpu" or before != "sdpa":
+        yield
+        return
+    try:
+        lm.model.set_attn_implementation("eager")
+        yield
+    finally:
+        lm.model.set_attn_implementation(before)
+
+
 @dataclass(frozen=True)
 class Pass:
     """One forward of a padded batch, as a hook sees it: which of its tokens are prompt, and which are answer."""

@@ -70,9 +70,13 @@ class Training(Sizes, PromptSizes):
     other_share: float = 0.125
     """Share of the questions that a fact does not touch that go through the language model in a step, drawn anew.
     Published: 1."""
-    other_weight: float = 0.25
-    """Weight of the loss that keeps these as they were, against that of stating facts: retrieval keeps most questions
-    apart already. Published: 1."""
+    other_weight: float = 0.5
+    """Weight of the loss that keeps answers to these and to those ``beside``, against that of stating facts. Published:
+    1."""
+    beside: int = 8
+    """Questions of a step that are about a fact's subject and not answered by its target. Where the answer follows from
+    the fact, what the model answers behind the fact as text is to stay, else what it answers without it. Published:
+    0."""
     answer_tokens: int | None = 12
     """An answer's tokens beyond these are left out of the language model's rows. none: all, as published."""
     at: Literal["front", "after_bos"] = "after_bos"

@@ -12,6 +12,7 @@ from ...data.edits import Ask, Edit, prompt_key
 from ...errors import BadInput
 from ...inference.tokens import join
 
+BLANK = "\0"  # where the subject of a question was
 Groups = tuple[tuple[str, tuple[Ask, ...]], ...]
 
 
@@ -108,6 +109,47 @@ def sample(edit: Edit, unrelated: Sequence[Ask], draw: random.Random) -> Sample:
     near = [ask for ask in _asks(edit.locality) if ask.answers]
     other = draw.choice(unrelated if unrelated and (not near or draw.random() < 0.5) else near)
     return Sample(edit.prompt, edit.target, again, answer, other.prompt, other.answers[0])
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A question about the subject of a fact that the fact's target does not answer."""
+
+    prompt: str
+    target: str
+    question: str
+    answer: str
+    follows: bool
+    """The answer follows from the fact and from what the model knows; else the fact has nothing to do with it."""
+
+
+class Neighbourhood:
+    """Questions beside facts: those that come with the facts, and those of other facts asked about another subject."""
+
+    def __init__(self, edits: Sequence[Edit]) -> None:
+        self.edits = [edit for edit in edits if edit.subject and edit.subject in edit.prompt]
+        self.forms = [edit.prompt.replace(edit.subject or "", BLANK) for edit in self.edits]
+        self.range: dict[str, set[str]] = {}  # what questions of a form are answered by
+        for form, edit in zip(self.forms, self.edits, strict=True):
+            self.range.setdefault(form, set()).add(edit.target)
+        pairs = [(edit, ask) for edit in edits for ask in _asks(edit.portability) if ask.answers]
+        self.following = [(edit, ask) for edit, ask in pairs if ask.answers[0] != edit.target]
+
+    def draw(self, count: int, draw: random.Random) -> list[Beside]:
+        """``count`` questions, by halves such as follow from a fact and such as ask for another relation of its
+        subject; fewer where there are none."""
+        found = []
+        for i in range(count):
+            if i % 2 and self.following:
+                edit, ask = draw.choice(self.following)
+                found.append(Beside(edit.prompt, edit.target, ask.prompt, ask.answers[0], follows=True))
+            elif not i % 2 and self.edits:
+                place, other = draw.randrange(len(self.edits)), draw.randrange(len(self.edits))
+                edit, form, answer = self.edits[place], self.forms[other], self.edits[other].target
+                if edit.target in self.range[form] or answer in self.range[self.forms[place]]:
+                    continue  # it may ask for the same relation in other words
+                found.append(Beside(edit.prompt, edit.target, form.replace(BLANK, edit.subject or ""), answer, False))
+        return found
 
 
 def drawable(edits: Sequence[Edit], unrelated: Sequence[Ask]) -> list[str]:

@@ -14,7 +14,7 @@ from ...inference.tokens import Row, batches_of_tokens
 from ...models.lm import LM
 from ...training.losses import answer_states
 
-BATCH_TOKENS = 1024  # of one forward with gradients, in each process
+BATCH_TOKENS = 2048  # of one forward with gradients, in each process
 
 
 def clear(logp: Tensor, target: Tensor, margin: float | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...data.edits import Edit, prompt_key
 from ...errors import BadInput
-from ...inference.forward import HEAD_CHUNK, frozen
+from ...inference.forward import HEAD_CHUNK, attention_to_train, frozen
 from ...models.lm import LM
 from ...patches.base import ANY, Base, fingerprint
 from ...patches.editor import Editor, find_editor, joined
@@ -155,7 +155,7 @@ class _Run:
         loop = Loop(
             task, schedule, name=name, file=file, curves=curves, stamp=hash_json([self.stamp, asked]), advice=advice
         )
-        with frozen(self.lm):
+        with frozen(self.lm), attention_to_train(self.lm):
             loop.run(self.progress)
         lm_dtype = str(self.lm.dtype).removeprefix("torch.")
         made = {"steps": loop.step, "facts": len(self.split.edits), "lm_dtype": lm_dtype}

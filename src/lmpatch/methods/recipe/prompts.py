@@ -13,12 +13,13 @@ from ...distributed import world
 from ...inference.forward import logits
 from ...inference.tokens import Row, premise
 from ...models.lm import LM
+from ...retrieval import Fact
 from ...retrieval.prompts import PromptMap, target_rows
 from ...training.loop import Task, linear
 from . import losses
 from .answers import Answers, Behind
 from .config import Training
-from .data import Sample, Split, exchanged, words
+from .data import Neighbourhood, Split, exchanged, words
 
 
 class Prompts(Task):
@@ -29,6 +30,7 @@ class Prompts(Task):
         self.values = net.state_dict(keep_vars=True)
         self.pools = [words(lm.tokenizer), sorted({edit.target for edit in split.edits})]
         self.answers = Answers(lm, cfg)
+        self.around = Neighbourhood(split.edits)
 
     def optimiser(self, step: int) -> torch.optim.Optimizer:
         """AdamW over the map."""
@@ -49,22 +51,29 @@ class Prompts(Task):
         pairs = [(s.prompt, s.target) if draw.random() < 0.5 else (s.again, s.answer) for s in samples]
         with_text = [i for i, text in enumerate(texts) if text]  # vectors alone say what, not about what
         some = [i for i in with_text if draw.random() < cfg.other_share] or with_text[:1]
-        others = [(samples[i].other, samples[i].other_answer) for i in some]
+        near = self.around.draw(cfg.beside, draw)
+        facts = [(s.prompt, s.target) for s in samples] + [(q.prompt, q.target) for q in near]
+        texts += [premise(q.prompt, q.target) for q in near]
+        owners = [*some, *range(len(samples), len(facts))]
+        others = [(samples[i].other, samples[i].other_answer) for i in some] + [(q.question, q.answer) for q in near]
+        alone = others[: len(some)] + [
+            (text + q.question if q.follows else q.question, q.answer)
+            for q, text in zip(near, texts[len(samples) :], strict=True)
+        ]
 
-        vectors = self._vectors(samples)
+        vectors = self._vectors(facts)
         behind = Behind(lm, vectors, cfg.at)
-        told = behind.rows(rows(pairs, texts, end=True), range(len(samples)))
-        other = behind.rows(rows(others, [texts[i] for i in some]), some)
+        told = behind.rows(rows(pairs, texts[: len(samples)], end=True), range(len(samples)))
+        other = behind.rows(rows(others, [texts[i] for i in owners]), owners)
         state = partial(losses.statement_loss, lm, told, margin=cfg.margin, world=self.world)
-        keep = partial(losses.locality_loss, lm, other, base=self.answers.base(others), world=self.world)
+        keep = partial(losses.locality_loss, lm, other, base=self.answers.base(alone), world=self.world)
         stated, to_state = behind.mean(lambda table: state(vectors=table), self.world)
         kept, to_keep = behind.mean(lambda table: keep(vectors=table), self.world)
         torch.cat(vectors).backward((to_state + cfg.other_weight * to_keep).to(vectors[0].device))
         return {"told": stated, "other": kept}
 
-    def _vectors(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Prompt vectors of the samples' facts."""
-        facts = [(s.prompt, s.target) for s in samples]
+    def _vectors(self, facts: Sequence[Fact]) -> list[Tensor]:
+        """Prompt vectors of facts."""
         vectors: list[Tensor] = self.net(*target_rows(self.lm, facts, self.net.shape.target_tokens))
         return vectors
 
@@ -74,7 +83,7 @@ class Prompts(Task):
         samples = [self.split.sample(edit, draw) for edit in self.split.held[: self.cfg.validate_lm]]
         if not samples:
             return {}
-        behind = Behind(self.lm, self._vectors(samples), self.cfg.at)
+        behind = Behind(self.lm, self._vectors([(s.prompt, s.target) for s in samples]), self.cfg.at)
         wordings = {"told": [(s.prompt, s.target) for s in samples], "again": [(s.again, s.answer) for s in samples]}
         shares = {}
         for form, texts in (("vectors", []), ("both", [premise(s.prompt, s.target) for s in samples])):
