@@ -20,8 +20,8 @@ from lmpatch.patches.base import ANY, Base
 from lmpatch.patches.editor import KEY, Editor, find_editor, load_editor
 
 PACKAGED_HASHES = {
-    "recipe-gemma-3-270m": "b92fa585878fcbe869458cd78200f8ab2148a592cab3a10776fd06bde53d88a7",
-    "recipe-retrieval": "ccd57747f0a2b251493d680d5d5a3ce8f46cbe7740a967a49a7b15cb4eceeb31",
+    "recipe-gemma-3-270m": "9480f32cd156d9e7bd29f87b4e92d92a118c07fb4d52d45df4c5c2cfd8b0722e",
+    "recipe-retrieval": "8160b4862f2ffeb27561a8147b5c862ae70ff00fb053875afe67b6356d70cbba",
 }
 
 

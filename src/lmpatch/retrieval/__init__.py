@@ -42,6 +42,9 @@ class Lookup:
     last; or the whole prompt. What is longer than the encoder reads loses its beginning."""
     top_k: int = 1
     """Facts used at most."""
+    doubt: float = 0.8
+    """A fact that was found is left out if its question asks for something else with a larger chance, says the
+    verifier, which ``gate=sentinel`` asks if retrieval has one. 1: it is not asked. Published: 1."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Retriever(Protocol):
     unit: bool  # keys and queries have length one: an inner product is a cosine
 
     @property
+    def verifies(self) -> bool: ...  # it can tell whether a question asks for a fact
+    @property
     def encoder(self) -> Encoder: ...  # raises WrongModel if it is not the one the retriever was made with
     def parts(self) -> dict[str, Any]: ...  # JSON; what ``load`` needs beside the tensors
     def tensors(self) -> dict[str, Tensor]: ...
@@ -73,6 +78,7 @@ class Retriever(Protocol):
     def queries(self, prompts: Sequence[str]) -> Tensor: ...  # [m, M] fp32
     def gate(self, queries: Tensor) -> Tensor: ...  # [m] fp64 learned thresholds of the inner product; BadInput: none
     def insert(self, lm: LM, facts: Sequence[Fact], keys: Tensor, form: Form) -> list[Insert]: ...  # keys: [n, w]
+    def verify(self, facts: Sequence[Fact], prompts: Sequence[str]) -> Tensor: ...  # [n, 3]; see ``verifier``
     def check(self, lm: LM, scope: Scope) -> None: ...  # WrongModel, BadInput: it cannot be used so on this model
 
 

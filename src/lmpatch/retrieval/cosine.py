@@ -27,6 +27,7 @@ class Cosine:
     """w, features of one state of the encoder."""
 
     name = "cosine"
+    verifies = False
     scale = 1.0
     unit = True
 
@@ -63,6 +64,10 @@ class Cosine:
     def gate(self, queries: Tensor) -> Tensor:
         """Raise ``BadInput``: it has learned no gate."""
         raise BadInput("a cosine retriever has no knowledge sentinel. Use gate='cosine' with a threshold, or 'always'.")
+
+    def verify(self, facts: Sequence[Fact], prompts: Sequence[str]) -> Tensor:
+        """Raise ``BadInput``: it has no verifier."""
+        raise BadInput("a cosine retriever has no verifier.")
 
     def insert(self, lm: LM, facts: Sequence[Fact], keys: Tensor, form: Form) -> list[Insert]:
         """Each fact as a sentence."""

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadPatch
+from ..errors import BadInput, BadPatch
 from ..inference.tokens import encode_all, join
 from ..models.lm import LM
 from . import Fact
 from .encoder import Encoder, pooled
+from .verifier import Verifier
 
 LENGTH = 3.0  # of a prompt vector, in typical embeddings
 FACTS = (("The capital of France is", "Paris"), ("Hamlet was written by", "Shakespeare"), ("Water boils at", "100 °C"))
@@ -57,6 +58,8 @@ class Shape(Sizes):
     """How many components of a key hold what is to be said and are compared with no query. Published: 0."""
     prompt_tokens: int = 0
     """P, prompt vectors of one fact. Published: 3."""
+    verifier: int = 0
+    """Width of the verifier's layer; 0: there is none. Published: 0."""
     target_tokens: int = 0
     """T, the first tokens of a target whose embeddings in the language model prompt vectors are made of too; at least
     P. Published: 0."""
@@ -106,6 +109,7 @@ class Network(nn.Module):
         self.sentinel_embeddings = nn.Parameter(torch.zeros(shape.sentinel_tokens, shape.features))
         self.centre = nn.Parameter(torch.zeros(inputs), requires_grad=False)
         self.spread = nn.Parameter(torch.ones(inputs), requires_grad=False)
+        self.verifier = Verifier(inputs, shape.verifier) if shape.verifier else None
         self.learned = nn.ParameterDict()  # slashes in its names: torch takes dots for nesting
         if shape.adapt is None:
             for name, p in encoder.module.named_parameters():
@@ -155,6 +159,8 @@ class Network(nn.Module):
         for name, p in self.learned.items():
             if name.endswith("/lora_a"):
                 p.normal_(0, p.shape[1] ** -0.5, generator=draw)
+        if self.verifier is not None:
+            self.verifier.start(draw)
         self.key.first.weight.mul_(GAIN)
         self.query.load_state_dict(self.key.state_dict())
         features = self.features([join(*fact) for fact in facts] + [prompt for prompt, _ in facts])
@@ -210,6 +216,13 @@ class Network(nn.Module):
     def queries_of(self, features: Tensor) -> Tensor:
         """Queries [n, M] of the features of questions."""
         out: Tensor = self.query(self._standard(features))
+        return out
+
+    def verify(self, facts: Tensor, questions: Tensor) -> Tensor:
+        """``Verifier`` over features [n, F] of the prompts of facts and of questions. ``BadInput``: there is none."""
+        if self.verifier is None:
+            raise BadInput("this editor has no verifier. Use doubt=1, or train one with verifier_steps.")
+        out: Tensor = self.verifier(self._standard(facts), self._standard(questions))
         return out
 
     def _standard(self, features: Tensor) -> Tensor:

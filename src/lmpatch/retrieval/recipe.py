@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import resolve
@@ -23,8 +25,10 @@ from .encoder import Encoder, same_encoder
 from .network import Network, Shape, target_embeddings
 from .prompts import PromptMap, PromptShape, target_rows
 
-OLD = {"asked": False}  # of shapes that do not say it: those of the first release
+OLD = {"asked": False, "verifier": 0}  # of shapes that do not say it: those of the first release
 PREFIX = "prompt."  # of the prompt map's tensors
+KEPT = 4096
+"""Texts whose features are kept."""
 
 
 @dataclass(eq=False)
@@ -38,6 +42,8 @@ class Recipe:
     prompt_shape: PromptShape | None = None
     """None: there is no prompt map."""
     prompt_learned: dict[str, Tensor] = field(default_factory=dict)
+    _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # features of texts seen last
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     name = "recipe"
     unit = False
@@ -96,7 +102,28 @@ class Recipe:
 
     def queries(self, prompts: Sequence[str]) -> Tensor:
         """Queries [m, M] of questions: the prompt alone."""
-        return self.network.queries(prompts)
+        return self.network.queries_of(self._features(prompts))
+
+    @property
+    def verifies(self) -> bool:
+        """It has a verifier."""
+        return self.shape.verifier > 0
+
+    def verify(self, facts: Sequence[Fact], prompts: Sequence[str]) -> Tensor:
+        """Chances [n, 3] of ``verifier.KINDS`` for pairs of a fact and a question; ``BadInput``: it has no verifier."""
+        told = [prompt for prompt, _ in facts]
+        features = self._features([*told, *prompts])
+        return self.network.verify(features[: len(told)], features[len(told) :]).exp()
+
+    def _features(self, texts: Sequence[str]) -> Tensor:
+        """Features [n, F] of texts, those of the last ``KEPT`` from memory."""
+        with self._lock:
+            known = {text: self._known[text] for text in texts if text in self._known}
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        known.update(zip(new, self.network.features(new), strict=True) if new else ())
+        with self._lock:
+            self._known = dict([*self._known.items(), *known.items()][-KEPT:])
+        return torch.stack([known[text] for text in texts])
 
     def gate(self, queries: Tensor) -> Tensor:
         """Inner products [m] fp64 of queries [m, M] with the sentinel."""
@@ -133,6 +160,8 @@ def load(parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Recipe:
     d, told, inputs = shape.d_model, shape.content or shape.width, (3 + shape.pooler) * shape.features
     sizes: dict[str, tuple[int, ...]] = {"key.first.weight": (shape.matched, inputs)}
     sizes |= {"sentinel_embeddings": (shape.sentinel_tokens, shape.features)}
+    if shape.verifier:
+        sizes |= {"verifier.first.weight": (shape.verifier, 2 * inputs)}
     if d:
         sizes |= {"mix.bias": (told,), "out.bias": (shape.prompt_tokens * d,)}
     if shape.target_tokens:

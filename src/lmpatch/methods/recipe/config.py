@@ -39,6 +39,13 @@ class Training(Sizes, PromptSizes):
     """Facts of one such step."""
     rivals: int = 2048
     """Keys of this many facts outside the batch are rivals in such a step too. Published: 0."""
+    verifier_steps: int = 0
+    """Steps of the part after it: the verifier learns which questions ask for a fact that was found. 0: there is none,
+    or the one of the retrieval that comes with lmpatch. Published: 0."""
+    verifier: int = 256
+    """Width of the verifier's layer."""
+    verifier_batch: int = 1024
+    """Pairs of a fact and a question of one such step."""
     prompt_steps: int = 350
     """Steps of the second part: retrieval stands still, and what makes the prompt vectors learns from the language
     model. Published: run until stopped, chosen by the smoothed loss."""
@@ -47,7 +54,7 @@ class Training(Sizes, PromptSizes):
     text_share: float = 0.6
     """Share of these that also have the fact as a sentence before the question. Published: 0."""
     lr: float = 2e-3
-    """AdamW's rate in the first part. Published: 1e-5, with every weight of the encoder trained."""
+    """AdamW's rate in the first two parts. Published: 1e-5, with every weight of the encoder trained."""
     prompt_lr: float = 3e-3
     """AdamW's rate in the second part."""
     encoder_lr: float = 1e-4

@@ -111,6 +111,11 @@ def sample(edit: Edit, unrelated: Sequence[Ask], draw: random.Random) -> Sample:
     return Sample(edit.prompt, edit.target, again, answer, other.prompt, other.answers[0])
 
 
+def mentions(text: str, edit: Edit) -> bool:
+    """The text names the subject of a fact."""
+    return bool(edit.subject) and str(edit.subject).casefold() in text.casefold()
+
+
 @dataclass(frozen=True)
 class Beside:
     """A question about the subject of a fact that the fact's target does not answer."""

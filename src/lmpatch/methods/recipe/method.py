@@ -17,7 +17,7 @@ from ...inference.forward import HEAD_CHUNK, attention_to_train, frozen
 from ...models.lm import LM
 from ...patches.base import ANY, Base, fingerprint
 from ...patches.editor import Editor, find_editor, joined
-from ...patches.memory.patch import MemoryPatch, build_memory, scope_of
+from ...patches.memory.patch import MemoryPatch, build_memory, retriever_of, scope_of
 from ...patches.patch import plain
 from ...progress import Progress
 from ...provenance import hash_json, made_now
@@ -26,7 +26,7 @@ from ...retrieval import Form, Scope
 from ...retrieval.encoder import load_encoder, shared_encoder
 from ...retrieval.network import Network, Shape, Sizes
 from ...retrieval.prompts import PromptMap, PromptShape, PromptSizes, embedded
-from ...retrieval.recipe import PREFIX
+from ...retrieval.recipe import PREFIX, Recipe
 from ...training.loop import Loop, Schedule, Task
 from .config import Config, Training
 from .data import Split, TrainingData, drawable, usable, without
@@ -34,6 +34,7 @@ from .keys import Keys
 from .losses import BATCH_TOKENS
 from .prompts import Prompts
 from .published import Published
+from .verify import Verify
 
 PUBLISHED = 3  # prompt vectors of a fact in the published form
 TYPICAL = 256  # facts whose mean feature is taken for the centre of all
@@ -43,8 +44,8 @@ def train(
     lm: LM, data: TrainingData | Sequence[Edit], cfg: Training, *, out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Editor:  # fmt: skip
-    """Train an editor: retrieval that knows a fact in other words and leaves the rest alone, and prompt vectors that
-    make the model state it once and stop.
+    """Train an editor: retrieval that knows a fact in other words and leaves the rest alone, a verifier of what it
+    finds, and prompt vectors that make the model state it once and stop.
 
     Args:
         data: facts to learn editing from, with rephrases and locality prompts; none of them is remembered. As
@@ -66,15 +67,17 @@ def train(
     if data.encoder != TrainingData.encoder and not (cfg.key_steps or cfg.faithful):
         raise BadInput(f"the encoder {data.encoder!r} needs retrieval of its own. Set key_steps, 1200 for example.")
     edits, folder = usable(without(data.edits, ()), data.unrelated), Path(out) if out is not None else None
-    least = max([cfg.prompt_batch] * bool(cfg.prompt_steps or cfg.faithful) + [cfg.key_batch] * bool(cfg.key_steps))
+    batches = ((cfg.key_batch, cfg.key_steps), (cfg.prompt_batch, cfg.prompt_steps or cfg.faithful))
+    least = max((size for size, steps in batches if steps), default=2)
     split = Split.of(edits, data.unrelated, cfg.validate, cfg.seed, least)
     stamp = hash_json([asdict(cfg), [asdict(edit) for edit in edits], [asdict(ask) for ask in data.unrelated]])
     run = _Run(lm, split, cfg, folder, stamp, progress)
     if cfg.faithful:
         return run.published(data)
     half = run.retrieval(data) if cfg.key_steps else find_editor("recipe", None)
+    half = run.verifier(half) if cfg.verifier_steps else half
     whole = run.prompts(half) if cfg.prompt_steps else half
-    return replace(whole, on=None) if cfg.key_steps else whole
+    return replace(whole, on=None) if cfg.key_steps or cfg.verifier_steps else whole
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,25 @@ class _Run:
         task = Keys(net.to(self.lm.device), self.split, self.cfg, self.progress)
         made = self._trained(task, "retrieval", self.cfg.key_steps, task.rate, net.encoder.fingerprint)
         return Editor("recipe", _config(self.cfg, "text"), ANY, *_network_parts(net), made)
+
+    def verifier(self, half: Editor) -> Editor:
+        """The same retrieval, and what looks again at the facts that it finds."""
+        own = retriever_of(half)
+        assert isinstance(own, Recipe)
+        tensors = {name: tensor for name, tensor in own.learned.items() if not name.startswith("verifier.")}
+        net = Network(replace(own.shape, verifier=self.cfg.verifier), own.encoder)
+        assert net.verifier is not None
+        net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
+        net.requires_grad_(False)
+        net.verifier.requires_grad_(True).start(torch.Generator().manual_seed(self.cfg.seed))
+        net.encoder.module.to(self.lm.device)
+        need = 4 * net.inputs * len(self._texts())  # about as many questions are asked of other subjects
+        require_memory(need, self.lm.device, f"training on {len(self.split.edits)} facts")
+        task = Verify(net.to(self.lm.device), self.split, self.cfg, self.progress)
+        made = self._trained(task, "verifier", self.cfg.verifier_steps, task.rate, half.hash())
+        parts, learned = _network_parts(net)
+        made = {**half.made, "verifier": made}
+        return replace(half, parts={**half.parts, **parts}, tensors={**half.tensors, **learned}, made=made)
 
     def prompts(self, half: Editor) -> Editor:
         """The prompt map of the model, joined to the retrieval."""

@@ -22,7 +22,7 @@ from ..patch import Law, RunPatch, plain_edits
 from .search import Facts, Finder, ListedFacts, MemoryIntervention
 
 FIRST = "recipe"  # the retriever of files that name none: those of the first release
-WHOLE = {"lookup": "whole"}  # of files that do not say what is looked up: those of the first release
+WHOLE = {"lookup": "whole", "doubt": 1.0}  # of files that do not say it: those of the first release
 PREFIX = "editor/"  # of the retriever's tensors in the file
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,11 +12,16 @@ from torch import Tensor
 
 from ...inference.interventions import Insert, Intervention
 from ...models.lm import LM, chat_frame
-from ...retrieval import Fact, Retriever, Scope
+from ...retrieval import Fact, Form, Retriever, Scope
 from ...retrieval.index import KeyBlock
+from ...retrieval.verifier import SLACK
 
 KEPT = 4096
 """Inserts kept ready, by facts used last."""
+
+
+Used = tuple[int, Form]
+"""A fact, by its place, and as what it goes before the question."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,15 @@ class Hit:
     score: float
     gate: float
     """What the score had to exceed."""
+    follows: bool = False
+    """The verifier: the answer follows from the fact, and is not its target."""
+    doubted: bool = False
+    """The verifier: the question asks for something else."""
 
     @property
     def fired(self) -> bool:
         """The fact is used."""
-        return self.score > self.gate
+        return self.score > self.gate and not self.doubted
 
 
 class Facts(Protocol):
@@ -82,6 +91,7 @@ class Finder:
 
     def __init__(self, retriever: Retriever, scope: Scope, facts: Facts) -> None:
         self.retriever, self.scope, self.facts = retriever, scope, facts
+        self._verifies = scope.gate == "sentinel" and scope.doubt < 1 and retriever.verifies
         self.encoder = retriever.encoder  # a wrong one is refused here, not at the first question
 
     @torch.no_grad()
@@ -98,9 +108,19 @@ class Finder:
         scale = 1.0 if self.scope.gate == "cosine" else self.retriever.scale
         gates = [self.scope.threshold if self.scope.gate == "cosine" else float("-inf")] * len(queries)
         if self.scope.gate == "sentinel":
-            gates = [gate / scale for gate in self.retriever.gate(queries).tolist()]
+            slack = SLACK if self._verifies else 0.0
+            gates = [gate / scale - slack for gate in self.retriever.gate(queries).tolist()]
         for i, line, found, gate in zip(readable, scores.tolist(), places.tolist(), gates, strict=True):
             hits[i] = [Hit(place, score / scale, gate) for score, place in zip(line, found, strict=True)]
+        return self._verified(hits, texts) if self._verifies else hits
+
+    def _verified(self, hits: list[list[Hit]], texts: Sequence[str]) -> list[list[Hit]]:
+        """What the verifier says of the facts that beat the gate."""
+        pairs = [(i, j) for i, found in enumerate(hits) for j, hit in enumerate(found) if hit.fired]
+        facts = [self.facts.fact(hits[i][j].place) for i, j in pairs]
+        chances = self.retriever.verify(facts, [texts[i] for i, _ in pairs]).tolist() if pairs else []
+        for (i, j), (asks, follows, other) in zip(pairs, chances, strict=True):
+            hits[i][j] = replace(hits[i][j], follows=follows > asks, doubted=other > self.scope.doubt)
         return hits
 
 
@@ -118,33 +138,40 @@ class MemoryIntervention(Intervention):
     def __init__(self, lm: LM, finder: Finder) -> None:
         self.lm, self.finder = lm, finder
         self._frame = chat_frame(lm.tokenizer) if finder.scope.lookup == "last" else None
-        self._ready: OrderedDict[int, Insert] = OrderedDict()  # by place
+        self._ready: OrderedDict[Used, Insert] = OrderedDict()
 
     def retrieve(self, prompts: Sequence[str]) -> list[Insert | None]:
         distinct = list(dict.fromkeys(prompts))
         asked = [self._frame.last_message(prompt) for prompt in distinct] if self._frame else distinct
         hits = zip(distinct, self.finder.search(asked), strict=True)
-        fired = {prompt: tuple(hit.place for hit in found if hit.fired) for prompt, found in hits}
-        self._prepare({place for places in fired.values() for place in places})
-        inserts = {places: self._insert(places) if places else None for places in dict.fromkeys(fired.values())}
-        return [inserts[fired[prompt]] for prompt in prompts]
+        used = {prompt: tuple(self._used(hit) for hit in found if hit.fired) for prompt, found in hits}
+        self._prepare({one for each in used.values() for one in each})
+        inserts = {each: self._insert(each) if each else None for each in dict.fromkeys(used.values())}
+        return [inserts[used[prompt]] for prompt in prompts]
 
-    def _insert(self, places: tuple[int, ...]) -> Insert:
+    def _used(self, hit: Hit) -> Used:
+        """What follows from a fact takes thought: vectors, which make the model say its target, would be in the way."""
+        form = self.finder.scope.insert
+        return hit.place, "text" if form == "both" and hit.follows else form
+
+    def _insert(self, used: tuple[Used, ...]) -> Insert:
         """What several facts put before a prompt, one after the other."""
-        inserts = [self._ready[place] for place in places]
+        inserts = [self._ready[one] for one in used]
         vectors = [insert.vectors for insert in inserts if insert.vectors is not None]
         text, joined = "".join(insert.text for insert in inserts), torch.cat(vectors) if vectors else None
         return Insert(text, joined, self.finder.scope.at or Insert.at)
 
-    def _prepare(self, places: set[int]) -> None:
-        """Have the inserts of these facts ready; those used longest ago make room."""
-        missing = sorted(places - set(self._ready))
-        if missing:
-            facts = self.finder.facts
-            pairs, keys = [facts.fact(place) for place in missing], facts.keys(missing)
-            inserts = self.finder.retriever.insert(self.lm, pairs, keys, self.finder.scope.insert)
-            self._ready.update(zip(missing, inserts, strict=True))
-        for place in places:
-            self._ready.move_to_end(place)
-        while len(self._ready) > max(KEPT, len(places)):
+    def _prepare(self, used: set[Used]) -> None:
+        """Have these inserts ready; those used longest ago make room."""
+        facts = self.finder.facts
+        for form in sorted({form for _, form in used}):
+            missing = sorted(one for one in used - set(self._ready) if one[1] == form)
+            if missing:
+                places = [place for place, _ in missing]
+                pairs, keys = [facts.fact(place) for place in places], facts.keys(places)
+                inserts = self.finder.retriever.insert(self.lm, pairs, keys, form)
+                self._ready.update(zip(missing, inserts, strict=True))
+        for one in used:
+            self._ready.move_to_end(one)
+        while len(self._ready) > max(KEPT, len(used)):
             self._ready.popitem(last=False)
