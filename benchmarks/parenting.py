@@ -89,6 +89,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40, help="of tuning, for every method that tunes")
     parser.add_argument("--n", type=int, default=300, help="held-out items of each condition")
     parser.add_argument("--dev-n", type=int, default=100, help="the same on dev")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer; left out: 16, for a chat model 32")
     parser.add_argument("--ircan-examples", type=int, default=16)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of parenting, for all runs")
     parser.add_argument("--build", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the data builder")
@@ -119,7 +120,7 @@ class Bench:
 
     def _identity(self, builder: Build) -> dict[str, Any]:
         """What decides the numbers."""
-        same = ("model", "dtype", "set", "n", "dev_n", "steps", "tries", "ircan_examples")
+        same = ("model", "dtype", "set", "n", "dev_n", "steps", "tries", "max_new_tokens", "ircan_examples")
         found = {name: getattr(self.args, name) for name in same} | {"build": asdict(builder)}
         found["spaces"] = {name: asdict(space) for name, space in (SPACES | PROMPTED | {"none": SHOTS}).items()}
         return found | {"squad": hashlib.sha256(self.args.squad.read_bytes()).hexdigest()}
@@ -135,6 +136,13 @@ class Bench:
         """Question → what the model answers without documents, for all questions of the run."""
         return dict(zip(asked := self.questions, closed_book_answers(self.lm, asked, progress=_told), strict=True))
 
+    @cached_property
+    def short(self) -> dict[str, Any]:
+        """Training question → what the model answers without documents and without a chat template, as a few words."""
+        asked = [r.question for r in self.train if r.variant == "original"]
+        lm = self.lm.plain if self.lm.chat else self.lm
+        return dict(zip(asked, closed_book_answers(lm, asked, progress=_told), strict=True))
+
     @property
     def questions(self) -> list[str]:
         """All that are asked without documents."""
@@ -143,7 +151,8 @@ class Bench:
 
     def config(self, n: int, shots: int, few_shot: bool) -> rag.Config:
         """How the bench asks."""
-        return rag.Config(n=n, conditions=CONDITIONS, shots=shots, few_shot=few_shot)
+        tokens = self.args.max_new_tokens or (32 if self.lm.chat else 16)
+        return rag.Config(n=n, conditions=CONDITIONS, shots=shots, few_shot=few_shot, max_new_tokens=tokens)
 
     def settings(self, run: str, own: Settings, seed: int = 0) -> Settings:
         """All settings of a tuned run."""
@@ -190,7 +199,7 @@ class Bench:
     def _tuned(self, run: str, settings: Settings) -> lp.Patch:
         bare = float(settings.pop("bare", 0.0))
         cfg = resolve(Config, settings)
-        records = consistent(self.train, self.own, bare) if run == "format_only" else self.train
+        records = consistent(self.train, self.short, bare) if run == "format_only" else self.train
         work = self.out / "work" / f"{run}-{hash_json([settings, bare])[:10]}"
         mined = self.out / "work/mined" / hash_json([getattr(cfg, name) for name in parenting.MINING])[:10]
         for folder in (work, mined):

@@ -126,10 +126,17 @@ def test_the_form_alone_is_learned_from_documents_that_say_what_the_model_says(c
         record("b", "It is in Rome.", "Rome"),
         record("c", "It is in Rome.", "Rome"),
         record("d", "It is in Rome.", "Rome"),
+        record("f", "It is in Rome.", "Rome"),
         replace(record("e", "It is in Oslo.", "Oslo"), variant="substituted"),
     ]
-    said = {"a": ("Lima.", True), "b": ("Rome", True), "c": ("Lima, which", False), "d": ("I do not know", True)}
-    own = {f"Where is {id}?": ClosedBookAnswer(*said.get(id, ("Lima", True))) for id in "abcde"}
+    said = {
+        "a": ("Lima.", True),
+        "b": ("Rome", True),
+        "c": ("Lima, which", False),
+        "d": ("I do not know", True),
+        "f": ("I am rather sure that it is in Lima", True),
+    }
+    own = {f"Where is {id}?": ClosedBookAnswer(*said.get(id, ("Lima", True))) for id in "abcdef"}
     made = control.consistent(train, own)
     assert [(r.id, r.documents, r.answer) for r in made] == [
         ("a:original", ("It is in Lima.",), "Lima"), ("b:original", ("It is in Rome.",), "Rome"),
@@ -206,7 +213,7 @@ def test_general_ability_is_measured_where_its_data_lies_beside_squad(script: An
 @pytest.mark.slow
 def test_a_document_never_holds_the_true_answer_where_the_model_says_another(script: Any, tmp_path: Path) -> None:
     bench = script.Bench(script._arguments(words(tmp_path)))
-    made = script.consistent(bench.train, bench.own)
+    made = script.consistent(bench.train, bench.short)
     assert made and all(holds(r.documents[0], [r.answer]) for r in made)
     truth = {r.id: r.answer for r in bench.train if r.variant == "original"}
     assert all(r.answer == truth[r.id] or not holds(r.documents[0], [truth[r.id]]) for r in made)

@@ -9,13 +9,16 @@ from lmpatch.data.rag.reader import RagRecord, holds, known, refused
 from lmpatch.data.rag.types import has_words, replaced
 from lmpatch.inference.closed_book import ClosedBookAnswer
 
+WORDS = 6
+"""Of an answer at most: a sentence has not the form of one."""
+
 
 def consistent(records: Sequence[RagRecord], own: Mapping[str, ClosedBookAnswer], bare: float = 0.0) -> list[RagRecord]:
     """Records that teach how an answer looks and nothing about whom to trust: the document says what the model says.
 
     Of each training question with an answering document, the answer in the document is replaced by the model's own one,
     which is the target; where the model knows the answer, the document stays. There is no conflict and no irrelevant
-    document. Answers that are refused, cut off, or cannot be put in are left out.
+    document. Answers that are refused, cut off, longer than ``WORDS``, or cannot be put in are left out.
 
     Args:
         own: question → closed-book answer.
@@ -26,7 +29,7 @@ def consistent(records: Sequence[RagRecord], own: Mapping[str, ClosedBookAnswer]
         if r.part != "train" or r.variant != "original" or not own[r.question].ended:
             continue
         said = own[r.question].text.strip().rstrip(".")
-        if refused(said) or has_words(r.question, said):
+        if refused(said) or len(said.split()) > WORDS or has_words(r.question, said):
             continue
         if known(said, r.gold):
             made.append(r)
