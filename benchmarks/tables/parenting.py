@@ -28,7 +28,7 @@ def counts(row: Row, metric: str) -> bool:
         return False
     if metric == "R_Ro":
         return row["condition"] == "irrelevant" and bool(row.get("known"))
-    return row["condition"] == "conflict"
+    return bool(row["condition"] == "conflict")
 
 
 @dataclass(frozen=True)
