@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import context, facts, facts_summary, general, memory, settings
+from . import context, facts, facts_summary, general, memory, parenting, settings
 from .rows import HERE, RESULTS
 
 ROOT = HERE.parent
@@ -47,6 +47,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cose-table": context.cose_table,
     "cose-controls": context.cose_controls,
     "cose-letters": context.cose_letters,
+    "parenting-verdict": parenting.parenting_verdict,
+    **{f"parenting-{model}": partial(parenting.parenting_table, model) for model in parenting.MODELS},
     "parenting-elsewhere": general.parenting_elsewhere,
 }
 """Name in a marker -> Markdown made of committed rows."""

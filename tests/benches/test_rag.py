@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import lmpatch as lp
 from lmpatch.benches import rag
+from lmpatch.benches.context import examples
 from lmpatch.benches.core import runner
 from lmpatch.benches.core.adapter import adapt
 from lmpatch.benches.core.report import Report, Run
@@ -27,7 +28,7 @@ from lmpatch.benches.core.stats import Number, collect, minus, numbers, total
 from lmpatch.benches.rag import METRICS, Config, Row, Sample, judged, samples
 from lmpatch.cli.app import build
 from lmpatch.data.context import InContext
-from lmpatch.data.rag.reader import Build, RagRecord, closed_book, read_questions, write
+from lmpatch.data.rag.reader import Build, RagRecord, closed_book, read_questions, read_rag, write
 from lmpatch.data.rag.reader import build as built
 from lmpatch.errors import BadInput
 from lmpatch.inference.closed_book import ClosedBookAnswer as Own
@@ -304,6 +305,81 @@ def test_a_built_file_of_dev_articles_can_be_asked_and_one_of_training_articles_
         assert {r.part for r in rag.load(tmp_path / f"sets/{part}.jsonl")} == {part}
     with pytest.raises(BadInput, match="no records of the part held_out"):
         rag.load(tmp_path / "sets/train.jsonl")
+
+
+# Few-shot prompts
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> Path:
+    """The built files."""
+    source, cfg = squad(tmp_path / "s.jsonl"), Build()
+    write(built(read_questions(source), cfg), tmp_path / "sets", source=source, cfg=cfg)
+    return tmp_path / "sets"
+
+
+def test_examples_are_of_both_skills_in_turn_and_no_question_comes_twice(sets: Path) -> None:
+    train = read_rag(sets / "train.jsonl")
+    for seed in range(3):
+        found = examples.chosen(train, 4, seed)
+        assert [r.variant for r in found] == ["substituted", "foreign", "original", "foreign"]
+        assert len({r.question for r in found}) == 4 and found == examples.chosen(train[::-1], 4, seed)
+    assert examples.chosen(train, 4, 0) != examples.chosen(train, 4, 1)
+    told, foreign = examples.chosen(train, 2, 0)
+    wanted = f"{told.prompt}{told.answer}\n\n{foreign.prompt}{foreign.gold[0]}\n\n"
+    assert examples.written([told, foreign]) == wanted
+    with pytest.raises(BadInput, match="Give fewer shots"):
+        examples.chosen([told, foreign], 4, 0)
+
+
+def test_a_raw_file_gives_the_same_examples_as_the_files_built_of_it(sets: Path) -> None:
+    both = [rag.load(path).pool.records for path in (sets / "held_out.jsonl", sets.parent / "s.jsonl")]
+    assert both[0] == both[1] and {r.part for r in both[0]} == {"train"}
+
+
+@pytest.mark.slow
+def test_examples_stand_before_every_prompt_of_a_further_baseline_and_of_the_patched_model(
+    tiny: LM, patch: WeightPatch, sets: Path, tmp_path: Path
+) -> None:
+    held, few = rag.load(sets / "held_out.jsonl"), replace(QUICK, shots=2)
+    train = read_rag(sets / "train.jsonl")
+    shown = examples.written(examples.chosen(train, 2, few.seed))
+    report = rag.run(tiny, held, few, patch=patch, out=tmp_path / "out")
+    plain = rag.run(tiny, held, replace(few, few_shot=False), patch=patch, run_id="plain", out=tmp_path / "out")
+    assert [run.name for run in report.runs] == ["none", "none, 2 shots", "rank_one"]
+    items = rag.plan(tiny, held, few)
+    assert {s.question for s in items}.isdisjoint({r.question for r in train})
+    for s, bare, told in zip(items, report.run("none").rows, report.run("none, 2 shots").rows, strict=True):
+        assert bare.text == generate(tiny, s.asked.prompt, max_new_tokens=4).strip()
+        assert told.text == generate(tiny, shown + s.asked.prompt, max_new_tokens=4).strip()
+    with apply(tiny, patch):
+        texts = [
+            [generate(tiny, text + s.asked.prompt, max_new_tokens=4).strip() for s in items] for text in (shown, "")
+        ]
+    assert [r.text for r in report.run("rank_one").rows] == texts[0]
+    assert [r.text for r in plain.run("plain").rows] == texts[1] != texts[0]
+    with pytest.raises(BadInput, match="shots 2, asked now 4"):
+        rag.run(tiny, held, replace(few, shots=4), patch=patch, out=tmp_path / "out")
+
+
+def test_in_a_few_shot_prompt_only_the_documents_of_the_question_itself_are_left_out(
+    tiny: LM, records: list[RagRecord]
+) -> None:
+    item = rag.plan(tiny, records, replace(QUICK, shots=2))[0]
+    both = examples.behind(item.shown, item.asked)
+    assert both.prompt == item.shown + item.asked.prompt
+    assert both.without_context == item.shown + item.asked.without_context != both.prompt
+
+
+def test_examples_that_are_not_there_are_refused(tiny: LM, sets: Path) -> None:
+    held = rag.load(sets / "held_out.jsonl")
+    with pytest.raises(BadInput, match="plain records have none"):
+        rag.run(tiny, list(held), replace(QUICK, shots=2))
+    with pytest.raises(BadInput, match="shots is -1"):
+        rag.run(tiny, held, replace(QUICK, shots=-1))
+    (sets / "train.jsonl").unlink()
+    with pytest.raises(BadInput, match=r"train\.jsonl, which is missing"):
+        rag.run(tiny, held, replace(QUICK, shots=2))
 
 
 @pytest.mark.slow

@@ -52,6 +52,17 @@ def test_an_answer_that_ended_by_itself_is_told_from_one_that_was_cut_off(monkey
 
 
 @pytest.mark.slow
+def test_an_answer_through_the_chat_template_is_not_taken_for_one_without() -> None:
+    lm = tiny_lm("llama")
+    lm.tokenizer.chat_template = "<user>{{ messages[0]['content'] }}<model>"
+    chat, bare = closed_book_answers(lm, ASKED), closed_book_answers(lm.plain, ASKED)
+    for model, found in ((lm, chat), (lm.plain, bare)):
+        texts = generate(model, list(map(closed_book, ASKED)), max_new_tokens=16)
+        assert [own.text for own in found] == [text.strip() for text in texts]
+    assert chat != bare and lm.chat
+
+
+@pytest.mark.slow
 def test_half_a_line_that_a_kill_left_is_asked_again(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     first = closed_book_answers(lm, ASKED)

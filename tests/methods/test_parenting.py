@@ -36,7 +36,7 @@ from lmpatch.methods.parenting.mine import (
     typed,
     z_scores,
 )
-from lmpatch.methods.parenting.tune import Tuner, by_tokens, gradients, mixes
+from lmpatch.methods.parenting.tune import Tuner, by_examples, by_tokens, gradients, mixes
 from lmpatch.methods.parenting.units import TYPES, Adapter, Type, Unit, cut
 from lmpatch.models.hooks import Hook, hooked
 from lmpatch.models.lm import LM
@@ -833,6 +833,39 @@ def test_plain_tuning_takes_one_mean_over_all_answer_tokens_of_a_step(llama: LM)
 
     plain, mixed = (fitted(mode=mode)[0] for mode in ("plain", "mixed"))
     assert len(plain.deltas) == 16 and not plain.notes["units"] and plain.hash() != mixed.hash()
+
+
+@pytest.mark.slow
+def test_by_examples_every_row_of_a_step_weighs_the_same_however_long_its_answer(llama: LM) -> None:
+    cfg, units, sets = ready(llama, mode="plain")
+    adapter, rows = lively(Adapter(llama, units, 2.0, 0)), one_step(sets, cfg)
+    every = [row for own in rows.values() for row in own]
+    assert len({len(row.ids) - row.target for row in every}) > 1
+    wanted = torch.zeros_like(adapter.flat["entangled"])
+    for row in every:  # each alone, without padding
+        wanted += torch.autograd.grad(adapter.loss(llama, [row]), adapter.flat["entangled"])[0] / len(every)
+    found = gradients(llama, adapter, rows, by_examples(rows), mean="examples")
+    assert torch.allclose(found["entangled"], wanted, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(gradients(llama, adapter, rows, by_tokens(rows))["entangled"], wanted, atol=1e-4)
+
+    tokens, examples = (fitted(mode="plain", mean=mean)[0] for mean in ("tokens", "examples"))
+    assert tokens.hash() == fitted(mode="plain")[0].hash() != examples.hash()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["plain", "mixed"])
+def test_without_units_one_sort_of_rows_is_enough(llama: LM, mode: Any) -> None:
+    records, cfg = example(llama)
+    told = [r for r in records if r.kind == "adherence"]
+    alone = replace(cfg, mode=mode, rows_robustness=0, rows_extraction=0, rows_adherence=4)
+    patch = fit(llama, told, alone)
+    assert patch.deltas and {*patch.notes["validation"]["tuning"][0]} == {"step", "adherence"}
+    with pytest.raises(BadInput, match="no robustness records"):
+        fit(llama, told, replace(alone, rows_robustness=1))
+    with pytest.raises(BadInput, match="at least one row in all"):
+        fit(llama, told, replace(alone, rows_adherence=0))
+    with pytest.raises(BadInput, match="rows_robustness is 0; it must be at least 1"):
+        fit(llama, records, replace(alone, mode="masked"))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from ..inference.isolate import isolate
 from ..models.lm import LM
 from ..progress import Progress
 from ..provenance import hash_json
+from .context.examples import Pool, Records, behind, chosen, written
 from .core import contract
 from .core.asking import beyond_window
 from .core.contract import Curve, Example, Json, Measure, Scatter, Settings
@@ -50,6 +51,7 @@ PASSAGES = 10
 AGREES = 0.5
 """Token F1 of a closed-book answer with the context's from which the two do not conflict. Source: COIECD."""
 CONTEXTS = True
+OWN = ("few_shot",)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Config(Settings):
     doses: tuple[int, ...] = ()
     """Ask also with so many hostile ones among ten passages, a quarter of ``n`` questions each: 0,1,5,9,10. Then the
     unpatched model is also asked passage by passage, with a vote on its answers."""
+    shots: int = 0
+    """Solved examples of the training articles, of both skills in turn, before each prompt of a further run of the
+    unpatched model. The same ones for every question; ``seed`` chooses them."""
+    few_shot: bool = True
+    """With ``shots``: ask the patched model behind the examples, too."""
     max_new_tokens: int = 16
     """Length of an answer at most; a new line ends it earlier."""
     batch_size: int = 32
@@ -91,9 +98,11 @@ class Sample:
     """What those say."""
     alone: tuple[InContext, ...] = ()
     """The prompts with one passage each, where there are several."""
+    shown: str = ""
+    """The solved examples of a few-shot prompt."""
 
 
-def load(path: str | Path, *, limit: int | None = None, seed: int | None = None) -> list[RagRecord]:
+def load(path: str | Path, *, limit: int | None = None, seed: int | None = None) -> Records:
     """The held-out records of a file of ``lmpatch data rag``, of a SQuAD-format file, or of logs; ``dev.jsonl`` too.
 
     Args:
@@ -103,7 +112,7 @@ def load(path: str | Path, *, limit: int | None = None, seed: int | None = None)
         BadInput, BadRecord: as ``data.rag.read_rag``.
     """
     dev = is_built(path) and {r.part for r in read_built(path)} == {"dev"}
-    return read_rag(path, part="dev" if dev else "held_out", limit=limit)
+    return Records(read_rag(path, part="dev" if dev else "held_out", limit=limit), Pool(path))
 
 
 def settle(cfg: Config, records: Sequence[RagRecord], fixed: bool) -> Config:
@@ -112,6 +121,10 @@ def settle(cfg: Config, records: Sequence[RagRecord], fixed: bool) -> Config:
         raise BadInput(f"rag has no condition {odd[0]!r}. There are: {', '.join(CONDITIONS)}.")
     if cfg.n < 1:
         raise BadInput(f"n is {cfg.n}; give 1 or more.")
+    if cfg.shots < 0:
+        raise BadInput(f"shots is {cfg.shots}; give the number of examples, or 0 for none.")
+    if cfg.shots and not isinstance(records, Records):
+        raise BadInput("shots asks for examples, and plain records have none. Give what rag.load reads from a file.")
     if odd_doses := [dose for dose in cfg.doses if not 0 <= dose <= PASSAGES]:
         raise BadInput(f"a dose is {odd_doses[0]}; of {PASSAGES} passages 0 to {PASSAGES} can be hostile.")
     return cfg
@@ -132,6 +145,9 @@ def plan(
         group.sort(key=lambda s: (first and not s.known, hash_json([cfg.seed, s.id.partition(":")[0]])))
         items += group[: (cfg.n + 1) // 2 if condition == "mixed" else cfg.n]
     items += poisoned(records, own, cfg)
+    if isinstance(records, Records) and cfg.shots:
+        shown = written(chosen(records.pool.records, cfg.shots, cfg.seed))
+        items = [replace(item, shown=shown) for item in items]
     if not items:
         raise BadInput("nothing is left to ask: no record conflicts with the model's memory or has a true answer.")
     return items
@@ -200,17 +216,27 @@ def poisoned(records: Sequence[RagRecord], own: Mapping[str, str], cfg: Config) 
     return items
 
 
-def ask(lm: LM, items: Sequence[Sample], cfg: Config) -> list[Row]:
-    """One row per item, in their order, from the model as it is now; one that is longer than the window is flagged."""
-    flags = beyond_window(lm, [s.asked.prompt for s in items], new_tokens=cfg.max_new_tokens)
-    prompts = [s.asked for s, flag in zip(items, flags, strict=True) if not flag]
+def ask(lm: LM, items: Sequence[Sample], cfg: Config, base: Sequence[Row] | None = None) -> list[Row]:
+    """One row per item, in their order, from the model as it is now; one that is longer than the window is flagged.
+
+    Args:
+        base: the unpatched model's rows; None: it is the one that is asked, and sees no examples.
+    """
+    asked = [behind(s.shown, s.asked) if base is not None and cfg.few_shot else s.asked for s in items]
+    flags = beyond_window(lm, [one.prompt for one in asked], new_tokens=cfg.max_new_tokens)
+    prompts = [one for one, flag in zip(asked, flags, strict=True) if not flag]
     answers = iter(generate(lm, prompts, max_new_tokens=cfg.max_new_tokens, batch_size=cfg.batch_size))
     return [judged(s, "" if flag else next(answers).strip(), flag) for s, flag in zip(items, flags, strict=True)]
 
 
 def baselines(cfg: Config) -> Mapping[str, Any]:
-    """The unpatched model that reads the passages of a question one at a time; see ``inference.isolate``."""
-    return {"none, isolated": partial(_isolated, cfg)} if cfg.doses else {}
+    """The unpatched model behind solved examples, and reading a question's passages one at a time, see ``isolate``."""
+    few: dict[str, Any] = {f"none, {cfg.shots} shots": partial(_few_shot, cfg)} if cfg.shots else {}
+    return few | ({"none, isolated": partial(_isolated, cfg)} if cfg.doses else {})
+
+
+def _few_shot(cfg: Config, lm: LM, items: Sequence[Sample], base: Sequence[Row] | None) -> list[Row]:
+    return ask(lm, items, replace(cfg, few_shot=True), base or ())
 
 
 def _isolated(cfg: Config, lm: LM, items: Sequence[Sample], base: Sequence[Row] | None) -> list[Row]:
@@ -224,12 +250,12 @@ def _isolated(cfg: Config, lm: LM, items: Sequence[Sample], base: Sequence[Row] 
 
 def identity(item: Sample) -> Any:
     """What is read, and the closed-book answer it is judged by."""
-    return [item.condition, item.id, item.asked.prompt, item.own]
+    return [item.condition, item.id, item.asked.prompt, item.own, *([item.shown] if item.shown else [])]
 
 
 def texts(items: Sequence[Sample], cfg: Config) -> tuple[list[str], int]:
     """The prompts, and the new tokens behind each."""
-    return [item.asked.prompt for item in items], cfg.max_new_tokens
+    return [item.shown + item.asked.prompt for item in items], cfg.max_new_tokens
 
 
 def record(items: Sequence[Sample], records: Any, cfg: Config) -> Json:

@@ -34,8 +34,8 @@ def closed_book_answers(
 ) -> list[ClosedBookAnswer]:
     """Greedy answers to the questions alone, as the model is now.
 
-    Answers of a model without patches are kept in the user's cache by weights, dtype and prompt; an interrupted run
-    loses 256 of them at most.
+    Answers of a model without patches are kept in the user's cache by weights, dtype, chat template or none, and
+    prompt; an interrupted run loses 256 of them at most.
     """
     prompts = [closed_book(question) for question in questions]
     path = _path(lm)
@@ -68,7 +68,8 @@ def _path(lm: LM) -> Path | None:
     if ledger and ledger.applied:  # answers are those of no known model
         return None
     try:
-        name = f"{lm.fingerprint()[:24]}-{str(lm.dtype).removeprefix('torch.')}-{TOKENS}"
+        form = "-chat" if lm.chat else "-raw" if lm.raw else ""  # one model answers otherwise through its template
+        name = f"{lm.fingerprint()[:24]}-{str(lm.dtype).removeprefix('torch.')}-{TOKENS}{form}"
     except (RuntimeError, NotImplementedError):  # offloaded or quantised weights cannot be hashed
         return None
     return cache_dir() / "closed_book" / f"{name}.jsonl"

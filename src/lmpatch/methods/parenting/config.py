@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...training.adapter import Modules
+from .units import Mean, Units
 
-Units = Literal["matrix", "factor", "lora_rank", "full_matrix"]
 Cue = Literal["rate", "count", "none"]
 
 
@@ -27,7 +27,10 @@ class Config:
     mode: Literal["masked", "merge", "mixed", "plain"] = "masked"
     """``masked``: each type of unit has its own losses, as the paper says. ``merge``: three adapters trained apart and
     averaged unit by unit, as the released code does. ``mixed``: no units, one mix of the three losses for all.
-    ``plain``: no units and no mix, one mean over all answer tokens of a step: fine-tuning on the rows together."""
+    ``plain``: no units and no mix, one mean over all rows of a step: fine-tuning on the rows together."""
+    mean: Mean = "tokens"
+    """What the losses of a step are means over: its answer ``tokens``, or its ``examples``, each with the mean of its
+    own tokens. By tokens, a row whose answer is long outweighs the others: document extraction, in ``plain``."""
     merge_space: Literal["factors", "delta"] = "delta"
     """What ``merge`` averages: A and B apart, as released, or their product."""
     cue: Cue = "rate"
@@ -59,7 +62,7 @@ class Config:
     steps: int = 80
     """Steps of tailored tuning."""
     rows_adherence: int = 2
-    """Rows of a step whose document answers."""
+    """Rows of a step whose document answers. ``mixed`` and ``plain`` can do without one of the three sorts: 0."""
     rows_robustness: int = 2
     """Rows of a step whose documents do not."""
     rows_extraction: int = 1

@@ -72,7 +72,7 @@ def _held(records: Sequence[RagRecord]) -> list[bool]:
 
 def _enough(found: dict[str, int], cfg: Config, units: int) -> None:
     for kind, count in found.items():
-        wanted = kind != "extraction" or (cfg.delta < 1 and cfg.rows_extraction > 0)
+        wanted = getattr(cfg, f"rows_{kind}") > 0 and (kind != "extraction" or cfg.delta < 1)
         if wanted and count == 0:
             hint = " or set delta=1" if kind == "extraction" else ""
             raise BadInput(f"no {kind} records. Build sets with `lmpatch data rag`{hint}.")

@@ -105,9 +105,12 @@ def fit(
 
 
 def _check(lm: LM, cfg: Config) -> None:
-    whole = ("rank", "mine_steps", "mine_rows", "steps", "rows_adherence", "rows_robustness", "validate_every")
+    rows = ("rows_adherence", "rows_robustness")
+    whole = ("rank", "mine_steps", "mine_rows", "steps", "validate_every", *(() if cfg.mode in WHOLE else rows))
     if low := [name for name in whole if getattr(cfg, name) < 1]:
         raise BadInput(f"{low[0]} is {getattr(cfg, low[0])}; it must be at least 1.")
+    if min(counts := [cfg.rows_adherence, cfg.rows_robustness, cfg.rows_extraction]) < 0 or not any(counts):
+        raise BadInput(f"a step has {counts} rows of the three sorts; give 0 or more, and at least one row in all.")
     shares = ("beta1", "beta2", "delta", "known_share")
     if odd := [name for name in shares if not 0 <= getattr(cfg, name) <= 1]:
         raise BadInput(f"{odd[0]} is {getattr(cfg, odd[0])}; it must be in 0..1.")

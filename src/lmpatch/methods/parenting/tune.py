@@ -17,7 +17,7 @@ from ...progress import Progress
 from ...training.loop import Loop, Schedule, Task, linear
 from .config import Config
 from .data import SETS, Rows, draws
-from .units import Adapter, Type
+from .units import Adapter, Mean, Type
 
 Mix = Mapping[Type, Mapping[str, float]]
 """Type → set → coefficient of that set's loss."""
@@ -41,13 +41,21 @@ def mixes(delta: float, gamma: float) -> Mix:
 
 def by_tokens(rows: Mapping[str, Sequence[Row]]) -> Mix:
     """The mix that makes one mean over all answer tokens of the rows: each set weighs what it has of them."""
-    counts = {kind: sum(len(row.ids) - row.target for row in own) for kind, own in rows.items()}
+    return _shares({kind: sum(len(row.ids) - row.target for row in own) for kind, own in rows.items()})
+
+
+def by_examples(rows: Mapping[str, Sequence[Row]]) -> Mix:
+    """The mix that makes one mean over all rows, where the loss of a set is a mean over its rows."""
+    return _shares({kind: len(own) for kind, own in rows.items()})
+
+
+def _shares(counts: Mapping[str, int]) -> Mix:
     return {"entangled": {kind: count / sum(counts.values()) for kind, count in counts.items()}}
 
 
 @torch.enable_grad()
 def gradients(
-    lm: LM, adapter: Adapter, rows: Mapping[str, Sequence[Row]], mix: Mix, world: World = SINGLE
+    lm: LM, adapter: Adapter, rows: Mapping[str, Sequence[Row]], mix: Mix, world: World = SINGLE, mean: Mean = "tokens"
 ) -> dict[Type, Tensor]:
     """Σ_k coefficient · ∂L_k of every type that trains. A type takes no part in the backward pass of a loss it does not
     learn from."""
@@ -56,7 +64,7 @@ def gradients(
         users = [t for t in total if mix[t].get(kind, 0.0)]
         if not users or not rows.get(kind):
             continue
-        grads = torch.autograd.grad(adapter.loss(lm, rows[kind], world), [adapter.leaves[t] for t in users])
+        grads = torch.autograd.grad(adapter.loss(lm, rows[kind], world, mean), [adapter.leaves[t] for t in users])
         for t, grad in zip(users, grads, strict=True):
             total[t].add_(grad, alpha=mix[t][kind])
     world.sum(list(total.values()))
@@ -107,8 +115,10 @@ class Tuner(Task):
             kind: draws(self.sets[kind], count, step, f"{seed}/{kind}", shares.get(kind, 0.0))
             for kind, count in self.counts.items()
         }
-        mix = by_tokens(rows) if self.cfg.mode == "plain" else self.mix
-        for t, grad in gradients(self.lm, self.adapter, rows, mix, self.world).items():
+        cfg, mix = self.cfg, self.mix
+        if cfg.mode == "plain":
+            mix = by_tokens(rows) if cfg.mean == "tokens" else by_examples(rows)
+        for t, grad in gradients(self.lm, self.adapter, rows, mix, self.world, cfg.mean).items():
             self.leaves[t].grad = grad
         return {}
 

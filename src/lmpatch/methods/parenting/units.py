@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from ...distributed import SINGLE, World
+from ...inference.forward import nll
 from ...inference.tokens import Row
 from ...models.hooks import Hook, hooked
 from ...models.lm import LM
 from ...patches.weight.delta import Delta
 from ...training import adapter
-from ...training.losses import answer_loss
-from .config import Units
+from ...training.losses import answer_loss, answer_states
 
+Units = Literal["matrix", "factor", "lora_rank", "full_matrix"]
+Mean = Literal["tokens", "examples"]
 Type = Literal["entangled", "adherence", "robustness", "others"]
 TYPES: tuple[Type, ...] = ("entangled", "adherence", "robustness", "others")
 
@@ -124,10 +126,15 @@ class Adapter:
         """Hooks that add the change to each projection's output."""
         return adapter.hooks(lm, self.factors(lm.dtype), self.scale)
 
-    def loss(self, lm: LM, rows: Sequence[Row], world: World = SINGLE) -> Tensor:
-        """``answer_loss`` of the rows under the change."""
+    def loss(self, lm: LM, rows: Sequence[Row], world: World = SINGLE, mean: Mean = "tokens") -> Tensor:
+        """``answer_loss`` of the rows under the change, or the mean over rows of what each has alone."""
         with lm.lock, hooked(*self.hooks(lm)):
-            return answer_loss(lm, rows, world)
+            if mean == "tokens":
+                return answer_loss(lm, rows, world)
+            states, labels, places = answer_states(lm, rows, world)
+            shares = [1 / (len(rows) * (len(row.ids) - row.target)) for row in rows]
+            losses = nll(lm, states, labels)
+            return (losses * losses.new_tensor([shares[i] for i in places])).sum()
 
     def deltas(self, lm: LM) -> dict[str, Delta]:
         """The change by parameter name; matrices that are exactly zero are left out."""
