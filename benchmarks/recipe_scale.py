@@ -29,10 +29,11 @@ from lmpatch.data.edits import read_edits
 from lmpatch.patches.editor import find_editor, load_editor
 from lmpatch.patches.memory.patch import encode_keys, retriever_of
 from lmpatch.provenance import hardware, now, versions
+from lmpatch.retrieval.verifier import KINDS, SLACK
 
 SIZES = (1000, 5000, 10_000, 100_000, 1_000_000)
-OVER = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
-"""By how much a fact must beat the sentinel."""
+DOUBTS = (1.0, 0.9, 0.8, 0.7, 0.5, 0.3)
+"""``doubt`` of a memory; 1: the sentinel alone."""
 ASKED = {"counterfact": 500, "real-wiki": 500}
 TOGETHER = 2000
 
@@ -75,6 +76,7 @@ class Best:
         self.queries = retriever.queries([question for _, question, _ in rows])
         self.gate = retriever.gate(self.queries).float() / retriever.scale
         self.score, self.place = torch.full((len(rows),), -torch.inf), torch.full((len(rows),), -1)
+        self.fact = [""] * len(rows)  # prompts of the nearest facts
         self.seen = torch.zeros((), dtype=torch.int64)
 
     def resume(self) -> None:
@@ -82,28 +84,35 @@ class Best:
         held = load_file(self.file) if self.file.exists() else {}
         if f"seen {self.stamp}" in held:
             self.score, self.place, self.seen = held["score"], held["place"], held[f"seen {self.stamp}"]
+            self.fact = bytes(held["fact"].tolist()).decode().split("\0")
 
-    def add(self, keys: torch.Tensor) -> None:
+    def add(self, facts: list[lp.Edit], keys: torch.Tensor) -> None:
         scores = (self.queries @ keys[:, : self.retriever.matched].float().T) / self.retriever.scale
         score, place = scores.max(1)
-        better = score > self.score
-        self.place = torch.where(better, place + self.seen, self.place)
-        self.score, self.seen = torch.where(better, score, self.score), self.seen + len(keys)
+        for i in (score > self.score).nonzero()[:, 0].tolist():
+            self.fact[i] = facts[int(place[i])].prompt
+            self.place[i], self.score[i] = place[i] + self.seen, score[i]
+        self.seen = self.seen + len(keys)
 
     def save(self) -> None:
         self.file.parent.mkdir(exist_ok=True)
-        save_file({"score": self.score, "place": self.place, f"seen {self.stamp}": self.seen}, self.file)
+        facts = torch.tensor(list("\0".join(self.fact).encode()), dtype=torch.uint8)
+        save_file({"score": self.score, "place": self.place, "fact": facts, f"seen {self.stamp}": self.seen}, self.file)
 
     def table(self) -> dict[str, Any]:
-        """Shares that fire, and that fire with their own fact, for each of ``OVER``."""
-        found = {}
+        """Shares that use a fact, and that use their own one, for each of ``DOUBTS``."""
         own = torch.tensor([place for _, _, place in self.rows])
+        chances = self.retriever.verify([(fact, "") for fact in self.fact], [question for _, question, _ in self.rows])
+        other, over = chances[:, KINDS.index("other")], self.score - self.gate
+        found: dict[str, dict[str, float]] = {}
         for kind in dict.fromkeys(kind for kind, *_ in self.rows):
             of = torch.tensor([row[0] == kind for row in self.rows])
-            over, right = (self.score - self.gate)[of], (self.place == own)[of]
-            fires = [float((over > least).float().mean()) for least in OVER]
-            used = [float(((over > least) & right).float().mean()) for least in OVER]
-            found[kind] = {"n": int(of.sum()), "fires": fires} | ({"own": used} if int(own[of][0]) >= 0 else {})
+            found[kind] = {"n": int(of.sum())}
+            for doubt in DOUBTS:
+                used = (over > 0) if doubt == 1 else (over > -SLACK) & (other <= doubt)
+                found[kind][str(doubt)] = float(used[of].float().mean())
+                if int(own[of][0]) >= 0:
+                    found[kind][f"{doubt}, its own"] = float((used & (self.place == own))[of].float().mean())
         return found
 
 
@@ -130,17 +139,19 @@ def main() -> None:
         while (seen := int(best.seen)) < size:
             count = min(TOGETHER, size - seen, max(len(facts) - seen, 0) or TOGETHER)
             if seen < len(facts):
-                best.add(encode_keys(retriever, facts[seen : seen + count]))
+                some = facts[seen : seen + count]
+                best.add(some, encode_keys(retriever, some))
             else:
                 source = made_up(rest, seen)
+                some = [next(source) for _ in range(count)]
                 with torch.autocast("cpu", torch.bfloat16):
-                    best.add(encode_keys(retriever, [next(source) for _ in range(count)]))
+                    best.add(some, encode_keys(retriever, some))
             best.save()
             print(f"{int(best.seen):,} facts", flush=True)
         found[str(size)] = best.table()
         print(size, json.dumps(found[str(size)]), flush=True)
         record = {"made": now(), "versions": versions(), "hardware": hardware(), "editor": editor.hash()}
-        out.write_text(json.dumps(record | {"real": len(facts), "over": OVER, "results": found}, indent=1))
+        out.write_text(json.dumps(record | {"real": len(facts), "results": found}, indent=1))
 
 
 if __name__ == "__main__":
