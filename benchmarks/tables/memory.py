@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .facts_rows import metric
-from .rows import runs, summary
+from .rows import RESULTS, runs, summary
 from .stats import NORMAL, Mean, number, percent, size, table
 
 Line = tuple[str, str, str]
@@ -79,6 +79,26 @@ def memory_retrieval() -> str:
         "reworded prompts that do",
     )
     return table((*head, "neighbours that retrieve one", "unrelated that retrieve one"), lines)
+
+
+def memory_scale() -> str:
+    """Which questions use a fact as the memory grows to a million."""
+    if not (RESULTS / "recipe-scale.json").exists():
+        return "Not measured yet: `benchmarks/recipe_scale.py` makes the figures."
+    lines = []
+    for facts, kinds in summary("recipe-scale.json")["results"].items():
+        for doubt in ("1.0", "0.8"):
+            cells = [f"{100 * kinds[kind][f'{doubt}, its own']:.1f} %" for kind in ("told", "reworded")]
+            cells += [f"{100 * kinds[kind][doubt]:.1f} %" for kind in ("same relation", "unrelated")]
+            lines.append([f"{int(facts):,}", "sentinel alone" if doubt == "1.0" else "with the verifier", *cells])
+    kinds = summary("recipe-scale.json")["results"]["1000"]
+    n = {kind: kinds[kind]["n"] for kind in ("told", "reworded", "same relation", "unrelated")}
+    head = (
+        "facts in the memory", "gate", f"its own wording finds the fact (n = {n['told']:,})",
+        f"in other words (n = {n['reworded']:,})", f"same relation, another subject (n = {n['same relation']:,})",
+        f"unrelated (n = {n['unrelated']:,})",
+    )  # fmt: skip
+    return table(head, lines)
 
 
 def memory_names() -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import context, facts, facts_summary, general, memory, parenting, settings
+from . import context, edits, facts, facts_summary, general, memory, parenting, settings
 from .rows import HERE, RESULTS
 
 ROOT = HERE.parent
@@ -26,15 +26,20 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "facts-stream": facts.facts_stream,
     "facts-summary": facts_summary.facts_summary,
     "facts-axes": facts_summary.facts_axes,
+    "harm-table": edits.harm_table,
+    "sweep-weights": partial(edits.sweep_table, "weights"),
+    "sweep-decoding": partial(edits.sweep_table, "decoding"),
     "general-table": general.general_table,
     "recipe-training": memory.recipe_training,
     "recipe-exposure": memory.recipe_exposure,
     "memory-answers": partial(memory.memory_answers, "gemma-3-270m"),
+    "memory-answers-chat": partial(memory.memory_answers, "smollm2-135m-instruct"),
     "recipe-short": partial(memory.recipe_short, "gemma-3-270m"),
     "memory-follows": partial(memory.memory_follows, "gemma-3-270m"),
     "memory-quality": memory.memory_quality,
     "memory-teacher-forced": memory.memory_teacher_forced,
     "memory-retrieval": memory.memory_retrieval,
+    "memory-scale": memory.memory_scale,
     "memory-names": memory.memory_names,
     "memory-costs": memory.memory_costs,
     "memory-bytes": memory.memory_bytes,
