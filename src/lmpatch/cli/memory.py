@@ -119,7 +119,8 @@ def search(
     count: Annotated[int, opt("Facts shown for each.", "N", "-k", min=1)] = 1,
     as_of: AsOf = "",
 ) -> None:
-    """The facts nearest to a question, and whether they would be used: those that score above sentinel or threshold.
+    """The facts nearest to a question, and whether they would be used: those that score above sentinel or threshold and
+    that the question asks for.
 
     lmpatch memory search store "Where is the Eiffel Tower?" -k 3
     """
@@ -129,7 +130,7 @@ def search(
     scope = replace(opened.scope, top_k=count)
     finder = opened.patch(scope, as_of=as_of).finder()
     rows = [
-        (q, " ".join(finder.facts.fact(hit.place)), f"{hit.score:.2f}", f"{hit.gate:.2f}", "yes" if hit.fired else "no")
+        (q, " ".join(finder.facts.fact(hit.place)), f"{hit.score:.2f}", f"{hit.gate:.2f}", hit.told)
         for q in questions
         for hit in finder.search([q])[0]
     ]

@@ -43,6 +43,13 @@ class Hit:
         """The fact is used."""
         return self.score > self.gate and not self.doubted
 
+    @property
+    def told(self) -> str:
+        """What becomes of the fact, in a word or two."""
+        if self.doubted:
+            return "no: another question"
+        return ("yes: follows from it" if self.follows else "yes") if self.fired else "no"
+
 
 class Facts(Protocol):
     """Where facts are looked up. A place is whatever number it knows a fact by."""
