@@ -58,18 +58,24 @@ def questions(edits: list[lp.Edit], unrelated: list[lp.Ask]) -> Iterator[tuple[s
 
 def answers(lm: lp.LM, data: Path, name: str, scored: int, editor: lp.Editor) -> list[dict[str, Any]]:
     """A row for each question and form: the model as it is on what a fact should not touch, the fact before the
-    question on what it should, the memory on all, its vectors alone on the facts themselves."""
+    question on what it should, the memory on all, its vectors alone on the facts themselves. A question that uses no
+    fact is answered as by the model as it is, to the bit (tests/methods/test_recipe.py), and not asked again."""
     edits = read_edits(data / FILES[name])[: FACTS[name]]
     asked = [*questions(random.Random(0).sample(edits, min(scored, len(edits))), unseen(data))]
     beside = [row for row in asked if row[0] in (*BESIDE, "unrelated")]
     about = [row for row in asked if row not in beside]
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def note(form: str, kinds: list[tuple[str, str, lp.Edit]], texts: list[str], patch: lp.Patch | None = None) -> None:
         hits = patch.finder().search(texts) if isinstance(patch, MemoryPatch) else [[]] * len(texts)
+        known = {row["question"]: row["answer"] for row in rows if row["form"] == "none"} if patch else {}
+        idle = {text for text, hit in zip(texts, hits, strict=True) if not (hit and hit[0].fired)}
+        said = {text: known[text] for text in idle if text in known}
+        asked = [text for text in dict.fromkeys(texts) if text not in said]
         with lp.apply(lm, patch) if patch else nullcontext():
-            said = lp.generate(lm, texts, max_new_tokens=16)
-        for (kind, question, edit), answer, hit in zip(kinds, said, hits, strict=True):
+            said |= dict(zip(asked, lp.generate(lm, asked, max_new_tokens=16), strict=True))
+        for (kind, question, edit), text, hit in zip(kinds, texts, hits, strict=True):
+            answer = said[text]
             row = {"form": form, "kind": kind, "question": question, "target": edit.target, "answer": answer}
             rows.append(row | {"fired": bool(hit and hit[0].fired)})
         print(name, form, flush=True)

@@ -24,7 +24,20 @@ from tiny import CORE, chat_lm, real_gemma, tiny_lm
 from torch.nn import functional as F
 from transformers import AlbertConfig, AlbertModel
 
-from lmpatch import Ask, BadInput, BadPatch, CannotMount, Edit, WrongModel, apply, generate, load_patch, merge, score
+from lmpatch import (
+    Ask,
+    BadInput,
+    BadPatch,
+    CannotMount,
+    Edit,
+    WrongModel,
+    apply,
+    generate,
+    load,
+    load_patch,
+    merge,
+    score,
+)
 from lmpatch.distributed import World
 from lmpatch.errors import LmpatchError, UnknownLayout
 from lmpatch.inference.forward import attention_to_train, blocks, frozen, logits, positions
@@ -920,8 +933,9 @@ def test_saved_files_that_were_altered_are_refused(editor: Editor, tmp_path: Pat
 
 
 @pytest.mark.real
-def test_the_packaged_editor_states_new_facts_in_other_words_too_and_leaves_the_rest_alone() -> None:
-    lm = real_gemma()
+@pytest.mark.parametrize("model", ["gemma-3-270m", "smollm2-135m-instruct"])
+def test_the_packaged_editor_states_new_facts_in_other_words_too_and_leaves_the_rest_alone(model: str) -> None:
+    lm = real_gemma() if model == "gemma-3-270m" else load(model)
     facts = [
         Edit("The Eiffel Tower is located in the city of", "Rome"),
         Edit("The mother tongue of Danielle Darrieux is", "Korean"),
