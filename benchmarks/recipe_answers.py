@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from facts import SETS, unseen
 from tables.rows import RESULTS
@@ -41,53 +41,61 @@ ASKED = ("edit", "rephrase")
 FORMS = {"recipe": recipe.Config(), "vectors": recipe.Config(insert="vectors")}
 
 
-def questions(edits: list[lp.Edit], unrelated: list[lp.Ask]) -> Iterator[tuple[str, str, lp.Edit]]:
-    """(kind, question, fact)."""
+class Question(NamedTuple):
+    """``wanted`` answers it if the fact holds; where the fact is beside the question, it is the fact's target."""
+
+    kind: str
+    text: str
+    fact: lp.Edit
+    wanted: str
+
+
+def questions(edits: list[lp.Edit], unrelated: list[lp.Ask]) -> Iterator[Question]:
+    """What is asked of these facts, one question of a kind."""
     for i, edit in enumerate(edits):
-        yield "edit", edit.prompt, edit
+        yield Question("edit", edit.prompt, edit, edit.target)
         for text in edit.rephrases[:1]:
-            yield "rephrase", text, edit
+            yield Question("rephrase", text, edit, edit.target)
         for kind, asks in edit.locality:
             if kind in BESIDE and asks:
-                yield kind, asks[0].prompt, edit
+                yield Question(kind, asks[0].prompt, edit, edit.target)
         for kind, asks in edit.portability:
             for ask in asks[:1]:
-                yield kind, ask.prompt, lp.Edit(edit.prompt, ask.answers[0], edit.subject)
-        yield "unrelated", unrelated[i % len(unrelated)].prompt, edit
+                yield Question(kind, ask.prompt, edit, ask.answers[0])
+        yield Question("unrelated", unrelated[i % len(unrelated)].prompt, edit, edit.target)
 
 
 def answers(lm: lp.LM, data: Path, name: str, scored: int, editor: lp.Editor) -> list[dict[str, Any]]:
-    """A row for each question and form: the model as it is on what a fact should not touch, the fact before the
-    question on what it should, the memory on all, its vectors alone on the facts themselves. A question that uses no
+    """A row for each question and form: the model as it is, but for the facts themselves; the fact before the question
+    on what it should touch; the memory on all; its vectors alone on the facts themselves. A question that uses no
     fact is answered as by the model as it is, to the bit (tests/methods/test_recipe.py), and not asked again."""
     edits = read_edits(data / FILES[name])[: FACTS[name]]
     asked = [*questions(random.Random(0).sample(edits, min(scored, len(edits))), unseen(data))]
-    beside = [row for row in asked if row[0] in (*BESIDE, "unrelated")]
-    about = [row for row in asked if row not in beside]
+    about = [q for q in asked if q.kind not in (*BESIDE, "unrelated")]
     rows: list[dict[str, Any]] = []
 
-    def note(form: str, kinds: list[tuple[str, str, lp.Edit]], texts: list[str], patch: lp.Patch | None = None) -> None:
+    def note(form: str, which: list[Question], patch: lp.Patch | None = None) -> None:
+        before = form == "fact_before"
+        texts = [premise(q.fact.prompt, q.fact.target) + q.text if before else q.text for q in which]
         hits = patch.finder().search(texts) if isinstance(patch, MemoryPatch) else [[]] * len(texts)
         known = {row["question"]: row["answer"] for row in rows if row["form"] == "none"} if patch else {}
         idle = {text for text, hit in zip(texts, hits, strict=True) if not (hit and hit[0].fired)}
         said = {text: known[text] for text in idle if text in known}
-        asked = [text for text in dict.fromkeys(texts) if text not in said]
+        new = [text for text in dict.fromkeys(texts) if text not in said]
         with lp.apply(lm, patch) if patch else nullcontext():
-            said |= dict(zip(asked, lp.generate(lm, asked, max_new_tokens=16), strict=True))
-        for (kind, question, edit), text, hit in zip(kinds, texts, hits, strict=True):
-            answer = said[text]
-            row = {"form": form, "kind": kind, "question": question, "target": edit.target, "answer": answer}
+            said |= dict(zip(new, lp.generate(lm, new, max_new_tokens=16), strict=True))
+        for q, text, hit in zip(which, texts, hits, strict=True):
+            row = {"form": form, "kind": q.kind, "question": q.text, "target": q.wanted, "answer": said[text]}
             rows.append(row | {"fired": bool(hit and hit[0].fired)})
         print(name, form, flush=True)
 
-    note("none", beside, [question for _, question, _ in beside])
-    note("fact_before", about, [premise(edit.prompt, edit.target) + question for _, question, edit in about])
+    note("none", [q for q in asked if q.kind not in ASKED])
+    note("fact_before", about)
     for form, config in FORMS.items():
         if form == "vectors" and editor.base.any_model:
             continue
-        kinds = [row for row in asked if form == "recipe" or row[0] in ASKED]
         patch = recipe.fit(lm, edits, config, editor=editor)
-        note(form, kinds, [question for _, question, _ in kinds], patch)
+        note(form, [q for q in asked if form == "recipe" or q.kind in ASKED], patch)
     return rows
 
 

@@ -126,7 +126,12 @@ SETS_ASKED_NOW = {
     "real-wiki": "real questions, WikiBigEdit, 1,000",
 }
 ASKED_MODELS = {"gemma-3-270m": "Gemma-3-270M", "smollm2-135m-instruct": "SmolLM2-135M-Instruct"}
-ASKED_FORMS = {"fact_before": "fact before the question", "recipe": "`recipe`", "vectors": "`recipe`, vectors alone"}
+ASKED_FORMS = {
+    "none": "unpatched",
+    "fact_before": "fact before the question",
+    "recipe": "`recipe`",
+    "vectors": "`recipe`, vectors alone",
+}
 
 
 def _asked(model: str) -> dict[str, dict[str, dict[str, float]]]:
@@ -163,22 +168,22 @@ def memory_answers(model: str) -> str:
     return table(head, lines)
 
 
-def recipe_short(model: str) -> str:
-    """The same in a few columns."""
+def recipe_short() -> str:
+    """The same of both models, in a few columns."""
     lines = []
-    for name, title in SETS_ASKED_NOW.items():
-        rows = _asked(model).get(name, {})
-        for form in ("fact_before", "recipe"):
-            edit, again = rows.get(f"{form}/edit"), rows.get(f"{form}/rephrase")
-            if edit is not None:
-                cells = (
-                    _share(edit, "stated"),
-                    _share(again, "stated"),
-                    _share(edit, "again"),
-                    f"{edit['distinct_2']:.2f}",
-                )
-                lines.append([title, ASKED_FORMS[form], *cells])
-    head = ("facts in the memory", "method", "states the fact", "in other words", "says it twice or more", "distinct-2")
+    for model, label in ASKED_MODELS.items():
+        for name, title in SETS_ASKED_NOW.items():
+            rows = _asked(model).get(name, {})
+            for form in ("fact_before", "recipe"):
+                edit, again = rows.get(f"{form}/edit"), rows.get(f"{form}/rephrase")
+                if edit is not None:
+                    cells = [_share(edit, "contained"), _share(edit, "alone"), _share(again, "contained")]
+                    cells += [_share(edit, "again"), f"{edit['distinct_2']:.2f}"]
+                    lines.append([label, title, ASKED_FORMS[form], *cells])
+    head = (
+        "model", "facts in the memory", "method", "says the fact", "and nothing else", "in other words: says it",
+        "says it twice or more", "distinct-2",
+    )  # fmt: skip
     return table(head, lines)
 
 
@@ -188,7 +193,7 @@ def memory_follows(model: str) -> str:
     lines = []
     for name, title in SETS_ASKED_NOW.items():
         rows = _asked(model).get(name, {})
-        for form in ("fact_before", "recipe"):
+        for form in ("none", "fact_before", "recipe"):
             own = [rows.get(f"{form}/{kind}") for kind in kinds]
             if any(own):
                 cells = [f"{_share(row, 'contained')} (n = {int(row['n'])})" if row else "" for row in own]
@@ -199,10 +204,10 @@ def memory_follows(model: str) -> str:
 def recipe_verdict() -> list[str]:
     """What speaks against the packaged editor, from its answers."""
     wiki = _asked("gemma-3-270m")["wiki"]
+    follows = [_share(wiki[f"{form}/reasoning"], "contained") for form in ("recipe", "fact_before", "none")]
     return [
-        "**`recipe` does not think further than its facts**: of questions that follow from a fact of wiki "
-        f"{_share(wiki['recipe/reasoning'], 'contained')} are answered, with the fact before the question "
-        f"{_share(wiki['fact_before/reasoning'], 'contained')}.",
+        "**`recipe` hardly thinks further than its facts**: of questions that follow from a fact of wiki "
+        f"{follows[0]} are answered, with the fact before the question {follows[1]}, without it {follows[2]}.",
         "**`recipe` answers some questions about the same subject with the fact**: "
         f"{_share(wiki['recipe/same_subject'], 'unchanged')} of those of wiki stay as they were.",
     ]
