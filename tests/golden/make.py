@@ -169,6 +169,8 @@ def make_patch(lm: lp.LM, method: str, editor: lp.Editor | None = None) -> lp.Pa
         given["editor"] = editor
         if hasattr(registry.get("methods", method).Config, "lookup"):  # the first release knew no other
             given["lookup"] = "whole"
+        if hasattr(registry.get("methods", method).Config, "doubt"):  # nor a verifier
+            given["doubt"] = 1.0
     if method == "parenting":
         records: Sequence[Any] = rag_records(lm)
     elif method == "recipe":

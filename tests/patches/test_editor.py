@@ -21,8 +21,8 @@ from lmpatch.patches.editor import KEY, Editor, find_editor, load_editor
 
 PACKAGED_HASHES = {
     "recipe-gemma-3-270m": "9480f32cd156d9e7bd29f87b4e92d92a118c07fb4d52d45df4c5c2cfd8b0722e",
-    "recipe-smollm2-135m-instruct": "847970db6f6b97290edf7003dd96795a7df97894782cfe14537015f9f2e4bae0",
     "recipe-retrieval": "8160b4862f2ffeb27561a8147b5c862ae70ff00fb053875afe67b6356d70cbba",
+    "recipe-smollm2-135m-instruct": "847970db6f6b97290edf7003dd96795a7df97894782cfe14537015f9f2e4bae0",
 }
 
 

@@ -177,7 +177,11 @@ PARTS: dict[str, Any] = EDITOR.parts | {"editor_hash": EDITOR.hash(), "scope": {
 
 def test_the_memory_below_is_read_as_it_stands(tmp_path: Path) -> None:
     patch = load_patch(memory_folder(tmp_path / "m", PARTS, [{"prompt": "A", "target": "B"}]))
-    assert isinstance(patch, MemoryPatch) and patch.scope == Scope(lookup="whole") and patch.scope.at is not Insert
+    assert (
+        isinstance(patch, MemoryPatch)
+        and patch.scope == Scope(lookup="whole", doubt=1.0)
+        and patch.scope.at is not Insert
+    )
 
 
 @pytest.mark.parametrize(

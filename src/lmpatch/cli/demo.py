@@ -62,10 +62,11 @@ def demo(
     clean = hash_tensors(lm.model.state_dict().items(), exact=True)
     with progress("asking the model"):
         edits, known = _unknown(lm, _facts(), count)
-    say(f"\n1. {len(edits)} facts in a memory beside the model (`{MEMORY}`, as prompt vectors). No weight changes.")
+    say(f"\n1. {len(edits)} facts in a memory beside the model (`{MEMORY}`). No weight changes.")
+    say("   A fact that a question finds goes before it as prompt vectors; the verifier is not asked.")
     say(f"   Answers are greedy, {TOKENS} tokens at most, and shown up to their first line break or full stop;")
     say("   said 2×: the whole answer says the target twice.")
-    memory = fit(lm, MEMORY, edits, insert="vectors")
+    memory = fit(lm, MEMORY, edits, insert="vectors", doubt=1.0)
     facts = _show(lm, memory, edits[:1], known[:1])  # alone, so that something is seen soon
     with progress("asking about the other facts"):
         facts += _show(lm, memory, edits[1:], known[1:])
