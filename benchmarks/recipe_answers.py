@@ -3,8 +3,8 @@
     python benchmarks/recipe_answers.py DATA gemma-3-270m [--sets counterfact ...] [--editor FILE] [--scored 300]
     python benchmarks/recipe_answers.py DATA smollm2-135m-instruct
 
-All facts of a set are in the memory, ``--scored`` of them are asked: by generation, 16 new tokens, fp32. Beside the
-memory stand the model as it is and the same fact as text before the question, whatever is asked. Writes
+All facts of a set are in the memory, ``--scored`` of them are asked: by generation, ``--tokens`` new ones, fp32. Beside
+the memory stand the model as it is and the same fact as text before the question, whatever is asked. Writes
 results/recipe-answers-MODEL.json, and every answer to results/recipe-answers-MODEL/SET.jsonl.gz. A set that is there is
 kept; delete its file to measure it again.
 """
@@ -65,7 +65,7 @@ def questions(edits: list[lp.Edit], unrelated: list[lp.Ask]) -> Iterator[Questio
         yield Question("unrelated", unrelated[i % len(unrelated)].prompt, edit, edit.target)
 
 
-def answers(lm: lp.LM, data: Path, name: str, scored: int, editor: lp.Editor) -> list[dict[str, Any]]:
+def answers(lm: lp.LM, data: Path, name: str, scored: int, tokens: int, editor: lp.Editor) -> list[dict[str, Any]]:
     """A row for each question and form: the model as it is, but for the facts themselves; the fact before the question
     on what it should touch; the memory on all; its vectors alone on the facts themselves. A question that uses no
     fact is answered as by the model as it is, to the bit (tests/methods/test_recipe.py), and not asked again."""
@@ -83,7 +83,7 @@ def answers(lm: lp.LM, data: Path, name: str, scored: int, editor: lp.Editor) ->
         said = {text: known[text] for text in idle if text in known}
         new = [text for text in dict.fromkeys(texts) if text not in said]
         with lp.apply(lm, patch) if patch else nullcontext():
-            said |= dict(zip(new, lp.generate(lm, new, max_new_tokens=16), strict=True))
+            said |= dict(zip(new, lp.generate(lm, new, max_new_tokens=tokens), strict=True))
         for q, text, hit in zip(which, texts, hits, strict=True):
             row = {"form": form, "kind": q.kind, "question": q.text, "target": q.wanted, "answer": said[text]}
             rows.append(row | {"fired": bool(hit and hit[0].fired)})
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--sets", nargs="*", choices=FACTS, default=list(FACTS))
     parser.add_argument("--scored", type=int, default=300)
+    parser.add_argument("--tokens", type=int, default=16, help="of an answer; a chat model's sentences need about 48")
     parser.add_argument("--editor", type=Path, help="default: the packaged one")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, help="default: results/recipe-answers-MODEL")
@@ -141,7 +142,7 @@ def main() -> None:
     for name in args.sets:
         file = out / f"{name}.jsonl.gz"
         if not file.exists():
-            rows = answers(lm, args.data, name, args.scored, editor)
+            rows = answers(lm, args.data, name, args.scored, args.tokens, editor)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.write_bytes(gzip.compress(text.encode(), mtime=0))
         lines = gzip.decompress(file.read_bytes()).decode().splitlines()
