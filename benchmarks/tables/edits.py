@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from .memory import ASKED_MODELS
 from .rows import RESULTS, summary
-from .stats import NORMAL, Mean, percent, table
+from .stats import mean, percent, table
 
-MODELS = {"gemma-3-270m": "Gemma-3-270M", "smollm2-135m-instruct": "SmolLM2-135M-Instruct"}
 METHODS = {
     "rome": "`rome`", "memit": "`memit`", "finetune": "`finetune`",
     "rome-bare": "`rome`, `key=bare` (the released form)",
@@ -26,15 +26,13 @@ def _found(name: str) -> dict[str, Any]:
 
 
 def _share(hits: Sequence[float]) -> str:
-    n, value = len(hits), sum(hits) / max(1, len(hits))
-    half = NORMAL * (value * (1 - value) / (n - 1)) ** 0.5 if n > 1 else 0.0
-    return percent(Mean(value, half, n)) if n else ""
+    return percent(mean(hits)) if hits else ""
 
 
 def harm_table() -> str:
     """Single edits: what each does to the perplexity of plain text, and whether it states its fact."""
     lines = []
-    for model, title in MODELS.items():
+    for model, title in ASKED_MODELS.items():
         rows_of = _found(f"harm-{model}.json").get("rows", {})
         for name, label in METHODS.items():
             rows = rows_of.get(name, [])
@@ -58,7 +56,7 @@ def sweep_table(what: str) -> str:
     """The best settings of each method, or that there are none inside the grid."""
     scores = {"weights": ("efficacy", "paraphrase", "kl"), "decoding": ("acc", "robustness", "bcu")}[what]
     lines = []
-    for model, title in MODELS.items():
+    for model, title in ASKED_MODELS.items():
         found = _found(f"sweep-{what}-{model}.json")
         for name, label in SWEPT.items():
             best, rows = found.get("best", {}).get(name), found.get("rows", {}).get(name, [])

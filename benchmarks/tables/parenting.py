@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, sqrt
+from statistics import fmean, stdev
 from typing import Any
 
 from .rows import RESULTS, Row, read, summary
@@ -92,15 +93,12 @@ class Runs:
 
 
 def _middle(values: Values) -> float:
-    return sum(values.values()) / len(values)
+    return fmean(values.values())
 
 
 def deviation(values: Sequence[float]) -> float | None:
     """Sample standard deviation; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    middle = sum(values) / len(values)
-    return sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1))
+    return stdev(values) if len(values) > 1 else None
 
 
 def clustered(terms: Sequence[Values], articles: Mapping[str, str]) -> float:

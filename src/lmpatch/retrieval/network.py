@@ -5,7 +5,7 @@ It holds what an editor has learned. Training calls it with gradients, ``retriev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -198,11 +198,14 @@ class Network(nn.Module):
 
     def keys(self, facts: Sequence[Fact]) -> Tensor:
         """Keys [n, R] of facts: what questions are compared with [n, M], then the content."""
-        features = self.features([join(*fact) for fact in facts])
-        if self.shape.asked:
-            features = (features + self.features([prompt for prompt, _ in facts])) / 2
+        features = self.of_facts(facts, self.features)
         matched = self.matched_of(features)
         return torch.cat([matched, self.content(self._standard(features))], -1) if self.shape.content else matched
+
+    def of_facts(self, facts: Sequence[Fact], features: Callable[[Sequence[str]], Tensor]) -> Tensor:
+        """What keys are made of, [n, F], given how texts become features."""
+        told = features([join(*fact) for fact in facts])
+        return (told + features([prompt for prompt, _ in facts])) / 2 if self.shape.asked else told
 
     def queries(self, prompts: Sequence[str]) -> Tensor:
         """Queries [n, M] of questions: the prompt alone."""

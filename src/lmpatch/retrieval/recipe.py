@@ -6,6 +6,7 @@ in the published form and in that of the first release, from the network itself.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -42,7 +43,7 @@ class Recipe:
     prompt_shape: PromptShape | None = None
     """None: there is no prompt map."""
     prompt_learned: dict[str, Tensor] = field(default_factory=dict)
-    _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # features of texts seen last
+    _known: OrderedDict[str, Tensor] = field(default_factory=OrderedDict, init=False, repr=False)  # text -> features
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     name = "recipe"
@@ -122,7 +123,11 @@ class Recipe:
         new = [text for text in dict.fromkeys(texts) if text not in known]
         known.update(zip(new, self.network.features(new), strict=True) if new else ())
         with self._lock:
-            self._known = dict([*self._known.items(), *known.items()][-KEPT:])
+            for text, features in known.items():
+                self._known[text] = features
+                self._known.move_to_end(text)
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)
         return torch.stack([known[text] for text in texts])
 
     def gate(self, queries: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...distributed import world
-from ...inference.tokens import join
 from ...progress import Progress
 from ...retrieval import Fact
 from ...retrieval.index import KeyBlock
@@ -66,7 +65,7 @@ class Keys(Task):
         pairs = [(s.prompt, s.again) if draw.random() < 0.5 else (s.again, s.prompt) for s in samples]
         facts, rivals = [(s.prompt, s.target) for s in samples], self._rivals(places, draw)
         questions = [text for kind in (*zip(*pairs, strict=True), [s.other for s in samples]) for text in kind]
-        features = torch.cat([self._of_facts([*facts, *rivals]), self.features(questions)])
+        features = torch.cat([net.of_facts([*facts, *rivals], self.features), self.features(questions)])
         if cfg.dropout:
             generator = torch.Generator().manual_seed(draw.getrandbits(40))
             visible = torch.rand(features.shape, generator=generator).to(features.device) >= cfg.dropout
@@ -78,11 +77,6 @@ class Keys(Task):
         own = torch.arange(len(facts), device=classes.device)
         terms = losses.retrieval_losses(classes, net.sentinel(), first, second, other, own, margin=cfg.margin)
         return classes[: len(facts)], terms
-
-    def _of_facts(self, facts: Sequence[Fact]) -> Tensor:
-        """Features of facts, as ``Network.keys`` takes them."""
-        features = self.features([join(*fact) for fact in facts])
-        return (features + self.features([prompt for prompt, _ in facts])) / 2 if self.net.shape.asked else features
 
     def _rivals(self, places: Sequence[int], draw: random.Random) -> list[Fact]:
         """Facts outside the batch."""
@@ -97,7 +91,7 @@ class Keys(Task):
         if not samples:
             return {}
         facts = [(s.prompt, s.target) for s in samples] + self.facts[:CROWD]
-        keys, sentinel = net.matched_of(self._of_facts(facts)).cpu(), net.sentinel().cpu()
+        keys, sentinel = net.matched_of(net.of_facts(facts, self.features)).cpu(), net.sentinel().cpu()
         block = KeyBlock(net.shape.matched)
         block.add(keys, range(len(keys)))
         texts = {"recall_told": [s.prompt for s in samples], "recall_again": [s.again for s in samples]}

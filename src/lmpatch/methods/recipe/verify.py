@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from ...distributed import world
-from ...inference.tokens import join
 from ...progress import Progress
 from ...retrieval.network import Network
 from ...retrieval.verifier import KINDS
 from ...training.loop import Task, linear
 from .config import Training
 from .data import Neighbourhood, Split, drawable, mentions
-from .features import Features
+from .features import TOGETHER, Features
 
 Pair = tuple[str, str]
 """The prompt of a fact, and a question."""
@@ -71,13 +70,13 @@ class Verify(Task):
     def _confused(self) -> list[Pair]:
         """Questions with the fact that retrieval finds nearest among those that they do not ask for."""
         edits, net = self.split.edits, self.net
-        keys = torch.cat([self._keys(start) for start in range(0, len(edits), 2048)])  # [n, M]
+        keys = torch.cat([self._keys(start) for start in range(0, len(edits), TOGETHER)])  # [n, M]
         asked = [(text, i) for i, e in enumerate(edits) for text in (e.prompt, *e.rephrases[:ASKED_OF])]
         asked += [(ask.prompt, i) for i, e in enumerate(edits) for _, asks in e.locality for ask in asks[:ASKED_OF]]
         asked += [(ask.prompt, -1) for ask in self.split.unrelated]
         found = []
-        for start in range(0, len(asked), 2048):
-            part = asked[start : start + 2048]
+        for start in range(0, len(asked), TOGETHER):
+            part = asked[start : start + TOGETHER]
             scores = net.queries_of(self.features([text for text, _ in part])) @ keys.T
             own = torch.tensor([max(i, 0) for _, i in part], device=scores.device)
             known = torch.tensor([i >= 0 for _, i in part], device=scores.device)
@@ -88,11 +87,8 @@ class Verify(Task):
         return found
 
     def _keys(self, start: int) -> Tensor:
-        facts = [(e.prompt, e.target) for e in self.split.edits[start : start + 2048]]
-        features = self.features([join(*fact) for fact in facts])
-        if self.net.shape.asked:
-            features = (features + self.features([prompt for prompt, _ in facts])) / 2
-        return self.net.matched_of(features)
+        facts = [(e.prompt, e.target) for e in self.split.edits[start : start + TOGETHER]]
+        return self.net.matched_of(self.net.of_facts(facts, self.features))
 
     def validate(self, step: int) -> dict[str, float]:
         """Shares of held-out pairs whose likeliest kind is the right one."""
