@@ -5,8 +5,10 @@
 
 runs ``soup edit set`` (ROME, its defaults) and ``lmpatch fit MODEL rome`` on the same facts in turn, each in a process
 of its own, and writes results/others.json: user and system seconds of both, and how many facts each then states. The
-covariance that lmpatch's ROME divides by is computed before, once for all facts; soup divides by none. soup saves the
-whole model, lmpatch a patch: neither is asked for it here, but for the patch, which has a few kilobytes.
+covariance that lmpatch's ROME divides by is computed before, once for all facts; soup divides by none. Both read
+prompts as they stand, without a chat template. soup saves the whole model, lmpatch a patch: neither is asked for it
+here, but for the patch, which has a few kilobytes. At last lmpatch writes ``--together`` facts in one command, which
+soup has no command for: CPU seconds a fact.
 """
 
 from __future__ import annotations
@@ -45,19 +47,25 @@ def cpu_seconds(command: Sequence[str], folder: Path) -> tuple[float, str]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
 
-def compare(model: str, facts: Sequence[lp.Edit], soup: str, folder: Path) -> dict[str, Any]:
-    """Both commands on each fact in turn."""
-    lm = lp.load(model, dtype="float32", device="cpu")
+def written(model: str, facts: Sequence[lp.Edit], folder: Path) -> tuple[list[str], Path]:
+    """The command that writes these facts with lmpatch, and the patch it makes."""
+    name = str(len(list(folder.iterdir())))
+    file, patch = folder / f"{name}.jsonl", folder / name
+    records = [{"prompt": fact.prompt, "subject": fact.subject, "target": fact.target} for fact in facts]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = [sys.executable, "-m", "lmpatch", "fit", model, "rome", str(file), "-o", str(patch), "--force", "--raw"]
+    return [*command, "--dtype", "float32", "--device", "cpu"], patch
+
+
+def compare(model: str, facts: Sequence[lp.Edit], together: int, soup: str, folder: Path) -> dict[str, Any]:
+    """Both commands on each fact in turn, then lmpatch on many facts at once."""
+    lm = lp.load(model, dtype="float32", device="cpu", raw=True)
     rome.fit(lm, facts[:1], rome.Config())  # the covariance is kept
     rows: list[dict[str, Any]] = []
-    for i, fact in enumerate(facts):
-        file, patch = folder / f"fact-{i}.jsonl", folder / f"fact-{i}"
-        record = {"prompt": fact.prompt, "subject": fact.subject, "target": fact.target}
-        file.write_text(json.dumps(record) + "\n")
+    for fact in facts[: len(facts) - together]:
         theirs = [soup, "edit", "set", "--base", str(packaged.folder(model)), "--method", "rome", "--device", "cpu"]
         theirs += ["--no-governor", "--subject", fact.prompt, "--target", fact.target]
-        ours = [sys.executable, "-m", "lmpatch", "fit", model, "rome", str(file), "-o", str(patch), "--force"]
-        ours += ["--dtype", "float32", "--device", "cpu"]
+        ours, patch = written(model, [fact], folder)
         seconds, said = cpu_seconds(theirs, folder)
         own, _ = cpu_seconds(ours, folder)
         chance = re.search(r"-> ([0-9.]+)", said)
@@ -69,20 +77,24 @@ def compare(model: str, facts: Sequence[lp.Edit], soup: str, folder: Path) -> di
         )
         print(model, json.dumps(rows[-1]), flush=True)
     found = {name: median(row[name] for row in rows) for name in ("soup_cpu_s", "lmpatch_cpu_s")}
-    return {"rows": rows, **found, "ratio": found["soup_cpu_s"] / found["lmpatch_cpu_s"]}
+    seconds, _ = cpu_seconds(written(model, facts[len(rows) :], folder)[0], folder)
+    many = {"facts": together, "lmpatch_cpu_s": seconds / together}
+    many["ratio"] = found["soup_cpu_s"] / many["lmpatch_cpu_s"]
+    return {"rows": rows, **found, "ratio": found["soup_cpu_s"] / found["lmpatch_cpu_s"], "together": many}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("facts", type=Path)
     parser.add_argument("--soup", required=True, help="the program, in an environment of its own")
-    parser.add_argument("--n", type=int, default=5, help="facts")
+    parser.add_argument("--n", type=int, default=5, help="facts, each alone")
+    parser.add_argument("--together", type=int, default=20, help="facts in one command of lmpatch")
     args = parser.parse_args()
-    facts = read_edits(args.facts, limit=args.n)
+    facts = read_edits(args.facts, limit=args.n + args.together)
     record: dict[str, Any] = {"made": now(), "versions": versions(), "hardware": hardware(), "results": {}}
     for model in MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            record["results"][model] = compare(model, facts, os.path.abspath(args.soup), Path(folder))
+            record["results"][model] = compare(model, facts, args.together, os.path.abspath(args.soup), Path(folder))
         (RESULTS / "others.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
