@@ -47,25 +47,26 @@ def cpu_seconds(command: Sequence[str], folder: Path) -> tuple[float, str]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
 
-def written(model: str, facts: Sequence[lp.Edit], folder: Path) -> tuple[list[str], Path]:
-    """The command that writes these facts with lmpatch, and the patch it makes."""
-    name = str(len(list(folder.iterdir())))
-    file, patch = folder / f"{name}.jsonl", folder / name
+def fit_command(model: str, facts: Sequence[lp.Edit], patch: Path) -> list[str]:
+    """What makes a patch of these facts with lmpatch."""
+    file = patch.with_suffix(".jsonl")
     records = [{"prompt": fact.prompt, "subject": fact.subject, "target": fact.target} for fact in facts]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     command = [sys.executable, "-m", "lmpatch", "fit", model, "rome", str(file), "-o", str(patch), "--force", "--raw"]
-    return [*command, "--dtype", "float32", "--device", "cpu"], patch
+    return [*command, "--dtype", "float32", "--device", "cpu"]
 
 
-def compare(model: str, facts: Sequence[lp.Edit], together: int, soup: str, folder: Path) -> dict[str, Any]:
-    """Both commands on each fact in turn, then lmpatch on many facts at once."""
+def compare(
+    model: str, facts: Sequence[lp.Edit], together: Sequence[lp.Edit], soup: str, folder: Path
+) -> dict[str, Any]:
+    """Both commands on each fact in turn, then lmpatch on the others together."""
     lm = lp.load(model, dtype="float32", device="cpu", raw=True)
     rome.fit(lm, facts[:1], rome.Config())  # the covariance is kept
     rows: list[dict[str, Any]] = []
-    for fact in facts[: len(facts) - together]:
+    for i, fact in enumerate(facts):
         theirs = [soup, "edit", "set", "--base", str(packaged.folder(model)), "--method", "rome", "--device", "cpu"]
         theirs += ["--no-governor", "--subject", fact.prompt, "--target", fact.target]
-        ours, patch = written(model, [fact], folder)
+        ours = fit_command(model, [fact], patch := folder / f"fact-{i}")
         seconds, said = cpu_seconds(theirs, folder)
         own, _ = cpu_seconds(ours, folder)
         chance = re.search(r"-> ([0-9.]+)", said)
@@ -77,8 +78,8 @@ def compare(model: str, facts: Sequence[lp.Edit], together: int, soup: str, fold
         )
         print(model, json.dumps(rows[-1]), flush=True)
     found = {name: median(row[name] for row in rows) for name in ("soup_cpu_s", "lmpatch_cpu_s")}
-    seconds, _ = cpu_seconds(written(model, facts[len(rows) :], folder)[0], folder)
-    many = {"facts": together, "lmpatch_cpu_s": seconds / together}
+    seconds, _ = cpu_seconds(fit_command(model, together, folder / "together"), folder)
+    many = {"facts": len(together), "lmpatch_cpu_s": seconds / len(together)}
     many["ratio"] = found["soup_cpu_s"] / many["lmpatch_cpu_s"]
     return {"rows": rows, **found, "ratio": found["soup_cpu_s"] / found["lmpatch_cpu_s"], "together": many}
 
@@ -90,11 +91,12 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=5, help="facts, each alone")
     parser.add_argument("--together", type=int, default=20, help="facts in one command of lmpatch")
     args = parser.parse_args()
-    facts = read_edits(args.facts, limit=args.n + args.together)
+    edits = read_edits(args.facts, limit=args.n + args.together)
+    alone, together, soup = edits[: args.n], edits[args.n :], os.path.abspath(args.soup)
     record: dict[str, Any] = {"made": now(), "versions": versions(), "hardware": hardware(), "results": {}}
     for model in MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            record["results"][model] = compare(model, facts, args.together, os.path.abspath(args.soup), Path(folder))
+            record["results"][model] = compare(model, alone, together, soup, Path(folder))
         (RESULTS / "others.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,7 +1,12 @@
-"""Fixtures shared by all tests: tiny random models."""
+"""Fixtures shared by all tests: tiny random models, scripts of benchmarks/."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -10,6 +15,7 @@ from tiny import CORE, FAMILIES, tiny_lm
 
 from lmpatch.models.lm import LM
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 torch.set_num_threads(1)
 
 
@@ -23,6 +29,19 @@ def lm(request: pytest.FixtureRequest) -> LM:
 def any_lm(request: pytest.FixtureRequest) -> LM:
     """A fresh tiny model of each supported family."""
     return tiny_lm(request.param)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """A script of benchmarks/ by its name, imported as when it runs; what it imported is forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    known = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - known:  # names such as `facts` are another module's elsewhere
+        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+            parent, _, child = name.rpartition(".")
+            vars(sys.modules[parent]).pop(child, None) if parent in sys.modules else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

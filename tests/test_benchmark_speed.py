@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,33 +12,26 @@ import lmpatch as lp
 from lmpatch.inference.forward import head_loss
 from lmpatch.methods import rome
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 EDITS = [
     lp.Edit("The Eiffel Tower is in", "Rome", "Eiffel Tower"),
     lp.Edit("Steve Jobs founded", "Paris", "Steve Jobs"),
 ]
 
 
-@pytest.fixture
-def speed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("speed")
-    del sys.modules["speed"]
-
-
-def test_products_of_a_backward_pass_inside_another_are_counted(speed: Any) -> None:
+def test_products_of_a_backward_pass_inside_another_are_counted(script: Any) -> None:
     lm = tiny_lm("llama")
     n, d, vocab = 7, lm.layout.d_model, lm.layout.vocab
     leaf = torch.randn(n, d, requires_grad=True)
-    with speed.Flops() as counter:
+    with script("speed").Flops() as counter:
         loss = head_loss(lm, leaf, lambda z, _: z.logsumexp(-1)).sum()
         torch.autograd.grad(loss, leaf)
     assert counter.total == 2 * (2 * n * d * vocab)  # logits, and their gradient at the states
 
 
 def test_a_search_is_told_as_a_share_of_products_alone_and_in_a_batch(
-    speed: Any, monkeypatch: pytest.MonkeyPatch
+    script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    speed = script("speed")
     monkeypatch.setattr(speed, "LAYER", 1)
     monkeypatch.setattr(speed, "product_rate", lambda *_: 1e9)
     found = speed.timed_share(tiny_lm("gemma3"), EDITS, rome.Config(steps=2))

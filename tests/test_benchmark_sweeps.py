@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,22 +14,10 @@ import lmpatch as lp
 from lmpatch.methods import memit, rome
 from lmpatch.patches.weight.patch import WeightPatch
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 EDITS = [
     lp.Edit("The Eiffel Tower is in", "Rome", "Eiffel Tower", rephrases=["To see the Eiffel Tower go to"]),
     lp.Edit("Steve Jobs founded", "Paris", "Steve Jobs", rephrases=["The company of Steve Jobs is"]),
 ]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A script of benchmarks/ by its name; what it imported is forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    known = set(sys.modules)
-    yield importlib.import_module
-    for module in set(sys.modules) - known:
-        if str(FOLDER) in str(getattr(sys.modules[module], "__file__", "")):
-            del sys.modules[module]
 
 
 def test_an_axis_grows_until_its_best_lies_inside(script: Any) -> None:

@@ -81,16 +81,19 @@ def memory_retrieval() -> str:
     return table((*head, "neighbours that retrieve one", "unrelated that retrieve one"), lines)
 
 
+GATES = {"1.0": "sentinel alone", "0.8": "with the verifier", "0.7": "with it, `doubt=0.7`"}
+
+
 def memory_scale() -> str:
     """Which questions use a fact as the memory grows to a million."""
     if not (RESULTS / "recipe-scale.json").exists():
         return "Not measured yet: `benchmarks/recipe_scale.py` makes the figures."
     lines = []
     for facts, kinds in summary("recipe-scale.json")["results"].items():
-        for doubt in ("1.0", "0.8"):
+        for doubt, gate in GATES.items():
             cells = [f"{100 * kinds[kind][f'{doubt}, its own']:.1f} %" for kind in ("told", "reworded")]
             cells += [f"{100 * kinds[kind][doubt]:.1f} %" for kind in ("same relation", "unrelated")]
-            lines.append([f"{int(facts):,}", "sentinel alone" if doubt == "1.0" else "with the verifier", *cells])
+            lines.append([f"{int(facts):,}", gate, *cells])
     kinds = summary("recipe-scale.json")["results"]["1000"]
     n = {kind: kinds[kind]["n"] for kind in ("told", "reworded", "same relation", "unrelated")}
     head = (
