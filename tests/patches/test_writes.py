@@ -13,7 +13,8 @@ from tiny import tiny_lm, tiny_model, tiny_tokenizer
 from torch import nn
 
 from lmpatch.errors import BadInput, ForeignWrite, WrongModel
-from lmpatch.models.checksum import checksum
+from lmpatch.models import checksum as checksum_module
+from lmpatch.models.checksum import checksum, checksums
 from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
 from lmpatch.patches.ledger import applied, apply
@@ -137,6 +138,13 @@ def test_a_checksum_tells_any_two_tensors_apart(dtype: torch.dtype, data: st.Dat
     assert (checksum(before) == checksum(after)) == torch.equal(before, after)
     assert checksum(before.T.contiguous().T) == checksum(before)
     assert checksum(before.T) == checksum(before.T.contiguous())
+
+
+def test_pieces_and_threads_leave_a_checksum_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"matrix": torch.randn(50, 36), "odd": torch.randn(7, 3).bfloat16(), "vector": torch.randn(90)}
+    whole = {name: checksum(tensor) for name, tensor in tensors.items()}
+    monkeypatch.setattr(checksum_module, "PIECE", 64)
+    assert checksums(tensors) == whole == {name: checksum(tensor) for name, tensor in tensors.items()}
 
 
 # --- under a patch ---

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+PIECE = 2**20
+"""Words that are summed at once."""
+Run = Callable[[Callable[[Tensor], Tensor], Iterable[Tensor]], Iterable[Tensor]]
+"""Calls a function for each piece: ``map``, or one on several threads."""
 
 
-def checksum(stored: Tensor) -> int:
+def checksum(stored: Tensor, run: Run = map) -> int:
     """The sum of a tensor's bits, each word times an odd number of its place, modulo 2^64.
 
     One changed number always shows. Of other writes, also those that keep every row's and column's sum, one in about
@@ -22,11 +29,21 @@ def checksum(stored: Tensor) -> int:
     size, width = rows.element_size(), rows.shape[1]
     whole = width * size % 8 == 0 and rows.storage_offset() * size % 8 == 0
     bits = rows.view(torch.int64 if whole else BITS[size])
-    keys, sums = _keys(bits.shape[1], 0).to(bits.device), []
-    for piece in bits.split(max(1, 2**22 // width)):
-        words = piece.long()  # no copy of words of eight bytes
-        sums.append(words @ keys if words.device.type == "cpu" else (words * keys).sum(1))
-    return int((torch.cat(sums) * _keys(len(rows), 1).to(bits.device)).sum())
+    keys = _keys(bits.shape[1], 0).to(bits.device)
+    sums = run(partial(_sums, keys=keys), bits.split(max(1, PIECE // bits.shape[1])))
+    return int((torch.cat([*sums]) * _keys(len(rows), 1).to(bits.device)).sum())
+
+
+def checksums(stored: Mapping[Any, Tensor]) -> dict[Any, int]:
+    """The checksum of each tensor. PyTorch multiplies integers on one thread, so here the pieces share several."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return {name: checksum(tensor, pool.map) for name, tensor in stored.items()}
+
+
+def _sums(bits: Tensor, keys: Tensor) -> Tensor:
+    """The sum of each row [n] of words [n, width] times keys."""
+    words = bits.long()  # no copy of words of eight bytes
+    return words @ keys if words.device.type == "cpu" else (words * keys).sum(1)
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..provenance import hash_tensors
-from .checksum import checksum
+from .checksum import checksums
 from .layout import Layout
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # not on the model: it must stay copyable
@@ -170,7 +170,7 @@ class LM:
             originals = ledger.originals if ledger else {}
             weights = [(name, originals.get(name, p.detach())) for name, p in sorted(self.model.named_parameters())]
             if not self._fingerprint or not any(hasattr(weight, "to_local") for _, weight in weights):
-                sums = {name: checksum(weight) for name, weight in weights}
+                sums = checksums(dict(weights))
                 if not self._fingerprint or self._fingerprint[0] != sums:
                     self._fingerprint = sums, hash_tensors(weights)
             return self._fingerprint[1]

@@ -47,8 +47,11 @@ class Target:
     def present(self, model: nn.Module) -> list[Tensor]:
         """What its names stand for in the model now, each weight once: ``parameter`` alone, unless someone replaced a
         layer or untied a head."""
-        named = model.named_parameters(remove_duplicate=False)
-        found = [p for name, p in named if name in self.names or p is self.parameter]
+        try:
+            found = [model.get_parameter(name) for name in self.names]
+        except AttributeError:  # a name is gone, where a layer was wrapped: look under all others
+            named = model.named_parameters(remove_duplicate=False)
+            found = [p for name, p in named if name in self.names or p is self.parameter]
         return [*{_storage(p): p for p in found}.values()]
 
     @property
