@@ -78,6 +78,15 @@ def test_memories_and_rules_are_not_looked_at() -> None:
 
 
 @pytest.mark.slow
+def test_a_fact_is_edited_under_a_rule_of_decoding() -> None:
+    lm = tiny_lm("llama")
+    clean = perplexity(lm)
+    with lp.apply(lm, lp.fit(lm, "cad", [])):
+        assert perplexity(lm) == clean
+        patch = lp.fit(lm, "rome", [FACT], steps=1)
+    assert patch.made["perplexity_ratio"] > 0
+
+
 def test_a_bench_counts_what_is_refused_and_asks_on() -> None:
     lm, other = tiny_lm("llama"), lp.Edit("Steve Jobs founded", "Paris", "Steve Jobs")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..data.context import InContext
 from ..models.lm import LM
 from .score import score
 
@@ -25,8 +26,9 @@ TEXT = (
 
 
 def perplexity(lm: LM) -> float:
-    """exp of the mean negative log probability per token of ``TEXT``, the model as it is now."""
-    scores = score(lm.plain, [start for start, _ in TEXT], [rest for _, rest in TEXT])
+    """exp of the mean negative log probability per token of ``TEXT``, the model as it is now. The text has no context,
+    so rules of decoding leave it as it is."""
+    scores = score(lm.plain, [InContext(start, start) for start, _ in TEXT], [rest for _, rest in TEXT])
     count = sum(len(score.ids) for score in scores)
     mean = -sum(score.total for score in scores) / count
     return math.exp(mean) if mean < 700 else math.inf
