@@ -28,6 +28,7 @@ import lmpatch as lp
 from lmpatch.data.edits import read_edits
 from lmpatch.patches.editor import find_editor, load_editor
 from lmpatch.patches.memory.patch import encode_keys, retriever_of
+from lmpatch.patches.memory.search import last_sentence
 from lmpatch.provenance import hardware, now, versions
 from lmpatch.retrieval.verifier import KINDS, SLACK
 
@@ -69,14 +70,19 @@ def questions(asked: list[lp.Edit], kept: set[str], data: Path) -> list[tuple[st
 
 
 class Best:
-    """The nearest fact of each question among those seen so far."""
+    """The nearest fact of each question among those seen so far. Of one that stands behind a remark the last sentence
+    is looked up, too, as a memory does."""
 
     def __init__(self, retriever: Any, rows: list[tuple[str, str, int]], file: Path, stamp: str) -> None:
-        self.retriever, self.rows, self.file, self.stamp = retriever, rows, file, stamp
-        self.queries = retriever.queries([question for _, question, _ in rows])
+        self.retriever, self.rows, self.file, self.stamp = retriever, rows, file, f"{stamp} last sentences"
+        self.texts = [question for _, question, _ in rows]
+        ends = [(i, last_sentence(text)) for i, text in enumerate(self.texts)]
+        self.behind = [(i, end) for i, end in ends if end != self.texts[i]]  # question, its last sentence
+        self.texts += [end for _, end in self.behind]
+        self.queries = retriever.queries(self.texts)
         self.gate = retriever.gate(self.queries).float() / retriever.scale
-        self.score, self.place = torch.full((len(rows),), -torch.inf), torch.full((len(rows),), -1)
-        self.fact = [""] * len(rows)  # prompts of the nearest facts
+        self.score, self.place = torch.full((len(self.texts),), -torch.inf), torch.full((len(self.texts),), -1)
+        self.fact = [""] * len(self.texts)  # prompts of the nearest facts
         self.seen = torch.zeros((), dtype=torch.int64)
 
     def resume(self) -> None:
@@ -102,8 +108,12 @@ class Best:
     def table(self) -> dict[str, Any]:
         """Shares that use a fact, and that use their own one, for each of ``DOUBTS``."""
         own = torch.tensor([place for _, _, place in self.rows])
-        chances = self.retriever.verify([(fact, "") for fact in self.fact], [question for _, question, _ in self.rows])
-        other, over = chances[:, KINDS.index("other")], self.score - self.gate
+        chances = self.retriever.verify([(fact, "") for fact in self.fact], self.texts)
+        over = self.score - self.gate
+        nearer = torch.arange(len(self.rows))
+        for k, (i, _) in enumerate(self.behind, len(self.rows)):
+            nearer[i] = k if over[k] > over[i] else i
+        other, over, found_at = chances[nearer, KINDS.index("other")], over[nearer], self.place[nearer]
         found: dict[str, dict[str, float]] = {}
         for kind in dict.fromkeys(kind for kind, *_ in self.rows):
             of = torch.tensor([row[0] == kind for row in self.rows])
@@ -112,7 +122,7 @@ class Best:
                 used = (over > 0) if doubt == 1 else (over > -SLACK) & (other <= doubt)
                 found[kind][str(doubt)] = float(used[of].float().mean())
                 if int(own[of][0]) >= 0:
-                    found[kind][f"{doubt}, its own"] = float((used & (self.place == own))[of].float().mean())
+                    found[kind][f"{doubt}, its own"] = float((used & (found_at == own))[of].float().mean())
         return found
 
 

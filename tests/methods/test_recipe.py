@@ -51,7 +51,7 @@ from lmpatch.methods.recipe.data import Neighbourhood, batch, drawable, exchange
 from lmpatch.methods.recipe.method import typical_embeddings
 from lmpatch.patches.editor import Editor, load_editor
 from lmpatch.patches.memory.patch import MemoryPatch
-from lmpatch.patches.memory.search import last_paragraph
+from lmpatch.patches.memory.search import last_paragraph, last_sentence
 from lmpatch.retrieval.encoder import load_encoder, pooled, shared_encoder
 from lmpatch.retrieval.network import Network, Shape, target_embeddings
 from lmpatch.retrieval.prompts import PromptMap, PromptShape, embedded, target_rows
@@ -877,6 +877,39 @@ def test_a_prompt_beyond_the_encoders_limit_is_looked_up_by_its_end(editor: Edit
 )
 def test_the_last_paragraph_is_asked(text: str, wanted: str) -> None:
     assert last_paragraph(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Where is it?", "Where is it?"),
+        ("I was there. Where is the tower?", "Where is the tower?"),
+        ("I was there.\nThe tower is in", "The tower is in"),
+        ("Where is the tower? Tell me!", "Where is the tower? Tell me!"),
+        ("Where is the tower? ", "Where is the tower? "),
+        ("It cost 1.5 million. So what was it?", "So what was it?"),
+        ("", ""),
+    ],
+)
+def test_the_last_sentence_is_asked_too(text: str, wanted: str) -> None:
+    assert last_sentence(text) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["sentinel", "cosine", "always"])
+def test_a_question_behind_a_remark_finds_what_the_nearer_of_both_texts_finds(gate: str) -> None:
+    lm = tiny_lm("llama")
+    editor, cfg = recipe.example_editor(lm), recipe.Config(gate=gate, top_k=2)
+    patch, whole = (recipe.fit(lm, FACTS, replace(cfg, lookup=lookup), editor=editor) for lookup in ("last", "whole"))
+    question = FACTS[3].rephrases[0]
+    remark = f"There was a lot of talk about music in May. {question}"
+    (found,), both = patch.finder().search([remark]), whole.finder().search([remark, question])
+    margins: dict[int, float] = {}
+    for hit in (hit for each in both for hit in each):
+        margins[hit.place] = max(hit.margin, margins.get(hit.place, hit.margin))
+    best = sorted(margins, key=lambda place: -margins[place])[:2]
+    assert [hit.place for hit in found] == best
+    assert [hit.margin for hit in found] == pytest.approx([margins[place] for place in best])
 
 
 @pytest.mark.slow

@@ -36,7 +36,8 @@ class Config:
     the facts of ``examples/facts.jsonl``, 62 % of the rewordings then find their fact, and 5 % of the questions about
     another subject find one."""
     lookup: Literal["last", "whole"] = "last"
-    """What of a prompt is looked up: the last message of a chat and the last paragraph of a text, or the whole."""
+    """What of a prompt is looked up: the last message of a chat, the last paragraph of a text and its last sentence
+    alone, or the whole."""
     top_k: int = 1
     """Facts used at most."""
 

@@ -38,8 +38,9 @@ class Lookup:
     threshold: float = 0.0
     """Cosine of query and key that ``gate=cosine`` asks for."""
     lookup: Literal["last", "whole"] = "last"
-    """What of a prompt is looked up: of a chat the last message of the user, and of a text of several paragraphs the
-    last; or the whole prompt. What is longer than the encoder reads loses its beginning."""
+    """What of a prompt is looked up: of a chat the last message of the user, of a text of several paragraphs the last,
+    and its last sentence alone as well, of which the nearer one counts; or the whole prompt. What is longer than the
+    encoder reads loses its beginning."""
     top_k: int = 1
     """Facts used at most."""
     doubt: float = 0.8

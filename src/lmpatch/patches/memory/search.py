@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +20,8 @@ from ...retrieval.verifier import SLACK
 
 KEPT = 4096
 """Inserts kept ready, by facts used last."""
-
+BORDER = re.compile(r"(?<=[.!?])\s+")
+"""Between two sentences."""
 
 Used = tuple[int, Form]
 """A fact, by its place, and as what it goes before the question."""
@@ -37,6 +40,11 @@ class Hit:
     """The verifier: the answer follows from the fact, and is not its target."""
     doubted: bool = False
     """The verifier: the question asks for something else."""
+
+    @property
+    def margin(self) -> float:
+        """How far the score is above the gate; without a gate the score."""
+        return self.score - self.gate if self.gate > -math.inf else self.score
 
     @property
     def fired(self) -> bool:
@@ -104,30 +112,54 @@ class Finder:
     @torch.no_grad()
     def search(self, prompts: Sequence[str]) -> list[list[Hit]]:
         """The facts nearest to each prompt, best first, fired or not; see ``Lookup.lookup``."""
-        hits: list[list[Hit]] = [[] for _ in prompts]
-        texts = [last_paragraph(prompt) for prompt in prompts] if self.scope.lookup == "last" else prompts
-        texts = self.encoder.ends(texts) if len(self.facts) else []
-        readable = [i for i, text in enumerate(texts) if text.strip()]
-        if not readable:
-            return hits
-        queries = self.retriever.queries([texts[i] for i in readable])  # [m, M]
+        if not prompts or not len(self.facts):
+            return [[] for _ in prompts]
+        asked = [(i, text) for i, prompt in enumerate(prompts) for text in self._texts(prompt)]
+        texts = self.encoder.ends([text for _, text in asked])
+        read = [(i, text) for (i, _), text in zip(asked, texts, strict=True) if text.strip()]
+        found: list[dict[int, tuple[Hit, str]]] = [{} for _ in prompts]
+        nearest = self._nearest([text for _, text in read]) if read else []
+        for (i, text), hits in zip(read, nearest, strict=True):
+            for hit in hits:
+                if hit.place not in found[i] or hit.margin > found[i][hit.place][0].margin:
+                    found[i][hit.place] = hit, text
+        best = [sorted(each.values(), key=lambda pair: -pair[0].margin)[: self.scope.top_k] for each in found]
+        return self._verified(best) if self._verifies else [[hit for hit, _ in each] for each in best]
+
+    def _texts(self, prompt: str) -> list[str]:
+        """What of a prompt is looked up."""
+        if self.scope.lookup == "whole":
+            return [prompt]
+        paragraph = last_paragraph(prompt)
+        return list(dict.fromkeys([paragraph, last_sentence(paragraph)]))
+
+    def _nearest(self, texts: Sequence[str]) -> list[list[Hit]]:
+        """The facts nearest to each text, best first."""
+        queries = self.retriever.queries(texts)  # [m, M]
         scores, places = self.facts.search(comparable(queries, self.retriever, self.scope), self.scope.top_k)
         scale = 1.0 if self.scope.gate == "cosine" else self.retriever.scale
         gates = [self.scope.threshold if self.scope.gate == "cosine" else float("-inf")] * len(queries)
         if self.scope.gate == "sentinel":
             slack = SLACK if self._verifies else 0.0
             gates = [gate / scale - slack for gate in self.retriever.gate(queries).tolist()]
-        for i, line, found, gate in zip(readable, scores.tolist(), places.tolist(), gates, strict=True):
-            hits[i] = [Hit(place, score / scale, gate) for score, place in zip(line, found, strict=True)]
-        return self._verified(hits, texts) if self._verifies else hits
+        return [
+            [Hit(place, score / scale, gate) for score, place in zip(line, found, strict=True)]
+            for line, found, gate in zip(scores.tolist(), places.tolist(), gates, strict=True)
+        ]
 
-    def _verified(self, hits: list[list[Hit]], texts: Sequence[str]) -> list[list[Hit]]:
-        """What the verifier says of the facts that beat the gate."""
-        pairs = [(i, j) for i, found in enumerate(hits) for j, hit in enumerate(found) if hit.fired]
-        facts = [self.facts.fact(hits[i][j].place) for i, j in pairs]
-        chances = self.retriever.verify(facts, [texts[i] for i, _ in pairs]).tolist() if pairs else []
-        for (i, j), (asks, follows, other) in zip(pairs, chances, strict=True):
-            hits[i][j] = replace(hits[i][j], follows=follows > asks, doubted=other > self.scope.doubt)
+    def _verified(self, found: list[list[tuple[Hit, str]]]) -> list[list[Hit]]:
+        """What the verifier says of the facts that beat the gate, each beside the text that found it."""
+        asked = [(hit, text) for each in found for hit, text in each if hit.fired]
+        facts = [self.facts.fact(hit.place) for hit, _ in asked]
+        chances = iter(self.retriever.verify(facts, [text for _, text in asked]).tolist() if asked else [])
+        hits: list[list[Hit]] = []
+        for each in found:
+            hits.append([])
+            for hit, _ in each:
+                if hit.fired:
+                    asks, follows, other = next(chances)
+                    hit = replace(hit, follows=follows > asks, doubted=other > self.scope.doubt)
+                hits[-1].append(hit)
         return hits
 
 
@@ -137,6 +169,12 @@ def last_paragraph(text: str) -> str:
     while start > 0 and len(whole[start:].split()) < 3:
         start = max(whole.rfind("\n\n", 0, start), 0)
     return text[start:].lstrip("\n")
+
+
+def last_sentence(text: str) -> str:
+    """The last sentence, with those before it until there are three words: what is asked behind a remark."""
+    starts = [0, *(border.end() for border in BORDER.finditer(text))]
+    return next((text[start:] for start in reversed(starts) if len(text[start:].split()) >= 3), text)
 
 
 class MemoryIntervention(Intervention):
