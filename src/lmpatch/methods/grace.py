@@ -121,7 +121,8 @@ class _Search:
         check_contradictions(edits)
         self.lm, self.cfg, self.edits, self.start = lm, cfg, edits, time.perf_counter()
         layout = lm.layout
-        self.layer = layout.check_layer(int(DEPTH * layout.n_layers) if cfg.layer is None else cfg.layer)
+        default = max(0, min(int(DEPTH * layout.n_layers), layout.n_layers - 2))  # later tokens still look back
+        self.layer = layout.check_layer(default if cfg.layer is None else cfg.layer)
         self.module = layout.downs[self.layer]
         prompts = unrelated(lm, cfg.unrelated, text=text, progress=progress)
         with frozen(lm):
