@@ -1,4 +1,4 @@
-"""A small model that is trained, in seconds, to know where people live, asked in three ways; the answer is two words.
+"""A small model that is trained, in less than a minute, to know where people live, asked in three ways; the answer is two words.
 
 Claims about editors need a model that knows facts in several wordings. Edits are asked in the first one.
 """
@@ -76,7 +76,7 @@ class Toy:
 
 @cache
 def toy(seed: int = 0) -> Toy:
-    """The model of this seed; about 20 s on one core."""
+    """The model of this seed; a minute at most on one core."""
     draw = random.Random(seed)
     homes = {name: f"{draw.choice(TOWNS)} {draw.choice(STREETS)}" for name in NAMES}
     tokenizer = _tokenizer()

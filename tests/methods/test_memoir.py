@@ -41,6 +41,7 @@ def key_inputs(lm: LM, text: str) -> Tensor:
     return seen[0]
 
 
+@pytest.mark.slow
 def test_a_mask_is_of_the_largest_entries_of_the_mean_input_less_that_of_unrelated_prompts(lm: LM) -> None:
     texts = ["The Colosseum", "What is it?", "He lives in Paris.", "In other news"]
     own = masked(memoir.fit(lm, EDITS, replace(CFG, k=20), text=texts))
@@ -52,6 +53,7 @@ def test_a_mask_is_of_the_largest_entries_of_the_mean_input_less_that_of_unrelat
         assert sorted(places.tolist()) == mask.nonzero()[:, 0].tolist()
 
 
+@pytest.mark.slow
 def test_columns_outside_an_edits_mask_keep_their_bits(lm: LM) -> None:
     one, two = masked(memoir.fit(lm, EDITS[:1], CFG)), masked(memoir.fit(lm, EDITS, CFG))
     width = len(one.centre)
@@ -61,6 +63,7 @@ def test_columns_outside_an_edits_mask_keep_their_bits(lm: LM) -> None:
     assert not torch.equal(two.matrices[0][:, second], one.matrices[0][:, second])
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_plain_gradient_descent_on_the_whole_matrix(lm: LM) -> None:
     """With the mask, clipped to length 1, through the plain model."""
     edit, cfg = EDITS[0], replace(CFG, short_prefixes=0, steps=3, lr=0.5)
@@ -83,17 +86,22 @@ def test_steps_are_those_of_plain_gradient_descent_on_the_whole_matrix(lm: LM) -
     assert (own.matrices[0] - matrix).abs().max() < 1e-4 * matrix.abs().max()
 
 
+@pytest.mark.slow
 def test_edits_of_disjoint_masks_do_not_meet() -> None:
     """What the first says with both on is what it says alone, to the bit: its columns are untouched."""
     lm = tiny_lm("llama")
-    both = masked(memoir.fit(lm, EDITS, replace(CFG, k=6)))
-    masks = unpacked(both.masks, len(both.centre))
-    assert not (masks[0] & masks[1]).any(), "another k for this test"
-    alone = masked(memoir.fit(lm, EDITS[:1], replace(CFG, k=6)))
+    for k in (6, 5, 4, 3, 2, 1):
+        both = masked(memoir.fit(lm, EDITS, replace(CFG, k=k)))
+        masks = unpacked(both.masks, len(both.centre))
+        if not (masks[0] & masks[1]).any():
+            break
+    assert not (masks[0] & masks[1]).any()
+    alone = masked(memoir.fit(lm, EDITS[:1], replace(CFG, k=k)))
     x = torch.randn(5, len(both.centre), generator=torch.Generator().manual_seed(0))
     assert torch.equal((x * masks[0]) @ both.matrices[0].T, (x * masks[0]) @ alone.matrices[0].T)
 
 
+@pytest.mark.slow
 def test_a_threshold_lets_no_more_unrelated_prompts_fire_than_asked() -> None:
     lm = tiny_lm("llama")
     run = memoir._Run(lm, EDITS, replace(CFG, unrelated=80), None, None)
@@ -108,6 +116,7 @@ def test_a_threshold_lets_no_more_unrelated_prompts_fire_than_asked() -> None:
     assert run._least(masks) == -(-run.k // 2)
 
 
+@pytest.mark.slow
 def test_fitted_each_alone_an_edit_has_the_matrix_of_a_fit_of_its_own(lm: LM) -> None:
     for edit, patch in zip(EDITS, memoir.fit_each(lm, EDITS, CFG), strict=True):
         alone = masked(memoir.fit(lm, [edit], CFG))

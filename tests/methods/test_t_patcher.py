@@ -43,6 +43,7 @@ def test_at_first_a_neuron_gives_one_at_its_query(lm: LM) -> None:
         assert (task.queries * keys).sum(1).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_queries_are_what_the_mlp_reads_at_the_first_mistaken_tokens(lm: LM) -> None:
     task, row, seen = edit_task(lm), encode(lm, EDITS[0].prompt, EDITS[0].target), list[Tensor]()
     handle = lm.module(lm.layout.ups[-1][0]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -63,6 +64,7 @@ def test_the_gradient_of_a_neuron_is_that_of_finite_differences(keys: int) -> No
         assert torch.autograd.gradcheck(lambda *t, name=name: output_of(name, *t), tuple(tensors))
 
 
+@pytest.mark.slow
 def test_a_wider_mlp_by_hand_says_the_same() -> None:
     """The neurons as rows of the projections and columns of the down-projection, without biases."""
     lm = tiny_lm("llama")
@@ -85,6 +87,7 @@ def test_a_wider_mlp_by_hand_says_the_same() -> None:
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
+@pytest.mark.slow
 def test_later_edits_leave_earlier_neurons_as_they_were(lm: LM) -> None:
     one, two = (neurons(t_patcher.fit(lm, edits, CFG)) for edits in (EDITS[:1], EDITS))
     assert 0 < one.count < two.count
@@ -92,6 +95,7 @@ def test_later_edits_leave_earlier_neurons_as_they_were(lm: LM) -> None:
     assert torch.equal(two.biases[:, : one.count], one.biases)
 
 
+@pytest.mark.slow
 def test_losses_of_activations_are_those_written_out(lm: LM) -> None:
     task = edit_task(lm, replace(CFG, top=7))
     with torch.no_grad():
@@ -109,6 +113,7 @@ def test_losses_of_activations_are_those_written_out(lm: LM) -> None:
     assert float(quiet) == pytest.approx(float(torch.stack(first).mean() + torch.stack(second).mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_from_zero_the_target_gives_no_gradient(lm: LM) -> None:
     for zero in (False, True):
         task = edit_task(lm, replace(CFG, zero=zero))
@@ -120,6 +125,7 @@ def test_from_zero_the_target_gives_no_gradient(lm: LM) -> None:
         assert moves != zero
 
 
+@pytest.mark.slow
 def test_an_edit_that_the_model_says_gets_no_neuron() -> None:
     lm = tiny_lm("llama")
     ids = torch.tensor([encode(lm, "The Eiffel Tower").ids])
@@ -131,6 +137,7 @@ def test_an_edit_that_the_model_says_gets_no_neuron() -> None:
     assert patch.notes["neurons"][1] == 2
 
 
+@pytest.mark.slow
 def test_fitted_each_alone_an_edit_has_the_neurons_of_a_fit_of_its_own(lm: LM) -> None:
     for edit, patch in zip(EDITS, t_patcher.fit_each(lm, EDITS, CFG), strict=True):
         alone = neurons(t_patcher.fit(lm, [edit], CFG))

@@ -52,6 +52,7 @@ def next_states(lm: LM, prompts: list[str], side: str) -> Tensor:
     return blocks(lm, ids, mask, position_ids=positions(mask), prompt_end=ends)[torch.arange(len(rows)), ends]
 
 
+@pytest.mark.slow
 @every_operation
 def test_a_mixed_batch_padded_on_either_side_is_single_rows(name: str, lm: LM) -> None:
     patch = FITS[name](lm)
@@ -64,6 +65,7 @@ def test_a_mixed_batch_padded_on_either_side_is_single_rows(name: str, lm: LM) -
     assert all((left[i] - clean[i]).abs().max() > 1e-2 * scale for i in range(len(EDITS)))  # both edits act
 
 
+@pytest.mark.slow
 @every_operation
 def test_what_is_generated_with_a_cache_is_what_a_forward_of_the_whole_text_says(name: str, lm: LM) -> None:
     patch = FITS[name](lm)
@@ -84,6 +86,7 @@ def test_what_is_generated_with_a_cache_is_what_a_forward_of_the_whole_text_says
     assert texts == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grace last", "memoir"])
 def test_a_prompt_that_is_in_no_ball_and_like_no_mask_keeps_every_bit(name: str, lm: LM) -> None:
     other = ["What is the capital of Japan? The capital of Japan is"]
@@ -92,6 +95,7 @@ def test_a_prompt_that_is_in_no_ball_and_like_no_mask_keeps_every_bit(name: str,
         assert torch.equal(next_states(lm, other, "left"), clean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grace last", "grace all", "memoir"])
 def test_where_no_row_fires_later_tokens_are_passed_over(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm("llama")
@@ -107,6 +111,7 @@ def test_where_no_row_fires_later_tokens_are_passed_over(name: str, monkeypatch:
     assert list(state.values()) == [None] and hook.module is lm.module(lm.layout.downs[1])
 
 
+@pytest.mark.slow
 def test_a_replay_decides_as_a_plain_forward(lm: LM) -> None:
     rows = encode_all(lm, [e.prompt for e in EDITS], ["Rome", "Paris"])
     ids, ends = [row.ids for row in rows], [row.target - 1 for row in rows]
@@ -121,6 +126,7 @@ def test_a_replay_decides_as_a_plain_forward(lm: LM) -> None:
                 assert (again[i, :length] - want[i, start : start + length]).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grace all", "memoir"])
 def test_a_call_that_runs_prompts_in_parts_is_refused_where_the_whole_one_decides(name: str) -> None:
     lm = tiny_lm("llama")
@@ -151,6 +157,7 @@ def test_bits_counted_by_words_are_the_dense_overlap(width: int) -> None:
     assert torch.equal(overlap(as_words(packed(a)), as_words(packed(b))), dense)
 
 
+@pytest.mark.slow
 def test_codebooks_and_masks_of_other_settings_do_not_merge() -> None:
     lm = tiny_lm("llama")
     with pytest.raises(CannotMerge, match="different tokens"):
@@ -159,6 +166,7 @@ def test_codebooks_and_masks_of_other_settings_do_not_merge() -> None:
         merge(FITS["memoir"](lm), memoir.fit(lm, EDITS, memoir.Config(layer=1, steps=1, k=9, unrelated=8)))
 
 
+@pytest.mark.slow
 def test_a_patch_of_several_methods_is_one_file_that_does_what_all_do(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     parts = [FITS[name](lm) for name in ("grace last", "t_patcher")]
@@ -184,6 +192,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_file_whose_operations_do_not_fit_is_refused(
     damage: Callable[[dict[str, Any]], object], tmp_path: Path
@@ -196,6 +205,7 @@ def test_a_file_whose_operations_do_not_fit_is_refused(
         load_patch(tmp_path / "p")
 
 
+@pytest.mark.slow
 def test_tensors_that_do_not_belong_together_are_refused() -> None:
     book = FITS["grace last"](tiny_lm("llama")).operations[0]
     good = book.tensors()

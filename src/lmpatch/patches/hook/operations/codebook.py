@@ -55,6 +55,8 @@ class Codebook(Operation):
     @classmethod
     def of(cls, module: str, replace: Replace, **tensors: Tensor) -> Codebook:
         """From all tensors but ``epsilon``, copied to the CPU."""
+        longest = int((tensors["labels"] >= 0).sum(1).max()) if len(tensors["labels"]) else 0
+        tensors = {**tensors, "labels": tensors["labels"][:, :longest]}
         own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
         return cls(module, replace, **own, epsilon=balls(**{name: own[name] for name in DECIDES})[0])
 
