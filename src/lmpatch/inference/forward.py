@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,11 @@ class Pass:
     """[n] the column of each row's last prompt token."""
     in_context: Tensor | None = None
     """[n] bool, which rows carry a context; None: no row does."""
+    row_state: dict[Any, Tensor | None] = field(default_factory=dict)
+    """What hooks know of each row from pass to pass of one batch, by a key of their own: a tensor with an entry a row,
+    or None, where nothing is left to do for any row."""
+    versions: bool = False
+    """The columns that run now are versions of one token, side by side."""
 
     @property
     def start(self) -> int:
@@ -79,8 +84,20 @@ class Pass:
 
     def answering(self) -> Tensor:
         """[n, t] True from each row's last prompt token on, where what is read decides the answer. Padding is False."""
+        return self.mask[:, self.start :].bool() & (self.columns() >= self.prompt_end[:, None])
+
+    def deciding(self) -> Tensor:
+        """[n, t] True at each row's last prompt token, where what is read decides what a patch looks up."""
+        return self.mask[:, self.start :].bool() & (self.columns() == self.prompt_end[:, None])
+
+    def decided(self) -> bool:
+        """Every row's last prompt token runs now, or has run."""
+        return bool((self.prompt_end < self.mask.shape[1]).all())
+
+    def columns(self) -> Tensor:
+        """[t] the columns that run now; of versions of one token each its column."""
         columns = torch.arange(self.start, self.mask.shape[1], device=self.mask.device)
-        return self.mask[:, self.start :].bool() & (columns >= self.prompt_end[:, None])
+        return torch.full_like(columns, self.start) if self.versions else columns
 
 
 _pass: ContextVar[Pass | None] = ContextVar("lmpatch_pass", default=None)  # each thread has its own
@@ -127,6 +144,7 @@ def blocks(
     vectors: Tensor | None = None,
     prompt_end: Tensor | None = None,
     in_context: Tensor | None = None,
+    row_state: dict[Any, Tensor | None] | None = None,
 ) -> Tensor:
     """Run the embedding and blocks 0..last and stop there: no final norm, no head.
 
@@ -136,6 +154,7 @@ def blocks(
         last: 0-based block to stop after; None: the last one.
         vectors: [m, d] in the space of the embedding module's output. Gradients flow into them.
         prompt_end, in_context: see ``Pass``; patches that act on the answer, or only in a context, need them.
+        row_state: see ``Pass``; the same for all passes of a batch, with its rows. None: this is the only pass.
     Returns:
         [n, t, d] what block ``last`` hands on.
     """
@@ -157,7 +176,8 @@ def blocks(
     kwargs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
     if "position_ids" in inspect.signature(lm.model.forward).parameters:
         kwargs["position_ids"] = position_ids
-    now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end, in_context)
+    known = {} if row_state is None else row_state
+    now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end, in_context, known)
     with lm.lock, during(now), hooked(*hooks), suppress(Stop):
         lm.model(input_ids=ids.clamp(min=0), **kwargs)
     return kept[0]

@@ -200,14 +200,15 @@ def steps(
     cache = DynamicCache(config=lm.model.config)
     alive = list(range(n))  # batch row -> row of `batch`
     state = initial_states(lm, inputs.rules, n)
-    vectors = inputs.vectors
+    vectors, row_state = inputs.vectors, dict[Any, Tensor | None]()
     for step in range(limit):
         at = positions(mask)[:, -ids.shape[1] :]
         own = numbers[alive, step]
         with lm.lock:
             states = blocks(
-                lm, ids, mask, position_ids=at, cache=cache, vectors=vectors, prompt_end=prompt_end, in_context=context
-            )[:, -1]
+                lm, ids, mask, position_ids=at, cache=cache, vectors=vectors, prompt_end=prompt_end, in_context=context,
+                row_state=row_state,
+            )[:, -1]  # fmt: skip
             scores = combined(lm, states.unflatten(0, (width, -1)), inputs.rules, state)
             tokens = torch.cat([sampling.take(z, own[rows]) for rows, z in scores])  # [n]
         vectors = None  # later tokens are all real
@@ -225,3 +226,4 @@ def steps(
             ids, mask, state = ids[pick], mask[pick], state[:, pick[: len(keep)]]
             prompt_end, alive = prompt_end[pick], [alive[i] for i in keep]
             context = None if context is None else context[pick]
+            row_state = {key: known if known is None else known[pick] for key, known in row_state.items()}

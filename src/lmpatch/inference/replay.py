@@ -21,7 +21,7 @@ no mask has the size T x T.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -75,6 +75,8 @@ class Recording:
     """[n] the column of each row's last prompt token, if ``record`` got it."""
     in_context: Tensor | None = None
     """[n] bool, which rows carry a context; None: no row does."""
+    row_state: dict[Any, Tensor | None] = field(default_factory=dict)
+    """What patches know of each row behind the prefix; see ``Pass``."""
 
     @property
     def n(self) -> int:
@@ -93,10 +95,12 @@ class Recording:
     def select(self, rows: Tensor) -> Recording:
         """The same recording for these rows only, in this order; a row may repeat."""
         names = ("hidden", "keys", "values", "past", "calls", "mask")
-        end, has = _picked(rows, self.prompt_end, self.in_context)
-        return replace(
-            self, prompt_end=end, in_context=has, **{name: _rows(getattr(self, name), rows, self.n) for name in names}
-        )
+        known = dict(zip(("prompt_end", "in_context", "row_state"), _picked(rows, *self._known()), strict=True))
+        return replace(self, **known, **{name: _rows(getattr(self, name), rows, self.n) for name in names})
+
+    def _known(self) -> tuple[Any, ...]:
+        """What patches are told of the rows."""
+        return self.prompt_end, self.in_context, self.row_state
 
     def forward(self, hidden: Tensor, layer: int, *, rows: Tensor | None = None, end: int | None = None) -> Tensor:
         """Run blocks ``layer`` .. ``end``-1 on the suffix.
@@ -110,16 +114,16 @@ class Recording:
         """
         width = hidden.shape[1]
         mask = self.mask[:, : self.prefix + width]
-        ends: tuple[Tensor | None, ...] = (self.prompt_end, self.in_context)
+        known = self._known()
         if rows is not None:
-            mask, ends = mask[rows], _picked(rows, *ends)
+            mask, known = mask[rows], _picked(rows, *known)
         for i in range(layer, self.lm.layout.n_layers if end is None else end):
             call, past = self.calls[i], self.past[i]
             if rows is not None:
                 call, past = _rows((call, past), rows, self.n)
             if width < self.suffix:
                 call = _columns(call, width, self.suffix, self.prefix)
-            hidden = self._call(i, hidden, call, past, mask, *ends)
+            hidden = self._call(i, hidden, call, past, mask, *known)
         return hidden
 
     def fan(self, hidden: Tensor, layer: int, *, end: int | None = None) -> Tensor:
@@ -138,15 +142,18 @@ class Recording:
         mask = F.pad(self.mask[:, : self.prefix], (0, versions), value=1)
         for i in range(layer, self.lm.layout.n_layers if end is None else end):
             call = _fanned(self.calls[i], versions)
-            hidden = self._call(i, hidden, call, self.past[i], mask, self.prompt_end, self.in_context)
+            hidden = self._call(i, hidden, call, self.past[i], mask, *self._known(), versions=True)
         return hidden
 
-    def _call(self, layer: int, hidden: Tensor, call: Any, past: Any, mask: Tensor, *ends: Tensor | None) -> Tensor:
+    def _call(
+        self, layer: int, hidden: Tensor, call: Any, past: Any, mask: Tensor, *known: Any, versions: bool = False
+    ) -> Tensor:
         """One block, called as it was; patches on the model see the pass that ``mask`` and ``ends`` say."""
         layers: list[Any] = [_Prefix(*past)] * (layer + 1)  # blocks look themselves up by their index
         args, kwargs = _map(_with_cache(call, Cache(layers=layers)), _flat)
-        end, has = ends
-        with self.lm.lock, during(None if end is None else Pass(mask, hidden.shape[1], end, has)):
+        end, has, row_state = known
+        now = None if end is None else Pass(mask, hidden.shape[1], end, has, dict(row_state), versions)
+        with self.lm.lock, during(now):
             return first(self.lm.module(self.lm.layout.blocks[layer])(hidden, *args, **kwargs))
 
 
@@ -177,11 +184,14 @@ def record(
         prompt_end = torch.tensor([prefix - t + end for t, end in zip(at, ends, strict=True)], device=lm.device)
     cache = DynamicCache()  # every layer keeps all columns: sliding windows are the mask's business here
     top = lm.layout.n_layers - 1 if last is None else last
-    run: Any = partial(blocks, lm, cache=cache, prompt_end=prompt_end, in_context=in_context, last=top)
+    row_state: dict[Any, Tensor | None] = {}
+    run: Any = partial(
+        blocks, lm, cache=cache, prompt_end=prompt_end, in_context=in_context, row_state=row_state, last=top
+    )
     for start in range(0, prefix, PIECE):
         end = min(start + PIECE, prefix)
         run(ids[:, start:end], mask[:, :end], position_ids=place[:, start:end])
-    layers: list[Any] = cache.layers
+    before_suffix, layers = dict(row_state), list[Any](cache.layers)
     past = {i: (layer.keys, layer.values) for i, layer in enumerate(layers) if lowest <= i <= top}
 
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -215,11 +225,11 @@ def record(
     with lm.lock, hooked(*hooks):
         out = run(ids[:, prefix:], mask, position_ids=place[:, prefix:])
     hidden[top + 1] = out
-    return Recording(lm, prefix, hidden, keys, values, past, calls, mask, prompt_end, in_context)
+    return Recording(lm, prefix, hidden, keys, values, past, calls, mask, prompt_end, in_context, before_suffix)
 
 
-def _picked(rows: Tensor, *each: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(one if one is None else one[rows] for one in each)
+def _picked(rows: Tensor, *each: Any) -> tuple[Any, ...]:
+    return tuple(_map(one, lambda v: v[rows]) for one in each)
 
 
 def _map(value: Any, change: Any) -> Any:

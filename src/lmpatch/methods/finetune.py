@@ -8,7 +8,7 @@ Source: Zhu et al. 2020, "Modifying Memories in Transformer Models" (arXiv:2012.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -18,15 +18,14 @@ from torch import Tensor
 
 from ..data.edits import Edit, check_contradictions
 from ..errors import BadInput, Diverged
-from ..inference.forward import HEAD_CHUNK, frozen, nll
-from ..inference.replay import Recording, record
-from ..inference.tokens import End, Row, batches_of_rows, encode_all, ended
-from ..models.hooks import hooked
+from ..inference.forward import HEAD_CHUNK, frozen
+from ..inference.tokens import End, batches_of_rows, encode_all, ended
 from ..models.lm import LM
 from ..patches.weight.patch import WeightPatch
 from ..progress import Progress
 from ..training import adapter
 from ..training.loop import Loop, Schedule, Task
+from ..training.recorded import recorded
 
 TOKENS = 32  # of a long fact, for the estimate of memory
 SKIP = 1e-2  # nats; a batch below this makes no step, an epoch below this ends the run
@@ -112,7 +111,8 @@ class _Tuning(Task):
         self.values = {f"{module}.{k}": x for module, own in self.factors.items() for k, x in own.items()}
         rows = ended(lm, encode_all(lm, [e.prompt for e in edits], [e.target for e in edits]), cfg.end)
         parts = batches_of_rows([len(row.ids) for row in rows], cfg.batch)
-        self.batches = [_Batch(lm, [rows[i] for i in part], self.lowest, cfg) for part in parts]
+        last = cfg.loss == "prompt_last"
+        self.batches = [recorded(lm, [rows[i] for i in part], self.lowest, prompt_last=last) for part in parts]
         self.generator = torch.Generator().manual_seed(cfg.seed)
         self.order: list[int] = []  # of the epoch's batches
         self.losses: list[float] = []  # of the epoch so far
@@ -126,7 +126,7 @@ class _Tuning(Task):
         epoch, place = divmod(step, len(self.batches))
         if place == 0:
             self.order, self.losses = torch.randperm(len(self.batches), generator=self.generator).tolist(), []
-        loss = self.batches[self.order[place]].loss(self.lm, self.factors)
+        loss = self.batches[self.order[place]].loss(adapter.hooks(self.lm, self.factors))
         self.losses.append(float(loss.detach()))
         if self.losses[-1] != self.losses[-1]:
             raise Diverged(f"fine-tuning left the finite numbers in epoch {epoch + 1}. Lower lr, now {self.cfg.lr}.")
@@ -144,32 +144,6 @@ class _Tuning(Task):
         if self.cfg.limit is not None:
             for value in self.values.values():
                 value.clamp_(-self.cfg.limit, self.cfg.limit)
-
-
-class _Batch:
-    """Rows recorded once below the trained block, with the positions that are scored."""
-
-    def __init__(self, lm: LM, rows: list[Row], lowest: int, cfg: Config) -> None:
-        last = cfg.loss == "prompt_last"
-        ids = [row.ids[: row.target] if last else row.ids[:-1] for row in rows]
-        spots = [
-            (i, row.target - 1 if last else t - 1, row.ids[t], 1 / (len(row.ids) - row.target) / len(rows))
-            for i, row in enumerate(rows)
-            for t in range(row.target, len(row.ids))
-        ]
-        self.row, self.column, self.label = (
-            torch.tensor(c, device=lm.device) for c in list(zip(*spots, strict=True))[:3]
-        )
-        self.weight = torch.tensor([s[3] for s in spots], device=lm.device)
-        ends = [row.target - 1 for row in rows]
-        self.recording: Recording = record(lm, ids, [0] * len(ids), ends=ends, lowest=lowest)
-        self.lowest = lowest
-
-    def loss(self, lm: LM, factors: Mapping[str, adapter.Factors]) -> Tensor:
-        """Mean over facts of the mean over target tokens, nats."""
-        with torch.enable_grad(), hooked(*adapter.hooks(lm, factors)):
-            out = self.recording.forward(self.recording.hidden[self.lowest], self.lowest)
-            return (nll(lm, out[self.row, self.column], self.label) * self.weight).sum()
 
 
 def estimate(lm: LM, facts: int, cfg: Config) -> int:

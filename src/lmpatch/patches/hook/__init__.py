@@ -1,4 +1,4 @@
-"""Constants added to what modules read or return, by hooks."""
+"""What hooks add to what modules read or return, and the operations of ``operations/``."""
 
 from .patch import HookPatch
 

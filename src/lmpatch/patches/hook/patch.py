@@ -1,4 +1,4 @@
-"""``HookPatch``: constants added to what modules read or return. No weight could hold them: most have no bias there."""
+"""``HookPatch``: what hooks add to what modules read or return, and further operations. No weight could hold them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ...errors import BadInput, BadPatch, Diverged, WrongModel
 from ...inference.forward import current_pass
@@ -17,7 +16,8 @@ from ...models.hooks import Hook
 from ...models.lm import LM
 from ..handle import Handle
 from ..merge import merged_fields
-from ..patch import Mount, Patch, fields_for
+from ..patch import Law, Mount, Patch, fields_for
+from .operation import Operation, find_operation, need, widths
 
 
 @dataclass(frozen=True, order=True)
@@ -39,7 +39,7 @@ class Site:
 
 @dataclass(eq=False)
 class HookPatch(Patch):
-    """Vectors added to what linear layers read or return. Make one with ``HookPatch.make``.
+    """Vectors added to what linear layers read or return, and operations. Make one with ``HookPatch.make``.
 
     A vector v in front of y = W x + b is what the bias b + W v would be.
     """
@@ -48,12 +48,15 @@ class HookPatch(Patch):
     mounts: ClassVar[tuple[Mount, ...]] = ("side",)
     vectors: dict[Site, Tensor] = field(default_factory=dict)
     """Site -> [width] fp32."""
+    operations: tuple[Operation, ...] = ()
+    """What else hooks do; no two of one name at one module."""
 
     @classmethod
     def make(
         cls,
         lm: LM,
         vectors: Mapping[str | Site, Tensor],
+        operations: Sequence[Operation] = (),
         *,
         newest: bool = False,
         method: str,
@@ -66,6 +69,7 @@ class HookPatch(Patch):
 
         Args:
             vectors: by site; a module's name alone is its input, at every token.
+            operations: their tensors are on the CPU.
             newest: modules given by their names are steered from the last prompt token on.
             method, config, edits, seconds, notes: see ``fields_for``.
         Raises:
@@ -75,30 +79,39 @@ class HookPatch(Patch):
         tokens: Literal["all", "answer"] = "answer" if newest else "all"
         sites = {s if isinstance(s, Site) else Site(s, "input", tokens): v for s, v in vectors.items()}
         try:
-            _check(lm, sites)
+            _check(lm, sites, operations)
         except LookupError as error:
             raise BadInput(f"cannot make a {method} patch: {error}") from None
         if not all(bool(vector.isfinite().all()) for vector in sites.values()):
             raise Diverged(f"{method}: a vector holds infinite or undefined numbers. Lower the strength.")
+        if not all(bool(tensor.isfinite().all()) for one in operations for tensor in one.tensors().values()):
+            raise Diverged(f"{method}: a tensor holds infinite or undefined numbers. Lower the learning rate.")
         copies = {s: v.detach().to("cpu", torch.float32, copy=True).contiguous() for s, v in sites.items()}
-        return cls(**fields_for(lm, method, config, edits, seconds, notes), vectors=copies)
+        fields = fields_for(lm, method, config, edits, seconds, notes)
+        return cls(**fields, vectors=copies, operations=tuple(operations))
 
     def parts(self) -> dict[str, Any]:
         if self._plain():
             widths = {site.module: len(vector) for site, vector in self.vectors.items()}
             return {"newest": any(site.tokens == "answer" for site in self.vectors), "widths": widths}
-        return {"add": sorted([s.module, s.at, s.tokens, len(vector)] for s, vector in self.vectors.items())}
+        added = {"add": sorted([s.module, s.at, s.tokens, len(vector)] for s, vector in self.vectors.items())}
+        listed = [{"name": one.name, "parts": one.parts(), "tensors": sorted(one.tensors())} for one in self.operations]
+        return {**added, "operations": listed} if listed else added
 
     def tensors(self) -> dict[str, Tensor]:
         plain = self._plain()
-        return {site.module if plain else site.name: vector for site, vector in self.vectors.items()}
+        vectors = {site.module if plain else site.name: vector for site, vector in self.vectors.items()}
+        return vectors | {f"{i}/{n}": t for i, one in enumerate(self.operations) for n, t in one.tensors().items()}
 
     def _plain(self) -> bool:
         """All are inputs, at the same tokens: written as the first release did, so that hashes stay."""
-        return {(s.at, s.tokens) for s in self.vectors} in (set(), {("input", "all")}, {("input", "answer")})
+        kinds = {(s.at, s.tokens) for s in self.vectors}
+        return not self.operations and kinds in (set(), {("input", "all")}, {("input", "answer")})
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> HookPatch:
+        operations, tensors = _read(parts.get("operations", []), tensors)
+        whole, parts = dict(parts), {name: value for name, value in parts.items() if name != "operations"}
         for t in tensors.values():
             if t.ndim != 1 or t.dtype != torch.float32:
                 raise BadPatch("it holds tensors that are no vectors in fp32.")
@@ -114,8 +127,9 @@ class HookPatch(Patch):
         if any(s.at not in ("input", "output") or s.tokens not in ("all", "answer") for s in by_name.values()):
             raise BadPatch(f"a site is none: {sorted(by_name)}.")
         same = set(by_name) == set(tensors)
-        patch = cls(**common, vectors={by_name[name]: vector for name, vector in tensors.items()} if same else {})
-        if not same or patch.parts() != dict(parts):
+        vectors = {by_name[name]: vector for name, vector in tensors.items()} if same else {}
+        patch = cls(**common, vectors=vectors, operations=operations)
+        if not same or patch.parts() != whole:
             raise BadPatch("its vectors are not those it lists.")
         return patch
 
@@ -124,24 +138,32 @@ class HookPatch(Patch):
         return [
             f"  {s.module}: a vector of length {v.norm():.3g} on its {s.at} {where[s.tokens]}"
             for s, v in self.vectors.items()
-        ]
+        ] + [f"  {one.describe()}" for one in self.operations]
 
     def fits(self, lm: LM) -> None:
         try:
-            _check(lm, self.vectors)
+            _check(lm, self.vectors, self.operations)
         except LookupError as error:
             raise WrongModel(f"a {self.method} patch does not fit {lm.name}: {error}") from None
 
     def attach(self, lm: LM, mount: Mount, others: Sequence[Handle]) -> Handle:
         hooks = [_hook(lm.module(site.module), site, vector) for site, vector in self.vectors.items()]
-        return Handle([Intervention(hooks)])
+        return Handle([Intervention([*hooks, *(hook for one in self.operations for hook in one.hooks(lm))])])
 
     def merged(self, others: Sequence[HookPatch]) -> HookPatch:
         total = dict(self.vectors)
         for other in others:
             for site, vector in other.vectors.items():
                 total[site] = total[site] + vector if site in total else vector
-        return HookPatch(**merged_fields((self, *others)), vectors=total)
+        groups: dict[tuple[str, str], list[Operation]] = {}
+        for one in (one for patch in (self, *others) for one in patch.operations):
+            groups.setdefault((one.name, one.module), []).append(one)
+        joined = tuple(first.joined(rest) for first, *rest in groups.values())
+        return HookPatch(**merged_fields((self, *others)), vectors=total, operations=joined)
+
+    def law(self) -> Law:
+        laws = {one.law for one in self.operations} | ({Law.STACK} if self.vectors else set())
+        return laws.pop() if len(laws) == 1 else Law.STACK
 
 
 SteerPatch = HookPatch
@@ -164,19 +186,28 @@ def _hook(module: nn.Module, site: Site, vector: Tensor) -> Hook:
     return Hook(module, lambda _, args: (add(args[0]), *args[1:]), before=True, first=True)
 
 
-def _check(lm: LM, vectors: Mapping[Site, Tensor]) -> None:
-    """Raise ``LookupError`` unless every vector fits its site of the model."""
+def _read(listed: Any, tensors: Mapping[str, Tensor]) -> tuple[tuple[Operation, ...], dict[str, Tensor]]:
+    """The operations that a file lists, and the tensors that are of none. BadPatch: they do not belong together."""
+    rest, operations = dict(tensors), []
+    try:
+        for i, one in enumerate(listed):
+            own = {name: rest.pop(f"{i}/{name}") for name in one["tensors"]}
+            need(all(t.isfinite().all() for t in own.values()), "a tensor holds infinite or undefined numbers.")
+            operations.append(find_operation(one["name"]).from_parts(one["parts"], own))
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise BadPatch(f"its operations are not as lmpatch writes them ({error}).") from None
+    return tuple(operations), rest
+
+
+def _check(lm: LM, vectors: Mapping[Site, Tensor], operations: Sequence[Operation]) -> None:
+    """Raise ``LookupError`` unless every vector fits its site of the model, and every operation its module."""
+    for operation in operations:
+        operation.check(lm)
     for site, vector in vectors.items():
-        try:
-            module = lm.module(site.module)
-        except AttributeError:
-            raise LookupError(f"the model has no module {site.module}.") from None
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            raise LookupError(f"{site.module} is a {type(module).__name__}, not a linear layer.")
+        read, returned = widths(lm, site.module)
         if site.tokens == "answer" and site.module in lm.layout.tail:
             raise LookupError(f"{site.module} runs behind the blocks, where no token is told from another.")
-        widths = module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
-        width, verb = (widths[0], "reads") if site.at == "input" else (widths[1], "returns")
+        width, verb = (read, "reads") if site.at == "input" else (returned, "returns")
         if tuple(vector.shape) != (width,):
             found = tuple(vector.shape)
             raise LookupError(f"{site.module} {verb} vectors of {width}, the patch has one of shape {found}.")

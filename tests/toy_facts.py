@@ -1,0 +1,117 @@
+"""A small model that is trained, in less than a minute, to know where people live, asked in three ways; the answer is two words.
+
+Claims about editors need a model that knows facts in several wordings. Edits are asked in the first one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lmpatch.data.edits import Edit
+from lmpatch.inference.generate import generate
+from lmpatch.models.lm import LM
+from lmpatch.models.load import wrap
+
+NAMES = [f"name{i}" for i in range(240)]
+HELD_OUT, OTHERS = NAMES[140:180], NAMES[180:]
+"""Names that are measured on, and names that editors may see."""
+TOWNS, STREETS = [f"town{i}" for i in range(24)], [f"street{i}" for i in range(24)]
+WORDINGS = ("{} lives in", "the home of {} is", "who asks for {} goes to")
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+STEPS, ROWS, WARM, RATE, DECAY = 500, 96, 20, 4e-3, 0.01
+
+
+class Shares(NamedTuple):
+    """Shares of right answers."""
+
+    exact: float
+    reworded: float
+    others: float
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A model, and the homes it was trained to know."""
+
+    lm: LM
+    homes: dict[str, str]
+
+    def edits(self, count: int, words: int = 1, seed: int = 1) -> list[Edit]:
+        """New homes for the first names, their town alone or the street too, in the first wording; the other wordings
+        are the rephrases."""
+        draw, made = random.Random(seed), []
+        for name in NAMES[:count]:
+            old = self.homes[name].split()
+            new = [draw.choice([one for one in kind if one not in old]) for kind in (TOWNS, STREETS)]
+            first, *others = (wording.format(name) for wording in WORDINGS)
+            target, before = (" ".join(home[:words]) for home in (new, old))
+            made.append(Edit(first, target=target, subject=name, old=[before], rephrases=others))
+        return made
+
+    def unrelated(self, wordings: int = len(WORDINGS), answers: bool = False) -> list[str]:
+        """Prompts about the last names, with or without their answers."""
+        prompts = [(wording.format(name), self.homes[name]) for name in OTHERS for wording in WORDINGS[:wordings]]
+        return [f"{prompt} {home}" if answers else prompt for prompt, home in prompts]
+
+    def says(self, asked: Sequence[tuple[str, str]]) -> float:
+        """Share of prompts that are continued as said."""
+        texts = generate(self.lm, [prompt for prompt, _ in asked], max_new_tokens=2)
+        return sum(text.strip().startswith(want) for text, (_, want) in zip(texts, asked, strict=True)) / len(asked)
+
+    def shares(self, edits: Sequence[Edit]) -> Shares:
+        """Of the model as it is now: edits answered in their own wording, in the others, and other names."""
+        exact = self.says([(edit.prompt, edit.target) for edit in edits])
+        reworded = self.says([(prompt, edit.target) for edit in edits for prompt in edit.rephrases])
+        held_out = [(wording.format(name), self.homes[name]) for name in HELD_OUT for wording in WORDINGS]
+        return Shares(exact, reworded, self.says(held_out))
+
+
+@cache
+def toy(seed: int = 0) -> Toy:
+    """The model of this seed; a minute at most on one core."""
+    draw = random.Random(seed)
+    homes = {name: f"{draw.choice(TOWNS)} {draw.choice(STREETS)}" for name in NAMES}
+    tokenizer = _tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )
+        )  # fmt: skip
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
+    for step in range(STEPS):
+        for group in optimiser.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / WARM, (STEPS - step) / (STEPS - WARM))
+        names = draw.choices(NAMES, k=ROWS)
+        rows = [f"{draw.choice(WORDINGS).format(name)} {homes[name]}<eos>" for name in names]
+        batch = tokenizer(rows, padding=True, padding_side="left", return_tensors="pt")
+        logits = model(**batch).logits[:, -4:-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, -3:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return Toy(wrap(model.eval(), tokenizer, name=f"toy-{seed}"), homes)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    words = dict.fromkeys(word for wording in WORDINGS for word in wording.split() if word != "{}")
+    known = {word: i for i, word in enumerate([*SPECIAL, *words, *NAMES, *TOWNS, *STREETS])}
+    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
