@@ -7,7 +7,7 @@ The head works in chunks, so ``[tokens, vocab]`` never exists.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -71,6 +71,8 @@ class Pass:
     """[n] the column of each row's last prompt token."""
     in_context: Tensor | None = None
     """[n] bool, which rows carry a context; None: no row does."""
+    changes: Mapping[int, Tensor] | None = None
+    """See ``interventions.stored_changes``."""
 
     @property
     def start(self) -> int:
@@ -127,6 +129,7 @@ def blocks(
     vectors: Tensor | None = None,
     prompt_end: Tensor | None = None,
     in_context: Tensor | None = None,
+    changes: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Run the embedding and blocks 0..last and stop there: no final norm, no head.
 
@@ -135,7 +138,8 @@ def blocks(
         mask: [n, t] or, with a cache, [n, cached + t].
         last: 0-based block to stop after; None: the last one.
         vectors: [m, d] in the space of the embedding module's output. Gradients flow into them.
-        prompt_end, in_context: see ``Pass``; patches that act on the answer, or only in a context, need them.
+        prompt_end, in_context, changes: see ``Pass``; patches that act on the answer, only in a context, or on some
+            rows, need them.
     Returns:
         [n, t, d] what block ``last`` hands on.
     """
@@ -157,7 +161,7 @@ def blocks(
     kwargs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
     if "position_ids" in inspect.signature(lm.model.forward).parameters:
         kwargs["position_ids"] = position_ids
-    now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end, in_context)
+    now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end, in_context, changes)
     with lm.lock, during(now), hooked(*hooks), suppress(Stop):
         lm.model(input_ids=ids.clamp(min=0), **kwargs)
     return kept[0]
