@@ -98,11 +98,7 @@ def fit_each(
     lm: LM, edits: Sequence[Edit], cfg: Config, *, text: Sequence[str] | None = None, progress: Progress | None = None
 ) -> list[MemoryPatch]:
     """One memory per edit, as if each were fitted alone, from one batched search."""
-    distinct = {prompt_key(edit.prompt): edit for edit in edits}
-    whole = fit(lm, list(distinct.values()), cfg, text=text, progress=progress)
-    place = {key: i for i, key in enumerate(distinct)}
-    made = {**whole.made, "seconds": whole.made["seconds"] / len(distinct)}
-    return [replace(whole.of([place[prompt_key(edit.prompt)]]), made=dict(made)) for edit in edits]
+    return fit(lm, edits, cfg, text=text, progress=progress).each(edits)
 
 
 def store(lm: LM, patches: Sequence[Patch], cfg: Config) -> MemoryPatch:

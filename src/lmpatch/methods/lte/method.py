@@ -80,8 +80,7 @@ def fit_each(
     lm: LM, edits: Sequence[Edit], cfg: Config, *, editor: Editor | None = None, progress: Progress | None = None
 ) -> list[MemoryPatch]:
     """One memory per edit, as if each were fitted alone."""
-    editor = editor_for(lm, editor)
-    return [fit(lm, [edit], cfg, editor=editor, progress=progress) for edit in edits]
+    return fit(lm, edits, cfg, editor=editor, progress=progress).each(edits)
 
 
 def alignment(lm: LM, editor: Editor | str | Path | None = None) -> WeightPatch:

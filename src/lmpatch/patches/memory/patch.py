@@ -106,6 +106,12 @@ class MemoryPatch(RunPatch):
         edits, changes = tuple(self.edits[i] for i in places), self.changes and self.changes.select(places)
         return replace(self, edits=edits, keys=self.keys[list(places)], changes=changes)
 
+    def each(self, edits: Sequence[Edit]) -> list[MemoryPatch]:
+        """A memory of one fact for each of these edits, whose prompts are among its own."""
+        places = {prompt_key(edit["prompt"]): i for i, edit in enumerate(self.edits)}
+        made = {**self.made, "seconds": self.made.get("seconds", 0.0) / max(1, len(places))}
+        return [replace(self.of([places[prompt_key(edit.prompt)]]), made={**made}) for edit in edits]
+
     def merged(self, others: Sequence[MemoryPatch]) -> MemoryPatch:
         """The facts of all in one memory. Of two about the same prompt the later one stays.
 
