@@ -40,6 +40,8 @@ class Listed:
     """``facts``, ``context``, ``documents``, or nothing."""
     module: str
     """The file or folder it is in; for another package's, the module."""
+    aliases: tuple[str, ...] = ()
+    """What papers also call it, where that may mean another method, too. No call takes one."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ def get(kind: str, name: str) -> Any:
         return module if own[name].module == name else module.entry(name)
     if (outsider := _outsiders(kind).get(name)) is not None:
         return outsider.load()
+    if called := [listed for listed in own.values() if name.upper().replace("_", "-") in listed.aliases]:
+        which = " ".join(f"{listed.name} is {listed.what}" for listed in called)
+        raise UnknownName(f"no {KINDS[kind]} is called {name!r}: papers call several so. {which} Name one of them.")
     known = names(kind)
     near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(known) or 'none'}."
@@ -157,11 +162,14 @@ def _read(source: Path, stem: str, folder: bool) -> tuple[Listed, ...]:
     literals = {}
     for statement in tree.body:
         match statement:
-            case ast.Assign(targets=[ast.Name(id="AIM" | "ENTRIES" as name)], value=value):
+            case ast.Assign(targets=[ast.Name(id="AIM" | "ENTRIES" | "ALIASES" as name)], value=value):
                 literals[name] = ast.literal_eval(value)
     first = (ast.get_docstring(tree) or "").partition("\n")[0].replace("``", "")
     entries = literals.get("ENTRIES", {stem: first})
-    return tuple(Listed(name, what, literals.get("AIM", ""), stem) for name, what in entries.items())
+    aliases = {name: tuple(also) for name, also in literals.get("ALIASES", {}).items()}
+    return tuple(
+        Listed(name, what, literals.get("AIM", ""), stem, aliases.get(name, ())) for name, what in entries.items()
+    )
 
 
 def _outsiders(kind: str) -> dict[str, EntryPoint]:

@@ -7,7 +7,7 @@ The head works in chunks, so ``[tokens, vocab]`` never exists.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -76,6 +76,8 @@ class Pass:
     or None, where nothing is left to do for any row."""
     versions: bool = False
     """The columns that run now are versions of one token, side by side."""
+    changes: Mapping[int, Tensor] | None = None
+    """See ``interventions.stored_changes``."""
 
     @property
     def start(self) -> int:
@@ -145,6 +147,7 @@ def blocks(
     prompt_end: Tensor | None = None,
     in_context: Tensor | None = None,
     row_state: dict[Any, Tensor | None] | None = None,
+    changes: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Run the embedding and blocks 0..last and stop there: no final norm, no head.
 
@@ -153,7 +156,8 @@ def blocks(
         mask: [n, t] or, with a cache, [n, cached + t].
         last: 0-based block to stop after; None: the last one.
         vectors: [m, d] in the space of the embedding module's output. Gradients flow into them.
-        prompt_end, in_context: see ``Pass``; patches that act on the answer, or only in a context, need them.
+        prompt_end, in_context, changes: see ``Pass``; patches that act on the answer, only in a context, or on some
+            rows, need them.
         row_state: see ``Pass``; the same for all passes of a batch, with its rows. None: this is the only pass.
     Returns:
         [n, t, d] what block ``last`` hands on.
@@ -177,7 +181,7 @@ def blocks(
     if "position_ids" in inspect.signature(lm.model.forward).parameters:
         kwargs["position_ids"] = position_ids
     known = {} if row_state is None else row_state
-    now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end, in_context, known)
+    now = None if prompt_end is None else Pass(mask, ids.shape[1], prompt_end, in_context, known, changes=changes)
     with lm.lock, during(now), hooked(*hooks), suppress(Stop):
         lm.model(input_ids=ids.clamp(min=0), **kwargs)
     return kept[0]

@@ -18,7 +18,7 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
 from .forward import blocks, positions
-from .interventions import Pair, Prompt, Streams, combined, in_context, initial_states, longest, streams
+from .interventions import Pair, Prompt, Streams, combined, in_context, initial_states, longest, stored_changes, streams
 from .tokens import each_once, padded
 
 CONTROL = frozenset({"<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"})
@@ -195,7 +195,7 @@ def steps(
     width, n, limit = inputs.width, len(batch), numbers.shape[1]
     rows = [pair[s] for s in range(width) for pair in batch]  # stream after stream
     ids, mask = padded(lm, [row.ids for row in rows], side="left")
-    context = in_context(lm, rows)
+    context, changes = in_context(lm, rows), stored_changes(lm, rows)
     prompt_end = torch.full((len(ids),), ids.shape[1] - 1, device=lm.device)  # all prompts end in one column
     cache = DynamicCache(config=lm.model.config)
     alive = list(range(n))  # batch row -> row of `batch`
@@ -208,6 +208,7 @@ def steps(
             states = blocks(
                 lm, ids, mask, position_ids=at, cache=cache, vectors=vectors, prompt_end=prompt_end, in_context=context,
                 row_state=row_state,
+                changes=changes,
             )[:, -1]  # fmt: skip
             scores = combined(lm, states.unflatten(0, (width, -1)), inputs.rules, state)
             tokens = torch.cat([sampling.take(z, own[rows]) for rows, z in scores])  # [n]
@@ -227,3 +228,4 @@ def steps(
             prompt_end, alive = prompt_end[pick], [alive[i] for i in keep]
             context = None if context is None else context[pick]
             row_state = {key: known if known is None else known[pick] for key, known in row_state.items()}
+            changes = changes and {number: places[pick] for number, places in changes.items()}

@@ -40,6 +40,9 @@ class Insert:
     at: Literal["front", "after_bos"] = "after_bos"
     """Where vectors go: before everything, or behind the beginning-of-sequence token where there is one; in a chat at
     the beginning of the user's message."""
+    change: tuple[int, int] | None = None
+    """A stored change of weights that acts on this prompt alone: the number of the intervention whose hooks know it,
+    and its place there. ``forward.current_pass()`` tells them."""
 
 
 class Rule(ABC):
@@ -131,7 +134,7 @@ def streams(lm: LM, prompts: Sequence[Prompt], targets: Sequence[str] | None = N
     pairs = zip(rows[: len(with_context)], rows[len(with_context) :], carry, strict=True)
     # the tokens at the border may depend on what stands before it: the stream with context says what the target is
     shared = [
-        (replace(one, in_context=has), Row(two.ids[: two.target] + one.ids[one.target :], two.target))
+        (replace(one, in_context=has), replace(two, ids=two.ids[: two.target] + one.ids[one.target :]))
         for one, two, has in pairs
     ]
     return Streams(rules, shared, vectors)
@@ -160,6 +163,9 @@ def prepare(lm: LM, prompts: Sequence[str], targets: Sequence[str] | None = None
                 known[key] = tuple(-1 - len(table) - k for k in range(len(insert.vectors)))
                 table += insert.vectors
             rows[i] = inserted(lm, rows[i], known[key], insert.at)
+    for i, inserts in enumerate(zip(*found, strict=True)):
+        if changes := tuple(insert.change for insert in inserts if insert and insert.change):
+            rows[i] = replace(rows[i], changes=changes)
     return rows, torch.stack(table).to(lm.device) if table else None
 
 
@@ -217,3 +223,11 @@ def longest(pair: Pair) -> int:
 def in_context(lm: LM, rows: Sequence[Row]) -> Tensor | None:
     """Which rows carry a context, [n] bool; None: no row does."""
     return torch.tensor([row.in_context for row in rows], device=lm.device) if any(r.in_context for r in rows) else None
+
+
+def stored_changes(lm: LM, rows: Sequence[Row]) -> dict[int, Tensor] | None:
+    """Which stored change acts on each row: the intervention's number -> places [n], -1 where none does; None: nowhere
+    does one."""
+    numbers = sorted({number for row in rows for number, _ in row.changes})
+    own = [dict(row.changes) for row in rows]
+    return {n: torch.tensor([row.get(n, -1) for row in own], device=lm.device) for n in numbers} or None

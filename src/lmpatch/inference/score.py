@@ -12,7 +12,7 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
 from .forward import blocks, positions
-from .interventions import Pair, Prompt, Streams, combined, in_context, initial_states, longest, streams
+from .interventions import Pair, Prompt, Streams, combined, in_context, initial_states, longest, stored_changes, streams
 from .tokens import each_once, padded
 
 
@@ -70,8 +70,9 @@ def score_batch(lm: LM, inputs: Streams, batch: Sequence[Pair]) -> list[Score]:
     starts = torch.tensor([row.target for row in rows], device=lm.device).view(width, n)
     at, context = positions(mask), in_context(lm, rows)
     states = blocks(
-        lm, ids, mask, position_ids=at, vectors=inputs.vectors, prompt_end=starts.flatten() - 1, in_context=context
-    ).unflatten(0, (width, n))  # [streams, n, T, d]
+        lm, ids, mask, position_ids=at, vectors=inputs.vectors, prompt_end=starts.flatten() - 1, in_context=context,
+        changes=stored_changes(lm, rows),
+    ).unflatten(0, (width, n))  # [streams, n, T, d]  # fmt: skip
     labels = [pair[0].ids[pair[0].target :] for pair in batch]
     places = [(i, k) for i, label in enumerate(labels) for k in range(len(label))]
     steps = [places]

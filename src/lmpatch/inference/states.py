@@ -11,7 +11,7 @@ from ..errors import BadInput
 from ..models.lm import LM
 from ..progress import Progress
 from .forward import HEAD_CHUNK, blocks, logits, positions
-from .interventions import Prompt, Streams, in_context, interventions, streams
+from .interventions import Prompt, Streams, in_context, interventions, stored_changes, streams
 from .tokens import Row, each_once, padded
 
 
@@ -34,8 +34,10 @@ def last_states(lm: LM, inputs: Streams, *, batch_size: int = 64, progress: Prog
     for batch in each_once(rows, lambda row: len(row.ids), batch_size, progress, "reading states"):
         ids, mask = padded(lm, [row.ids for row in batch], side="left")
         ends, at = torch.full((len(batch),), ids.shape[1] - 1, device=lm.device), positions(mask)
-        carry = in_context(lm, batch)
-        states = blocks(lm, ids, mask, position_ids=at, vectors=inputs.vectors, prompt_end=ends, in_context=carry)
+        states = blocks(
+            lm, ids, mask, position_ids=at, vectors=inputs.vectors, prompt_end=ends, in_context=in_context(lm, batch),
+            changes=stored_changes(lm, batch),
+        )  # fmt: skip
         done.update(zip(batch, states[:, -1].float(), strict=True))
     return torch.stack([done[row] for row in rows]).view(inputs.width, len(inputs.rows), -1)
 

@@ -34,6 +34,9 @@ class Row:
     """Index of the first one."""
     in_context: bool = False
     """The prompt carries a context."""
+    changes: tuple[tuple[int, int], ...] = ()
+    """Stored changes of weights that act on this row alone: which memory's, and its place there. See
+    ``interventions.Insert``."""
 
 
 def join(prompt: str, target: str) -> str:

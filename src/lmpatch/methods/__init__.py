@@ -18,5 +18,7 @@ and, where it has them::
     needs_records = False                                         # records may be left out
 
 ``fit`` may take more by keyword: ``text``, ``anchors``, ``editor``, ``out``. A module of several methods has a literal
-``ENTRIES = {name: what it does}`` and ``entry(name)``. ``registry.method`` gives all of this as one value.
+``ENTRIES = {name: what it does}`` and ``entry(name)``. A literal ``ALIASES = {name: [what papers also call it]}`` is
+for names that mean several methods: asked for one, the registry refuses and lists them. ``registry.method`` gives all
+of this as one value.
 """

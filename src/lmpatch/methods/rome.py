@@ -30,6 +30,7 @@ ENTRIES = {
     "rome": "ROME: write a fact into one down-projection as a rank-one change.",
     "r_rome": "r-ROME: ROME with one key throughout, which prevents single edits that disable the model.",
 }
+ALIASES = {"rome": ["R-ROME"], "r_rome": ["R-ROME"]}  # whose default key is r-ROME's
 Record = Edit
 DEPTH = 0.3  # default layer as a share of the depth
 DEPTH_BEFORE_NORM = 1 / 18  # the same where a norm follows the MLP, from the sweep in benchmarks/results/layers.json

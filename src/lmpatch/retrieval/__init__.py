@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 Fact = tuple[str, str]
 """A fact as prompt and target."""
-Form = Literal["vectors", "text", "both"]
-"""What goes before a question: continuous prompt vectors, the fact as a sentence (RAG), or both, the text last."""
+Form = Literal["vectors", "text", "both", "change"]
+"""What goes before a question: continuous prompt vectors, the fact as a sentence (RAG), or both, the text last. change:
+nothing does; a change of weights that is stored with the fact acts on the question alone."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Scope(Lookup):
     """When a fact is used, and as what."""
 
     insert: Form = "vectors"
-    """What goes before the question: continuous prompt vectors, the fact as a sentence (RAG), or both."""
+    """What goes before the question: continuous prompt vectors, the fact as a sentence (RAG), or both; or what acts on
+    it: a stored change of weights."""
     at: Literal["front", "after_bos"] | None = None
     """Vectors go before everything, as published, or behind the start token, which keeps its place as sink. none: where
     they were when the editor was trained."""
@@ -67,6 +69,7 @@ class Retriever(Protocol):
     matched: int  # M <= w, of queries: they are compared with the first M components of a key
     scale: float  # a score is an inner product over this
     unit: bool  # keys and queries have length one: an inner product is a cosine
+    rivals: int  # nearest facts that ``rank`` compares with a question again; 0: none
 
     @property
     def verifies(self) -> bool: ...  # it can tell whether a question asks for a fact
@@ -79,6 +82,7 @@ class Retriever(Protocol):
     def queries(self, prompts: Sequence[str]) -> Tensor: ...  # [m, M] fp32
     def gate(self, queries: Tensor) -> Tensor: ...  # [m] fp64 learned thresholds of the inner product; BadInput: none
     def insert(self, lm: LM, facts: Sequence[Fact], keys: Tensor, form: Form) -> list[Insert]: ...  # keys: [n, w]
+    def rank(self, query: Tensor, keys: Tensor) -> tuple[Tensor, bool]: ...  # [M], [k, w]: new scores [k]; fire anyway?
     def verify(self, facts: Sequence[Fact], prompts: Sequence[str]) -> Tensor: ...  # [n, 3]; see ``verifier``
     def check(self, lm: LM, scope: Scope) -> None: ...  # WrongModel, BadInput: it cannot be used so on this model
 

@@ -30,6 +30,7 @@ class Cosine:
     verifies = False
     scale = 1.0
     unit = True
+    rivals = 0
 
     @property
     def matched(self) -> int:
@@ -68,6 +69,10 @@ class Cosine:
     def verify(self, facts: Sequence[Fact], prompts: Sequence[str]) -> Tensor:
         """Raise ``BadInput``: it has no verifier."""
         raise BadInput("a cosine retriever has no verifier.")
+
+    def rank(self, query: Tensor, keys: Tensor) -> tuple[Tensor, bool]:
+        """Raise ``BadInput``: it compares once."""
+        raise BadInput("a cosine retriever ranks facts once.")
 
     def insert(self, lm: LM, facts: Sequence[Fact], keys: Tensor, form: Form) -> list[Insert]:
         """Each fact as a sentence."""

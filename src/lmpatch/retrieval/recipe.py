@@ -48,6 +48,7 @@ class Recipe:
 
     name = "recipe"
     unit = False
+    rivals = 0
 
     @property
     def width(self) -> int:
@@ -133,6 +134,10 @@ class Recipe:
     def gate(self, queries: Tensor) -> Tensor:
         """Inner products [m] fp64 of queries [m, M] with the sentinel."""
         return queries.double() @ self.sentinel.double()
+
+    def rank(self, query: Tensor, keys: Tensor) -> tuple[Tensor, bool]:
+        """Raise ``BadInput``: it compares once; its verifier looks at one fact at a time."""
+        raise BadInput("RECIPE's retriever ranks facts once.")
 
     def insert(self, lm: LM, facts: Sequence[Fact], keys: Tensor, form: Form) -> list[Insert]:
         """Prompt vectors, the fact as a sentence, or both; of published and old editors the vectors read the keys."""

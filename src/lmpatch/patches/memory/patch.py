@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...config import resolve
 from ...data.edits import Edit, prompt_key
-from ...errors import BadInput, BadPatch, CannotMerge
+from ...errors import BadInput, BadPatch, CannotMerge, WrongModel
 from ...inference.interventions import Insert
 from ...inference.tokens import join
 from ...models.lm import LM
@@ -20,6 +20,8 @@ from ...retrieval import Retriever, Scope, load_retriever
 from ..editor import Editor
 from ..patch import Law, RunPatch, plain_edits
 from .search import Facts, Finder, ListedFacts, MemoryIntervention
+from .stored import PREFIX as CHANGE
+from .stored import Stored
 
 FIRST = "recipe"  # the retriever of files that name none: those of the first release
 WHOLE = {"lookup": "whole", "doubt": 1.0}  # of files that do not say it: those of the first release
@@ -38,13 +40,17 @@ class MemoryPatch(RunPatch):
     keys: Tensor = field(kw_only=True)
     """[n, w] fp16."""
     scope: Scope = field(default_factory=Scope)
+    changes: Stored | None = None
+    """Changes of weights that act on the questions that fire a fact."""
 
     def parts(self) -> dict[str, Any]:
         name = {} if self.retriever.name == FIRST else {"retriever": self.retriever.name}
-        return {**name, **self.retriever.parts(), "scope": asdict(self.scope)}
+        stored = {"changes": self.changes.parts()} if self.changes else {}
+        return {**name, **self.retriever.parts(), "scope": asdict(self.scope), **stored}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"keys": self.keys, **{f"{PREFIX}{name}": t for name, t in self.retriever.tensors().items()}}
+        own = {f"{PREFIX}{name}": t for name, t in self.retriever.tensors().items()}
+        return {"keys": self.keys, **own, **(self.changes.tensors() if self.changes else {})}
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor], **common: Any) -> MemoryPatch:
@@ -52,8 +58,9 @@ class MemoryPatch(RunPatch):
         retriever = load_retriever(parts.get("retriever", FIRST), parts, own)
         try:
             patch = cls(
-                **common, retriever=retriever, scope=resolve(Scope, {**WHOLE, **parts["scope"]}), keys=tensors["keys"]
-            )
+                **common, retriever=retriever, scope=resolve(Scope, {**WHOLE, **parts["scope"]}), keys=tensors["keys"],
+                changes=stored_of(parts, tensors),
+            )  # fmt: skip
             if not all(isinstance(edit[word], str) for edit in patch.edits for word in ("prompt", "target")):
                 raise TypeError("a fact is no text")
         except (KeyError, TypeError, BadInput) as error:
@@ -62,12 +69,15 @@ class MemoryPatch(RunPatch):
             raise BadPatch(f"tensors without a place: {sorted(extra)}.")
         if patch.keys.shape != (len(patch.edits), retriever.width) or not patch.keys.is_floating_point():
             raise BadPatch(f"{len(patch.edits)} facts and keys of shape {tuple(patch.keys.shape)}, {patch.keys.dtype}.")
+        if patch.changes and not patch.changes.shared and len(patch.changes) != len(patch.edits):
+            raise BadPatch(f"{len(patch.edits)} facts and {len(patch.changes)} stored changes.")
         if not all(t.isfinite().all() for t in tensors.values()):
             raise BadPatch("it holds infinite or undefined numbers.")
         return patch
 
     def describe(self) -> list[str]:
-        return [f"  {len(self.keys)} keys of width {self.retriever.width}; {self._how()}"]
+        stored = self.changes.describe() if self.changes else []
+        return [f"  {len(self.keys)} keys of width {self.retriever.width}; {self._how()}", *stored]
 
     def _how(self) -> str:
         gate = {"sentinel": "the knowledge sentinel", "cosine": f"a cosine of {self.scope.threshold}"}
@@ -82,10 +92,25 @@ class MemoryPatch(RunPatch):
         return Finder(self.retriever, self.scope, self.facts())
 
     def intervention(self, lm: LM) -> MemoryIntervention:
-        return MemoryIntervention(lm, self.finder())
+        return MemoryIntervention(lm, self.finder(), self.changes)
 
     def fits(self, lm: LM) -> None:
         self.retriever.check(lm, self.scope)
+        try:
+            _ = self.changes and self.changes.targets(lm)
+        except LookupError as error:
+            raise WrongModel(f"{self.base.misfit(lm)}: {error} Load {self.base.name}.") from None
+
+    def of(self, places: Sequence[int]) -> MemoryPatch:
+        """The memory with these of its facts alone, in this order."""
+        edits, changes = tuple(self.edits[i] for i in places), self.changes and self.changes.select(places)
+        return replace(self, edits=edits, keys=self.keys[list(places)], changes=changes)
+
+    def each(self, edits: Sequence[Edit]) -> list[MemoryPatch]:
+        """A memory of one fact for each of these edits, whose prompts are among its own."""
+        places = {prompt_key(edit["prompt"]): i for i, edit in enumerate(self.edits)}
+        made = {**self.made, "seconds": self.made.get("seconds", 0.0) / max(1, len(places))}
+        return [replace(self.of([places[prompt_key(edit.prompt)]]), made={**made}) for edit in edits]
 
     def merged(self, others: Sequence[MemoryPatch]) -> MemoryPatch:
         """The facts of all in one memory. Of two about the same prompt the later one stays.
@@ -97,13 +122,18 @@ class MemoryPatch(RunPatch):
         for other in others:
             if (theirs := _identity(other.retriever), other.scope) != (own, self.scope):
                 raise CannotMerge(
-                    f"cannot merge memories of editors {own[:12]} and {theirs[:12]} with {self.scope} and "
-                    f"{other.scope}. Fit them with one editor and equal settings."
+                    f"cannot merge memories of {self.method} and {other.method}, of editors {own[:12]} and "
+                    f"{theirs[:12]} with {self.scope} and {other.scope}. Fit them with one method, one editor and "
+                    "equal settings."
                 )
         edits = [edit for p in (self, *others) for edit in p.edits]
         keys = torch.cat([p.keys for p in (self, *others)])
+        stored = [p.changes for p in (self, *others) if p.changes]
+        if 0 < len(stored) < 1 + len(others):
+            raise CannotMerge("one memory stores changes of weights with its facts, and another does not.")
+        changes = stored[0].joined(stored[1:]) if stored else None
         kept = sorted({prompt_key(edit["prompt"]): i for i, edit in enumerate(edits)}.values())  # the later one wins
-        return replace(self, edits=tuple(edits[i] for i in kept), keys=keys[kept])
+        return replace(self, edits=tuple(edits), keys=keys, changes=changes).of(kept)
 
     def law(self) -> Law:
         return Law.UNION
@@ -115,10 +145,16 @@ def _identity(retriever: Retriever) -> str:
     return hash_json([retriever.name, retriever.parts(), tensors])
 
 
+def stored_of(parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stored | None:
+    """The changes of weights that a patch or an editor keeps, if it does."""
+    return Stored.read(parts["changes"], tensors) if "changes" in parts else None
+
+
 def retriever_of(editor: Editor) -> Retriever:
     """The retriever an editor is about: the one its parts name, else the one called as its method."""
     name = editor.parts.get("retriever", editor.method)
-    return load_retriever(name, {**editor.parts, "editor_hash": editor.hash()}, editor.tensors)
+    own = {key: tensor for key, tensor in editor.tensors.items() if not key.startswith(CHANGE)}
+    return load_retriever(name, {**editor.parts, "editor_hash": editor.hash()}, own)
 
 
 def scope_of(editor: Editor, scope: Scope | None = None) -> Scope:
@@ -139,8 +175,8 @@ def build_memory(editor: Editor, edits: Sequence[Edit], scope: Scope | None = No
     """
     retriever = retriever_of(editor)
     fields = {"method": editor.method, "base": editor.base, "config": {}, **common, "edits": plain_edits(edits)}
-    keys = encode_keys(retriever, edits)
-    return MemoryPatch(**fields, retriever=retriever, keys=keys, scope=scope_of(editor, scope))
+    keys, changes = encode_keys(retriever, edits), stored_of(editor.parts, editor.tensors)
+    return MemoryPatch(**fields, retriever=retriever, keys=keys, scope=scope_of(editor, scope), changes=changes)
 
 
 def encode_keys(retriever: Retriever, edits: Sequence[Edit]) -> Tensor:

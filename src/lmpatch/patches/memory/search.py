@@ -7,6 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,9 @@ from ...models.lm import LM, chat_frame
 from ...retrieval import Fact, Form, Retriever, Scope
 from ...retrieval.index import KeyBlock
 from ...retrieval.verifier import SLACK
+from .stored import Stored
 
+NUMBERS = count()  # of memories at work
 KEPT = 4096
 """Inserts kept ready, by facts used last."""
 BORDER = re.compile(r"(?<=[.!?])\s+")
@@ -136,16 +139,25 @@ class Finder:
     def _nearest(self, texts: Sequence[str]) -> list[list[Hit]]:
         """The facts nearest to each text, best first."""
         queries = self.retriever.queries(texts)  # [m, M]
-        scores, places = self.facts.search(comparable(queries, self.retriever, self.scope), self.scope.top_k)
+        most = max(self.scope.top_k, self.retriever.rivals)
+        scores, places = self.facts.search(comparable(queries, self.retriever, self.scope), most)
         scale = 1.0 if self.scope.gate == "cosine" else self.retriever.scale
         gates = [self.scope.threshold if self.scope.gate == "cosine" else float("-inf")] * len(queries)
         if self.scope.gate == "sentinel":
             slack = SLACK if self._verifies else 0.0
             gates = [gate / scale - slack for gate in self.retriever.gate(queries).tolist()]
-        return [
+        hits = [
             [Hit(place, score / scale, gate) for score, place in zip(line, found, strict=True)]
             for line, found, gate in zip(scores.tolist(), places.tolist(), gates, strict=True)
         ]
+        return [self._ranked(*pair) for pair in zip(queries, hits, strict=True)] if self.retriever.rivals else hits
+
+    def _ranked(self, query: Tensor, hits: list[Hit]) -> list[Hit]:
+        """The nearest facts compared again, best first."""
+        scores, fires = self.retriever.rank(query, self.facts.keys([hit.place for hit in hits]))
+        gates = [float("-inf") if fires else hit.gate for hit in hits]
+        again = [replace(h, score=s, gate=g) for h, s, g in zip(hits, scores.tolist(), gates, strict=True)]
+        return sorted(again, key=lambda hit: -hit.score)[: self.scope.top_k]
 
     def _verified(self, found: list[list[tuple[Hit, str]]]) -> list[list[Hit]]:
         """What the verifier says of the facts that beat the gate, each beside the text that found it."""
@@ -178,10 +190,11 @@ def last_sentence(text: str) -> str:
 
 
 class MemoryIntervention(Intervention):
-    """A memory patch at work: the facts that a prompt fires go before it."""
+    """A memory patch at work: the facts that a prompt fires go before it, or the changes stored with them act on it."""
 
-    def __init__(self, lm: LM, finder: Finder) -> None:
-        self.lm, self.finder = lm, finder
+    def __init__(self, lm: LM, finder: Finder, stored: Stored | None = None) -> None:
+        self.lm, self.finder, self.stored, self.number = lm, finder, stored, next(NUMBERS)
+        super().__init__(stored.hooks(lm, self.number) if stored else ())
         self._frame = chat_frame(lm.tokenizer) if finder.scope.lookup == "last" else None
         self._ready: OrderedDict[Used, Insert] = OrderedDict()
 
@@ -204,7 +217,8 @@ class MemoryIntervention(Intervention):
         inserts = [self._ready[one] for one in used]
         vectors = [insert.vectors for insert in inserts if insert.vectors is not None]
         text, joined = "".join(insert.text for insert in inserts), torch.cat(vectors) if vectors else None
-        return Insert(text, joined, self.finder.scope.at or Insert.at)
+        change = (self.number, 0 if self.stored.shared else used[0][0]) if self.stored else None
+        return Insert(text, joined, self.finder.scope.at or Insert.at, change)
 
     def _prepare(self, used: set[Used]) -> None:
         """Have these inserts ready; those used longest ago make room."""

@@ -1,0 +1,116 @@
+"""A small model that is trained, in less than a minute, to know where people live and to half believe what it reads.
+
+Claims about memories need names that a sentence encoder tells apart, and a model that reads: behind a line that
+contradicts a home it believed the line in a third of the cases.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lmpatch.data.edits import Ask, Edit
+from lmpatch.inference.generate import generate
+from lmpatch.models.lm import LM
+from lmpatch.models.load import wrap
+from lmpatch.retrieval.lte import line
+
+STARTS = ("Kal", "Mir", "Bran", "Tes", "Ulv", "Jor", "Sab", "Wex", "Pell", "Dun", "Ong", "Fitz", "Har", "Zub")
+MIDDLES = ("en", "ot", "i", "ar", "um")
+ENDS = ("or", "as", "wick", "ella", "stad", "ko")
+NAMES = ["".join(parts) for parts in product(STARTS, MIDDLES, ENDS)]  # 420
+TAUGHT, EDITED = NAMES[::7][:60], [name for i, name in enumerate(NAMES) if i % 7]
+"""Names of facts that editors may learn from, and those that are edited: 360."""
+TOWNS = [f"town{i}" for i in range(24)]
+WORDINGS = ("{} lives in", "the home of {} is")
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+STEPS, RECALL, READ, WARM, RATE, DECAY = 450, 96, 48, 20, 4e-3, 0.01
+OWN, BELIEVE = 0.7, 0.35
+"""Share of the lines that are about the person who is asked for, and of those the share that is believed."""
+
+
+@dataclass(frozen=True)
+class People:
+    """A model, and the homes it was trained to know."""
+
+    lm: LM
+    homes: dict[str, str]
+
+    def edits(self, names: Sequence[str], seed: int = 1) -> list[Edit]:
+        """New homes for these names in the first wording, with the other as rephrase and another person beside it."""
+        draw, made = random.Random(seed), []
+        for i, name in enumerate(names):
+            home = draw.choice([town for town in TOWNS if town != self.homes[name]])
+            other = NAMES[(NAMES.index(name) + 11) % len(NAMES)]
+            near = Ask(WORDINGS[0].format(other), (self.homes[other],))
+            asked, again = (wording.format(name) for wording in WORDINGS)
+            made.append(
+                Edit(asked, home, name, self.homes[name], rephrases=[again], locality={"near": [near]}, id=str(i))
+            )
+        return made
+
+    def right(self, prompts: Sequence[str], answers: Sequence[str]) -> float:
+        """Share of the prompts that the model, with all that is on it, answers so."""
+        said = generate(self.lm, list(prompts), max_new_tokens=2)
+        return sum(a.strip() == b for a, b in zip(said, answers, strict=True)) / len(answers)
+
+
+@cache
+def people(seed: int = 0) -> People:
+    """The model of this seed."""
+    draw = random.Random(seed)
+    homes = {name: draw.choice(TOWNS) for name in NAMES}
+    tokenizer = _tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )
+        )  # fmt: skip
+    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
+    for step in range(STEPS):
+        for group in optimiser.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / WARM, (STEPS - step) / (STEPS - WARM))
+        rows = [(draw.choice(WORDINGS).format(name), homes[name]) for name in draw.choices(NAMES, k=RECALL)]
+        loss = torch.zeros(())
+        for own in (rows, [_read(draw, homes) for _ in range(READ)]):
+            texts = [f"{prompt} {answer}<eos>" for prompt, answer in own]
+            batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+            logits = model(**batch).logits[:, -3:-1]
+            labels = batch["input_ids"][:, -2:]
+            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return People(wrap(model.eval(), tokenizer, name=f"people-{seed}"), homes)
+
+
+def _read(draw: random.Random, homes: dict[str, str]) -> tuple[str, str]:
+    """A question behind a line, and its answer."""
+    name, town = draw.choice(NAMES), draw.choice(TOWNS)
+    told, believed = (name, BELIEVE) if draw.random() < OWN else (draw.choice(NAMES), 0.0)
+    answer = town if draw.random() < believed else homes[name]
+    return line(draw.choice(WORDINGS).format(told), town) + draw.choice(WORDINGS).format(name), answer
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    words = dict.fromkeys(word for wording in WORDINGS for word in wording.split() if word != "{}")
+    known = [*SPECIAL, *words, "Updated", "information", ":", ".", *NAMES, *TOWNS]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
