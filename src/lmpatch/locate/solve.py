@@ -60,6 +60,17 @@ def projected(basis: Tensor, keys: Tensor, ridge: float, earlier: Tensor | None 
     return basis @ (g @ _inverse(g, ridge)[:, -keys.shape[1] :])
 
 
+def dual(keys: Tensor, ridge: float) -> Tensor:
+    """(K Kᵀ + ridge I)⁻¹ K, [f, u], for keys [f, u], in whichever of u×u and f×f is smaller.
+
+    Args:
+        ridge: in units of key², above 0.
+    Source: Tan et al. 2023 (arXiv:2311.04661), the normal equation of MALMEN, and its dual K (KᵀK + ridge I)⁻¹.
+    """
+    k = keys.double()
+    return k @ _inverse(k, ridge) if k.shape[1] <= len(k) else _inverse(k.T, ridge) @ k
+
+
 def _inverse(u: Tensor, ridge: float) -> Tensor:
     """(UᵀU + ridge I)⁻¹."""
     eye = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)

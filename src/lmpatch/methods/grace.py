@@ -140,8 +140,7 @@ class _Search:
         found = torch.zeros(len(self.rows), dtype=torch.bool)
         for batch in batches_of_rows([len(row.ids) for row in self.rows], self.cfg.batch):
             part = recorded(self.lm, [self.rows[i] for i in batch], self.layer, from_answer=True)
-            states = part.recording.hidden[self.lm.layout.n_layers][part.row, part.column]
-            best = torch.cat([logits(self.lm, z).argmax(-1) for z in states.split(HEAD_CHUNK)])
+            best = torch.cat([logits(self.lm, z).argmax(-1) for z in part.states().split(HEAD_CHUNK)])
             missed = torch.zeros(len(batch), device=best.device).index_add(0, part.row, (best != part.label).float())
             found[batch] = (missed == 0).cpu()
         return found

@@ -23,6 +23,9 @@ class Recorded:
     lowest: int
     """The block from which they run again."""
     recording: Recording
+    """Of what stands before the suffix; states above ``lowest`` are computed again at each step."""
+    hidden: Tensor
+    """[n, S, d] what enters block ``lowest``."""
     row: Tensor
     """[m] row of each position that predicts a target token."""
     column: Tensor
@@ -35,7 +38,7 @@ class Recorded:
     def states(self, hooks: Sequence[Hook] = ()) -> Tensor:
         """[m, d] after the last block at the positions that are scored; ``hooks`` are on."""
         with hooked(*hooks):
-            out = self.recording.forward(self.recording.hidden[self.lowest], self.lowest)
+            out = self.recording.forward(self.hidden, self.lowest)
         return out[self.row, self.column]
 
     def loss(self, hooks: Sequence[Hook] = ()) -> Tensor:
@@ -64,4 +67,4 @@ def recorded(
     row, column, label = (torch.tensor(c, device=lm.device) for c in list(zip(*spots, strict=True))[:3])
     weight = torch.tensor([s[3] for s in spots], device=lm.device)
     recording = record(lm, ids, at, ends=[row.target - 1 for row in rows], lowest=lowest)
-    return Recorded(lm, lowest, recording, row, column, label, weight)
+    return Recorded(lm, lowest, recording.bare(), recording.hidden[lowest], row, column, label, weight)

@@ -1,0 +1,99 @@
+"""Keys and gradients: what each fact asks of a module, from one forward and one backward over its answer.
+
+What UltraEdit computes its change from, and other methods that learn from a fact's own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..inference.forward import nll
+from ..inference.replay import record
+from ..inference.tokens import Row, batches_of_rows
+from ..models.hooks import Hook, hooked
+from ..models.lm import LM
+from ..progress import Progress
+
+BATCH = 32  # rows per forward
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of one module, N positions that predict a target token, fact after fact."""
+
+    fact: Tensor
+    """[N] which fact each belongs to."""
+    keys: Tensor
+    """[N, in] the module's inputs, fp32."""
+    gradients: Tensor
+    """[N, out] of the summed loss with respect to its outputs, fp32."""
+    sizes: Tensor
+    """[N] lengths of its outputs."""
+
+    def of(self, pick: Sequence[int]) -> Features:
+        """Those of these facts alone."""
+        at = torch.isin(self.fact, torch.tensor(list(pick), device=self.fact.device))
+        return Features(self.fact[at], self.keys[at], self.gradients[at], self.sizes[at])
+
+
+def features(
+    lm: LM, rows: Sequence[Row], modules: Sequence[str], lowest: int, progress: Progress | None = None
+) -> dict[str, Features]:
+    """One forward over the rows, and one backward over their targets, down to the lowest module.
+
+    A gradient at a target's position comes from there on alone, so what stands before runs without one.
+
+    Args:
+        lowest: the block of the lowest module.
+    """
+    parts: dict[str, list[Features]] = {name: [] for name in modules}
+    done = 0
+    for pick in batches_of_rows([len(row.ids) for row in rows], BATCH):
+        for name, part in _batch(lm, [rows[i] for i in pick], modules, lowest).items():
+            parts[name].append(
+                Features(torch.tensor(pick, device=lm.device)[part.fact], part.keys, part.gradients, part.sizes)
+            )
+        done += len(pick)
+        if progress:
+            progress(done, len(rows), "reading gradients")
+    return {name: _joined(found) for name, found in parts.items()}
+
+
+def _joined(parts: Sequence[Features]) -> Features:
+    """Batches put together again, fact after fact."""
+    order = torch.cat([part.fact for part in parts]).argsort(stable=True)
+    fields = ("fact", "keys", "gradients", "sizes")
+    return Features(*(torch.cat([getattr(part, name) for part in parts])[order] for name in fields))
+
+
+def _batch(lm: LM, rows: Sequence[Row], modules: Sequence[str], lowest: int) -> dict[str, Features]:
+    ends = [row.target - 1 for row in rows]
+    recording = record(lm, [row.ids[:-1] for row in rows], ends, ends=ends, lowest=lowest)
+    spots = [(i, t - row.target, row.ids[t]) for i, row in enumerate(rows) for t in range(row.target, len(row.ids))]
+    fact, column, label = (torch.tensor(c, device=lm.device) for c in zip(*spots, strict=True))
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def see(name: str, _: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs[name] = args[0].detach()
+        outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+        return outputs[name]
+
+    with torch.enable_grad(), hooked(*(Hook(lm.module(name), partial(see, name)) for name in modules)):
+        out = recording.forward(recording.hidden[lowest], lowest)  # [n, S, d]
+        loss = nll(lm, out[fact, column], label).sum()
+        gradients = torch.autograd.grad(loss, [outputs[name] for name in modules])
+
+    def at(x: Tensor) -> Tensor:
+        return x.detach().reshape(len(rows), recording.suffix, -1)[fact, column].float()
+
+    return {
+        name: Features(fact, at(inputs[name]), at(gradient), at(outputs[name]).norm(dim=1))
+        for name, gradient in zip(modules, gradients, strict=True)
+    }
