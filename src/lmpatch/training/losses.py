@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..distributed import SINGLE, World
-from ..inference.forward import blocks, nll, positions
+from ..inference.forward import blocks, logits, nll, positions
 from ..inference.tokens import Row, pad, pad_id
 from ..models.lm import LM
 
@@ -29,6 +29,20 @@ def answer_states(
     where = [(n, t - 1) for n, i in enumerate(own) for t in range(rows[i].target, len(rows[i].ids))]
     r, c = torch.tensor(where, dtype=torch.int64, device=lm.device).reshape(-1, 2).T
     return states[r, c], ids[r, c + 1], [own[n] for n, _ in where]
+
+
+def divergence(lm: LM, before: Tensor) -> Callable[[Tensor, slice], Tensor]:
+    """KL(p_before || p_now) [c] nats of logits, as a loss for ``inference.forward.head_loss``.
+
+    Args:
+        before: [m, d] states of the model without the change.
+    """
+
+    def loss(z: Tensor, rows: slice) -> Tensor:
+        p = torch.no_grad()(logits)(lm, before[rows]).log_softmax(-1)
+        return (p.exp() * (p - z.log_softmax(-1))).sum(-1)
+
+    return loss
 
 
 def answer_loss(lm: LM, rows: Sequence[Row], world: World = SINGLE) -> Tensor:
