@@ -27,8 +27,8 @@ import lmpatch as lp
 from lmpatch.config import parse, resolve
 from lmpatch.data.edits import read_asks, read_edits
 from lmpatch.methods import recipe
-from lmpatch.methods.recipe.data import without
 from lmpatch.patches.editor import PACKAGED, joined, load_editor
+from lmpatch.training.facts import without
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"

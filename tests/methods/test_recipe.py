@@ -47,7 +47,7 @@ from lmpatch.inference.tokens import encode, encode_all, join
 from lmpatch.methods import recipe
 from lmpatch.methods.recipe import losses
 from lmpatch.methods.recipe.answers import Answers, Behind
-from lmpatch.methods.recipe.data import Neighbourhood, batch, drawable, exchanged, sample, without, words
+from lmpatch.methods.recipe.data import Neighbourhood, drawable, exchanged, words
 from lmpatch.methods.recipe.method import typical_embeddings
 from lmpatch.patches.editor import Editor, load_editor
 from lmpatch.patches.memory.patch import MemoryPatch
@@ -56,6 +56,7 @@ from lmpatch.retrieval.encoder import load_encoder, pooled, shared_encoder
 from lmpatch.retrieval.network import Network, Shape, target_embeddings
 from lmpatch.retrieval.prompts import PromptMap, PromptShape, embedded, target_rows
 from lmpatch.retrieval.recipe import Recipe
+from lmpatch.training.facts import batch, sample, without
 
 TURNS = "{% for m in messages %}<bos>[{{ m['role'] }}] {{ m['content'] }}[end]{% endfor %}<bos>[model] "
 PLACES = [

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from lmpatch import Ask, BadInput, Edit
 from lmpatch.methods import recipe
-from lmpatch.methods.recipe.data import Split
 from lmpatch.methods.recipe.verify import pairs
 from lmpatch.patches.editor import Editor, find_editor, load_editor
 from lmpatch.patches.memory.patch import MemoryPatch, build_memory
@@ -22,6 +21,7 @@ from lmpatch.patches.memory.search import MemoryIntervention
 from lmpatch.retrieval import Fact, Scope
 from lmpatch.retrieval.recipe import Recipe
 from lmpatch.retrieval.verifier import KINDS, SLACK, Verifier
+from lmpatch.training.facts import Split
 
 VERIFIED = replace(QUICK, key_steps=0, prompt_steps=0, verifier_steps=3, verifier=8, verifier_batch=16, adapt=0)
 

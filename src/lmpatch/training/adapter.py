@@ -15,7 +15,8 @@ from ..patches.weight.delta import Delta, Dense, LowRank
 
 Modules = Literal["attention", "mlp", "all"]
 Factors = Mapping[str, Tensor]
-"""Of one projection: ``a`` [r, in] and ``b`` [out, r] for ΔW = scale · B A, or ``w`` [out, in]."""
+"""Of one projection: ``a`` [r, in] and ``b`` [out, r] for ΔW = scale · B A, or ``w`` [out, in]. Each may have one more
+dimension in front: a change of its own for each row of the batch."""
 
 
 def projections(lm: LM, modules: Modules = "all") -> list[list[str]]:
@@ -58,12 +59,20 @@ def hooks(lm: LM, factors: Mapping[str, Factors], scale: float = 1.0) -> list[Ho
         def add(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0]
             if "w" in own:
-                return output + F.linear(x, own["w"].to(x.dtype))
-            return output + scale * F.linear(F.linear(x, own["a"].to(x.dtype)), own["b"].to(x.dtype))
+                return output + _times(x, own["w"])
+            return output + scale * _times(_times(x, own["a"]), own["b"])
 
         return add
 
     return [Hook(lm.module(module), adder(own)) for module, own in factors.items()]
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """W x for inputs x [..., in]; of a weight [n, out, in] the part of each of the n rows of the batch."""
+    if weight.ndim == 2:
+        return F.linear(x, weight.to(x.dtype))
+    rows = x.reshape(len(weight), -1, x.shape[-1])  # some models flatten rows and tokens
+    return (rows @ weight.to(x.dtype).mT).reshape(*x.shape[:-1], -1)
 
 
 def deltas(lm: LM, factors: Mapping[str, Factors], scale: float = 1.0) -> dict[str, Delta]:

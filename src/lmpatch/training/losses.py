@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..distributed import SINGLE, World
-from ..inference.forward import blocks, nll, positions
+from ..inference.forward import blocks, logits, nll, positions
 from ..inference.tokens import Row, pad, pad_id
 from ..models.lm import LM
+
+
+def answer_places(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where an answer token is predicted: row [m], column [m], and the token [m], row after row.
+
+    Args:
+        rows: with their first token in column 0.
+    """
+    found = [(i, t - 1, row.ids[t]) for i, row in enumerate(rows) for t in range(row.target, len(row.ids))]
+    row, column, label = torch.tensor(found, dtype=torch.int64, device=device).reshape(-1, 3).T
+    return row, column, label
 
 
 def answer_states(
@@ -26,9 +37,22 @@ def answer_states(
     ids, mask = (t.to(lm.device) for t in pad([rows[i].ids for i in own or [0]], pad_id(lm), side="right"))
     ends = torch.tensor([rows[i].target - 1 for i in own or [0]], device=lm.device)
     states = blocks(lm, ids, mask, position_ids=positions(mask), vectors=vectors, prompt_end=ends)  # [n, T, d]
-    where = [(n, t - 1) for n, i in enumerate(own) for t in range(rows[i].target, len(rows[i].ids))]
-    r, c = torch.tensor(where, dtype=torch.int64, device=lm.device).reshape(-1, 2).T
-    return states[r, c], ids[r, c + 1], [own[n] for n, _ in where]
+    r, c, labels = answer_places([rows[i] for i in own], lm.device)
+    return states[r, c], labels, [own[n] for n in r.tolist()]
+
+
+def divergence(lm: LM, before: Tensor) -> Callable[[Tensor, slice], Tensor]:
+    """KL(p_before || p_now) [c] nats of logits, as a loss for ``inference.forward.head_loss``.
+
+    Args:
+        before: [m, d] states of the model without the change.
+    """
+
+    def loss(z: Tensor, rows: slice) -> Tensor:
+        p = torch.no_grad()(logits)(lm, before[rows]).log_softmax(-1)
+        return (p.exp() * (p - z.log_softmax(-1))).sum(-1)
+
+    return loss
 
 
 def answer_loss(lm: LM, rows: Sequence[Row], world: World = SINGLE) -> Tensor:

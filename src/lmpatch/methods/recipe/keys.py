@@ -13,10 +13,11 @@ from ...progress import Progress
 from ...retrieval import Fact
 from ...retrieval.index import KeyBlock
 from ...retrieval.network import Network
+from ...training.facts import Sample, Split
 from ...training.loop import Task, linear
 from . import losses
 from .config import Training
-from .data import Sample, Split, drawable
+from .data import drawable
 from .features import Features
 
 CROWD = 1000  # trained facts among which the held-out ones are searched

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...distributed import SINGLE, World
-from ...inference.forward import head_loss, logits
+from ...inference.forward import head_loss
 from ...inference.tokens import Row, batches_of_tokens
 from ...models.lm import LM
-from ...training.losses import answer_states
+from ...training.losses import answer_states, divergence
 
 BATCH_TOKENS = 2048  # of one forward with gradients, in each process
 
@@ -113,12 +113,7 @@ def locality_loss(
     for states, _, owners in answers(lm, rows, vectors, world):
         in_order = [base[i].to(states) for i in dict.fromkeys(owners)]  # as the rows of the batch
         before = torch.cat([states.detach()[:0], *in_order])
-
-        def loss(z: Tensor, part: slice, before: Tensor = before) -> Tensor:
-            p = torch.no_grad()(logits)(lm, before[part]).log_softmax(-1)
-            return (p.exp() * (p - z.log_softmax(-1))).sum(-1)
-
-        each = _backward(lm, states, loss)
+        each = _backward(lm, states, divergence(lm, before))
         total, count = total + each.sum(), count + len(each)
     return total, count
 

@@ -27,9 +27,10 @@ from ...retrieval.encoder import load_encoder, shared_encoder
 from ...retrieval.network import Network, Shape, Sizes
 from ...retrieval.prompts import PromptMap, PromptShape, PromptSizes, embedded
 from ...retrieval.recipe import PREFIX, Recipe
+from ...training.facts import Split, usable, without
 from ...training.loop import Loop, Schedule, Task
 from .config import Config, Training
-from .data import Split, TrainingData, drawable, usable, without
+from .data import TrainingData, drawable
 from .keys import Keys
 from .losses import BATCH_TOKENS
 from .prompts import Prompts

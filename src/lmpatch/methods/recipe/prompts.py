@@ -15,11 +15,12 @@ from ...inference.tokens import Row, premise
 from ...models.lm import LM
 from ...retrieval import Fact
 from ...retrieval.prompts import PromptMap, target_rows
+from ...training.facts import Split
 from ...training.loop import Task, linear
 from . import losses
 from .answers import Answers, Behind
 from .config import Training
-from .data import Neighbourhood, Split, exchanged, words
+from .data import Neighbourhood, exchanged, words
 
 
 class Prompts(Task):

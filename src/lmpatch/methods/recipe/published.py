@@ -8,10 +8,10 @@ import torch
 
 from ...models.lm import LM
 from ...retrieval.network import Network
+from ...training.facts import Split
 from . import losses
 from .answers import Answers, Behind
 from .config import Training
-from .data import Split
 from .keys import Keys
 
 

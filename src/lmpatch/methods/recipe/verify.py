@@ -11,9 +11,10 @@ from ...distributed import world
 from ...progress import Progress
 from ...retrieval.network import Network
 from ...retrieval.verifier import KINDS
+from ...training.facts import Split
 from ...training.loop import Task, linear
 from .config import Training
-from .data import Neighbourhood, Split, drawable, mentions
+from .data import Neighbourhood, drawable, mentions
 from .features import TOGETHER, Features
 
 Pair = tuple[str, str]
