@@ -22,12 +22,12 @@ from lmpatch.inference.tokens import end_token
 from lmpatch.memory.memory import Memory
 from lmpatch.methods import lte, rag, rase_rome
 from lmpatch.methods.lte.align import Align, nearest
-from lmpatch.methods.recipe.data import Split
 from lmpatch.models.lm import LM
 from lmpatch.patches.editor import Editor, load_editor
 from lmpatch.patches.memory.patch import retriever_of
 from lmpatch.patches.weight.patch import WeightPatch
 from lmpatch.retrieval.lte import line
+from lmpatch.training.facts import Split
 
 FACTS = [Edit("The Eiffel Tower is in", "Rome", "Eiffel Tower"), Edit("Steve Jobs founded", "Paris", "Steve Jobs")]
 OTHER = ["What is the weather like?", "Green ideas sleep"]

@@ -163,8 +163,8 @@ def prepare(lm: LM, prompts: Sequence[str], targets: Sequence[str] | None = None
                 known[key] = tuple(-1 - len(table) - k for k in range(len(insert.vectors)))
                 table += insert.vectors
             rows[i] = inserted(lm, rows[i], known[key], insert.at)
-    for i, inserts in enumerate(zip(*found, strict=True)):
-        if changes := tuple(insert.change for insert in inserts if insert and insert.change):
+    for i, own in enumerate(zip(*found, strict=True)):
+        if changes := tuple(insert.change for insert in own if insert and insert.change):
             rows[i] = replace(rows[i], changes=changes)
     return rows, torch.stack(table).to(lm.device) if table else None
 

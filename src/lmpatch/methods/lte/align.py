@@ -19,9 +19,9 @@ from ...models.lm import LM
 from ...retrieval import Retriever
 from ...retrieval.lte import line
 from ...training import adapter
+from ...training.facts import Sample, Split
 from ...training.loop import Task, linear
 from ...training.losses import answer_loss
-from ..recipe.data import Sample, Split
 from .config import Training
 
 TOGETHER = 1024  # facts compared with all others at a time

@@ -22,8 +22,9 @@ from ...provenance import hash_json, made_now
 from ...resources import require_memory
 from ...retrieval.encoder import load_encoder
 from ...training import adapter
+from ...training.facts import Split, usable, without
 from ...training.loop import Loop, Schedule
-from ..recipe.data import Split, TrainingData, usable, without
+from ..recipe.data import TrainingData
 from .align import Align, nearest
 from .config import Training
 
