@@ -1,4 +1,4 @@
-"""A small model that is trained, in less than a minute, to know where people live, asked in three ways, in two words.
+"""A small model, trained in a minute at most to know where people live; asked in three ways, it answers two words.
 
 Claims about editors need a model that knows facts in several wordings. Edits are asked in the first one.
 """

@@ -165,10 +165,14 @@ class _Search:
             owner = [used.index(value_of[i]) if i in value_of else -1 for i in group]
             parts |= {"owner": torch.tensor(owner, dtype=torch.int32), "values": values[used]}
             book = Codebook.of(self.module, self.cfg.replace, **parts)
-            notes = {"layer": self.layer, "epsilon": round(self.radius, 6), "keys": int((book.epsilon >= 0).sum())}
-            notes |= {"known": int(parts["known"].sum()), "loss": [round(losses[k], 4) for k in used]}
-            each = {"config": self.cfg, "edits": [self.edits[i] for i in group], "seconds": seconds, "notes": notes}
-            made.append(HookPatch.make(self.lm, {}, [book], method="grace", **each))
+            notes: dict[str, Any] = {"layer": self.layer, "epsilon": round(self.radius, 6)}
+            notes |= {"keys": int((book.epsilon >= 0).sum()), "known": int(parts["known"].sum())}
+            notes |= {"loss": [round(losses[k], 4) for k in used]}
+            edits = [self.edits[i] for i in group]
+            patch = HookPatch.make(
+                self.lm, {}, [book], method="grace", config=self.cfg, edits=edits, seconds=seconds, notes=notes
+            )
+            made.append(patch)
         return made
 
     def _values(self, members: list[list[int]], progress: Progress | None) -> tuple[Tensor, list[float]]:

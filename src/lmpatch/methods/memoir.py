@@ -155,11 +155,12 @@ class _Run:
             self.module, self.k, self.centre, self.order.int(), matrix.cpu()[None], masks,
             torch.zeros(len(masks), dtype=torch.int32), torch.full((len(masks),), least, dtype=torch.int32),
         )  # fmt: skip
-        notes = {"layer": self.layer, "k": self.k, "tau": round(least / self.k, 4), "masks": len(masks)}
-        notes["loss"] = [round(loss, 4) for loss in losses]
-        seconds = (time.perf_counter() - self.start) / share
-        own = {"config": self.cfg, "edits": [self.edits[i] for i in places], "seconds": seconds, "notes": notes}
-        return HookPatch.make(self.lm, {}, [operation], method="memoir", **own)
+        notes: dict[str, Any] = {"layer": self.layer, "k": self.k, "tau": round(least / self.k, 4)}
+        notes |= {"masks": len(masks), "loss": [round(loss, 4) for loss in losses]}
+        return HookPatch.make(
+            self.lm, {}, [operation], method="memoir", config=self.cfg, edits=[self.edits[i] for i in places],
+            seconds=(time.perf_counter() - self.start) / share, notes=notes,
+        )  # fmt: skip
 
     def _least(self, masks: Tensor) -> int:
         """Columns that a prompt must share with an edit: τ k."""

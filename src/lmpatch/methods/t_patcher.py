@@ -160,8 +160,9 @@ class _Run:
 
     def patch(self, added: Neurons, edits: Sequence[Edit], notes: dict[str, Any], share: int) -> HookPatch:
         seconds = (time.perf_counter() - self.start) / share
-        own = {"config": self.cfg, "edits": edits, "seconds": seconds, "notes": notes}
-        return HookPatch.make(self.lm, {}, [added], method="t_patcher", **own)
+        return HookPatch.make(
+            self.lm, {}, [added], method="t_patcher", config=self.cfg, edits=edits, seconds=seconds, notes=notes
+        )
 
 
 class _Edit(Task):
@@ -201,9 +202,8 @@ class _Edit(Task):
 
     def neurons(self) -> Neurons:
         own = (self.values["keys"], self.values["biases"], self.value())
-        return replace(
-            self.run.empty, **dict(zip(("keys", "biases", "values"), (t.detach().cpu() for t in own), strict=True))
-        )
+        keys, biases, values = (t.detach().cpu() for t in own)
+        return replace(self.run.empty, keys=keys, biases=biases, values=values)
 
     def optimiser(self, step: int) -> torch.optim.Optimizer:
         return torch.optim.AdamW(list(self.values.values()), lr=self.cfg.lr, weight_decay=self.cfg.decay)

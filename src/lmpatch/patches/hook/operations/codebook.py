@@ -68,7 +68,7 @@ class Codebook(Operation):
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Codebook:
-        book = cls(**parts, **tensors)
+        book = cls(**{**parts, **tensors})
         need(type(book.module) is str and book.replace in get_args(Replace), "its codebook says no place.")
         forms = {name: (t.ndim, t.dtype) for name, t in tensors.items()}
         f, i, b = torch.float32, torch.int32, torch.bool

@@ -53,7 +53,7 @@ class Masked(Operation):
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Masked:
-        found = cls(**parts, **tensors)
+        found = cls(**{**parts, **tensors})
         f, i = torch.float32, torch.int32
         forms = {name: (t.ndim, t.dtype) for name, t in tensors.items()}
         wanted = {"centre": (1, f), "order": (1, i), "matrices": (3, f), "masks": (2, torch.uint8)}
@@ -152,7 +152,8 @@ def top_columns(feature: Tensor, order: Tensor, k: int) -> Tensor:
 def packed(mask: Tensor) -> Tensor:
     """[n, f / 8] uint8 of bool [n, f]."""
     whole = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % BITS)).unflatten(-1, (-1, BITS))
-    return (whole << torch.arange(BITS, dtype=torch.uint8, device=mask.device)).sum(-1).to(torch.uint8)
+    shifted: Tensor = whole << torch.arange(BITS, dtype=torch.uint8, device=mask.device)
+    return shifted.sum(-1).to(torch.uint8)
 
 
 def unpacked(masks: Tensor, width: int) -> Tensor:

@@ -48,7 +48,7 @@ class Neurons(Operation):
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Neurons:
-        found = cls(**parts, **tensors)
+        found = cls(**{**parts, **tensors})
         need(all(type(text) is str for text in found.parts().values()), "neurons need names of modules.")
         need(found.activation in ACT2FN, f"no activation is called {found.activation!r}.")
         shapes = [t.ndim for t in (found.keys, found.biases, found.values)]
