@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmpatch.locate.solve import eigenvectors, factor, projected, solve, woodbury
+from lmpatch.locate.solve import dual, eigenvectors, factor, projected, solve, woodbury
 
 F, U, N = 40, 5, 7
 
@@ -70,3 +70,10 @@ def test_alphaedit_writes_nothing_along_the_directions_it_dropped(setup: tuple[t
     _, vectors = torch.linalg.eigh(c)
     dropped = vectors[:, basis.shape[1] :]  # the corpus's strongest directions
     assert (projected(basis, keys, 0.1).T @ dropped).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("tokens", [U, 3 * F])
+def test_the_dual_solve_equals_the_primal_whichever_is_smaller(tokens: int) -> None:
+    keys = torch.randn(F, tokens, dtype=torch.double, generator=torch.Generator().manual_seed(tokens))
+    primal = torch.linalg.solve(keys @ keys.T + 0.3 * torch.eye(F, dtype=torch.double), keys)
+    torch.testing.assert_close(dual(keys, 0.3), primal, atol=1e-9, rtol=1e-9)

@@ -2,6 +2,10 @@
 
 "FT" in papers means different losses and limits; the settings are stored with the patch, so a table can say which.
 
+Each epoch goes through all facts. With ``end="eos"`` that is LocFT-BF (arXiv:2509.22072), whose default layer, rate and
+epochs these are; its mini-batches are of 100 facts. Fitting fact after fact, each on top of the last, is what it finds
+to be the reason why fine-tuning was called a weak editor.
+
 Source: Zhu et al. 2020, "Modifying Memories in Transformer Models" (arXiv:2012.00363).
 """
 
@@ -162,13 +166,15 @@ class _Batch:
         )
         self.weight = torch.tensor([s[3] for s in spots], device=lm.device)
         ends = [row.target - 1 for row in rows]
-        self.recording: Recording = record(lm, ids, [0] * len(ids), ends=ends, lowest=lowest)
+        recording = record(lm, ids, [0] * len(ids), ends=ends, lowest=lowest)
+        self.hidden = recording.hidden[lowest]  # the states above it are computed again at each step
+        self.recording: Recording = recording.bare()
         self.lowest = lowest
 
     def loss(self, lm: LM, factors: Mapping[str, adapter.Factors]) -> Tensor:
         """Mean over facts of the mean over target tokens, nats."""
         with torch.enable_grad(), hooked(*adapter.hooks(lm, factors)):
-            out = self.recording.forward(self.recording.hidden[self.lowest], self.lowest)
+            out = self.recording.forward(self.hidden, self.lowest)
             return (nll(lm, out[self.row, self.column], self.label) * self.weight).sum()
 
 
@@ -177,7 +183,7 @@ def estimate(lm: LM, facts: int, cfg: Config) -> int:
     facts, what autograd keeps of one batch, and logits of one head chunk."""
     layout = lm.layout
     change = 14 * cfg.rank * sum(layout.widths) if cfg.rank else layout.d_model * max(layout.widths)
-    states = facts * TOKENS * layout.n_layers * 3 * layout.d_model
+    states = facts * TOKENS * 4 * layout.d_model  # what enters the trained block, and rotary tables
     batch = min(cfg.batch, facts) * TOKENS * (12 * layout.n_layers * layout.d_model + 4 * sum(layout.widths))
     return 4 * (5 * change + states + batch + 3 * HEAD_CHUNK * layout.vocab)
 
