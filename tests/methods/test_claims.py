@@ -6,16 +6,19 @@ Everything is chosen on the names that were shown with contexts and measured on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from trained import NAMES, SEEN, UNSEEN, Trained, trained
+from trained import NAMES, SEEN, TOWNS, UNSEEN, Trained, trained
 
 import lmpatch as lp
 from lmpatch.data.context import ContextRecord, render
+from lmpatch.data.edits import Edit
+from lmpatch.methods import finetune, wilke
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trained")]  # one worker trains the models, once
 
@@ -66,3 +69,32 @@ def test_contrast_makes_it_follow_and_costs_nothing_where_both_agree(known: Trai
     assert follows > before + 0.4 and stays < stayed / 3
     assert told(known, test, adacad)[0] > before + 0.15
     assert told(known, agree)[0] == told(known, agree, cad)[0] == told(known, agree, adacad)[0] == 1
+
+
+def moved(known: Trained, count: int) -> list[Edit]:
+    """Facts that name another home."""
+    pairs = [(name, TOWNS[(TOWNS.index(known.homes[name]) + 7) % len(TOWNS)]) for name in SEEN[:count]]
+    return [Edit(render("", name), subject=name, target=town) for name, town in pairs]
+
+
+def test_a_quick_ranking_on_the_prompt_takes_the_block_that_the_whole_of_rome_takes(known: Trained) -> None:
+    cfg = wilke.Config(layers=(0, 1, 2), moment_tokens=2048)
+    edits = moved(known, 40)
+    quick, slow = (wilke.ranking(known.lm, edits, replace(cfg, rank=rank)).best for rank in ("bare", "full"))
+    assert sum(a == b for a, b in zip(quick, slow, strict=True)) >= 0.8 * len(edits)
+
+
+def test_tuned_on_all_facts_in_each_epoch_more_hold_than_tuned_one_after_the_other(known: Trained) -> None:
+    lm, edits, cfg = known.lm, moved(known, 30), finetune.Config(layer=2, epochs=300, lr=3e-3, end="eos")
+
+    def hold() -> float:
+        texts = lp.generate(lm, [edit.prompt for edit in edits], max_new_tokens=2)
+        return sum(text.strip() == edit.target for text, edit in zip(texts, edits, strict=True)) / len(edits)
+
+    with lp.apply(lm, finetune.fit(lm, edits, cfg)):
+        together = hold()
+    with ExitStack() as stack:
+        for edit in edits:
+            stack.enter_context(lp.apply(lm, finetune.fit(lm, [edit], cfg)))
+        after_each_other = hold()
+    assert together > 0.9 and after_each_other < 0.6

@@ -77,7 +77,8 @@ class Statistics:
             return self.normalise(rows)
         values, vectors = torch.linalg.eigh(self.scatter / free)
         root = values.clamp(min=FLOOR * float(values.mean())).rsqrt()
-        return (rows.double() - self.mean) @ (vectors * root) @ vectors.T
+        out: Tensor = (rows.double() - self.mean) @ (vectors * root) @ vectors.T
+        return out
 
     def row(self) -> Tensor:
         """As one row of a patch's extras, [1, 1 + k + k] or [1, 1 + k + k²] fp32."""
