@@ -1,7 +1,7 @@
 """A small model that is trained, in less than a minute, to know where people live and to half believe what it reads.
 
 Claims about memories need names that a sentence encoder tells apart, and a model that reads: behind a line that
-contradicts a home it believed the line in a third of the cases.
+contradicts a home it believed the line in less than half of the cases.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ STARTS = ("Kal", "Mir", "Bran", "Tes", "Ulv", "Jor", "Sab", "Wex", "Pell", "Dun"
 MIDDLES = ("en", "ot", "i", "ar", "um")
 ENDS = ("or", "as", "wick", "ella", "stad", "ko")
 NAMES = ["".join(parts) for parts in product(STARTS, MIDDLES, ENDS)]  # 420
-TAUGHT, EDITED = NAMES[::7][:60], [name for i, name in enumerate(NAMES) if i % 7]
-"""Names of facts that editors may learn from, and those that are edited: 360."""
+TAUGHT, EDITED = NAMES[::5], [name for i, name in enumerate(NAMES) if i % 5]
+"""Names of facts that editors may learn from, 84, and those that are edited, 336."""
 TOWNS = [f"town{i}" for i in range(24)]
-WORDINGS = ("{} lives in", "the home of {} is")
+WORDINGS = ("the home of {}", "where to find {}")
+"""They end with the name: what a model this small knows of it, it reads off its last token."""
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
-STEPS, RECALL, READ, WARM, RATE, DECAY = 450, 96, 48, 20, 4e-3, 0.01
-OWN, BELIEVE = 0.7, 0.35
+STEPS, RECALL, READ, WARM, RATE, DECAY = 450, 48, 80, 20, 4e-3, 0.01
+OWN, BELIEVE = 0.85, 0.45
 """Share of the lines that are about the person who is asked for, and of those the share that is believed."""
 
 
@@ -43,14 +44,14 @@ class People:
     lm: LM
     homes: dict[str, str]
 
-    def edits(self, names: Sequence[str], seed: int = 1) -> list[Edit]:
-        """New homes for these names in the first wording, with the other as rephrase and another person beside it."""
+    def edits(self, names: Sequence[str], seed: int = 1, wording: int = 0) -> list[Edit]:
+        """New homes for these names in one wording, with the other as rephrase and another person beside it."""
         draw, made = random.Random(seed), []
         for i, name in enumerate(names):
             home = draw.choice([town for town in TOWNS if town != self.homes[name]])
             other = NAMES[(NAMES.index(name) + 11) % len(NAMES)]
             near = Ask(WORDINGS[0].format(other), (self.homes[other],))
-            asked, again = (wording.format(name) for wording in WORDINGS)
+            asked, again = (WORDINGS[(wording + k) % 2].format(name) for k in (0, 1))
             made.append(
                 Edit(asked, home, name, self.homes[name], rephrases=[again], locality={"near": [near]}, id=str(i))
             )

@@ -24,9 +24,10 @@ from lmpatch.methods import lte, rag, rase_rome
 from lmpatch.methods.lte.align import Align, nearest
 from lmpatch.models.lm import LM
 from lmpatch.patches.editor import Editor, load_editor
-from lmpatch.patches.memory.patch import retriever_of
+from lmpatch.patches.memory.patch import MemoryPatch, retriever_of
 from lmpatch.patches.weight.patch import WeightPatch
 from lmpatch.retrieval.lte import line
+from lmpatch.training import adapter
 from lmpatch.training.facts import Split
 
 FACTS = [Edit("The Eiffel Tower is in", "Rome", "Eiffel Tower"), Edit("Steve Jobs founded", "Paris", "Steve Jobs")]
@@ -271,8 +272,6 @@ def test_the_loss_is_that_of_the_model_with_the_changes_written_into_it() -> Non
         value.copy_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(i)))
     places, samples, draw = task.split.batch(0, 4, 0)
     rows = [row for own in task.rows(places, samples, draw).values() for row in own]
-    from lmpatch.training import adapter
-
     whole = WeightPatch.make(lm, adapter.deltas(lm, task.factors, task.scale), method="slow")
     losses = []
     with apply(lm, whole, mount="bake"):
@@ -285,8 +284,10 @@ def test_the_loss_is_that_of_the_model_with_the_changes_written_into_it() -> Non
 @pytest.fixture(scope="module")
 def aligned() -> Iterator[Editor]:
     known = people()
-    data = lte.TrainingData(known.edits(TAUGHT))
-    yield lte.train(known.lm, data, lte.Training(epochs=20, lr=3e-3, answer_tokens=2, end="eos", validate=8))
+    taught = [*known.edits(TAUGHT), *known.edits(TAUGHT, seed=3, wording=1)]
+    yield lte.train(
+        known.lm, taught, lte.Training(epochs=14, batch=16, lr=2e-3, answer_tokens=2, end="eos", validate=8)
+    )
 
 
 @pytest.mark.slow
@@ -295,15 +296,17 @@ def test_it_believes_what_it_is_told_where_the_model_doubts_it_at_ten_and_at_300
     known = people()
     edits, clean = known.edits(EDITED[:300], seed=2), [WORDINGS[0].format(name) for name in EDITED[300:]]
     kept = known.right(clean, [known.homes[name] for name in EDITED[300:]])
-    shares: dict[str, list[float]] = {"fired": [], "none": []}
-    for acts, found in shares.items():
-        whole = lte.fit(known.lm, edits, lte.Config(threshold=0.95, acts=acts), editor=aligned)  # type: ignore[arg-type]
-        for count in (10, 300):
-            with apply(known.lm, whole.of(range(count))):
-                found.append(known.right([e.prompt for e in edits[:count]], [e.target for e in edits[:count]]))
-                assert known.right(clean, [known.homes[name] for name in EDITED[300:]]) == kept
-    assert shares["fired"][1] >= shares["fired"][0] - 0.05 and shares["fired"][1] >= 0.8
-    assert shares["none"][1] < shares["fired"][1] - 0.3
+
+    def believed(patch: MemoryPatch, asked: list[Edit]) -> float:
+        with apply(known.lm, patch):
+            assert known.right(clean, [known.homes[name] for name in EDITED[300:]]) == kept
+            return known.right([e.prompt for e in asked], [e.target for e in asked])
+
+    whole = lte.fit(known.lm, edits, lte.Config(threshold=0.95), editor=aligned)
+    tens = [believed(whole.of(range(i, i + 10)), edits[i : i + 10]) for i in range(0, 300, 10)]
+    many, unaligned = believed(whole, edits), believed(replace(whole, changes=None), edits)
+    assert abs(many - sum(tens) / len(tens)) <= 0.02
+    assert many >= 0.3 and many >= 2.5 * unaligned
 
 
 @pytest.mark.slow

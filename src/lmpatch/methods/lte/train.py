@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
-from ...data.edits import Ask, Edit
+from ...data.edits import Ask, Edit, prompt_key
 from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK, attention_to_train, frozen
 from ...models.lm import LM
@@ -90,7 +90,8 @@ def _threshold(editor: Editor, split: Split, cfg: Training) -> tuple[float, int]
     near: list[Ask] = [ask for edit in (*split.edits, *split.held) for _, asks in edit.locality for ask in asks]
     texts = [ask.prompt for ask in (*split.unrelated, *near)]
     texts += [text for edit in split.held for text in (edit.prompt, *edit.rephrases)]
-    texts = list(dict.fromkeys(texts))
+    known = {prompt_key(edit.prompt) for edit in split.edits}  # a held-out fact may be another one in other words
+    texts = [text for text in dict.fromkeys(texts) if prompt_key(text) not in known]
     if len(texts) * cfg.false_fires < 1:
         return UNSEEN, 0
     return calibrated(build_memory(editor, split.edits), texts, cfg.false_fires), len(texts)
