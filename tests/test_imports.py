@@ -19,6 +19,7 @@ ORDER = (
     "retrieval",
     "patches",
     "probes",
+    "dynamics",
     "memory",
     "training",
     "locate",

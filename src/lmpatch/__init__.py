@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .data.edits import Ask as Ask, Edit as Edit, read_asks as read_asks, read_edits as read_edits
     from .data.lines import read_text as read_text
     from .doctor import examine as examine
+    from .dynamics.observe import audit as audit, diff as diff
     from .errors import (
         BadInput as BadInput, BadPatch as BadPatch, BadRecord as BadRecord, CannotMerge as CannotMerge,
         CannotMount as CannotMount, CannotWrite as CannotWrite, Contradiction as Contradiction, Diverged as Diverged,

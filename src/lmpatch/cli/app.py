@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from ..errors import LmpatchError
 from . import data, memory
 from .ask import ask
+from .audit import audit, diff
 from .check import check
 from .demo import demo, example
 from .files import cache, export, merge, show
@@ -29,7 +30,9 @@ from .methods import methods
 from .options import usable
 from .screen import complain, output
 
-COMMANDS = (demo, example, fit, train, ask, probe, bench, check, show, merge, export, methods, doctor, cache)
+COMMANDS = (
+    demo, example, fit, train, ask, probe, bench, check, audit, diff, show, merge, export, methods, doctor, cache,
+)  # fmt: skip
 GROUPS = {"memory": memory, "data": data}
 HINTS = {
     "help": "lmpatch COMMAND --help explains one.",
