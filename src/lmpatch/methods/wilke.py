@@ -90,8 +90,10 @@ def _scores(lm: LM, p: Pairs, cfg: Config) -> Tensor:
     weight = lm.parameter(lm.layout.weight(lm.layout.downs[p.layer])).detach().float().norm().double()
     size = p.residual.norm(dim=1)  # |v* - W k|, which is |δ| where the key is the bare prompt's
     if cfg.score == "activation":
-        return size * weight**2 / p.key.square().sum(1)
-    return size / (p.key * p.direction).sum(1).abs() / weight  # |Λ| |a| with |a| = 1
+        found: Tensor = size * weight**2 / p.key.square().sum(1)
+    else:
+        found = size / (p.key * p.direction).sum(1).abs() / weight  # |Λ| |a| with |a| = 1
+    return found
 
 
 def _rome(cfg: Config, layer: int, *, ranked: bool) -> rome.Config:

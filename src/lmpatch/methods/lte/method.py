@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -111,7 +112,7 @@ def example_editor(lm: LM) -> Editor:
         b = 0.02 * torch.randn(out, 2, generator=draw)
         changes[lm.layout.weight(module)] = LowRank(b, adapter.drawn(2, width, draw))
     stored = Stored.of([changes], shared=True)
-    parts = {"retriever": "lte", "encoder": encoder.name, "encoder_fingerprint": encoder.fingerprint}
+    parts: dict[str, Any] = {"retriever": "lte", "encoder": encoder.name, "encoder_fingerprint": encoder.fingerprint}
     parts |= {"width": encoder.width, "changes": stored.parts()}
     config = {"insert": "text", "gate": "cosine", "threshold": 0.9}
     return Editor("lte", config, Base(fingerprint(lm), lm.name), parts, stored.tensors())
