@@ -14,6 +14,7 @@ from toy_facts import toy
 
 from lmpatch.data.edits import Edit
 from lmpatch.errors import BadInput
+from lmpatch.inference.score import score
 from lmpatch.inference.tokens import encode
 from lmpatch.methods import t_patcher
 from lmpatch.models.lm import LM
@@ -128,13 +129,15 @@ def test_from_zero_the_target_gives_no_gradient(lm: LM) -> None:
 @pytest.mark.slow
 def test_an_edit_that_the_model_says_gets_no_neuron() -> None:
     lm = tiny_lm("llama")
-    ids = torch.tensor([encode(lm, "The Eiffel Tower").ids])
-    said = lm.tokenizer.decode(int(lm.model(ids).logits[0, -1].argmax()))
-    row = encode(lm, "The Eiffel Tower", said)
-    if lm.model(ids).logits[0, -1].argmax() != row.ids[row.target]:
-        pytest.skip("this token does not survive its text")
-    patch = t_patcher.fit(lm, [Edit("The Eiffel Tower", target=said), EDITS[1]], CFG)
-    assert patch.notes["neurons"][1] == 2
+    known = []
+    for end in range(4, 40):  # not every token that it says survives being written out
+        prompt = "The Eiffel Tower is in Paris, the capital"[:end].strip()
+        said = score(lm, [prompt], ["x"])[0].argmax[0]
+        text = lm.tokenizer.decode([said])
+        if text.strip() and score(lm, [prompt], [text])[0].accuracy == 1:
+            known.append(Edit(prompt, target=text))
+    patch = t_patcher.fit(lm, [known[0], EDITS[1]], CFG)
+    assert patch.notes["neurons"] == [0, 2] and patch.notes["learned"][0]
 
 
 @pytest.mark.slow
