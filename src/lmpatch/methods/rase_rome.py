@@ -44,7 +44,7 @@ class Config(rome.Config):
     """When a fact is used, and how ROME writes it. Defaults: ROME's, and of retrieval those that fire about 1 % of the
     questions that no fact answers: of 300 facts of CounterFact's training set 83 % of the rewordings then find their
     fact, and 1 % of the questions of Natural Questions, none of the prompts of other facts and 2 % of those of the same
-    relation find one."""
+    relation find one. ``threshold`` and ``lead`` were chosen on these very questions, and counted without ``floor``."""
 
     gate: Literal["cosine", "always"] = "cosine"
     """A fact is used if its score is high enough or stands out, or always."""

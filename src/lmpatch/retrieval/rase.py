@@ -26,7 +26,7 @@ class Rase(Cosine):
     """Keys [n, 2 e]: the prompt of a fact, which is searched, and the fact as a sentence, by which what was found is
     ranked."""
 
-    rivals: int = 5  # a class attribute of the others
+    rivals: int = 5
     """Nearest facts that are ranked."""
     lead: float | None = None
     """A best fact fires below the threshold, too, if it leads the second by more than this. None: never."""
