@@ -21,6 +21,7 @@ from ..errors import LmpatchError
 from . import data, memory
 from .ask import ask
 from .check import check
+from .compare import compare
 from .demo import demo, example
 from .files import cache, export, merge, show
 from .fit import fit, train
@@ -29,7 +30,7 @@ from .methods import methods
 from .options import usable
 from .screen import complain, output
 
-COMMANDS = (demo, example, fit, train, ask, probe, bench, check, show, merge, export, methods, doctor, cache)
+COMMANDS = (demo, example, fit, train, ask, probe, bench, compare, check, show, merge, export, methods, doctor, cache)
 GROUPS = {"memory": memory, "data": data}
 HINTS = {
     "help": "lmpatch COMMAND --help explains one.",
