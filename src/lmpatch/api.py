@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -303,7 +303,10 @@ def compare(
     edits = facts_bench.with_unrelated(edits, read_asks(unrelated)) if unrelated else gate.with_neighbours(edits)
     who = entrants(lm, methods, editors=editors, text=text, anchors=anchors)
     if expect:
-        expect(contest.expected(lm, edits, who, config))
+        told = contest.expected(lm, edits, who, config)
+        expect(told)
+        spent = {each.name: each.statistics for each in told}
+        who = [replace(each, statistics=spent.get(each.name)) for each in who]
     source = Path(facts).name if isinstance(facts, (str, Path)) else ""
     with TemporaryDirectory() as folder, lm.lock:
         place = Path(folder if out is None else out)
