@@ -300,7 +300,7 @@ def latex(folder: Path = FOLDER) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-BLOCKS = {
+BLOCKS: dict[str, Callable[[], str]] = {
     **{f"editors-{name}": partial(block, name) for name in TABLES},
     "editors-verdict": verdict, "editors-reported": others,
 }  # fmt: skip

@@ -23,7 +23,7 @@ from ...provenance import hash_json
 from ..core.report import Report
 from ..core.runner import estimate, run
 from ..core.writer import Make, MakeEach
-from . import cases
+from .cases import Config as Asked
 
 BENCH = "lmpatch.benches.facts"
 PROBES = 2
@@ -51,10 +51,10 @@ class Config:
     bootstrap: int = 1000
     """Resamples behind each interval; 0: none."""
 
-    def bench(self, **more: Any) -> cases.Config:
+    def bench(self, **more: Any) -> Asked:
         """The same as settings of the facts bench."""
         own = {name: value for name, value in vars(self).items() if name != "cases"}
-        return cases.Config(**{**own, "sample": self.cases, "distractor": False, **more})
+        return Asked(**{**own, "sample": self.cases, "distractor": False, **more})
 
 
 @dataclass(frozen=True)
