@@ -149,6 +149,7 @@ class Sweep:
         start: Settings,
         measure: Callable[[Settings], Row],
         front: tuple[str, str, bool],
+        effort: int = EFFORT,
     ) -> None:
         """Find the best settings of one method; ``measure`` gives its numbers, ``score`` among them."""
         rows: list[Row] = self.kept["rows"].setdefault(name, [])
@@ -158,7 +159,7 @@ class Sweep:
         def score(settings: Settings) -> float | None:
             key = hash_json(settings)
             if key not in known:
-                if len(asked | {key}) > EFFORT:
+                if len(asked | {key}) > effort:
                     return None
                 begin = perf_counter()
                 row = {"settings": settings, **measure(settings)}
@@ -204,7 +205,7 @@ class Facts:
         for group, patch in zip(groups, patches, strict=True):
             near = self.near(group)
             before = hidden(self.lm, near)
-            with apply(self.lm, patch, mount="side"):
+            with apply(self.lm, patch, mount="side" if "side" in patch.mounts else None):
                 asked = [edit.prompt for edit in group] + [edit.rephrases[0] for edit in group]
                 said = generate(self.lm, asked, max_new_tokens=TOKENS)
                 drift.append(next_kl(self.lm, before, hidden(self.lm, near)))

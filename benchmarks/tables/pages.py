@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import context, edits, facts, facts_summary, general, memory, parenting, settings
+from . import context, editors, edits, facts, facts_summary, general, memory, parenting, settings
 from .rows import HERE, RESULTS
 
 ROOT = HERE.parent
@@ -26,6 +26,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "facts-stream": facts.facts_stream,
     "facts-summary": facts_summary.facts_summary,
     "facts-axes": facts_summary.facts_axes,
+    **editors.BLOCKS,
     "harm-table": edits.harm_table,
     "sweep-weights": partial(edits.sweep_table, "weights"),
     "sweep-decoding": partial(edits.sweep_table, "decoding"),

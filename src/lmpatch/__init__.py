@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     # fmt: off
     # isort: off
-    from .api import bench as bench, check as check, fit as fit, probe as probe, train as train
+    from .api import bench as bench, check as check, compare as compare, fit as fit, probe as probe, train as train
     from .data.context import ContextRecord as ContextRecord, InContext as InContext, read_context as read_context
     from .data.edits import Ask as Ask, Edit as Edit, read_asks as read_asks, read_edits as read_edits
     from .data.lines import read_text as read_text

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .benches import facts as facts_bench
 from .benches.core.runner import estimate, run
+from .benches.facts import compare as contest
 from .benches.facts import gate
-from .config import resolve
-from .data.edits import Ask, Edit
+from .benches.facts.advice import Comparison
+from .config import parse, resolve
+from .data.edits import Ask, Edit, read_asks
 from .data.record import Record
 from .errors import BadInput, Harmful
 from .inference.plain_text import perplexity
 from .models.lm import LM
 from .models.load import require_lm
-from .patches.editor import Editor
+from .patches.editor import Editor, find_editor
 from .patches.file import as_patch
 from .patches.guard import check_harm
 from .patches.ledger import applied
 from .patches.patch import Mount, Patch
 from .progress import Progress
-from .registry import get, keywords, taken
+from .registry import get, keywords, listing, taken
 from .registry import method as find_method
 from .resources import require_memory
 
@@ -253,6 +257,116 @@ def check(
         patch=patch, mount=mount, data_name=source, out=out, progress=progress,
     )  # fmt: skip
     return gate.judge(report, config)
+
+
+def compare(
+    lm: LM,
+    facts: Record | Sequence[Any] | str | Path,
+    methods: Sequence[str] | None = None,
+    *,
+    editors: Sequence[Editor] = (),
+    text: Sequence[str] | None = None,
+    anchors: Sequence[Edit] | None = None,
+    unrelated: str | Path | None = None,
+    mount: Mount | None = None,
+    limit: int | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    expect: Callable[[list[contest.Expected]], object] | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Which editor should I take? Each writes all facts in one commit and is asked the same; the model is restored.
+
+    Args:
+        methods: names, settings of their own behind them: ``["rome", "memit solver=alphaedit"]``. None: every method
+            that writes facts, as it comes.
+        editors: from ``train``, for the methods that have one; others take what comes with lmpatch for this model.
+        text, anchors: as in ``fit``, for the methods that read them.
+        unrelated: a file of questions that edits must leave alone. Where no fact names a question that must stay as it
+            is, beginnings of everyday texts are asked.
+        limit: at most this many records of a file.
+        out: folder for rows and patches. A comparison that is there goes on where it stopped.
+        expect: hears, before the work, what each method will take; it costs writing two facts with each.
+        settings: fields of ``benches.facts.compare.Config``.
+    Returns:
+        ``advice()``, ``tables()``, ``report`` with all numbers, and ``left_out``: who could not run, and why.
+    Raises:
+        BadInput: no facts, no such method or setting, or no method could write the facts.
+        Contradiction: two facts ask for different answers to one prompt.
+    """
+    require_lm(lm)
+    config = resolve(contest.Config, settings, "compare")
+    edits = list(_records("compare", Edit, facts, limit))
+    if not edits:
+        raise BadInput("compare was given no facts. Give at least one.")
+    Edit.check(edits)
+    edits = facts_bench.with_unrelated(edits, read_asks(unrelated)) if unrelated else gate.with_neighbours(edits)
+    who = entrants(lm, methods, editors=editors, text=text, anchors=anchors)
+    if expect:
+        told = contest.expected(lm, edits, who, config)
+        expect(told)
+        spent = {each.name: each.statistics for each in told}
+        who = [replace(each, statistics=spent.get(each.name)) for each in who]
+    source = Path(facts).name if isinstance(facts, (str, Path)) else ""
+    with TemporaryDirectory() as folder, lm.lock:
+        place = Path(folder if out is None else out)
+        return Comparison(
+            *contest.contest(lm, edits, who, config, place, mount=mount, data_name=source, progress=progress)
+        )
+
+
+def entrants(
+    lm: LM,
+    methods: Sequence[str] | None = None,
+    *,
+    editors: Sequence[Editor] = (),
+    text: Sequence[str] | None = None,
+    anchors: Sequence[Edit] | None = None,
+    force: bool = False,
+) -> list[contest.Entrant]:
+    """Those that ``compare`` lets write, in its words.
+
+    Args:
+        force: take patches that ``Harmful`` would refuse.
+    Raises:
+        BadInput: no such method or setting, one named twice, or an editor of a method that is not among them.
+    """
+    if methods is None:
+        listed = [each.name for each in listing("methods") if each.aim in ("facts", "")]  # "": of another package
+        methods = [name for name in listed if find_method(name).record is Edit]
+    if twice := {name for name in methods if list(methods).count(name) > 1}:
+        raise BadInput(f"{twice.pop()!r} is named twice. Name each method once, or with settings of its own.")
+    own = {editor.method: editor for editor in editors}
+    if odd := own.keys() - {name.split()[0] for name in methods if name.split()}:
+        raise BadInput(f"there is an editor of {odd.pop()}, which is not compared. Name it, or leave the editor out.")
+    return [_entrant(lm, name, own, {"text": text, "anchors": anchors}, force) for name in methods]
+
+
+def _entrant(
+    lm: LM, name: str, editors: Mapping[str, Editor], material: Mapping[str, Any], force: bool
+) -> contest.Entrant:
+    method, *pairs = name.split() or [""]
+    chosen = find_method(method)
+    if chosen.record is not Edit:
+        raise BadInput(f"{method} writes no facts. lmpatch methods lists those that do.")
+    settings = parse(chosen.config, pairs, method)
+    config = resolve(chosen.config, settings, method)
+    given = {key: value for key, value in material.items() if value is not None and key in chosen.takes}
+    editor, training = editors.get(method), None
+    given |= {"editor": editor} if editor else {}
+    if chosen.train:
+        with suppress(BadInput):  # ``fit`` says it
+            training = (editor or find_editor(method, lm)).made.get("seconds")
+    estimate_of = chosen.estimate
+    makers = _makers(method, settings, {key: given.get(key) for key in ("text", "anchors", "editor")})
+    return contest.Entrant(
+        name,
+        make=lambda lm, edits: fit(lm, method, edits, **given, **settings, force=force),
+        settings=makers["settings"],
+        make_each=makers.get("make_each"),
+        memory=(lambda lm, count: estimate_of(lm, count, config)) if estimate_of else None,
+        training=training,
+    )
 
 
 def _makers(name: str, settings: dict[str, Any], material: dict[str, Any]) -> dict[str, Any]:

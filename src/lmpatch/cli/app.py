@@ -22,6 +22,7 @@ from . import data, memory
 from .ask import ask
 from .audit import audit, diff
 from .check import check
+from .compare import compare
 from .demo import demo, example
 from .files import cache, export, merge, show
 from .fit import fit, train
@@ -31,7 +32,8 @@ from .options import usable
 from .screen import complain, output
 
 COMMANDS = (
-    demo, example, fit, train, ask, probe, bench, check, audit, diff, show, merge, export, methods, doctor, cache,
+    demo, example, fit, train, ask, probe, bench, compare, check, audit, diff, show, merge, export, methods, doctor,
+    cache,
 )  # fmt: skip
 GROUPS = {"memory": memory, "data": data}
 HINTS = {
