@@ -99,8 +99,8 @@ class Malmen(Hypernetwork):
     def values(self, name: str, own: Gradients, statistics: Statistics | None = None) -> Tensor:
         """V [N, out]: what the change is to make of each key."""
         x, g = self(name, own, statistics)
-        found: Tensor = -self.strength[self.order.index(name)] * (own.inputs * x).sum(1, keepdim=True) * g
-        return found
+        value: Tensor = -self.strength[self.order.index(name)] * (own.inputs * x).sum(1, keepdim=True) * g
+        return value
 
     def written(self, name: str, own: Gradients, statistics: Statistics | None = None) -> tuple[Tensor, Tensor]:
         """The keys, and (UUᵀ + e^r I)⁻¹ V: the dual form, in the number of tokens."""

@@ -70,5 +70,6 @@ def check(cfg: Training) -> None:
         raise BadInput(f"{wrong[0]} is {getattr(cfg, wrong[0])}. Give a whole number from 1.")
     if wrong := [name for name in ("lr", "clip") if getattr(cfg, name) <= 0]:
         raise BadInput(f"{wrong[0]} is {getattr(cfg, wrong[0])}. Give a number above 0.")
-    if (cfg.answer_tokens or 1) < 1 or min(cfg.edit_weight, cfg.keep_weight, cfg.strength_lr) < 0:
+    most, least = cfg.answer_tokens, min(cfg.edit_weight, cfg.keep_weight, cfg.strength_lr)
+    if (most is not None and most < 1) or least < 0:
         raise BadInput("answer_tokens is from 1, and no weight or rate is below 0. Correct the one that is not.")

@@ -101,16 +101,19 @@ class Meta(Task):
         read = self.gradients(samples)
         self.read = self.net.joined(read)
         made = self.net.factors(read, len(samples), self.read)
-        ends = [t for own in made.values() for t in own.values()]
-        leaves = {name: {k: t.detach().requires_grad_() for k, t in own.items()} for name, own in made.items()}
+        learned = [(name, k, t) for name, own in made.items() for k, t in own.items() if t.requires_grad]
+        leaves = {name: {k: t.detach() for k, t in own.items()} for name, own in made.items()}
+        for name, k, _ in learned:
+            leaves[name][k].requires_grad_()
         values = {
             "again": self._judge(leaves, [self.rows[s.again, s.answer] for s in samples], self._stated),
             "other": self._judge(leaves, [self.rows[s.other, s.other_answer] for s in samples], self._kept),
         }
-        grads = [t.grad if t.grad is not None else torch.zeros_like(t) for own in leaves.values() for t in own.values()]
+        mine = [(leaves[name][k], leaves[name][k].grad) for name, k, _ in learned]
+        grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in mine]
         summed = torch.tensor(list(values.values()), device=self.lm.device)
         self.world.sum([summed, *grads])
-        torch.autograd.backward(ends, grads)
+        torch.autograd.backward([t for _, _, t in learned], grads)
         return dict(zip(values, summed.tolist(), strict=True))
 
     def updated(self) -> None:
@@ -151,6 +154,7 @@ class Meta(Task):
         before = torch.cat([self.base[row] for row in rows])
         return self.cfg.keep_weight * head_loss(self.lm, states, divergence(self.lm, before))
 
+    @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
         """Of held-out facts, each in its own change or all of a commit in one: shares of answer tokens that are the
         likeliest, and how far other answers moved, nats."""
