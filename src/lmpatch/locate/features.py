@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +14,9 @@ from torch import Tensor
 from ..inference.forward import nll
 from ..inference.replay import record
 from ..inference.tokens import Row, batches_of_rows
-from ..models.hooks import Hook, hooked
 from ..models.lm import LM
 from ..progress import Progress
+from .gradients import traced
 
 BATCH = 32  # rows per forward
 
@@ -77,23 +75,15 @@ def _batch(lm: LM, rows: Sequence[Row], modules: Sequence[str], lowest: int) -> 
     recording = record(lm, [row.ids[:-1] for row in rows], ends, ends=ends, lowest=lowest)
     spots = [(i, t - row.target, row.ids[t]) for i, row in enumerate(rows) for t in range(row.target, len(row.ids))]
     fact, column, label = (torch.tensor(c, device=lm.device) for c in zip(*spots, strict=True))
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
 
-    def see(name: str, _: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        inputs[name] = args[0].detach()
-        outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
-        return outputs[name]
-
-    with torch.enable_grad(), hooked(*(Hook(lm.module(name), partial(see, name)) for name in modules)):
+    def loss() -> Tensor:
         out = recording.forward(recording.hidden[lowest], lowest)  # [n, S, d]
-        loss = nll(lm, out[fact, column], label).sum()
-        gradients = torch.autograd.grad(loss, [outputs[name] for name in modules])
+        return nll(lm, out[fact, column], label).sum()
 
     def at(x: Tensor) -> Tensor:
-        return x.detach().reshape(len(rows), recording.suffix, -1)[fact, column].float()
+        return x.reshape(len(rows), recording.suffix, -1)[fact, column].float()
 
     return {
-        name: Features(fact, at(inputs[name]), at(gradient), at(outputs[name]).norm(dim=1))
-        for name, gradient in zip(modules, gradients, strict=True)
+        name: Features(fact, at(one.inputs), at(one.gradients), at(one.outputs).norm(dim=1))
+        for name, one in traced(lm, modules, loss).items()
     }

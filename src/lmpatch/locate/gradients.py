@@ -50,6 +50,31 @@ def read_gradients(
             It is called once, with hooks on the modules; no weight of the model may ask for a gradient.
         answers_only: the tokens where an answer token is predicted, and no others.
     """
+    row, column, label = answer_places(rows, lm.device)
+    share = torch.tensor([1 / (len(r.ids) - r.target) for r in rows], device=lm.device)[row]
+    found = traced(lm, modules, lambda: (nll(lm, run()[row, column], label) * share).sum())
+    if not answers_only:
+        row, column = _tokens(lm, rows)
+
+    def part(inputs: Tensor, gradient: Tensor) -> Gradients:
+        x, g = (t.reshape(len(rows), -1, t.shape[-1])[row, column].float() for t in (inputs, gradient))
+        used = x.any(1) & g.any(1)
+        return Gradients(row[used], x[used], g[used])
+
+    return {name: part(one.inputs, one.gradients) for name, one in found.items()}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What one projection read and returned, and the gradient of the loss there, in the shapes the model has."""
+
+    inputs: Tensor
+    outputs: Tensor
+    gradients: Tensor
+
+
+def traced(lm: LM, modules: Sequence[str], loss: Callable[[], Tensor]) -> dict[str, Traced]:
+    """One forward and one backward of a loss, down to the lowest of these projections."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -58,20 +83,13 @@ def read_gradients(
         outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
         return outputs[name]
 
-    row, column, label = answer_places(rows, lm.device)
-    share = torch.tensor([1 / (len(r.ids) - r.target) for r in rows], device=lm.device)[row]
     with torch.enable_grad(), hooked(*(Hook(lm.module(name), partial(see, name)) for name in modules)):
-        loss = (nll(lm, run()[row, column], label) * share).sum()
-        gradients = torch.autograd.grad(loss, [outputs[name] for name in modules])
-    if not answers_only:
-        row, column = _tokens(lm, rows)
-
-    def part(name: str, gradient: Tensor) -> Gradients:
-        x, g = (t.reshape(len(rows), -1, t.shape[-1])[row, column].float() for t in (inputs[name], gradient))
-        used = x.any(1) & g.any(1)
-        return Gradients(row[used], x[used], g[used])
-
-    return {name: part(name, gradient) for name, gradient in zip(modules, gradients, strict=True)}
+        value = loss()
+        gradients = torch.autograd.grad(value, [outputs[name] for name in modules])
+    return {
+        name: Traced(inputs[name], outputs[name].detach(), gradient)
+        for name, gradient in zip(modules, gradients, strict=True)
+    }
 
 
 def _tokens(lm: LM, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
