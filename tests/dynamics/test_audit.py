@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from lmpatch.dynamics.losses import Config as Reading
 from lmpatch.dynamics.losses import Losses, load_losses, measure, pieces
 from lmpatch.errors import BadInput
 from lmpatch.inference.forward import logits
+from lmpatch.methods import rag, rase_rome
 from lmpatch.patches.weight.delta import Rows
 from lmpatch.patches.weight.patch import WeightPatch
 
@@ -118,13 +120,25 @@ def test_a_stopped_pass_goes_on_to_the_same_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_memory_looks_up_how_a_piece_begins(tmp_path: Path) -> None:
+def test_a_rule_that_compares_contexts_leaves_text_without_one_as_it_is() -> None:
     lm = tiny_lm("llama")
-    rule = lp.fit(lm, "cad", [])
     plain = measure(lm, TEXTS)
-    with lp.apply(lm, rule):
+    with lp.apply(lm, lp.fit(lm, "cad", [])):
         ruled = measure(lm, TEXTS)
-    assert torch.equal(plain.nll, ruled.nll) and ruled.patches != plain.patches  # no piece has a context
+    assert torch.equal(plain.nll, ruled.nll) and ruled.patches != plain.patches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [rag, rase_rome])
+def test_a_memory_acts_on_what_a_piece_begins_with(method: Any) -> None:
+    lm = tiny_lm("llama")
+    edits, cfg = method.example(lm)
+    patch = method.fit(lm, edits, replace(cfg, gate="always"))
+    plain = measure(lm, TEXTS)
+    with lp.apply(lm, patch):
+        asked = measure(lm, TEXTS)
+    assert torch.equal(plain.target, asked.target) and not torch.allclose(plain.nll, asked.nll)
+    assert torch.equal(measure(lm, TEXTS).nll, plain.nll)
 
 
 def test_bad_readings_are_refused() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.context import InContext
 from ..errors import BadInput
 from ..inference.forward import HEAD_CHUNK, blocks, logits, positions
-from ..inference.interventions import streams
+from ..inference.interventions import stored_changes, streams
 from ..inference.tokens import batches_of_tokens, join, padded
 from ..models.lm import LM
 from ..patches.ledger import applied
@@ -240,8 +240,9 @@ def _scored(lm: LM, batch: Sequence[Piece], numbers: Sequence[int]) -> tuple[Ten
         ids, mask = padded(lm, [row.ids for row in rows], "right")
         starts = torch.tensor([max(1, row.target) for row in rows], device=lm.device)
         states = blocks(
-            lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors, prompt_end=starts - 1
-        )  # [n, T, d]
+            lm, ids, mask, position_ids=positions(mask), vectors=inputs.vectors, prompt_end=starts - 1,
+            changes=stored_changes(lm, rows),
+        )  # [n, T, d]  # fmt: skip
         columns = torch.arange(ids.shape[1], device=lm.device)
         scored = mask.bool() & (columns >= starts[:, None])
         row, column = scored.nonzero(as_tuple=True)  # row after row
