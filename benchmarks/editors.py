@@ -37,7 +37,7 @@ from general import TASKS
 from recipe_answers import FILES
 from tables import editors as printed
 from tables import editors_rows as rows
-from tables.rows import RESULTS, WORK
+from tables.rows import RESULTS, WORK, read_lines, write_lines
 
 import lmpatch as lp
 from lmpatch import registry
@@ -120,7 +120,7 @@ class Bench:
     def done(self, cell: Cell, name: str) -> bool:
         """It is packed already, under the same settings and asked the same."""
         same = json.loads(json.dumps([plain(self.cfg), plain(dict(self.entrants[name].settings))]))
-        known = (line for line in rows.read_lines(self.file(cell)) if line["run"] == name)
+        known = (line for line in read_lines(self.file(cell)) if line["run"] == name)
         return any(
             cell == Cell(*(line[key] for key in Cell._fields)) and [line["asked"], line["made"]["settings"]] == same
             for line in known
@@ -167,8 +167,8 @@ def _made(record: dict[str, Any], commits: Path) -> dict[str, Any]:
 def merge(file: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Put the lines into the file, in place of older ones of the same run and cell."""
     keys = ("set", "n", "seed", "commit", "run")
-    every = {tuple(line.get(key) for key in keys): line for line in [*rows.read_lines(file), *lines]}
-    rows.write(file, [every[key] for key in sorted(every, key=str)])
+    every = {tuple(line.get(key) for key in keys): line for line in [*read_lines(file), *lines]}
+    write_lines(file, [every[key] for key in sorted(every, key=str)])
 
 
 def told(name: str, done: int, total: int, what: str) -> None:

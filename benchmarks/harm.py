@@ -3,11 +3,12 @@
     python benchmarks/harm.py DATA --model gemma-3-270m
     python benchmarks/harm.py DATA --model smollm2-135m-instruct --only rome rome-bare
 
-writes results/harm-MODEL.json: a row for each edit, and for each method the largest perplexity ratio, how many patches
-are refused, and how many facts are stated, asked as they were written and in other words. `rome-bare` is the released
-form of ROME, which divides by the bare prompt's key. Facts are those of counterfact/train, asked greedily for 8 tokens;
-what the guard of ``lmpatch.fit`` would refuse is measured all the same. fp32. The model is loaded once, covariances are
-shared, values are searched 20 facts at a time, and the same command goes on where it stopped.
+writes results/harm-MODEL.jsonl.gz, a row for each edit, and harm-MODEL.json: for each method the largest perplexity
+ratio, how many patches are refused, and how many facts are stated, asked as they were written and in other words.
+`rome-bare` is the released form of ROME, which divides by the bare prompt's key. Facts are those of counterfact/train,
+asked greedily for 8 tokens; what the guard of ``lmpatch.fit`` would refuse is measured all the same. fp32. The model is
+loaded once, covariances are shared, values are searched 20 facts at a time, and the same command goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+from tables.rows import RESULTS, read_lines, write_lines
 
 import lmpatch as lp
 from lmpatch.data.edits import read_edits
@@ -33,7 +36,6 @@ from lmpatch.patches.ledger import trial
 from lmpatch.patches.patch import Patch
 from lmpatch.provenance import hardware, now, versions
 
-RESULTS = Path(__file__).parent / "results"
 CHUNK, TOKENS = 20, 8
 Row = dict[str, Any]
 Make = Callable[[LM, Sequence[lp.Edit]], Iterator[Patch | str]]
@@ -111,19 +113,21 @@ def run(lm: LM, edits: Sequence[lp.Edit], makes: dict[str, Make], file: Path, re
     Raises:
         SystemExit: the file is of another model.
     """
-    found: Row = json.loads(file.read_text()) if file.exists() else {"rows": {}, "summary": {}}
+    kept = file.with_suffix(".jsonl.gz")
+    found: Row = json.loads(file.read_text()) if file.exists() else {"summary": {}}
     if found.get("record", {}).get("fingerprint", record["fingerprint"]) != record["fingerprint"]:
         raise SystemExit(f"{file} is of another model. Move it away.")
     found["record"] = record
+    rows = read_lines(kept)
     before = perplexity(lm)
     for name, make in makes.items():
-        rows: list[Row] = found["rows"].setdefault(name, [])
-        while len(rows) < len(edits):
-            chunk, start = edits[len(rows) : len(rows) + CHUNK], perf_counter()
+        while (done := sum(row["method"] == name for row in rows)) < len(edits):
+            chunk, start = edits[done : done + CHUNK], perf_counter()
             new = [measure(lm, edit, patch, before) for edit, patch in zip(chunk, make(lm, chunk), strict=True)]
             seconds = round((perf_counter() - start) / len(chunk), 3)
-            rows += [row | {"seconds": seconds} for row in new]
-            found["summary"][name] = summary(rows)
+            rows += [{"method": name} | row | {"seconds": seconds} for row in new]
+            write_lines(kept, rows)
+            found["summary"][name] = summary([row for row in rows if row["method"] == name])
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(found, indent=1) + "\n")
             partial.replace(file)

@@ -68,7 +68,7 @@ def test_one_command_tunes_writes_asks_and_prints_and_goes_on(
     assert "in all about" in said and "## Teacher-forced" in said and "`finetune`, one at a time" in said
     tried = json.loads((results.parent / "sweep-editors-tiny.json").read_text())["rows"]
     assert {name: len(rows) for name, rows in tried.items()} == {"finetune": 2, "rag": 2}
-    lines = editors.rows.read_lines(results / "tiny-counterfact.jsonl.gz")
+    lines = editors.read_lines(results / "tiny-counterfact.jsonl.gz")
     cells = {(line["n"], line["seed"], line["commit"], line["run"]) for line in lines}
     assert {cell[:3] for cell in cells} == {(1, 0, 0), (2, 0, 0), (2, 1, 0), (2, 0, 1), (2, 1, 1)}
     assert {cell[3] for cell in cells} == {"none", "fact_in_prompt", "finetune", "rag"}

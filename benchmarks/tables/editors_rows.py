@@ -10,15 +10,13 @@ a cell were asked the same questions in the same order, one of a kind and fact, 
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from .facts_rows import distinct, field, twice, unchanged
-from .rows import RESULTS, Row
+from .rows import RESULTS, Row, read_lines
 
 FOLDER = RESULTS / "editors"
 Value = Callable[[Row], float | None]
@@ -114,22 +112,6 @@ def values(kinds: Mapping[str, Mapping[str, Any]], kind: str, name: str) -> list
         return [None if sign == "-" else float(sign) for sign in found]
     pairs = (found[i : i + 2] for i in range(0, len(found), 2))
     return [None if pair == "--" else 1.0 if pair == "XX" else int(pair) / 100 for pair in pairs]
-
-
-def write(path: Path, lines: Iterable[Row]) -> None:
-    """Whole or not at all; the same lines give the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
-    part = path.with_suffix(".part")
-    part.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
-    part.replace(path)
-
-
-def read_lines(path: Path) -> list[Row]:
-    """The lines of a file; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
 
 
 @lru_cache

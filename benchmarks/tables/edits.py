@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .memory import ASKED_MODELS
-from .rows import RESULTS, summary
+from .rows import RESULTS, read_lines, summary
 from .stats import mean, percent, table
 
 METHODS = {
@@ -33,9 +33,9 @@ def harm_table() -> str:
     """Single edits: what each does to the perplexity of plain text, and whether it states its fact."""
     lines = []
     for model, title in ASKED_MODELS.items():
-        rows_of = _found(f"harm-{model}.json").get("rows", {})
+        whole = read_lines(RESULTS / f"harm-{model}.jsonl.gz")
         for name, label in METHODS.items():
-            rows = rows_of.get(name, [])
+            rows = [row for row in whole if row["method"] == name]
             if rows:
                 kept = sorted(row["ratio"] for row in rows if not row["refused"])
                 middle, largest = (f"{kept[len(kept) // 2]:.3f}", f"{kept[-1]:.2f}") if kept else ("", "")

@@ -53,6 +53,22 @@ def keep(work: Path, kept: Path) -> None:
     (kept / "runs.jsonl").write_text("".join(_line(run) for run in bare), encoding="utf-8")
 
 
+def write_lines(path: Path, lines: Iterable[Row]) -> None:
+    """Whole or not at all; the same lines give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(_line(line) for line in lines)
+    part = path.with_suffix(".part")
+    part.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    part.replace(path)
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The lines of a file; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+
+
 def _line(value: Row) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
 
