@@ -169,7 +169,17 @@ def test_hand_made_losses_give_the_numbers_worked_out_on_paper() -> None:
     assert found.buckets[0].excess == pytest.approx(10 + math.log(1 / total))
     assert found.head == pytest.approx(5 / 8)
     assert all(bucket.few for bucket in found.buckets)
-    assert len(found.table()[1]) == 3 and "two" not in str(found)
+    assert len(found.table()[1]) == 3 and "too few tokens" in str(found)
+
+
+def test_a_resampled_text_adds_no_kinds_to_the_balanced_loss() -> None:
+    # a document has one rare kind of its own at nine nats; drawn twice it would be frequent enough
+    document = [d for d in range(8) for _ in range(9)]
+    target = [t for d in range(8) for t in (*[1] * 8, 2 + d)]
+    nll = [x for _ in range(8) for x in (*[1.0] * 8, 9.0)]
+    found = by_frequency(losses(nll, target, document), cfg=Config(min_count=2))
+    assert found.types == 1 and found.balanced == 1 and found.intervals is not None
+    assert found.intervals[1] == (1, 1)
 
 
 def test_without_a_reference_the_text_itself_is_counted_and_the_result_says_so() -> None:

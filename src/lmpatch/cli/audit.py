@@ -33,7 +33,7 @@ def audit(
     """Tell which tokens a model is bad at: its loss on TEXT by how frequent a token is.
 
     Intervals are over documents. The balanced loss is a mean over kinds of tokens, so that rare ones count as much as
-    frequent ones. "Over unigram" is beside a model that only knows how frequent tokens are.
+    frequent ones. "unigram" is the loss of a model that only knows how frequent tokens are.
 
     lmpatch audit gemma-3-270m reviews.txt -o audited
     lmpatch audit gemma-3-270m reviews.txt --reference corpus.jsonl -p eiffel

@@ -117,36 +117,26 @@ class Audit:
 
     def table(self) -> tuple[list[str], list[tuple[object, ...]]]:
         """Column names, and one row a bucket; those that say little are marked."""
-        columns = [
-            "count",
-            "kinds",
-            "tokens",
-            "loss",
-            "95 %",
-            "over unigram",
-            "right",
-            "calibration",
-            "rank",
-            "seen before",
-        ]
+        columns = ["count", "kinds", "tokens", "loss", "unigram", "right", "gap", "rank", "seen"]
         return columns, [
             (
-                b.label + (" (few)" if b.few else ""), b.types, b.tokens, round(b.nll, 3),
-                f"{b.interval[0]:.3f} to {b.interval[1]:.3f}" if b.interval else "", round(b.excess, 3),
-                f"{b.accuracy:.1%}", round(b.calibration, 3), round(b.rank), f"{b.seen:.0%}",
+                b.label + ("*" if b.few else ""), b.types, b.tokens, f"{b.nll:.2f}{_half(b.interval)}",
+                f"{b.by_type - b.excess:.2f}", f"{b.accuracy:.0%}", f"{b.calibration:.2f}", round(b.rank),
+                f"{b.seen:.0%}",
             )
             for b in self.buckets
         ]  # fmt: skip
 
     def __str__(self) -> str:
         spans = [f" ({a:.3f} to {b:.3f})" for a, b in self.intervals] if self.intervals else ["", ""]
+        few = " Rows with * have too few tokens to say much."
         own = " Counts are of the audited text itself: its rare tokens are chosen by what they are scored on."
         return (
             f"Mean loss {self.mean:.3f}{spans[0]} nats a token, {len(self.losses):,} tokens in "
             f"{self.losses.documents:,} documents. Balanced over {self.types:,} kinds: {self.balanced:.3f}{spans[1]}, "
             f"{self.ratio:.2f} times as much; perplexity per kind {math.exp(min(self.balanced, 700)):,.1f}. Guessing: "
             f"{math.log(self.losses.vocab):.3f}. The most frequent 1 % of kinds has {self.head:.0%} of the tokens."
-            f"{own if self.counts.own else ''}"
+            f"{few if any(b.few for b in self.buckets) else ''}{own if self.counts.own else ''}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -219,7 +209,8 @@ def statistics(losses: Losses, of_type: Tensor, buckets: int, cfg: Config, weigh
     of_position = of_type.numpy()[places]
     w = np.ones(len(places)) if weights is None else weights
     m = np.bincount(places, w, minlength=len(of_type))
-    enough, sizes = m >= cfg.min_count, np.bincount(of_position, w, minlength=buckets)
+    enough = (np.bincount(places) >= cfg.min_count) & (m > 0)  # of the text as it is: repeating adds no rarer kinds
+    sizes = np.bincount(of_position, w, minlength=buckets)
 
     def found(values: Array) -> Array:
         total = np.bincount(places, w * values, minlength=len(of_type))
@@ -277,6 +268,11 @@ def _bucket(
         calibration_error(losses.confidence[at], hit), float(losses.rank[at].double().median()),
         float(losses.seen[at].double().mean()),
     )  # fmt: skip
+
+
+def _half(interval: Interval | None) -> str:
+    """Half of an interval's width."""
+    return f" ± {(interval[1] - interval[0]) / 2:.2f}" if interval else ""
 
 
 def calibration_error(confidence: Tensor, hit: Tensor) -> float:

@@ -49,7 +49,8 @@ def count(lm: LM, documents: Sequence[str], source: str = "a reference corpus") 
     """Tokens of a corpus, special ones left out."""
     n = torch.zeros(lm.layout.vocab, dtype=torch.int64)
     for start in range(0, len(documents), TOGETHER):
-        rows = lm.tokenizer(list(documents[start : start + TOGETHER]), add_special_tokens=False)["input_ids"]
+        texts = list(documents[start : start + TOGETHER])
+        rows = lm.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         n += torch.bincount(torch.tensor([i for row in rows for i in row], dtype=torch.int64), minlength=len(n))
     return Counts(n, tokenizer_hash(lm), source)
 

@@ -151,7 +151,7 @@ def pieces(lm: LM, documents: Sequence[str], cfg: Config) -> list[Piece]:
     if lm.window is not None and cfg.window >= lm.window:
         raise BadInput(f"window is {cfg.window}, and {lm.name} reads {lm.window} tokens. Give less, one is its start.")
     found: list[Piece] = []
-    encoded = lm.tokenizer(list(documents), add_special_tokens=False, return_offsets_mapping=True)
+    encoded = lm.tokenizer(list(documents), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for i, (text, offsets) in enumerate(zip(documents, encoded["offset_mapping"], strict=True)):
         start = 0
         while len(offsets) - start >= LEAST:
