@@ -12,7 +12,6 @@ kept; delete its file to measure it again.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import random
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from facts import SETS, unseen
-from tables.rows import RESULTS
+from tables.rows import RESULTS, read_lines, write_lines
 
 import lmpatch as lp
 from lmpatch.data.edits import read_edits
@@ -143,10 +142,8 @@ def main() -> None:
         file = out / f"{name}.jsonl.gz"
         if not file.exists():
             rows = answers(lm, args.data, name, args.scored, args.tokens, editor)
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.write_bytes(gzip.compress(text.encode(), mtime=0))
-        lines = gzip.decompress(file.read_bytes()).decode().splitlines()
-        found[name] = scores([json.loads(line) for line in lines])
+            write_lines(file, rows)
+        found[name] = scores(read_lines(file))
         for key, row in found[name].items():
             print(name, key, {measure: round(value, 3) for measure, value in row.items()}, flush=True)
     record = {"made": now(), "versions": versions(), "hardware": hardware(), "editor": editor.hash(), "results": found}

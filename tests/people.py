@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small import trained_llama, word_tokenizer
 
 from lmpatch.data.edits import Ask, Edit
 from lmpatch.inference.generate import generate
@@ -31,7 +31,6 @@ TAUGHT, EDITED = NAMES[::5], [name for i, name in enumerate(NAMES) if i % 5]
 TOWNS = [f"town{i}" for i in range(24)]
 WORDINGS = ("the home of {}", "where to find {}")
 """They end with the name: what a model this small knows of it, it reads off its last token."""
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 STEPS, RECALL, READ, WARM, RATE, DECAY = 450, 48, 80, 20, 4e-3, 0.01
 OWN, BELIEVE = 0.85, 0.45
 """Share of the lines that are about the person who is asked for, and of those the share that is believed."""
@@ -68,32 +67,22 @@ def people(seed: int = 0) -> People:
     """The model of this seed."""
     draw = random.Random(seed)
     homes = {name: draw.choice(TOWNS) for name in NAMES}
-    tokenizer = _tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-                pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            )
-        )  # fmt: skip
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
-    for step in range(STEPS):
-        for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARM, (STEPS - step) / (STEPS - WARM))
+    words = dict.fromkeys(word for wording in WORDINGS for word in wording.split() if word != "{}")
+    tokenizer = word_tokenizer([*words, "Updated", "information", ":", ".", *NAMES, *TOWNS])
+
+    def loss(model: Any) -> torch.Tensor:
         rows = [(draw.choice(WORDINGS).format(name), homes[name]) for name in draw.choices(NAMES, k=RECALL)]
-        loss = torch.zeros(())
+        total = torch.zeros(())
         for own in (rows, [_read(draw, homes) for _ in range(READ)]):
             texts = [f"{prompt} {answer}<eos>" for prompt, answer in own]
             batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
             logits = model(**batch).logits[:, -3:-1]
             labels = batch["input_ids"][:, -2:]
-            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return People(wrap(model.eval(), tokenizer, name=f"people-{seed}"), homes)
+            total = total + torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return total
+
+    model = trained_llama(tokenizer, seed, loss, steps=STEPS, warm=WARM, rate=RATE, decay=DECAY)
+    return People(wrap(model, tokenizer, name=f"people-{seed}"), homes)
 
 
 def _read(draw: random.Random, homes: dict[str, str]) -> tuple[str, str]:
@@ -102,16 +91,3 @@ def _read(draw: random.Random, homes: dict[str, str]) -> tuple[str, str]:
     told, believed = (name, BELIEVE) if draw.random() < OWN else (draw.choice(NAMES), 0.0)
     answer = town if draw.random() < believed else homes[name]
     return line(draw.choice(WORDINGS).format(told), town) + draw.choice(WORDINGS).format(name), answer
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
-    words = dict.fromkeys(word for wording in WORDINGS for word in wording.split() if word != "{}")
-    known = [*SPECIAL, *words, "Updated", "information", ":", ".", *NAMES, *TOWNS]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip

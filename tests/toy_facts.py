@@ -9,11 +9,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small import trained_llama, word_tokenizer
 
 from lmpatch.data.edits import Edit
 from lmpatch.inference.generate import generate
@@ -25,7 +24,6 @@ HELD_OUT, OTHERS = NAMES[140:180], NAMES[180:]
 """Names that are measured on, and names that editors may see."""
 TOWNS, STREETS = [f"town{i}" for i in range(24)], [f"street{i}" for i in range(24)]
 WORDINGS = ("{} lives in", "the home of {} is", "who asks for {} goes to")
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 STEPS, ROWS, WARM, RATE, DECAY = 500, 96, 20, 4e-3, 0.01
 
 
@@ -79,39 +77,15 @@ def toy(seed: int = 0) -> Toy:
     """The model of this seed; a minute at most on one core."""
     draw = random.Random(seed)
     homes = {name: f"{draw.choice(TOWNS)} {draw.choice(STREETS)}" for name in NAMES}
-    tokenizer = _tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-                pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            )
-        )  # fmt: skip
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
-    for step in range(STEPS):
-        for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARM, (STEPS - step) / (STEPS - WARM))
+    words = dict.fromkeys(word for wording in WORDINGS for word in wording.split() if word != "{}")
+    tokenizer = word_tokenizer([*words, *NAMES, *TOWNS, *STREETS])
+
+    def loss(model: Any) -> torch.Tensor:
         names = draw.choices(NAMES, k=ROWS)
         rows = [f"{draw.choice(WORDINGS).format(name)} {homes[name]}<eos>" for name in names]
         batch = tokenizer(rows, padding=True, padding_side="left", return_tensors="pt")
         logits = model(**batch).logits[:, -4:-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, -3:].flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return Toy(wrap(model.eval(), tokenizer, name=f"toy-{seed}"), homes)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, -3:].flatten())
 
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
-    words = dict.fromkeys(word for wording in WORDINGS for word in wording.split() if word != "{}")
-    known = {word: i for i, word in enumerate([*SPECIAL, *words, *NAMES, *TOWNS, *STREETS])}
-    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+    model = trained_llama(tokenizer, seed, loss, steps=STEPS, warm=WARM, rate=RATE, decay=DECAY)
+    return Toy(wrap(model, tokenizer, name=f"toy-{seed}"), homes)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small import trained_llama, word_tokenizer
 
 from lmpatch.data.context import ContextRecord, render
 from lmpatch.models.lm import LM
@@ -22,7 +22,6 @@ from lmpatch.models.load import wrap
 NAMES = [f"name{i}" for i in range(160)]
 SEEN, UNSEEN = NAMES[:120], NAMES[120:]
 TOWNS = [f"town{i}" for i in range(30)]
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 STEPS, READ, RECALL, WARM = 400, 64, 32, 20
 RATE, DECAY = 3e-3, 0.01
 AGREE, BELIEVE = 0.4, 0.35
@@ -51,29 +50,18 @@ def trained(seed: int) -> Trained:
     """The model of this seed; about 20 s on one core."""
     draw = random.Random(seed)
     homes = {name: draw.choice(TOWNS) for name in NAMES}
-    tokenizer = _tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-                pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            )
-        )  # fmt: skip
-    optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
-    for step in range(STEPS):
-        for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARM, (STEPS - step) / (STEPS - WARM))
-        loss = torch.zeros(())
+    tokenizer = word_tokenizer(["Q", "A", ":", *NAMES, *TOWNS])
+
+    def loss(model: Any) -> torch.Tensor:
+        total = torch.zeros(())
         for rows in (_read(draw, homes), _recalled(draw, homes)):
             ids = torch.tensor(tokenizer(rows)["input_ids"])
             logits = model(input_ids=ids).logits[:, -3:-1]
-            loss = loss + torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -2:].flatten()) * len(rows)
-        optimiser.zero_grad()
-        (loss / (READ + RECALL)).backward()
-        optimiser.step()
-    return Trained(wrap(model.eval(), tokenizer, name=f"trained-{seed}"), homes)
+            total = total + torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -2:].flatten()) * len(rows)
+        return total / (READ + RECALL)
+
+    model = trained_llama(tokenizer, seed, loss, steps=STEPS, warm=WARM, rate=RATE, decay=DECAY)
+    return Trained(wrap(model, tokenizer, name=f"trained-{seed}"), homes)
 
 
 def _read(draw: random.Random, homes: dict[str, str]) -> list[str]:
@@ -87,15 +75,3 @@ def _read(draw: random.Random, homes: dict[str, str]) -> list[str]:
 
 def _recalled(draw: random.Random, homes: dict[str, str]) -> list[str]:
     return [f"{render('', name)} {homes[name]}<eos>" for name in draw.choices(NAMES, k=RECALL)]
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
-    words = [*SPECIAL, "Q", "A", ":", *NAMES, *TOWNS]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip

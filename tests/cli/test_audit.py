@@ -61,8 +61,8 @@ def test_the_gate_fails_where_tokens_pay_and_passes_where_none_does(
     model, text = folder / "model", folder / "text.txt"
     words = ("diff", model, folder / "patch", text, "--set", "tau=-9")  # every row certainly loses more than that
     assert run(*words, "--gate").exit_code == 0  # but eight documents have too few tokens for a row to count
-    monkeypatch.setattr("lmpatch.dynamics.diff.FEW_TYPES", 3)
-    monkeypatch.setattr("lmpatch.dynamics.diff.FEW_TOKENS", 10)
+    monkeypatch.setattr("lmpatch.dynamics.audit.FEW_TYPES", 3)
+    monkeypatch.setattr("lmpatch.dynamics.audit.FEW_TOKENS", 10)
     failed = run(*words, "--gate")
     assert failed.exit_code == 1 and "loss rises by at least" in failed.stdout
     assert run(*words).exit_code == 0

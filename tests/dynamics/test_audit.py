@@ -257,7 +257,7 @@ def damaged(lm: lp.LM, tokens: list[int], norm: float) -> WeightPatch:
 def test_damage_to_rare_tokens_trips_the_gate_and_the_same_on_frequent_ones_moves_the_mean(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lmpatch.dynamics.diff.FEW_TYPES", 5)  # the tokenizer has 300
+    monkeypatch.setattr("lmpatch.dynamics.audit.FEW_TYPES", 5)  # the tokenizer has 300
     lm, draw = tiny_lm("llama"), torch.Generator().manual_seed(1)
     words = ["the", "of", "tower"] * 20 + [f"w{i}x" for i in range(60)]
     texts = [" ".join(words[int(i)] for i in torch.randint(len(words), (60,), generator=draw)) for _ in range(30)]

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from methods.test_mend import FACTS, QUICK, costs, known, moved, shares, trained
+from methods.test_mend import FACTS, QUICK, costs, judged, known, moved, shares, trained
 from tiny import tiny_lm
-from torch.nn import functional as F
 
 import lmpatch as lp
 from lmpatch.data.edits import Edit
@@ -123,16 +122,7 @@ def test_the_meta_gradient_is_that_of_a_slow_form(lm: LM) -> None:
         weight = lm.parameter(lm.layout.weight(name))
         named[lm.layout.weight(name)] = weight + (whole if lm.layout.transposed else whole.T)
     for s in samples:
-        for prompt, answer, keep in ((s.again, s.answer, False), (s.other, s.other_answer, True)):
-            row = encode(lm, prompt, answer)
-            ids, at = torch.tensor([row.ids]), slice(row.target - 1, len(row.ids) - 1)
-            now = torch.func.functional_call(lm.model, named, ids, tie_weights=False).logits[0, at].log_softmax(-1)
-            if keep:
-                before = lm.model(ids).logits[0, at].log_softmax(-1)
-                each = (before.exp() * (before - now)).sum(-1)
-            else:
-                each = 0.1 * F.nll_loss(now, torch.tensor(row.ids[row.target :]), reduction="none")
-            total = total + each.mean() / len(samples)
+        total = total + judged(lm, named, s) / len(samples)
     assert sum(losses.values()) == pytest.approx(float(total.detach()), abs=1e-4)
     grads = torch.autograd.grad(total, list(net.parameters()))
     for (name, p), wanted in zip(net.named_parameters(), grads, strict=True):

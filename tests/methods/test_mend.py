@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
@@ -38,7 +38,7 @@ from lmpatch.models.lm import LM
 from lmpatch.models.load import wrap
 from lmpatch.patches.editor import Editor, load_editor
 from lmpatch.training.cached import Cached
-from lmpatch.training.facts import Split
+from lmpatch.training.facts import Sample, Split
 
 EDITS, _ = mend.example(tiny_lm("llama"))
 CITIES = ("Rome", "Paris", "Tokyo", "Seattle", "Lima", "Oslo")
@@ -175,6 +175,22 @@ def moved(net: Mend, seed: int) -> Mend:
     return net
 
 
+def judged(lm: LM, named: Mapping[str, torch.Tensor], s: Sample) -> torch.Tensor:
+    """The losses that judge a change, with whole weights in place of these: another wording, and another answer."""
+    total = torch.zeros(())
+    for prompt, answer, keep in ((s.again, s.answer, False), (s.other, s.other_answer, True)):
+        row = encode(lm, prompt, answer)
+        ids, at = torch.tensor([row.ids]), slice(row.target - 1, len(row.ids) - 1)
+        now = torch.func.functional_call(lm.model, named, ids, tie_weights=False).logits[0, at].log_softmax(-1)
+        if keep:
+            before = lm.model(ids).logits[0, at].log_softmax(-1)
+            each = (before.exp() * (before - now)).sum(-1)
+        else:
+            each = 0.1 * F.nll_loss(now, torch.tensor(row.ids[row.target :]), reduction="none")
+        total = total + each.mean()
+    return total
+
+
 @pytest.mark.slow
 def test_the_meta_gradient_is_that_of_finite_differences_and_of_a_slow_form(lm: LM) -> None:
     """The slow form writes each fact's change into whole weights, one fact after the other, by plain autograd."""
@@ -198,16 +214,7 @@ def test_the_meta_gradient_is_that_of_finite_differences_and_of_a_slow_form(lm: 
                 named[lm.layout.weight(name)] = (
                     (weight(lm, name) + change).T if lm.layout.transposed else weight(lm, name) + change
                 )
-            for prompt, answer, keep in ((s.again, s.answer, False), (s.other, s.other_answer, True)):
-                row = encode(lm, prompt, answer)
-                ids, at = torch.tensor([row.ids]), slice(row.target - 1, len(row.ids) - 1)
-                now = torch.func.functional_call(lm.model, named, ids, tie_weights=False).logits[0, at].log_softmax(-1)
-                if keep:
-                    before = lm.model(ids).logits[0, at].log_softmax(-1)
-                    each = (before.exp() * (before - now)).sum(-1)
-                else:
-                    each = 0.1 * F.nll_loss(now, torch.tensor(row.ids[row.target :]), reduction="none")
-                total = total + each.mean() / len(samples)
+            total = total + judged(lm, named, s) / len(samples)
         return total
 
     value = slow()

@@ -83,7 +83,7 @@ class Bucket:
     @property
     def few(self) -> bool:
         """Too few kinds or positions to say much."""
-        return self.types < FEW_TYPES or self.tokens < FEW_TOKENS
+        return too_few(self.types, self.tokens)
 
     @property
     def label(self) -> str:
@@ -156,10 +156,7 @@ class Audit:
             labels, [b.by_type - b.excess for b in self.buckets], ls="--", color="grey", label="unigram, per kind"
         )
         for bucket in self.buckets:
-            ends = bucket.interval or (bucket.nll, bucket.nll)
-            color = "lightgrey" if bucket.few else "C0"
-            error = [[max(0.0, bucket.nll - ends[0])], [max(0.0, ends[1] - bucket.nll)]]
-            axes.errorbar([bucket.label], [bucket.nll], yerr=error, fmt="o", color=color, capsize=3)
+            draw_point(axes, bucket.label, bucket.nll, bucket.interval, bucket.few)
         axes.axhline(self.mean, color="C1", lw=1, label="mean loss")
         axes.axhline(self.balanced, color="C3", lw=1, label="balanced loss")
         axes.set(xlabel=f"count of the token in {self.counts.source}", ylabel="nats", title=self.losses.model)
@@ -281,6 +278,18 @@ def calibration_error(confidence: Tensor, hit: Tensor) -> float:
     parts = [part for part in order.tensor_split(BINS) if len(part)]
     gaps = [abs(float(confidence.double()[part].mean() - hit[part].double().mean())) for part in parts]
     return float(np.average(gaps, weights=[len(part) for part in parts]))
+
+
+def too_few(types: int, tokens: int) -> bool:
+    """A row of so many kinds and positions says little."""
+    return types < FEW_TYPES or tokens < FEW_TOKENS
+
+
+def draw_point(axes: Any, label: str, value: float, interval: Interval | None, few: bool) -> None:
+    """A row of a table in a drawing, with its interval; grey where it says little."""
+    low, high = interval or (value, value)
+    error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+    axes.errorbar([label], [value], yerr=error, fmt="o", color="lightgrey" if few else "C0", capsize=3)
 
 
 def span_label(low: int, high: int) -> str:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..inference.tokens import tokenizer_hash
 from ..models.lm import LM
-from .losses import Losses, tokenizer_hash
+from .losses import Losses
 
 TOGETHER = 1000  # documents that are tokenised at once
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import BadInput
-from .audit import FEW_TOKENS, FEW_TYPES, Interval, bucketed, drawing, drawn, intervals, span_label, statistics
 from .audit import Config as AuditConfig
+from .audit import Interval, bucketed, draw_point, drawing, drawn, intervals, span_label, statistics, too_few
 from .counts import Counts, own_counts
 from .losses import Losses
 
@@ -106,10 +106,7 @@ class Diff:
         """Write a PNG: how far each bucket moved, with intervals."""
         axes, save = drawing(path)
         for bucket in self.buckets:
-            ends = bucket.interval or (bucket.value, bucket.value)
-            error = [[max(0.0, bucket.value - ends[0])], [max(0.0, ends[1] - bucket.value)]]
-            color = "lightgrey" if bucket.few else "C0"
-            axes.errorbar([bucket.name], [bucket.value], yerr=error, fmt="o", color=color, capsize=3)
+            draw_point(axes, bucket.name, bucket.value, bucket.interval, bucket.few)
         axes.axhline(0, color="grey", lw=1)
         axes.axhline(self.mean.value, color="C1", lw=1, label="mean loss")
         axes.axhline(self.balanced.value, color="C3", lw=1, label="balanced loss")
@@ -157,8 +154,7 @@ def compare(
         inside = of_type == k
         near = counts.n[types[inside]]
         label, kinds, tokens = span_label(int(near.min()), int(near.max())), int(inside.sum()), int(m[inside].sum())
-        few = kinds < FEW_TYPES or tokens < FEW_TOKENS
-        buckets.append(Moved(label, kinds, tokens, float(value[2 + k]), ends[2 + k], few))
+        buckets.append(Moved(label, kinds, tokens, float(value[2 + k]), ends[2 + k], too_few(kinds, tokens)))
     worst = total.sort(descending=True, stable=True).indices[:PAYING].tolist()
     payers = tuple(
         Payer(int(types[i]), written(int(types[i])), int(m[i]), float(total[i] / m[i])) for i in worst if total[i] > 0

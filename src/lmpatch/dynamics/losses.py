@@ -16,7 +16,7 @@ from ..data.context import InContext
 from ..errors import BadInput
 from ..inference.forward import HEAD_CHUNK, blocks, logits, positions
 from ..inference.interventions import stored_changes, streams
-from ..inference.tokens import batches_of_tokens, join, padded
+from ..inference.tokens import batches_of_tokens, join, padded, tokenizer_hash
 from ..models.lm import LM
 from ..patches.ledger import applied
 from ..progress import Progress
@@ -130,11 +130,6 @@ def _made(columns: Sequence[Tensor], head: Mapping[str, str]) -> Losses:
         document, target, nll, hit, confidence, rank, seen, piece, head["model"], head["fingerprint"],
         tuple(json.loads(head["patches"])), head["tokenizer"], int(head["vocab"]), head["text"],
     )  # fmt: skip
-
-
-def tokenizer_hash(lm: LM) -> str:
-    """What tells two tokenizers apart."""
-    return hash_json(lm.tokenizer.backend_tokenizer.to_str())[:16]
 
 
 def pieces(lm: LM, documents: Sequence[str], cfg: Config) -> list[Piece]:

@@ -15,6 +15,7 @@ from ..data.matching import find
 from ..errors import BadInput, SubjectNotFound
 from ..models.lm import LM
 from ..progress import Progress
+from ..provenance import hash_json
 
 Key = TypeVar("Key", bound=Hashable)
 End = Literal["answer", "eos"]
@@ -167,6 +168,11 @@ def each_once(
         yield batch
         if progress:
             progress(start + len(batch), len(queue), what)
+
+
+def tokenizer_hash(lm: LM) -> str:
+    """What tells two tokenizers apart."""
+    return hash_json(lm.tokenizer.backend_tokenizer.to_str())[:16]
 
 
 def pad_id(lm: LM) -> int:

@@ -16,7 +16,8 @@ from ..inference.replay import record
 from ..inference.tokens import Row, batches_of_rows
 from ..models.lm import LM
 from ..progress import Progress
-from .gradients import traced
+from ..training.losses import answer_places
+from .gradients import joined, traced
 
 BATCH = 32  # rows per forward
 
@@ -60,21 +61,14 @@ def features(
         done += len(pick)
         if progress:
             progress(done, len(rows), "reading gradients")
-    return {name: _joined(found) for name, found in parts.items()}
-
-
-def _joined(parts: Sequence[Features]) -> Features:
-    """Batches put together again, fact after fact."""
-    order = torch.cat([part.fact for part in parts]).argsort(stable=True)
-    fields = ("fact", "keys", "gradients", "sizes")
-    return Features(*(torch.cat([getattr(part, name) for part in parts])[order] for name in fields))
+    return {name: joined(found) for name, found in parts.items()}
 
 
 def _batch(lm: LM, rows: Sequence[Row], modules: Sequence[str], lowest: int) -> dict[str, Features]:
     ends = [row.target - 1 for row in rows]
     recording = record(lm, [row.ids[:-1] for row in rows], ends, ends=ends, lowest=lowest)
-    spots = [(i, t - row.target, row.ids[t]) for i, row in enumerate(rows) for t in range(row.target, len(row.ids))]
-    fact, column, label = (torch.tensor(c, device=lm.device) for c in zip(*spots, strict=True))
+    fact, column, label = answer_places(rows, lm.device)
+    column = column - torch.tensor(ends, device=lm.device)[fact]  # of the suffix
 
     def loss() -> Tensor:
         out = recording.forward(recording.hidden[lowest], lowest)  # [n, S, d]

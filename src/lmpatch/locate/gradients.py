@@ -7,9 +7,9 @@ fact gives it as factors, and no matrix of the weight's size is formed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,17 @@ class Gradients:
         """Those of these rows alone."""
         at = torch.isin(self.row, torch.tensor(list(rows), device=self.row.device))
         return Gradients(self.row[at], self.inputs[at], self.gradients[at])
+
+
+ByRow = TypeVar("ByRow", bound=Any)
+
+
+def joined(parts: Sequence[ByRow]) -> ByRow:
+    """Batches put together again, row after row; the first field says which row each entry belongs to."""
+    names = [field.name for field in fields(parts[0])]
+    order = torch.cat([getattr(part, names[0]) for part in parts]).argsort(stable=True)
+    whole: ByRow = type(parts[0])(*(torch.cat([getattr(part, name) for part in parts])[order] for name in names))
+    return whole
 
 
 def read_gradients(

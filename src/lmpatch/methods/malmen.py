@@ -23,8 +23,8 @@ from ..patches.patch import plain
 from ..patches.weight.delta import Delta, Dense
 from ..patches.weight.patch import WeightPatch
 from ..progress import Progress
+from ..training.facts import TrainingData as TrainingData
 from .hypernetwork import config, editing, trainer
-from .hypernetwork.config import TrainingData as TrainingData
 from .hypernetwork.network import Hypernetwork, Read, Statistics
 
 AIM = "facts"
@@ -209,15 +209,14 @@ def _fitted(
     with editing.as_trained(lm, "malmen", cfg.reset_each), torch.no_grad():
         read = editing.read(lm, net, editing.rows_of(lm, made, edits), progress)
     seconds = (time.perf_counter() - start) / max(1, len(edits))
-    layers = [i for i, down in enumerate(lm.layout.downs) if down in net.order]
     patches = []
     for commit in commits:
         begin = time.perf_counter()
         deltas = {name: _delta(net, name, read[name].of(commit), cfg.strength) for name in net.order}
         spent = seconds * len(commit) + time.perf_counter() - begin
         some = [edits[i] for i in commit]
-        notes = {"layers": layers, "tokens": len(next(iter(read.values())).of(commit).row)}
-        patches.append(editing.patch(lm, net, made, deltas, some, cfg, spent, notes))
+        tokens = len(next(iter(read.values())).of(commit).row)
+        patches.append(editing.patch(lm, net, made, deltas, some, cfg, spent, tokens=tokens))
     return patches
 
 

@@ -25,8 +25,8 @@ from ..patches.weight.delta import Delta, Dense
 from ..patches.weight.patch import WeightPatch
 from ..progress import Progress
 from ..training import adapter
+from ..training.facts import TrainingData as TrainingData
 from .hypernetwork import config, editing, trainer
-from .hypernetwork.config import TrainingData as TrainingData
 from .hypernetwork.network import Hypernetwork, Statistics
 
 AIM = "facts"
@@ -140,7 +140,7 @@ def fit(
             deltas = {n: editing.delta(*net.written(n, read[n]), cfg.strength) for n in net.order}
         else:
             deltas = _in_turn(lm, net, rows, cfg.strength, progress)
-    return editing.patch(lm, net, made, deltas, edits, cfg, time.perf_counter() - start, {"layers": _layers(lm, net)})
+    return editing.patch(lm, net, made, deltas, edits, cfg, time.perf_counter() - start)
 
 
 def fit_each(
@@ -156,10 +156,9 @@ def fit_each(
             {n: editing.delta(*net.written(n, read[n].of([i])), cfg.strength) for n in net.order}
             for i in range(len(edits))
         ]
-    seconds, notes = (time.perf_counter() - start) / max(1, len(edits)), {"layers": _layers(lm, net)}
+    seconds = (time.perf_counter() - start) / max(1, len(edits))
     return [
-        editing.patch(lm, net, made, deltas, [edit], cfg, seconds, notes)
-        for edit, deltas in zip(edits, every, strict=True)
+        editing.patch(lm, net, made, deltas, [edit], cfg, seconds) for edit, deltas in zip(edits, every, strict=True)
     ]
 
 
@@ -175,10 +174,6 @@ def _in_turn(lm: LM, net: Mend, rows: Sequence[Row], strength: float, progress: 
         if progress:
             progress(i + 1, len(rows), "writing facts")
     return {name: Dense(own["w"]) for name, own in sums.items()}
-
-
-def _layers(lm: LM, net: Mend) -> list[int]:
-    return [i for i, down in enumerate(lm.layout.downs) if down in net.order]
 
 
 def estimate(lm: LM, facts: int, cfg: Config) -> int:

@@ -14,6 +14,16 @@ Groups = tuple[tuple[str, tuple[Ask, ...]], ...]
 
 
 @dataclass(frozen=True)
+class TrainingData:
+    """What an editor is trained on."""
+
+    edits: Sequence[Edit]
+    """Facts to learn editing from, with rephrases and locality prompts. None of them is remembered."""
+    unrelated: Sequence[Ask] = ()
+    """Questions with answers that no fact touches."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One fact of a training batch."""
 

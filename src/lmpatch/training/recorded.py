@@ -13,6 +13,7 @@ from ..inference.replay import Recording, record
 from ..inference.tokens import Row
 from ..models.hooks import Hook, hooked
 from ..models.lm import LM
+from .losses import answer_places
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,10 @@ def recorded(
     """
     ids = [row.ids[: row.target] if prompt_last else row.ids[:-1] for row in rows]
     at = [row.target - 1 if from_answer else 0 for row in rows]
-    spots = [
-        (i, (row.target if prompt_last else t) - 1 - at[i], row.ids[t], 1 / (len(row.ids) - row.target) / len(rows))
-        for i, row in enumerate(rows)
-        for t in range(row.target, len(row.ids))
-    ]
-    row, column, label = (torch.tensor(c, device=lm.device) for c in list(zip(*spots, strict=True))[:3])
-    weight = torch.tensor([s[3] for s in spots], device=lm.device)
-    recording = record(lm, ids, at, ends=[row.target - 1 for row in rows], lowest=lowest)
+    ends = torch.tensor([row.target - 1 for row in rows], device=lm.device)
+    row, column, label = answer_places(rows, lm.device)
+    column = (ends[row] if prompt_last else column) - torch.tensor(at, device=lm.device)[row]
+    shares = [1 / (len(row.ids) - row.target) / len(rows) for row in rows]
+    weight = torch.tensor(shares, device=lm.device)[row]
+    recording = record(lm, ids, at, ends=ends.tolist(), lowest=lowest)
     return Recorded(lm, lowest, recording.bare(), recording.hidden[lowest], row, column, label, weight)

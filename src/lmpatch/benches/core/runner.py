@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from ...errors import BadInput, ForeignWrite
+from ...inference.tokens import tokenizer_hash
 from ...models.lm import LM
 from ...patches.patch import Mount, Patch, plain
 from ...progress import Progress
@@ -255,7 +256,7 @@ def _record(adapter: Adapter, lm: LM, data: Any, items: Sequence[Any], cfg: Any)
         "comparable_group": hash_json(settings)[:16],
         "settings": settings,
         "base_model": lm.name,
-        "tokenizer_hash": hash_json(lm.tokenizer.backend_tokenizer.to_str())[:16],
+        "tokenizer_hash": tokenizer_hash(lm),
         "started": now(),
         "versions": versions(),
         "hardware": hardware(),

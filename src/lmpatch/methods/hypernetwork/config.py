@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...data.edits import Ask, Edit
 from ...errors import BadInput
 from ...inference.tokens import End
 
@@ -51,16 +49,6 @@ class Training:
     """Steps between validations."""
     save_every: int = 50
     """Steps between checkpoints."""
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What an editor is trained on."""
-
-    edits: Sequence[Edit]
-    """Facts to learn editing from, with rephrases and locality prompts. None of them is remembered."""
-    unrelated: Sequence[Ask] = ()
-    """Questions with answers that no fact touches."""
 
 
 def check(cfg: Training) -> None:

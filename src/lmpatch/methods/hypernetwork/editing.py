@@ -16,7 +16,7 @@ from ...data.edits import Edit
 from ...errors import BadInput
 from ...inference.forward import HEAD_CHUNK, blocks, frozen, positions
 from ...inference.tokens import Row, batches_of_rows, encode_all, ended, padded
-from ...locate.gradients import Gradients, read_gradients
+from ...locate.gradients import Gradients, joined, read_gradients
 from ...models.lm import LM
 from ...patches.editor import Editor, find_editor
 from ...patches.ledger import applied, suspended
@@ -95,13 +95,7 @@ def read(lm: LM, net: Hypernetwork, rows: Sequence[Row], progress: Progress | No
         done += len(pick)
         if progress:
             progress(done, len(rows), "reading gradients")
-    return {name: _joined([part[name] for part in parts]) for name in net.order}
-
-
-def _joined(parts: Sequence[Gradients]) -> Gradients:
-    """Batches put together again, fact after fact."""
-    order = torch.cat([part.row for part in parts]).argsort(stable=True)
-    return Gradients(*(torch.cat([getattr(p, n) for p in parts])[order] for n in ("row", "inputs", "gradients")))
+    return {name: joined([part[name] for part in parts]) for name in net.order}
 
 
 def delta(a: Tensor, b: Tensor, strength: float) -> Delta:
@@ -114,11 +108,12 @@ def delta(a: Tensor, b: Tensor, strength: float) -> Delta:
 
 def patch(
     lm: LM, net: Hypernetwork, editor: Editor, deltas: Mapping[str, Delta], edits: Sequence[Edit], cfg: Any,
-    seconds: float, notes: Mapping[str, Any],
+    seconds: float, **notes: Any,
 ) -> WeightPatch:  # fmt: skip
     """The patch of these changes by module name."""
     named = {lm.layout.weight(name): delta for name, delta in deltas.items()}
-    notes = {"editor": editor.hash(), **notes}
+    layers = [i for i, down in enumerate(lm.layout.downs) if down in net.order]
+    notes = {"editor": editor.hash(), "layers": layers, **notes}
     return WeightPatch.make(lm, named, method=net.method, config=cfg, edits=edits, seconds=seconds, notes=notes)
 
 

@@ -21,9 +21,9 @@ from ...progress import Progress
 from ...provenance import hash_json, made_now
 from ...resources import require_memory
 from ...training import adapter
-from ...training.facts import Split, usable, without
+from ...training.facts import Split, TrainingData, usable, without
 from ...training.loop import Loop, Schedule
-from .config import Training, TrainingData, check
+from .config import Training, check
 from .network import Hypernetwork
 from .task import BATCH_TOKENS, MOST, Meta
 

@@ -9,19 +9,16 @@ from typing import Any
 
 from ...data.edits import Ask, Edit
 from ...inference.tokens import join
+from ...training import facts
 from ...training.facts import Sample, asks_of
 
 BLANK = "\0"  # where the subject of a question was
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """What an editor is trained on."""
+class TrainingData(facts.TrainingData):
+    """What an editor is trained on that has a sentence encoder."""
 
-    edits: Sequence[Edit]
-    """Facts to learn editing from, with rephrases and locality prompts."""
-    unrelated: Sequence[Ask] = ()
-    """Questions with answers that no fact touches."""
     encoder: str = "all-MiniLM-L6-v2"
     """A sentence encoder: the packaged one, a folder or a hub id."""
     download: bool = False
